@@ -1,0 +1,210 @@
+"""The `torch.compile` backend: ``torch.compile(model, backend="effpass", options={...})``.
+
+Dynamo's graph is retraced into the dialect, rewritten by the passes, and handed to an inner backend (Inductor unless
+`options["inner"]` names another). With no options every exact pass that needs no artifact runs. A graph that no pass
+changes goes on exactly as Dynamo wrote it, so it compiles and runs as it would without effpass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule
+
+from effpass.core import registry
+from effpass.core.derived import DerivedArguments, derived_bytes
+from effpass.core.dynamo import NotRetraceableError, program_from_dynamo, weight_names
+from effpass.core.errors import RecipeError, did_you_mean
+from effpass.core.manager import PassManager, Planned
+from effpass.core.report import Report
+
+__all__ = ["BackendOptions", "effpass", "reports"]
+
+log = logging.getLogger("effpass")
+
+#: What happened to each graph compiled in this process, oldest first; see :func:`effpass.inspect` for a whole model.
+reports: list[Report] = []
+
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The keys of `options`.
+
+    Attributes:
+        recipe: path of a recipe file, or a recipe as a mapping.
+        passes: the recipe's `passes` list alone; ``[]`` turns every pass off. Exclusive with `recipe`.
+        inner: registered backend that compiles the rewritten graph.
+        inner_options: passed on to the inner backend (for Inductor: its config patches).
+        prefix: where a submodule is compiled, its name in the model (`model.layers.0`): passes match weights by name.
+        check_weights: compare checksums of the originals of derived weights at every call; slow, finds writes that
+            can't be seen otherwise.
+    """
+
+    recipe: Any = None
+    passes: Sequence[Any] | None = None
+    inner: str = "inductor"
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+    check_weights: bool = False
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> BackendOptions:
+        """Validate the mapping given to `torch.compile`.
+
+        Raises:
+            RecipeError: an unknown key, a value of the wrong type, or both `recipe` and `passes`.
+        """
+        options = dict(options or {})
+        expected: dict[str, tuple[type, ...]] = {
+            "recipe": (str, Path, dict),
+            "passes": (list, tuple),
+            "inner": (str,),
+            "inner_options": (dict,),
+            "prefix": (str,),
+            "check_weights": (bool,),
+        }
+        for key, value in options.items():
+            if key not in expected:
+                raise RecipeError(
+                    f"options[{key!r}]: unknown option{did_you_mean(key, expected)}",
+                    hint="options of the inner backend go into options['inner_options']",
+                )
+            if not isinstance(value, expected[key]):
+                names = " or ".join(t.__name__ for t in expected[key])
+                raise RecipeError(f"options[{key!r}]: expected {names}, got {value!r}")
+        if "recipe" in options and "passes" in options:
+            raise RecipeError("options has both 'recipe' and 'passes'", hint="give one of them")
+        return cls(**options)
+
+    def planned(self) -> list[Planned]:
+        """The passes to run, in order."""
+        from effpass.core.recipe import Recipe
+
+        if self.passes is not None:
+            recipe = Recipe.parse(
+                {"version": 1, "passes": list(self.passes)}, base=Path.cwd(), source="options['passes']"
+            )
+        elif isinstance(self.recipe, dict):
+            recipe = Recipe.parse(self.recipe, base=Path.cwd(), source="options['recipe']")
+        elif self.recipe is not None:
+            recipe = Recipe.load(Path(self.recipe))
+        else:
+            return default_passes()
+        return PassManager.from_recipe(recipe).planned
+
+    @property
+    def is_default(self) -> bool:
+        return self.recipe is None and self.passes is None
+
+
+def default_passes() -> list[Planned]:
+    """Every exact pass that acts in the backend and needs no artifact, by name."""
+    return [
+        Planned(registry.load(info.name)())
+        for info in registry.describe()
+        if info.error is None and info.exact and not info.needs_artifact and "backend" in info.entrances
+    ]
+
+
+def effpass(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile one graph; Dynamo calls this. See :class:`BackendOptions` for `options`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs in this call.
+        options: the keys of :class:`BackendOptions`.
+        mode: an Inductor mode, passed on.
+    """
+    parsed = BackendOptions.parse(options)
+    inner = _inner(parsed, mode)
+    planned = parsed.planned()
+    names = weight_names(gm, parsed.prefix)
+    planned = [p for p in planned if p.require or not parsed.is_default or p.pass_.could_act(names)]
+    if not planned:
+        return inner(gm, example_inputs)
+    try:
+        program = program_from_dynamo(gm, example_inputs, parsed.prefix)
+    except NotRetraceableError as reason:
+        _record(Report("backend", unrewritten=str(reason)), parsed)
+        return inner(gm, example_inputs)
+    report = PassManager(planned).run(program)
+    for entry in report.passes:
+        entry.derived_bytes = derived_bytes(program.derived, program.inputs, entry.name)
+    if not report.hits:
+        compiled = inner(gm, example_inputs)
+    else:
+        compiled = inner(program.gm, program.inputs)
+        if program.derived:
+            compiled = DerivedArguments(compiled, program.derived, parsed.check_weights)
+    _record(report, parsed)  # last: a compilation that Dynamo restarts does not get here
+    return compiled
+
+
+def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    if options.inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+    if mode is not None:
+        raise RecipeError(f"mode={mode!r} is a mode of Inductor, and options['inner'] is {options.inner!r}")
+    backend = lookup_backend(options.inner)
+    keywords = {"options": dict(options.inner_options)} if options.inner_options else {}
+    return lambda gm, inputs: backend(gm, inputs, **keywords)
+
+
+def _record(report: Report, options: BackendOptions) -> None:
+    reports.append(report)
+    lines = report.lines()
+    if options.is_default:
+        more = [i.name for i in registry.describe() if i.error is None and (not i.exact or i.needs_artifact)]
+        lines = ["; ".join(lines) + (f". A recipe can add: {', '.join(more)}" if more else "")]
+    for line in lines:
+        if line not in _said:
+            _said.add(line)
+            log.warning("effpass: %s", line)
+
+
+def _let_generate_run_compiled() -> None:
+    """Make ``torch.compile(model, backend="effpass").generate(...)`` run the compiled model.
+
+    `OptimizedModule` forwards `generate` to the original module, which then calls itself uncompiled: the first line
+    anybody types would do nothing. Importing this module (which naming the backend does) gives it a `generate` that
+    compiles the original's calls for the length of the generation; other backends keep the behaviour they had.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = self._orig_mod
+        backend = innermost_backend(self.dynamo_ctx.callback)
+        if getattr(backend, "compiler_fn", backend) is not effpass:
+            return original.generate(*args, **kwargs)
+        # A PeftModel generates with the model inside it.
+        runs = original.get_base_model() if hasattr(original, "get_base_model") else original
+        before = runs._compiled_call_impl
+        runs._compiled_call_impl = self.dynamo_ctx(runs._call_impl)
+        try:
+            return original.generate(*args, **kwargs)
+        finally:
+            runs._compiled_call_impl = before
+
+    if not hasattr(OptimizedModule, "generate"):
+        OptimizedModule.generate = generate  # type: ignore[attr-defined]
+
+
+_let_generate_run_compiled()

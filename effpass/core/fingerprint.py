@@ -1,0 +1,193 @@
+"""Which model an artifact was learned for: its architecture, and a sketch of its weights.
+
+The architecture is the model's class, its `model_type` and a hash of all parameter names and shapes. The weights are
+sketched by a random projection: for up to 16 of them, evenly chosen, at most 65,536 evenly spaced elements x give
+
+    norm = ‖x‖        projection = Σ sᵢ xᵢ,   sᵢ = ±1 fixed pseudo-random signs
+
+Two models that differ by Δ have projections that differ by about ‖Δx‖, so the root mean square over the sketched
+weights of (p' − p) / norm estimates the relative change ‖ΔW‖ / ‖W‖. Rounding to bfloat16 changes weights by 0.17 %; a
+fine-tune changes them by more than `TOLERANCE`. Mean absolute values can't tell those apart: they agree to 0.1 % even
+between a model and its fine-tune, because small changes of either sign cancel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from effpass.core.errors import ArtifactError
+
+__all__ = ["TOLERANCE", "Fingerprint", "Sketch"]
+
+# Relative change of the weights above which they count as those of another model: 0.17 % is rounding to bfloat16.
+TOLERANCE = 0.004
+
+_WEIGHTS = 16
+_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """One weight: the norm of its sampled elements, and their sum with fixed pseudo-random signs."""
+
+    norm: float
+    projection: float
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a model.
+
+    Attributes:
+        architecture: name of the model's class.
+        model_type: of its config; empty when it has none.
+        parameters: number of named parameters.
+        shapes: SHA-256 of all parameter names and shapes.
+        weights: weight name → its sketch; ``"any"`` accepts every model of this architecture.
+    """
+
+    architecture: str
+    model_type: str
+    parameters: int
+    shapes: str
+    weights: Mapping[str, Sketch] | Literal["any"]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, any_weights: bool = False) -> Fingerprint:
+        """Fingerprint `model`. Tied weights count under each of their names.
+
+        Args:
+            model: any module; weights on the meta device (and sharded or quantised ones) are not sketched.
+            any_weights: leave the weights out, for what does not depend on them.
+        """
+        model = getattr(model, "_orig_mod", model)
+        named = sorted((name, weight) for name, weight in model.named_parameters(remove_duplicate=False))
+        shapes = json.dumps([[name, list(weight.shape)] for name, weight in named])
+        weights = {} if any_weights else {name: _sketch(weight) for name, weight in _chosen(named)}
+        return cls(
+            architecture=_architecture(model),
+            model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+            parameters=len(named),
+            shapes=hashlib.sha256(shapes.encode()).hexdigest(),
+            weights=weights or "any",
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless `model` is the one that was fingerprinted, up to a change of dtype.
+
+        Weights that `model` does not hold in memory (meta device, sharded, quantised) are not compared.
+
+        Raises:
+            ArtifactError: another class, `model_type` or set of parameters, or other weights; names the difference.
+        """
+        here = Fingerprint.of(model, any_weights=True)
+        for what in ("architecture", "model_type", "parameters", "shapes"):
+            theirs, ours = getattr(self, what), getattr(here, what)
+            if theirs != ours:
+                label = {"parameters": "number of parameters", "shapes": "hash of parameter names and shapes"}
+                raise ArtifactError(
+                    f"wrong model: its {label.get(what, what)} is {ours!r}, the artifact was learned for {theirs!r}",
+                    hint="use the model that the artifact was learned for, or learn it again for this one",
+                )
+        if self.weights != "any":
+            self._check_weights(dict(getattr(model, "_orig_mod", model).named_parameters(remove_duplicate=False)))
+
+    def _check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        assert self.weights != "any"
+        changes = {}
+        sketches = {}
+        for name, theirs in self.weights.items():
+            if name not in parameters:
+                raise ArtifactError(f"damaged fingerprint: it names {name!r}, which the model of its own hash lacks")
+            if _in_memory(parameters[name]):
+                sketches[name] = ours = _sketch(parameters[name])
+                changes[name] = abs(ours.projection - theirs.projection) / max(theirs.norm, 1e-12)
+        change = math.sqrt(sum(c * c for c in changes.values()) / len(changes)) if changes else 0.0
+        if not change <= TOLERANCE:  # also when a weight is NaN
+            name = max(changes, key=lambda n: changes[n] if changes[n] == changes[n] else math.inf)
+            raise ArtifactError(
+                f"wrong weights: they differ by about {change:.1%} from those that the artifact was learned for "
+                f"(same architecture; {TOLERANCE:.1%} is allowed for rounding), most at {name!r}, whose projection is "
+                f"{sketches[name].projection:.6g} and should be {self.weights[name].projection:.6g}",
+                hint='use the model that the artifact was learned for; or, if you know that these weights will do, set '
+                '"weights": "any" in the fingerprint in its effpass.json',
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        weights: Any = self.weights
+        if weights != "any":
+            weights = {name: [sketch.norm, sketch.projection] for name, sketch in weights.items()}
+        return {
+            "architecture": self.architecture,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "shapes": self.shapes,
+            "weights": weights,
+        }
+
+    @classmethod
+    def from_json(cls, content: object) -> Fingerprint:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: `content` is something else; says what.
+        """
+        types = {"architecture": str, "model_type": str, "parameters": int, "shapes": str, "weights": object}
+        if not isinstance(content, dict) or set(content) != set(types):
+            raise ValueError(f"expected the keys {', '.join(types)}")
+        for key, kind in types.items():
+            if not isinstance(content[key], kind) or isinstance(content[key], bool):
+                raise ValueError(f"{key} is {content[key]!r}")
+        weights = content["weights"]
+        if weights == "any":
+            return cls(**content)
+        if not isinstance(weights, dict):
+            raise ValueError(f'weights is {weights!r}, expected "any" or sketches by name')
+        for name, sketch in weights.items():
+            if not (isinstance(sketch, list) and len(sketch) == 2 and all(type(v) in (int, float) for v in sketch)):
+                raise ValueError(f"weights[{name!r}] is {sketch!r}, expected [norm, projection]")
+        return cls(**{**content, "weights": {n: Sketch(float(a), float(b)) for n, (a, b) in weights.items()}})
+
+
+def _architecture(model: nn.Module) -> str:
+    """The model's own class: fully_shard puts a class of its own, ``FSDPLlamaForCausalLM``, in front."""
+    own = (c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed") and "FSDP" not in c.__name__)
+    return next(own).__name__
+
+
+def _in_memory(weight: torch.Tensor) -> bool:
+    plain = type(weight) in (torch.Tensor, nn.Parameter)  # not a DTensor, fake or quantised tensor
+    return plain and not weight.is_meta and weight.is_floating_point() and weight.numel() > 0
+
+
+def _chosen(named: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Up to 16, evenly spaced in name order; matrices where there are any, since norms and biases hardly differ."""
+    held = [(name, weight) for name, weight in named if _in_memory(weight)]
+    held = [(name, weight) for name, weight in held if weight.dim() >= 2] or held
+    count = min(_WEIGHTS, len(held))
+    return [held[i * len(held) // count] for i in range(count)]
+
+
+@torch.no_grad()
+def _sketch(weight: torch.Tensor) -> Sketch:
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: -(-flat.numel() // _ELEMENTS)].cpu().double()
+    signs = _signs(sample.numel())
+    return Sketch(norm=sample.norm().item(), projection=(sample * signs).sum().item())
+
+
+def _signs(count: int) -> torch.Tensor:
+    """±1 by an integer hash of the position: the same on every machine and in every version."""
+    h = torch.arange(count, dtype=torch.int64)
+    h = (h * 0x9E3779B1) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+    h = h ^ (h >> 13)
+    return 1.0 - 2.0 * (h & 1)

@@ -1,0 +1,220 @@
+"""Runs passes and watches them from outside: timing, hit counts, dumps, checks on the result.
+
+Dumps go where PyTorch's own tools look: ``TORCH_LOGS="+effpass"`` prints the graph before and after each pass that
+fired, and ``TORCH_TRACE`` hands the same text to tlparse.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from effpass.core import cost
+from effpass.core.errors import EffpassError, PassRefusedError, RewriteError
+from effpass.core.pass_ import Match, Pass
+from effpass.core.program import Program, op_counts
+from effpass.core.report import PassReport, Refusal, Report
+from effpass.core.verify import snapshot, verify
+
+if TYPE_CHECKING:
+    from effpass.core.recipe import Recipe
+
+__all__ = ["PassManager", "Planned"]
+
+log = logging.getLogger("effpass")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pass as a recipe names it.
+
+    Attributes:
+        pass_: the pass with its options.
+        require: an error when it rewrites nothing.
+        verify: compare the program's outputs before and after on the inputs of this call.
+    """
+
+    pass_: Pass
+    require: bool = False
+    verify: bool = False
+
+
+class PassManager:
+    """Runs an ordered list of passes on a model (first hands) or on a program (second hands).
+
+    Args:
+        passes: in the order in which they run.
+    """
+
+    def __init__(self, passes: Sequence[Pass | Planned]) -> None:
+        self.planned = [p if isinstance(p, Planned) else Planned(p) for p in passes]
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> PassManager:
+        built = recipe.build()
+        return cls([Planned(p, s.require, s.verify) for p, s in zip(built, recipe.steps, strict=True)])
+
+    # -- first hands ------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: torch.nn.Module) -> Report:
+        """Run the first hands on `model`, in place, after every pass has checked that it can."""
+        report = Report("model")
+        for planned in self.planned:
+            if "model" not in planned.pass_.entrances:
+                self._refuse_entrance(planned.pass_, "model")
+        for planned in self.planned:
+            planned.pass_.check_model(model)
+        for planned in self.planned:
+            pass_ = planned.pass_
+            if not pass_.has_first_hand:
+                continue
+            started = time.perf_counter()
+            hits, refusals = pass_.prepare(model)
+            entry = PassReport(pass_.name, pass_.exact, hits, refusals, time.perf_counter() - started)
+            self._finish(planned, entry, report)
+        return report
+
+    # -- second hands -----------------------------------------------------------------------------------------------
+
+    def run(self, program: Program) -> Report:
+        """Run the second hands on `program`, in place.
+
+        Raises:
+            PassRefusedError: a pass can't act at this entrance, or `require` and it rewrote nothing.
+            RewriteError: a pass left a program that is not valid, or failed.
+        """
+        report = Report(program.entrance)
+        for planned in self.planned:
+            if program.entrance not in planned.pass_.entrances or not planned.pass_.has_second_hand:
+                self._refuse_entrance(planned.pass_, program.entrance)
+        for planned in self.planned:
+            self._finish(planned, self._run_one(planned, program), report)
+        program.recompile()
+        return report
+
+    def _run_one(self, planned: Planned, program: Program) -> PassReport:
+        pass_ = planned.pass_
+        entry = PassReport(pass_.name, pass_.exact)
+        parts = [program, *program.bodies]
+        ops_before = _ops(parts)
+        cost_before = cost.total(program)
+        text_before = _readable(program) if _dumping() else ""
+        outputs_before = _run(program) if planned.verify else None
+        snapshots = [(part, snapshot(part)) for part in parts]
+        started = time.perf_counter()
+        for part in parts:
+            try:
+                self._rewrite(pass_, part, entry)
+            except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
+                raise
+            except Exception as error:
+                raise RewriteError(
+                    f"pass {pass_.name} failed: {type(error).__name__}: {error}",
+                    hint="leave the pass out of the recipe, or report this with TORCH_LOGS='+effpass'",
+                ) from error
+        entry.seconds = time.perf_counter() - started
+        if entry.hits:
+            for part, before in snapshots:
+                part.recompile()
+                verify(part, before, pass_.name)
+            after = _ops(parts)
+            entry.ops = {op: after[op] - ops_before[op] for op in after | ops_before if after[op] != ops_before[op]}
+            cost_after = cost.total(program)
+            entry.flops, entry.weight_bytes = (
+                cost_after.flops - cost_before.flops,
+                cost_after.weight_bytes - cost_before.weight_bytes,
+            )
+            if _dumping():
+                _dump(pass_.name, text_before, _readable(program))
+        if outputs_before is not None:
+            entry.max_difference = _difference(outputs_before, _run(program))
+        return entry
+
+    @staticmethod
+    def _rewrite(pass_: Pass, program: Program, entry: PassReport) -> None:
+        for candidate in list(pass_.find(program)):
+            refusal = candidate if isinstance(candidate, Refusal) else pass_.check(program, candidate)
+            if refusal is not None:
+                entry.refusals.append(refusal)
+                continue
+            assert isinstance(candidate, Match)
+            pass_.rewrite(program, candidate)
+            entry.hits += 1
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _finish(planned: Planned, entry: PassReport, report: Report) -> None:
+        report.passes.append(entry)
+        log.info(entry.line())
+        for refusal in entry.refusals:
+            log.debug("%s: %s", entry.name, refusal)
+        if planned.require and not entry.hits:
+            raise PassRefusedError(
+                f"{planned.pass_.name} is required and rewrote nothing: {entry.line()}",
+                hint="set require: false to go on without it",
+            )
+
+    @staticmethod
+    def _refuse_entrance(pass_: Pass, entrance: str) -> None:
+        if entrance == "backend" and "model" in pass_.entrances:
+            raise PassRefusedError(
+                f"{pass_.name} needs effpass.prepare(model, recipe) before torch.compile",
+                hint="model = effpass.prepare(model, recipe); then compile and generate as usual",
+            )
+        raise PassRefusedError(
+            f"{pass_.name} can't act on a {entrance}; it acts on: {', '.join(pass_.entrances)}",
+            hint="see `effpass passes`",
+        )
+
+
+def _ops(parts: Sequence[Program]) -> Counter[str]:
+    return sum((op_counts(p.graph) for p in parts), Counter[str]())
+
+
+def _dumping() -> bool:
+    return log.isEnabledFor(logging.DEBUG) or _tracing()
+
+
+def _tracing() -> bool:
+    return bool(torch._logging._internal.trace_log.handlers)
+
+
+def _readable(program: Program) -> str:
+    return program.gm.print_readable(print_output=False, include_stride=False)
+
+
+def _dump(name: str, before: str, after: str) -> None:
+    for when, text in (("before", before), ("after", after)):
+        log.debug("%s the pass %s\n%s", when, name, text)
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda when=when: {"name": f"effpass_{name}_{when}", "encoding": "string"},  # type: ignore[misc]
+            payload_fn=lambda text=text: text,  # type: ignore[misc]
+        )
+
+
+def _run(program: Program) -> list[torch.Tensor]:
+    """The program's floating-point outputs on the inputs it was traced with; in-place writes hit copies."""
+    if any(isinstance(x, torch._subclasses.FakeTensor) for x in program.inputs):
+        raise PassRefusedError("verify: true needs real inputs; this program was traced without them")
+    weights = set(program.weights)
+    takes = program.graph.find_nodes(op="placeholder")
+    inputs = [
+        x if n in weights or not isinstance(x, torch.Tensor) else x.detach().clone()
+        for n, x in zip(takes, program.inputs, strict=True)
+    ]
+    inputs = [int(x) if isinstance(x, torch.SymInt) else x for x in inputs]
+    with torch.no_grad():
+        flat, _ = torch.utils._pytree.tree_flatten(torch.fx.Interpreter(program.gm).run(*inputs))
+    return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    return max((float((a.float() - b.float()).abs().max()) for a, b in zip(before, after, strict=True)), default=0.0)

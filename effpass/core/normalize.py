@@ -1,0 +1,24 @@
+"""Differences between the two front ends, removed once, so that no pass has to know them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from effpass.core.program import Program
+
+__all__ = ["normalize"]
+
+# torch.export writes these between operations (20 in a two-layer Qwen3), Dynamo does not; nothing reads them.
+_CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
+
+
+def normalize(program: Program) -> None:
+    """Bring `program` and the bodies inside it to the common form."""
+    for part in (program, *program.bodies):
+        for node in list(part.graph.nodes):
+            if node.op == "call_function" and node.target in _CHECKS:
+                part.graph.erase_node(node)
+        part.recompile()

@@ -1,0 +1,169 @@
+"""The contract of a pass: options, two hands, and what they may touch.
+
+A pass has up to two *hands*. :meth:`Pass.prepare` works on the model before anything is traced (swaps modules, folds
+weights, sets an attention implementation). :meth:`Pass.find` and :meth:`Pass.rewrite` work on the traced
+:class:`~effpass.core.program.Program`. Which *entrances* a pass serves follows from its kind and from the hands it
+has; the :class:`~effpass.core.manager.PassManager` refuses with a sentence where a hand is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from effpass.core.report import Refusal
+
+if TYPE_CHECKING:
+    import torch
+
+    from effpass.core.artifact import Artifact
+    from effpass.core.program import Program
+
+__all__ = ["Entrance", "GraphPass", "Match", "NoOptions", "Pass", "RuntimePass", "WeightsPass"]
+
+Entrance = Literal["model", "program", "backend"]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a pass that has none."""
+
+
+@dataclass
+class Match:
+    """One place that a pass will rewrite.
+
+    Attributes:
+        anchor: the node whose value the rewrite replaces; named in reports.
+        nodes: the pass's own names for the other nodes and values it needs in :meth:`Pass.rewrite`.
+    """
+
+    anchor: torch.fx.Node
+    nodes: dict[str, Any]
+
+
+class Pass:
+    """One rewrite. Subclass :class:`WeightsPass`, :class:`GraphPass` or :class:`RuntimePass`, not this.
+
+    Class attributes:
+        name: registry key, the same as the entry point's name.
+        exact: True when the rewritten model means the same up to rounding. Approximate passes run only when a recipe
+            names them.
+        needs_artifact: True when the pass can't act without something learned or downloaded.
+        Options: a frozen dataclass; its field names are the recipe's keys.
+        entrances: where the pass can act.
+
+    Args:
+        options: an instance of `Options`, already validated.
+
+    A pass holds no state between matches: what `rewrite` needs travels in the :class:`Match`.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    needs_artifact: ClassVar[bool] = False
+    Options: ClassVar[type] = NoOptions
+    kind: ClassVar[Literal["weights", "graph", "runtime"]]
+    entrances: ClassVar[tuple[Entrance, ...]]
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    # -- first hand -------------------------------------------------------------------------------------------------
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act on `model`.
+
+        Called for *every* pass of a recipe before the first one changes anything.
+        """
+
+    def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
+        """Rewrite `model` in place before tracing.
+
+        Returns:
+            The number of places rewritten and the candidates left alone. The default has no first hand and does
+            nothing; :attr:`has_first_hand` tells the two apart.
+        """
+        return 0, []
+
+    @property
+    def has_first_hand(self) -> bool:
+        return type(self).prepare is not Pass.prepare
+
+    def could_act(self, weight_names: Sequence[str]) -> bool:
+        """False when the names of a graph's weights already rule this pass out.
+
+        Asked before the graph is retraced, for passes that no recipe named, so that a graph nobody will change costs
+        nothing.
+        """
+        return True
+
+    # -- second hand ------------------------------------------------------------------------------------------------
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        """Yield every candidate: a :class:`Match` to rewrite, or a :class:`Refusal` that says why not.
+
+        The default matches :meth:`pattern` (see :mod:`effpass.core.pattern`) where a subclass has one.
+        """
+        from effpass.core.pattern import find_pattern
+
+        yield from find_pattern(self, program)
+
+    def check(self, program: Program, match: Match) -> Refusal | None:
+        """Return a :class:`Refusal` when a match must be left alone; called before each rewrite."""
+        return None
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        """Replace one match in `program.graph`. The default inlines :meth:`replacement` for a pattern match."""
+        from effpass.core.pattern import inline_replacement
+
+        inline_replacement(self, program, match)
+
+    def pattern(self, *args: Any) -> Any:
+        """The computation to look for, written as plain PyTorch. Optional: override this or :meth:`find`."""
+        raise NotImplementedError
+
+    def replacement(self, *args: Any) -> Any:
+        """What stands in its place, over the same arguments."""
+        raise NotImplementedError
+
+    def example_inputs(self) -> Sequence[torch.Tensor]:
+        """Arguments to trace :meth:`pattern` and :meth:`replacement` with. Any small shapes of the right rank do."""
+        raise NotImplementedError
+
+    @property
+    def has_second_hand(self) -> bool:
+        cls = type(self)
+        return cls.find is not Pass.find or cls.pattern is not Pass.pattern
+
+    # -- identity ---------------------------------------------------------------------------------------------------
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The artifact this pass applies, for provenance; None when it has none."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.options!r})"
+
+
+class WeightsPass(Pass):
+    """A pass that changes weights (merge, prune, absorb)."""
+
+    kind = "weights"
+    entrances = ("model", "program", "backend")
+
+
+class GraphPass(Pass):
+    """A pass that changes the graph."""
+
+    kind = "graph"
+    entrances = ("program", "backend")
+
+
+class RuntimePass(Pass):
+    """A pass that needs a cache or a loop which effpass owns; it acts through :func:`effpass.prepare`."""
+
+    kind = "runtime"
+    entrances = ("model",)

@@ -1,0 +1,279 @@
+"""`Program`: a `torch.fx.GraphModule` in one dialect, whichever front end it came from.
+
+The dialect is pre-dispatch ATen (`aten.linear`, `aten.scaled_dot_product_attention`, still whole) plus `effpass::`
+operators. Weights are placeholders in both front ends, so a pass reads ``program.weight_of(node)`` and never asks
+where the graph came from. The dialect is *not* functional: caches are written in place, and no rewrite may move a
+read across a write (:mod:`effpass.core.verify` checks it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from effpass.core.derived import Home
+
+__all__ = ["Linear", "Program", "Weight", "op_counts"]
+
+aten = torch.ops.aten
+
+# How Dynamo writes the object that was compiled: L['self'].lm_head, G['model'].lm_head.
+_ROOT = re.compile(r"^(?:L__self__|[LG]\['[^']*'\]\.?)")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer of the original model, as one placeholder of the program.
+
+    Attributes:
+        name: fully qualified name in the model, `model.layers.0.self_attn.q_proj.weight`. A tied weight is one
+            placeholder with one `name` and the other names in `aliases`.
+        aliases: further names of the same tensor.
+        node: the placeholder.
+        tensor: the live tensor (a fake one when the program was traced without real weights).
+    """
+
+    name: str
+    node: Node
+    tensor: torch.Tensor = field(repr=False)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One use of a weight matrix: ``y = x @ Wᵀ + b``.
+
+    Attributes:
+        node: the node that computes y `[..., out]`.
+        x: input node `[..., in]` (`[N, in]` for GPT-2's `addmm`).
+        weight: the node read as W; a placeholder for an ordinary layer.
+        bias: the node read as b `[out]`, or None.
+        transposed: True where W is stored `[in, out]` (GPT-2's Conv1D), False for `[out, in]`.
+        name: the weight's name *at this use*: `lm_head.weight` for the head of a model whose head is tied to the
+            embedding, although the weight itself is `model.embed_tokens.weight`; None where W is no original weight.
+    """
+
+    node: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    name: str | None
+
+    def replace_weight(self, weight: Node, bias: Node | Literal["keep"] | None = "keep") -> None:
+        """Read another weight (same layout as before) at this use only; other uses of a tied weight stay."""
+        args = list(self.node.args)
+        w_at, b_at = _LINEAR_ARGS[self.node.target]
+        args[w_at] = weight
+        if bias != "keep":
+            if b_at is None or self.transposed:
+                raise ValueError(f"{self.node.format_node()} has a fixed bias argument")
+            args[b_at:] = [bias] if bias is not None else []
+        self.node.args = tuple(args)
+
+
+# operator → (position of the weight, position of the bias or None)
+_LINEAR_ARGS: dict[Any, tuple[int, int | None]] = {
+    aten.linear.default: (1, 2),
+    aten.addmm.default: (2, 0),
+}
+
+
+def op_counts(graph: torch.fx.Graph) -> Counter[str]:
+    """Number of nodes per operator, `{"aten.linear.default": 211, ...}`; placeholders and the output are left out."""
+    return Counter(
+        str(node.target) if node.op != "call_function" else _op_name(node.target)
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output", "get_attr")
+    )
+
+
+def _op_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+@dataclass
+class Program:
+    """A graph in the dialect, with its weights by name.
+
+    Attributes:
+        gm: the graph. Rewrites edit `gm.graph` in place.
+        front: ``"dynamo"`` (the `torch.compile` backend) or ``"export"``.
+        weights: placeholder node → :class:`Weight`.
+        inputs: one entry per placeholder, in order: the real tensors, SymInts and ints of this call. Under export the
+            weights are real and the user inputs are the fake example values.
+        grad_enabled: whether autograd records when the program runs.
+        exported: the ExportedProgram that `gm` belongs to; None from Dynamo.
+        derived: what supplies each input that :meth:`add_input` appended, in order (see :mod:`effpass.core.derived`).
+        derived_nodes: derived weights declared so far, so that the same one is declared once.
+        holds: objects that must live as long as the compiled function.
+        bodies: programs inside operators that stay whole (gradient checkpointing); passes rewrite them too.
+        prefix: what precedes every name, with its dot, where a submodule was compiled: ``"model.layers.0."``.
+        parent: the program that holds this body; None for a whole program.
+        caller: the parent's node that calls this body.
+    """
+
+    gm: GraphModule
+    front: Literal["dynamo", "export"]
+    weights: dict[Node, Weight]
+    inputs: list[Any]
+    grad_enabled: bool = False
+    exported: ExportedProgram | None = None
+    derived: list[Any] = field(default_factory=list)
+    derived_nodes: dict[Any, Node] = field(default_factory=dict)
+    holds: list[Any] = field(default_factory=list)
+    bodies: list[Program] = field(default_factory=list)
+    prefix: str = ""
+    parent: Program | None = None
+    caller: Node | None = None
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.gm.graph
+
+    @property
+    def entrance(self) -> Literal["program", "backend"]:
+        return "backend" if self.front == "dynamo" else "program"
+
+    def weight_of(self, node: Any) -> Weight | None:
+        """The original weight that `node` *is* (not: is computed from); None for anything else."""
+        return self.weights.get(node) if isinstance(node, Node) else None
+
+    def weight_named(self, name: str) -> Weight | None:
+        """The weight with this name or alias; None when the program does not read it."""
+        return next((w for w in self.weights.values() if name in w.names), None)
+
+    def linears(self) -> Iterator[Linear]:
+        """Every use of a weight matrix, `aten.linear` and GPT-2's `addmm` alike, in graph order."""
+        for node in list(self.graph.nodes):
+            if node.op != "call_function":
+                continue
+            if node.target is aten.linear.default:
+                x, weight, *rest = node.args
+                bias = rest[0] if rest else None
+                yield Linear(node, x, weight, bias, transposed=False, name=self._name_at(node, weight))
+            elif node.target is aten.addmm.default and not node.kwargs:
+                bias, x, weight = node.args
+                if self.weight_of(weight) is not None:
+                    yield Linear(node, x, weight, bias, transposed=True, name=self._name_at(node, weight))
+
+    def _name_at(self, use: Node, node: Any) -> str | None:
+        """The name of the weight `node` as the module that uses it knows it (see :class:`Linear`)."""
+        weight = self.weight_of(node)
+        if weight is None:
+            return None
+        stack = use.meta.get("nn_module_stack")
+        if not stack:
+            return weight.name
+        path, cls = list(stack.values())[-1]
+        path = _ROOT.sub("", path)
+        owner = weight.name.rpartition(".")[0]
+        if path.endswith(owner) or owner.endswith(path) or "Linear" not in str(getattr(cls, "__name__", cls)):
+            return weight.name
+        return f"{self.prefix}{path}.weight"
+
+    def op_counts(self) -> Counter[str]:
+        return op_counts(self.graph)
+
+    def derive(
+        self,
+        owner: str,
+        originals: Sequence[Node],
+        compute: Callable[..., torch.Tensor],
+        constants: Mapping[str, torch.Tensor] | None = None,
+        *,
+        slot: Any = None,
+    ) -> Node:
+        """Declare a derived weight: a pure function of original weights and artifact tensors.
+
+        Args:
+            owner: name of the pass and of the weight, `merge_lora:model.layers.0.self_attn.q_proj.weight`. Two
+                programs that declare the same owner over the same tensors share one derived tensor.
+            originals: placeholders of the weights it is computed from.
+            compute: ``compute(*originals, **constants) -> Tensor``; pure, out of place, traceable.
+            constants: artifact tensors, passed by keyword.
+            slot: an :class:`effpass.core.derived.Slot` instead of `constants`, when the artifact tensors can be
+                swapped at run time.
+
+        Returns:
+            A node to read in place of the weight. The manager decides where the value lives: computed once (export),
+            in the graph (training, DTensor, inference tensors) or cached beside the compiled function.
+        """
+        from effpass.core.derived import derive
+
+        return derive(self, owner, originals, compute, dict(constants or {}), slot)
+
+    def home_of(self, originals: Sequence[Node]) -> Home:
+        """Where a weight derived from `originals` would live: ``"module"``, ``"graph"`` or ``"cached"``."""
+        from effpass.core.derived import home_of
+
+        return home_of(self, originals)
+
+    def first_computation(self, after: Sequence[Node] = ()) -> Node:
+        """The first node that is not a placeholder and comes after all of `after`: a place to insert before."""
+        waiting = set(after)
+        for node in self.graph.nodes:
+            waiting.discard(node)
+            if node.op != "placeholder" and not waiting and node not in after:
+                return node
+        raise RuntimeError("the graph has no output")
+
+    def add_input(self, name: str, value: torch.Tensor, supply: Any) -> Node:
+        """Append an input that the wrapper around the compiled function passes (backend only).
+
+        Args:
+            name: for a person; made a valid identifier.
+            value: its value in this call; later ones have the same shape, dtype and device.
+            supply: what :class:`effpass.core.derived.DerivedArguments` takes the value from.
+        """
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        identifier = "".join(c if c.isalnum() else "_" for c in name)
+        with self.graph.inserting_before(self.first_computation()):
+            node = self.graph.placeholder(identifier)
+        node.meta["val"] = self.fake_mode().from_tensor(value, static_shapes=True)
+        # No source: no guard is made for it. Static: CUDA graphs read it where it lies instead of copying it.
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        assert len(placeholders) == len(self.inputs)
+        self.inputs.append(value)
+        self.derived.append(supply)
+        return node
+
+    def fake_mode(self) -> FakeTensorMode:
+        """The fake mode of the values in this program's `meta["val"]`."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+        raise RuntimeError("the program has no tensor values")
+
+    def recompile(self) -> None:
+        self.graph.eliminate_dead_code(is_impure_node=_keep)
+        self.graph.lint()
+        self.gm.recompile()
+
+
+def _keep(node: Node) -> bool:
+    """Dead code elimination must not drop mutations, grad-mode switches or higher-order operators."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable or node.is_impure()
+    return not getattr(target, "__module__", "").startswith("_operator")

@@ -1,0 +1,99 @@
+"""What a rewrite did, and what it declined to do: counted, timed, printable, JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["PassReport", "Refusal", "Report"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One candidate that a pass left alone.
+
+    Attributes:
+        node: the graph node, module or weight concerned.
+        reason: why the pass stayed away.
+        hint: what the user could change; empty when nothing.
+    """
+
+    node: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}" + (f" → {self.hint}" if self.hint else "")
+
+
+@dataclass
+class PassReport:
+    """One pass on one program or model.
+
+    Attributes:
+        name: registry key of the pass.
+        exact: whether the rewrite keeps the model's meaning up to rounding.
+        hits: number of places rewritten.
+        refusals: candidates left alone, each with its reason.
+        seconds: wall time of the pass.
+        ops: operator counts, after minus before; zero entries are left out.
+        flops: FLOPs of the program after minus before, at the traced sizes; None where not counted.
+        weight_bytes: bytes of weights read by one call, after minus before; None where not counted.
+        derived_bytes: bytes held beside the original weights for derived weights.
+        max_difference: largest absolute output difference to the program before the pass, where asked for.
+    """
+
+    name: str
+    exact: bool
+    hits: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    seconds: float = 0.0
+    ops: dict[str, int] = field(default_factory=dict)
+    flops: int | None = None
+    weight_bytes: int | None = None
+    derived_bytes: int = 0
+    max_difference: float | None = None
+
+    def line(self) -> str:
+        """One line for a person: what fired, or the commonest reason why nothing did."""
+        if self.hits:
+            gain = ""
+            if self.weight_bytes:
+                gain += f", {self.weight_bytes / 1e6:+.1f} MB of weights read a call"
+            if self.flops:
+                gain += f", {self.flops / 1e9:+.2f} GFLOP"
+            return f"{self.name}: {self.hits} rewritten{gain}"
+        if not self.refusals:
+            return f"{self.name}: nothing to rewrite"
+        (reason, count), *_ = Counter(r.reason for r in self.refusals).most_common(1)
+        first = next(r for r in self.refusals if r.reason == reason)
+        hint = f" → {first.hint}" if first.hint else ""
+        return f"{self.name}: nothing rewritten; {count} x {reason} (first: {first.node}){hint}"
+
+
+@dataclass
+class Report:
+    """Everything that happened on the way from one graph (or model) to its rewritten form.
+
+    Attributes:
+        entrance: ``"model"``, ``"program"`` or ``"backend"``.
+        passes: one entry per pass, in the order they ran.
+        unrewritten: why the graph went on as it was, when it could not be brought into the dialect.
+    """
+
+    entrance: str
+    passes: list[PassReport] = field(default_factory=list)
+    unrewritten: str | None = None
+
+    @property
+    def hits(self) -> int:
+        return sum(p.hits for p in self.passes)
+
+    def lines(self) -> list[str]:
+        if self.unrewritten:
+            return [f"graph left as it was: {self.unrewritten}"]
+        return [p.line() for p in self.passes]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Operators: reference, fake, autograd, FLOP formula and tolerance of each."""

@@ -1,0 +1,1 @@
+"""Targets: where a rewritten program goes."""

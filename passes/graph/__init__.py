@@ -1,0 +1,1 @@
+"""Passes that change the graph: they act on a program and in the backend."""

@@ -1,0 +1,1 @@
+"""Passes that need a cache or a decode loop which effpass owns."""

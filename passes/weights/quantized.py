@@ -1,0 +1,98 @@
+"""Quantised weights: which layers hold one, in which scheme, and its value without quantisation.
+
+Known by their classes' names, so that no quantisation package is imported to look.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effpass.core.errors import ModelError
+
+__all__ = ["dequantize_linears", "dequantized", "scheme_of", "tensor_scheme"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor_scheme(weight: Tensor) -> str | None:
+    """``"torchao Int8Tensor"`` or ``"torch.float8_e4m3fn"`` for a quantised weight; None for an ordinary one."""
+    if type(weight).__module__.split(".")[0] == "torchao":
+        return f"torchao {type(weight).__name__}"
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return f"bitsandbytes {type(weight).__name__}"
+    return None if weight.dtype in _FLOATS else str(weight.dtype)
+
+
+def scheme_of(module: nn.Module) -> str | None:
+    """The quantisation of a layer's weight, ``"bitsandbytes Linear4bit"``; None where it has none."""
+    name = type(module).__name__
+    if name in ("Linear4bit", "Linear8bitLt"):
+        return f"bitsandbytes {name}"
+    if any(hasattr(module, attribute) for attribute in ("qweight", "W_q", "weight_packed")):
+        return name  # GPTQ, AWQ, HQQ, compressed-tensors
+    weight = getattr(module, "weight", None)
+    scheme = tensor_scheme(weight) if isinstance(weight, Tensor) else None
+    return f"{name} ({scheme})" if scheme and "torchao" not in scheme else scheme
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a quantised layer as float32.
+
+    Raises:
+        ModelError: a scheme whose weights can't be read back here.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return _from_float8(weight, getattr(module, "weight_scale_inv", None), getattr(module, "block_size", None))
+    if isinstance(weight, Tensor) and hasattr(weight, "dequantize") and tensor_scheme(weight):
+        if "bitsandbytes" not in str(tensor_scheme(weight)):
+            return weight.dequantize().float()
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(module).detach().float()
+    raise ModelError(
+        f"the weight of a {type(module).__name__} ({scheme_of(module)}) can't be dequantised here",
+        hint="load the model unquantised",
+    )
+
+
+def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, int] | None) -> Tensor:
+    """W · s with one scale per block of `block_size` (the last ones may be cut off), or one for all."""
+    if scale is None:
+        return weight.float()
+    scale = scale.float()
+    if scale.dim() == 2 and block_size is not None:
+        for dim, (size, block) in enumerate(zip(weight.shape, block_size, strict=True)):
+            scale = scale.repeat_interleave(block, dim=dim).narrow(dim, 0, size)
+    return weight.float() * scale
+
+
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
+    """Put an ordinary `nn.Linear` of `dtype` in place of every quantised layer, and drop the model's quantisation config.
+
+    All of them, not only those an adapter touches: a checkpoint that is half quantised would be quantised again,
+    silently, when it is loaded.
+
+    Returns:
+        The number of layers replaced.
+
+    Raises:
+        ModelError: one of them can't be dequantised; the model is unchanged.
+    """
+    quantised = {name: module for name, module in model.named_modules() if scheme_of(module) is not None}
+    weights = {name: dequantized(module).to(dtype) for name, module in quantised.items()}
+    for name, module in quantised.items():
+        out_features, in_features = weights[name].shape
+        with torch.device("meta"):
+            linear = nn.Linear(in_features, out_features, bias=False)
+        linear.weight = nn.Parameter(weights.pop(name), requires_grad=False)
+        bias = getattr(module, "bias", None)
+        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(dtype), False))
+        model.set_submodule(name, linear.train(module.training))
+    if quantised:
+        for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+            model.__dict__.pop(attribute, None)
+        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+            del model.config.quantization_config
+    return len(quantised)

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """No test sees graphs, counters or thread settings of another."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def toy_passes(monkeypatch: pytest.MonkeyPatch):
+    """The toy passes, registered by name for one test."""
+    import toy_passes as toys
+
+    from effpass.core import registry
+
+    monkeypatch.setattr(registry, "BUILTIN", {**registry.BUILTIN, **toys.TOYS})
+    return toys
