@@ -1,12 +1,15 @@
 """The Python face: load, prepare, optimize, inspect, generate, export.
 
-    model, tokenizer = effpass.load_model("smollm2")
-    model = effpass.prepare(model, "recipe.yaml")        # an ordinary transformers model, every pass active
-    model.generate(...)
+model, tokenizer = effpass.load_model("smollm2")
+model = effpass.prepare(model, "recipe.yaml")        # an ordinary transformers model, every pass active
+model.generate(...)
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,15 +22,20 @@ from effpass.core.errors import EffpassError, PassRefusedError
 from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
 from effpass.core.model import LoadedModel, load_model
+from effpass.core.options import dump_options
 from effpass.core.recipe import Recipe
 from effpass.core.report import PassReport, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from effpass.lowering.targets.onnx import ExportedDecoder
+
 __all__ = [
     "Inspection",
     "LoadedModel",
+    "check_export",
+    "check_savable",
     "export",
     "generate",
     "inspect",
@@ -36,6 +44,7 @@ __all__ = [
     "prepare",
     "read_recipe",
     "refresh",
+    "save",
     "swap_adapter",
 ]
 
@@ -82,30 +91,36 @@ def prepare(
     Raises:
         EffpassError: a pass can't act; nothing was changed.
     """
-    planned = _planned(recipe)
+    prepared, second = _prepare(model, _planned(recipe))
+    if second:
+        prepared.compile(backend="effpass", options={"passes": second}, **compile_options)
+    return prepared
+
+
+def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """Run the first hands; returns the model to use and the recipe items that are left for the backend."""
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]
     for p in second:
         if "backend" not in p.pass_.entrances:
             raise PassRefusedError(f"{p.pass_.name} has neither a first hand nor a backend entrance")
+        p.pass_.check_model(model)
     report = PassManager(first).prepare(model)
-    prepared = model.get_base_model() if _is_merged_peft(model) else model
-    if second:
-        options = {"passes": [_as_item(p) for p in second]}
-        prepared.compile(backend="effpass", options=options, **compile_options)
-    prepared.effpass_report = report  # type: ignore[assignment]
-    return prepared
+    prepared = model.get_base_model() if _is_merged_peft(model) else model  # type: ignore[operator]
+    prepared.effpass_report = report
+    items = [
+        {p.pass_.name: {**dump_options(p.pass_.options), "require": p.require, "verify": p.verify}} for p in second
+    ]
+    return prepared, items
 
 
-def _is_merged_peft(model: torch.nn.Module) -> bool:
+def _is_merged_peft(model: Any) -> bool:
     """A PeftModel whose adapter layers are all gone."""
-    return hasattr(model, "get_base_model") and not any("lora_" in name for name, _ in model.named_modules())
+    if not hasattr(model, "get_base_model") or model.active_peft_config.is_prompt_learning:
+        return False
+    from effpass.passes.weights.attached_lora import tuner_layers
 
-
-def _as_item(planned: Planned) -> dict[str, Any]:
-    keys: dict[str, Any] = asdict(planned.pass_.options)
-    keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
-    return {planned.pass_.name: {**keys, "require": planned.require, "verify": planned.verify}}
+    return not tuner_layers(model)
 
 
 def optimize(
@@ -127,14 +142,12 @@ def optimize(
         fullgraph: as in `torch.compile`.
         inner: registered backend that compiles the rewritten graph.
     """
-    planned = _planned(recipe)
-    second = [p for p in planned if not p.pass_.has_first_hand]
-    prepared = prepare(model, recipe, dynamic=dynamic, fullgraph=fullgraph, mode=mode)
-    options = {"passes": [_as_item(p) for p in second], "inner": inner}
+    prepared, second = _prepare(model, _planned(recipe))
+    options: dict[str, Any] = {"passes": second, "inner": inner}
     if mode is not None:
         from torch._inductor import list_mode_options
 
-        options["inner_options"] = list_mode_options(mode)
+        options["inner_options"] = list_mode_options(mode)  # torch.compile takes a mode or options, not both
     prepared.compile(backend="effpass", options=options, dynamic=dynamic, fullgraph=fullgraph)
     return prepared
 
@@ -152,6 +165,7 @@ class Inspection:
         weight_bytes: bytes of the model's parameters.
         derived_bytes: bytes that derived weights would take beside them under `torch.compile`; 0 through
             :func:`prepare` and in exports.
+        unmet: passes that are required and would rewrite nothing.
     """
 
     graphs: int = 0
@@ -161,6 +175,7 @@ class Inspection:
     ops_after: dict[str, int] = field(default_factory=dict)
     weight_bytes: int = 0
     derived_bytes: int = 0
+    unmet: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,7 +215,7 @@ def inspect(
         _add(result.ops_before, program.op_counts())
         report = PassManager([Planned(p.pass_) for p in here]).run(program)
         for entry in report.passes:
-            entry.derived_bytes = derived_bytes(program.derived, program.inputs, entry.name)
+            entry.derived_bytes = derived_bytes(program.derived, entry.name)
         result.derived_bytes += sum(e.derived_bytes for e in report.passes)
         _add(result.ops_after, program.op_counts())
         result.reports.append(report)
@@ -223,7 +238,7 @@ def inspect(
     for p in here:
         hits = sum(e.hits for r in result.reports for e in r.passes if e.name == p.pass_.name)
         if p.require and not hits:
-            raise PassRefusedError(f"{p.pass_.name} is required and would rewrite nothing")
+            result.unmet.append(p.pass_.name)
     return result
 
 
@@ -248,9 +263,11 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
 
     from transformers import TextIteratorStreamer
 
-    if tokenizer.chat_template:
+    if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
@@ -274,6 +291,69 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
         raise failure[0]
 
 
+def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raise an :class:`EffpassError` when :func:`save` could not write what `recipe` makes as a checkpoint.
+
+    Args:
+        recipe: its passes must all work on weights.
+        folder: where the checkpoint will be; nothing, or with `overwrite` a checkpoint.
+        overwrite: replace a checkpoint that is there.
+    """
+    for step in recipe.steps:
+        if registry.load(step.name).kind != "weights":
+            raise PassRefusedError(
+                f"{step.name} rewrites the graph or the runtime, which a checkpoint can't hold",
+                hint="leave it out of this recipe; apply it with torch.compile(backend='effpass') or `effpass export`",
+            )
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise EffpassError(f"{folder} exists", hint="choose another folder, or pass overwrite (--overwrite)")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise EffpassError(
+            f"{folder} is no checkpoint, and only a checkpoint is replaced", hint="choose another folder"
+        )
+
+
+def save(
+    model: Any, folder: str | Path, *, recipe: Recipe | None = None, tokenizer: Any = None, overwrite: bool = False
+) -> None:
+    """Save a prepared model as an ordinary checkpoint, whole or not at all.
+
+    Args:
+        model: what :func:`prepare` returned; its `effpass_report` must count a rewrite.
+        folder: the checkpoint; its parent folders are made.
+        recipe: saved inside as ``effpass.yaml``.
+        tokenizer: saved inside.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        EffpassError: nothing was rewritten, or `folder` is in the way.
+    """
+    folder = Path(folder).absolute()
+    if recipe is not None:
+        check_savable(recipe, folder, overwrite=overwrite)
+    report: Report | None = getattr(model, "effpass_report", None)
+    if report is not None and not report.hits:
+        raise EffpassError("no pass changed a weight; nothing to save: " + "; ".join(report.lines()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if recipe is not None:
+            recipe.save(temporary / "effpass.yaml")
+        if folder.exists():
+            replaced = folder.with_name(f"{temporary.name}.old")
+            os.rename(folder, replaced)
+            os.rename(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def export(
     model: torch.nn.Module,
     recipe: Recipe | str | Path | Mapping[str, Any] | None,
@@ -282,7 +362,7 @@ def export(
     target: str = "onnx",
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Any:
+) -> ExportedDecoder:
     """Rewrite `model` by `recipe`, export it, validate the file; a file that does not validate does not stay.
 
     Weights passes work once on the model itself, which is changed in place; graph passes on the exported program.
@@ -296,13 +376,23 @@ def export(
         progress: called with one line per step.
 
     Returns:
-        The target's validation result: export error and method loss per case.
+        The file with its checks: export error and method loss per case.
     """
-    if target != "onnx":
-        raise EffpassError(f"target {target!r} is not available; available: onnx", hint="use --target onnx")
+    check_export(out, target=target, overwrite=overwrite)
     from effpass.lowering.targets.onnx import export_decoder
 
-    return export_decoder(model, read_recipe(recipe), _planned(recipe), Path(out), overwrite=overwrite, progress=progress)
+    parsed = read_recipe(recipe)
+    return export_decoder(model, parsed, _planned(parsed), Path(out), overwrite=overwrite, progress=progress)
+
+
+def check_export(out: str | Path, *, target: str = "onnx", overwrite: bool = False) -> None:
+    """Raise an :class:`EffpassError` when :func:`export` could not write `out`; what can be known without a model."""
+    if target != "onnx":
+        raise EffpassError(f"target {target!r} can't be exported to; available: onnx", hint="use --target onnx")
+    from effpass.lowering.targets.onnx import check_output, require_packages
+
+    require_packages()
+    check_output(Path(out), overwrite=overwrite)
 
 
 def swap_adapter(model: torch.nn.Module, adapter: str | Path) -> int:

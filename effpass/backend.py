@@ -143,7 +143,7 @@ def effpass(
         return inner(gm, example_inputs)
     report = PassManager(planned).run(program)
     for entry in report.passes:
-        entry.derived_bytes = derived_bytes(program.derived, program.inputs, entry.name)
+        entry.derived_bytes = derived_bytes(program.derived, entry.name)
     if not report.hits:
         compiled = inner(gm, example_inputs)
     else:
@@ -160,12 +160,12 @@ def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, 
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
-        return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches or None)
+        return lambda gm, inputs: compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[return-value]
     if mode is not None:
         raise RecipeError(f"mode={mode!r} is a mode of Inductor, and options['inner'] is {options.inner!r}")
     backend = lookup_backend(options.inner)
     keywords = {"options": dict(options.inner_options)} if options.inner_options else {}
-    return lambda gm, inputs: backend(gm, inputs, **keywords)
+    return lambda gm, inputs: backend(gm, list(inputs), **keywords)
 
 
 def _record(report: Report, options: BackendOptions) -> None:

@@ -7,29 +7,33 @@ in place of the weight. The value has one of three homes:
     `torch.export` programs: computed once into the state dict; the original goes when nothing else reads it.
 ``graph``
     inside the program, recomputed at every call: where a gradient must flow to an original, or where a write to it
-    can't be seen from outside (DTensor, inference tensors, a process group).
+    can't be seen from outside (DTensor, inference tensors, a process group, the program's own writes).
 ``cached``
     under `torch.compile`: weights reach the compiled function as run-time arguments, so a wrapper around it computes
-    the derived tensor from them and passes it as one more argument. One copy serves all compiled variants. It is
-    recomputed, into the same buffer (CUDA graphs hold its address), when an original changed: another tensor object,
-    another storage, a moved version counter, an optimiser step anywhere in the process (fused steps move no version),
-    or :func:`refresh`.
+    the derived tensor from them and passes it as one more argument (:mod:`effpass.core.derived_arguments`). One copy
+    serves all compiled variants. It is recomputed, into the same buffer (CUDA graphs hold its address), when an
+    original changed (:mod:`effpass.core.live_weights`).
 
-Writes through `.data`, NumPy or a collective move nothing that can be seen: call ``effpass.refresh(model)`` after them,
-or compile with ``check_weights: true``, which compares checksums at every call.
+Writes through `.data`, NumPy or a foreign kernel move nothing that can be seen: call ``effpass.refresh(model)`` after
+them, or compile with ``check_weights: true``, which compares checksums at every call.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Node
 
-from effpass.core.live_weights import DerivedArguments, Slot, Spec, derived_bytes, refresh
+from effpass.core.checksum import digest
+from effpass.core.derived_arguments import DerivedArguments, Spec, derived_bytes, process_group_is_up
+from effpass.core.inline import inline
+from effpass.core.live_weights import Slot, compute_exactly, refresh
+from effpass.core.verify import aliased_operands, returns_alias
 
 if TYPE_CHECKING:
     from effpass.core.program import Program
@@ -43,17 +47,28 @@ def home_of(program: Program, originals: Sequence[Node]) -> Home:
     """Where a weight derived from `originals` lives; see the module's docstring."""
     if program.front == "export":
         return "module"
-    weights = [program.weight_of(node) for node in originals]
-    if any(w is None for w in weights):
+    tensors = [weight.tensor for node in originals if (weight := program.weight_of(node)) is not None]
+    if len(tensors) < len(originals) or any(_is_written(node) for node in originals):
         return "graph"
-    tensors = [w.tensor for w in weights if w is not None]
-    if program.grad_enabled and any(t.requires_grad for t in tensors):
+    if any(t.requires_grad for t in tensors) and (program.grad_enabled or _enables_grad(program)):
         return "graph"
     if any(t.is_inference() or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
         return "graph"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "graph"
-    return "cached"
+    return "graph" if process_group_is_up() else "cached"
+
+
+def _is_written(node: Node) -> bool:
+    """Whether the program writes to the storage of `node` (an embedding with `max_norm`, running statistics)."""
+    for user in node.users:
+        operands = dict(aliased_operands(user))
+        if operands.get(node) or (node in operands and returns_alias(user) and _is_written(user)):
+            return True
+    return False
+
+
+def _enables_grad(program: Program) -> bool:
+    switches = program.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return any(node.args == (True,) for node in switches)
 
 
 def derive(
@@ -65,22 +80,18 @@ def derive(
     slot: Slot | None,
 ) -> Node:
     """Implements :meth:`effpass.core.program.Program.derive`."""
-    if slot is None and constants:
-        slot = Slot.shared((owner, _digest(constants)), lambda: constants)
     known = program.derived_nodes.get((owner, tuple(originals)))
     if known is not None:
         return known
+    if slot is None and constants:
+        slot = Slot.shared((owner, digest(constants)), lambda: constants)
     if program.parent is not None:
-        node = _derive_in_body(program, owner, originals, compute, slot)
+        into = _derive_in_body
     else:
-        home = home_of(program, originals)
-        if home == "module":
-            node = _derive_in_module(program, owner, originals, compute, slot)
-        elif home == "graph":
-            node = _derive_in_graph(program, owner, originals, compute, slot)
-        else:
-            node = _derive_cached(program, owner, originals, compute, slot)
-    program.derived_nodes[(owner, tuple(originals))] = node
+        into = {"module": _derive_in_module, "graph": _derive_in_graph, "cached": _derive_cached}[
+            home_of(program, originals)
+        ]
+    node = program.derived_nodes[(owner, tuple(originals))] = into(program, owner, originals, compute, slot)
     return node
 
 
@@ -89,37 +100,57 @@ def _derive_in_module(
 ) -> Node:
     from effpass.core.exported import add_parameter
 
-    with torch.no_grad():
-        value = compute(*(program.weights[n].tensor.detach() for n in originals), **(slot.tensors if slot else {}))
+    tensors = [program.weights[n].tensor.detach() for n in originals]
+    with torch.inference_mode(False), torch.no_grad(), compute_exactly(tensors[0].device):
+        value = compute(*tensors, **(slot.tensors if slot else {}))
     return add_parameter(program, owner.replace(":", "."), value.contiguous(), before=program.first_computation())
 
 
 def _derive_cached(
     program: Program, owner: str, originals: Sequence[Node], compute: Callable[..., Tensor], slot: Slot | None
 ) -> Node:
-    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
-    positions = tuple(placeholders.index(n) for n in originals)
-    spec = Spec(owner, positions, compute, slot)
-    value = spec.entry(program.inputs)
-    program.holds.append(value)  # the first value is computed now; it must outlive the compilation
-    return program.add_input("derived_" + owner, value.current(), spec)
+    placeholders = program.graph.find_nodes(op="placeholder")
+    positions = [placeholders.index(n) for n in originals]
+    spec = Spec(owner, positions, [program.inputs[p] for p in positions], compute, slot)
+    assert spec.first is not None
+    assert spec.first.value is not None
+    return program.add_input("derived_" + owner, spec.first.value, spec)
 
 
 def _derive_in_graph(
     program: Program, owner: str, originals: Sequence[Node], compute: Callable[..., Tensor], slot: Slot | None
 ) -> Node:
-    from effpass.core.inline import inline
-
-    inputs = list(originals)
-    names = []
+    inputs: list[Node] = list(originals)
+    names: list[str] = []
     if slot is not None:
         slot.in_graph = True
-        for name, tensor in slot.tensors.items():
-            inputs.append(program.add_input(f"{owner}_{name}", tensor, (slot, name)))
-            names.append(name)
+        names = list(slot.tensors)
+        inputs += [program.add_input(f"{owner}_{name}", slot.tensors[name], (slot, name)) for name in names]
     split = len(originals)
-    with program.graph.inserting_before(program.first_computation(after=inputs)):
-        return inline(program, lambda *a: compute(*a[:split], **dict(zip(names, a[split:], strict=True))), inputs)
+
+    def computed(*tensors: Tensor) -> Tensor:
+        return compute(*tensors[:split], **dict(zip(names, tensors[split:], strict=True)))
+
+    with program.graph.inserting_before(program.first_computation(after=inputs)), _plainly(program, originals):
+        return inline(program, computed, inputs)
+
+
+@contextmanager
+def _plainly(program: Program, originals: Sequence[Node]) -> Iterator[None]:
+    """Nodes inserted inside compute without autocast, and with gradients where a region of the program enables them."""
+    graph, device = program.graph, originals[0].meta["val"].device
+    entered = None
+    if torch.is_autocast_enabled(device.type):
+        entered = graph.call_function(_enter_autocast, (device.type, None, False, False))
+    enables_grad = not program.grad_enabled and _enables_grad(program)
+    if enables_grad:
+        graph.call_function(torch._C._set_grad_enabled, (True,))
+    with compute_exactly(device):
+        yield
+    if enables_grad:
+        graph.call_function(torch._C._set_grad_enabled, (False,))
+    if entered is not None:
+        graph.call_function(_exit_autocast, (entered,))
 
 
 def _derive_in_body(
@@ -129,23 +160,12 @@ def _derive_in_body(
     parent, caller = program.parent, program.caller
     assert parent is not None
     assert caller is not None
-    takes = [n for n in program.graph.nodes if n.op == "placeholder"]
+    takes = program.graph.find_nodes(op="placeholder")
     operands = list(caller.args)[-len(takes) :]
-    outer_originals = [operands[takes.index(n)] for n in originals]
+    outer_originals: list[Any] = [operands[takes.index(n)] for n in originals]
     outer = derive(parent, owner, outer_originals, compute, {}, slot)
-    if parent.graph.nodes and list(parent.graph.nodes).index(outer) > list(parent.graph.nodes).index(caller):
-        caller.prepend(outer)
     caller.args = (*caller.args, outer)
     with program.graph.inserting_after(takes[-1]):
         inner = program.graph.placeholder("derived_" + "".join(c if c.isalnum() else "_" for c in owner))
     inner.meta["val"] = outer.meta["val"]
     return inner
-
-
-def _digest(constants: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(constants):
-        tensor = constants[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,11 +1,12 @@
 """Front end one: a Dynamo graph, retraced into the dialect.
 
-Dynamo hands its backend a graph of torch-level calls. It is run once through ``make_fx(pre_dispatch=True)`` on fake
-tensors, which yields pre-dispatch ATen. Five things must survive that, each learned from a failure:
+Dynamo hands its backend a graph of torch-level calls. :mod:`effpass.core.retrace` brings them to pre-dispatch ATen on
+fake tensors. Six things must survive that, each learned from a failure:
 
 * higher-order operators stay whole (executed, `autograd_function_apply` loses gradients silently);
 * a Python float that Dynamo lifted (``dynamic=True``) keeps the SymFloat Dynamo recorded for its ``.item()``;
 * the metadata that makes weights *static* inputs is carried over (without it CUDA graphs copy them at each replay);
+* autocast regions are recorded and entered (recorded alone, the dtypes inside them come out wrong);
 * the retrace has a fake mode of its own, so that in-place writes it traces do not age the one AOTAutograd uses;
 * `TensorifyScalarRestartAnalysis` is Dynamo's control flow, not an error.
 """
@@ -18,17 +19,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
-from torch.fx.traceback import preserve_node_meta
+from torch.fx import GraphModule, Node
 
 from effpass.core.errors import RewriteError
 from effpass.core.normalize import normalize
 from effpass.core.program import Program, Weight
+from effpass.core.retrace import copy_placeholders, like, retrace
 
 __all__ = ["NotRetraceableError", "program_from_dynamo", "source_name", "weight_names"]
 
@@ -36,10 +36,6 @@ __all__ = ["NotRetraceableError", "program_from_dynamo", "source_name", "weight_
 _FUNCTORCH = re.compile(
     r"vmap_(in|de)crement|_add_batch_dim|_remove_batch_dim|(grad|jvp)_(in|de)crement|_wrap_for_grad"
 )
-
-# Operators with a body that computes the model itself, so passes look inside. Bodies of other operators (a custom
-# autograd.Function, a flex_attention score function) are somebody's definition of an operation and stay untouched.
-_TRANSPARENT = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
 
 
 class NotRetraceableError(Exception):
@@ -67,7 +63,9 @@ def program_from_dynamo(gm: GraphModule, example_inputs: Sequence[Any], prefix: 
     try:
         with _own_fake_mode() as fake_mode:
             fakes = [_fakeify(fake_mode, x) for x in example_inputs]
-            traced, bodies = _retrace(gm, fakes, fake_mode)
+            retraced = retrace(gm, fakes, fake_mode)
+        # As Dynamo does with its own: weak references to weights would make torch.utils.swap_tensors refuse them.
+        fake_mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
     except TensorifyScalarRestartAnalysis:
         raise
     except Exception as error:
@@ -75,10 +73,10 @@ def program_from_dynamo(gm: GraphModule, example_inputs: Sequence[Any], prefix: 
             f"the graph could not be retraced: {type(error).__name__}: {error}",
             hint="compile with options={'passes': []} to run it unrewritten, and report this graph",
         ) from error
-    _carry_metadata(gm, traced)
-    weights = _weights(traced, example_inputs, prefix)
-    program = Program(traced, "dynamo", weights, list(example_inputs), torch.is_grad_enabled(), prefix=prefix)
-    program.bodies = [_body_program(program, node, position) for node, position in bodies]
+    _carry_metadata(gm, retraced.gm)
+    weights = _weights(retraced.gm, example_inputs, prefix)
+    program = Program(retraced.gm, "dynamo", weights, list(example_inputs), torch.is_grad_enabled(), prefix=prefix)
+    program.bodies = [_body_program(program, node, position) for node, position in retraced.bodies]
     normalize(program)
     return program
 
@@ -104,7 +102,7 @@ def _fakeify(fake_mode: FakeTensorMode, x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
     if isinstance(x, FakeTensor):
-        return x if x.fake_mode is fake_mode else _like(fake_mode, x)
+        return x if x.fake_mode is fake_mode else like(fake_mode, x)
     context = TracingContext.try_get()
     symbolic = context.tensor_to_context.get(x) if context is not None else None
     if symbolic is None:
@@ -112,115 +110,19 @@ def _fakeify(fake_mode: FakeTensorMode, x: Any) -> Any:
     return fake_mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
 
 
-def _like(fake_mode: FakeTensorMode, value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor with the metadata of `value`, which belongs to another fake mode over the same symbols."""
-    with fake_mode, torch.no_grad():
-        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    if not value.requires_grad:
-        return fake
-    fake.requires_grad_()
-    with fake_mode, torch.enable_grad():  # not a leaf: the graph may write into it
-        return fake.view_as(fake)
-
-
-class _Retrace(Interpreter):
-    """Runs Dynamo's graph under `make_fx`; emits by hand the nodes that must not be run."""
-
-    def __init__(self, gm: GraphModule, fake_mode: FakeTensorMode) -> None:
-        super().__init__(gm, garbage_collect_values=True)
-        self.fake_mode = fake_mode
-        self.whole: list[tuple[str, int]] = []  # (name of the transparent operator's node, position of its body)
-
-    def run_node(self, n: Node) -> Any:
-        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
-            return self._emit(n, n.target)
-        if n.op == "call_method" and n.target == "item" and "example_value" in n.meta:
-            return self._emit(n, torch.ops.aten.item.default)
-        return super().run_node(n)
-
-    def _emit(self, n: Node, target: Any) -> Any:
-        """Put `n` into the new graph as it is, and go on with fake values like those that Dynamo recorded for it."""
-        mode = get_proxy_mode()
-        assert mode is not None
-        tracer = mode.tracer
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        proxied = pytree.tree_map(lambda a: self._as_operand(tracer, n, a), (args, kwargs))
-        with self._set_current_node(n):
-            proxy = tracer.create_proxy("call_function", target, *proxied, name=n.name)
-        with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-            value = pytree.tree_map_only(torch.Tensor, lambda v: _like(self.fake_mode, v), n.meta["example_value"])
-        track_tensor_tree(value, proxy, constant=None, tracer=tracer)
-        if getattr(target, "__name__", "") in _TRANSPARENT or getattr(target, "_name", "") in _TRANSPARENT:
-            position = next(i for i, a in enumerate(args) if isinstance(a, GraphModule))
-            self.whole.append((proxy.node.name, position))
-        return value
-
-    def _as_operand(self, tracer: Any, n: Node, value: Any) -> Any:
-        if not isinstance(value, torch.nn.Module):
-            return tracer.unwrap_proxy(value)
-        names = {id(module): name for name, module in tracer.root.named_children()}
-        name = names.get(id(value))
-        if name is None:
-            name = next(a.target for a in n.all_input_nodes if a.op == "get_attr" and self._resolve(a.target) is value)
-            name = str(name).replace(".", "_")
-            tracer.root.add_module(name, value)
-        return tracer.create_proxy("get_attr", name, (), {})
-
-    def _resolve(self, target: Any) -> Any:
-        value: Any = self.module
-        for atom in str(target).split("."):
-            value = getattr(value, atom)
-        return value
-
-
-def _retrace(
-    gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode
-) -> tuple[GraphModule, list[tuple[Node, int]]]:
-    interpreter = _Retrace(gm, fake_mode)
-    with preserve_node_meta(), fake_mode:
-        traced = make_fx(
-            lambda *args: interpreter.run(*args, enable_io_processing=False),
-            pre_dispatch=True,
-            _allow_non_fake_inputs=True,
-        )(*fakes)
-    by_name = {node.name: node for node in traced.graph.nodes}
-    bodies = []
-    for name, position in interpreter.whole:
-        node = by_name[name]
-        operand = node.args[position]
-        assert isinstance(operand, Node)
-        body = getattr(traced, str(operand.target))
-        values = [a.meta["val"] if isinstance(a, Node) else a for a in node.args[position + 1 :]]
-        takes = [n for n in body.graph.nodes if n.op == "placeholder"]
-        if len(values) < len(takes):
-            continue  # an operator with a calling convention we don't know: its body stays as Dynamo wrote it
-        new_body, inner = _retrace(body, values[-len(takes) :], fake_mode)
-        if inner:
-            continue  # nested checkpoints keep the torch-level body
-        _copy_placeholders(body, new_body)
-        setattr(traced, str(operand.target), new_body)
-        bodies.append((node, position))
-    return traced, bodies
-
-
-def _copy_placeholders(old: GraphModule, new: GraphModule) -> None:
-    """Give the new placeholders the names and metadata of the old ones."""
-    before = [n for n in old.graph.nodes if n.op == "placeholder"]
-    after = [n for n in new.graph.nodes if n.op == "placeholder"]
-    for b, a in zip(before, after, strict=True):
-        a.meta = {**b.meta, "val": a.meta.get("val")}
-        a._rename(b.name)
-        a.target = b.target
-        if hasattr(b, "_dynamo_source"):
-            a._dynamo_source = b._dynamo_source
-
-
 def _carry_metadata(old: GraphModule, new: GraphModule) -> None:
-    _copy_placeholders(old, new)
+    copy_placeholders(old, new)
     new.meta.update(old.meta)
-    for name in ("_param_name_to_source", "_backend_id"):
-        if hasattr(old, name):
-            setattr(new, name, getattr(old, name))
+    if hasattr(old, "_backend_id"):
+        new._backend_id = old._backend_id
+    # AOTAutograd wants a source for each tensor that the graph module holds: those that Dynamo held keep theirs, and
+    # constants that the retrace made (`torch.tensor([])` in an empty cache) get one of their own.
+    sources = dict(getattr(old, "_param_name_to_source", {}))
+    held = {id(t): sources.get(name) for name, t in (*old.named_parameters(), *old.named_buffers())}
+    for name, tensor in (*new.named_parameters(), *new.named_buffers()):
+        if name not in sources:
+            sources[name] = held.get(id(tensor)) or ConstantSource(name)
+    new._param_name_to_source = sources  # type: ignore[assignment]
     new.recompile()
 
 

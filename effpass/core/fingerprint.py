@@ -1,14 +1,15 @@
 """Which model an artifact was learned for: its architecture, and a sketch of its weights.
 
-The architecture is the model's class, its `model_type` and a hash of all parameter names and shapes. The weights are
-sketched by a random projection: for up to 16 of them, evenly chosen, at most 65,536 evenly spaced elements x give
+The architecture is the model's class, its `model_type`, a table of its parameters (layer numbers replaced by `*`; it
+names differences) and a hash of all names and shapes (it finds every difference). The weights are sketched by a random
+projection: for up to 16 of them, evenly chosen, at most 65,536 evenly spaced elements x give
 
     norm = ‖x‖        projection = Σ sᵢ xᵢ,   sᵢ = ±1 fixed pseudo-random signs
 
 Two models that differ by Δ have projections that differ by about ‖Δx‖, so the root mean square over the sketched
-weights of (p' − p) / norm estimates the relative change ‖ΔW‖ / ‖W‖. Rounding to bfloat16 changes weights by 0.17 %; a
-fine-tune changes them by more than `TOLERANCE`. Mean absolute values can't tell those apart: they agree to 0.1 % even
-between a model and its fine-tune, because small changes of either sign cancel.
+weights of (p' − p) / norm estimates the relative change ‖ΔW‖ / ‖W‖: 0.14 % for SmolLM2 rounded to bfloat16, 0.02 % for
+float16. Norms or mean absolute values would not do: changes of either sign cancel in them, so that a fine-tune which
+moved the weights by 0.04 % moved their mean absolute value by 0.002 %.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from effpass.core.errors import ArtifactError
 
 __all__ = ["TOLERANCE", "Fingerprint", "Sketch"]
 
-# Relative change of the weights above which they count as those of another model: 0.17 % is rounding to bfloat16.
+# Relative change of the weights above which they count as those of another model: three times bfloat16's rounding.
 TOLERANCE = 0.004
 
 _WEIGHTS = 16
@@ -49,14 +51,15 @@ class Fingerprint:
     Attributes:
         architecture: name of the model's class.
         model_type: of its config; empty when it has none.
-        parameters: number of named parameters.
+        parameters: parameter name with layer numbers replaced by `*` → shape → how many,
+            ``{"model.layers.*.mlp.up_proj.weight": {"1536x576": 30}}``.
         shapes: SHA-256 of all parameter names and shapes.
         weights: weight name → its sketch; ``"any"`` accepts every model of this architecture.
     """
 
     architecture: str
     model_type: str
-    parameters: int
+    parameters: Mapping[str, Mapping[str, int]]
     shapes: str
     weights: Mapping[str, Sketch] | Literal["any"]
 
@@ -75,7 +78,7 @@ class Fingerprint:
         return cls(
             architecture=_architecture(model),
             model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
-            parameters=len(named),
+            parameters=_table(named),
             shapes=hashlib.sha256(shapes.encode()).hexdigest(),
             weights=weights or "any",
         )
@@ -88,17 +91,27 @@ class Fingerprint:
         Raises:
             ArtifactError: another class, `model_type` or set of parameters, or other weights; names the difference.
         """
-        here = Fingerprint.of(model, any_weights=True)
-        for what in ("architecture", "model_type", "parameters", "shapes"):
-            theirs, ours = getattr(self, what), getattr(here, what)
-            if theirs != ours:
-                label = {"parameters": "number of parameters", "shapes": "hash of parameter names and shapes"}
-                raise ArtifactError(
-                    f"wrong model: its {label.get(what, what)} is {ours!r}, the artifact was learned for {theirs!r}",
-                    hint="use the model that the artifact was learned for, or learn it again for this one",
-                )
+        difference = self._difference(Fingerprint.of(model, any_weights=True))
+        if difference:
+            raise ArtifactError(
+                f"wrong model: {difference}",
+                hint="use the model that the artifact was learned for, or learn it again for this one",
+            )
         if self.weights != "any":
             self._check_weights(dict(getattr(model, "_orig_mod", model).named_parameters(remove_duplicate=False)))
+
+    def _difference(self, here: Fingerprint) -> str | None:
+        """The first difference in architecture, in words; None when there is none."""
+        for what in ("architecture", "model_type"):
+            if getattr(self, what) != getattr(here, what):
+                return f"{what} is {getattr(here, what)!r}, the artifact was learned for {getattr(self, what)!r}"
+        for name in sorted({*self.parameters, *here.parameters}):
+            theirs, ours = (_in_words(fingerprint.parameters.get(name, {})) for fingerprint in (self, here))
+            if theirs != ours:
+                return f"{name} is {ours}, the artifact was learned for {theirs}"
+        if self.shapes != here.shapes:  # the same shapes, at other layers
+            return f"hash of parameter names and shapes is {here.shapes}, the artifact was learned for {self.shapes}"
+        return None
 
     def _check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
         assert self.weights != "any"
@@ -117,7 +130,7 @@ class Fingerprint:
                 f"wrong weights: they differ by about {change:.1%} from those that the artifact was learned for "
                 f"(same architecture; {TOLERANCE:.1%} is allowed for rounding), most at {name!r}, whose projection is "
                 f"{sketches[name].projection:.6g} and should be {self.weights[name].projection:.6g}",
-                hint='use the model that the artifact was learned for; or, if you know that these weights will do, set '
+                hint="use the model that the artifact was learned for; or, if you know that these weights will do, set "
                 '"weights": "any" in the fingerprint in its effpass.json',
             )
 
@@ -128,7 +141,7 @@ class Fingerprint:
         return {
             "architecture": self.architecture,
             "model_type": self.model_type,
-            "parameters": self.parameters,
+            "parameters": {name: dict(shapes) for name, shapes in self.parameters.items()},
             "shapes": self.shapes,
             "weights": weights,
         }
@@ -140,12 +153,14 @@ class Fingerprint:
         Raises:
             ValueError: `content` is something else; says what.
         """
-        types = {"architecture": str, "model_type": str, "parameters": int, "shapes": str, "weights": object}
+        types = {"architecture": str, "model_type": str, "parameters": dict, "shapes": str, "weights": object}
         if not isinstance(content, dict) or set(content) != set(types):
             raise ValueError(f"expected the keys {', '.join(types)}")
         for key, kind in types.items():
-            if not isinstance(content[key], kind) or isinstance(content[key], bool):
+            if not isinstance(content[key], kind):
                 raise ValueError(f"{key} is {content[key]!r}")
+        if not all(isinstance(shapes, dict) for shapes in content["parameters"].values()):
+            raise ValueError("parameters must hold a count for each shape")
         weights = content["weights"]
         if weights == "any":
             return cls(**content)
@@ -157,10 +172,22 @@ class Fingerprint:
         return cls(**{**content, "weights": {n: Sketch(float(a), float(b)) for n, (a, b) in weights.items()}})
 
 
+def _table(named: Sequence[tuple[str, torch.Tensor]]) -> dict[str, dict[str, int]]:
+    table: dict[str, dict[str, int]] = {}
+    for name, weight in named:
+        shapes = table.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), {})
+        shape = "x".join(map(str, weight.shape)) or "scalar"
+        shapes[shape] = shapes.get(shape, 0) + 1
+    return table
+
+
+def _in_words(shapes: Mapping[str, int]) -> str:
+    return " and ".join(f"{count} times {shape}" for shape, count in sorted(shapes.items())) or "missing"
+
+
 def _architecture(model: nn.Module) -> str:
     """The model's own class: fully_shard puts a class of its own, ``FSDPLlamaForCausalLM``, in front."""
-    own = (c for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed") and "FSDP" not in c.__name__)
-    return next(own).__name__
+    return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed."))
 
 
 def _in_memory(weight: torch.Tensor) -> bool:
@@ -168,7 +195,7 @@ def _in_memory(weight: torch.Tensor) -> bool:
     return plain and not weight.is_meta and weight.is_floating_point() and weight.numel() > 0
 
 
-def _chosen(named: list[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+def _chosen(named: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
     """Up to 16, evenly spaced in name order; matrices where there are any, since norms and biases hardly differ."""
     held = [(name, weight) for name, weight in named if _in_memory(weight)]
     held = [(name, weight) for name, weight in held if weight.dim() >= 2] or held

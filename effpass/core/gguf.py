@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from effpass.core.errors import ModelError
+from effpass.core.model_config import check_causal_lm, read_config
 
 __all__ = ["GgufHeader", "cache_dir", "read_gguf_header", "unpacked_checkpoint"]
 
@@ -77,12 +78,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
                 kind, offset = _scalar(file, "<I"), _scalar(file, "<Q")
                 elements += math.prod(shape)
                 ends.append(offset + _tensor_bytes(path, name, shape, kind))
-        except (struct.error, EOFError, UnicodeDecodeError, MemoryError) as error:
+            alignment = metadata.get("general.alignment", 32)
+            start = -(-file.tell() // alignment) * alignment
+        except (struct.error, EOFError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
             raise ModelError(
                 f"{path} is cut short or damaged: its header can't be read", hint="download the file again"
             ) from error
-        alignment = metadata.get("general.alignment", 32)
-        start = -(-file.tell() // alignment) * alignment
     if start + max(ends) > size:
         raise ModelError(
             f"{path} is cut short: it has {size} bytes and its tensors need {start + max(ends)}",
@@ -125,12 +126,6 @@ def unpacked_checkpoint(path: Path) -> Path:
     temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ModelError(
-            f"the cache folder {cache_dir()} can't be written: {error.strerror}",
-            hint="point EFFPASS_CACHE at a folder that you can write",
-        ) from error
-    try:
         need, free = 4 * header.elements, shutil.disk_usage(temporary).free
         if need > free:
             raise ModelError(
@@ -143,6 +138,11 @@ def unpacked_checkpoint(path: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # another process was first otherwise, and its copy is as good
                 raise
+    except OSError as error:
+        raise ModelError(
+            f"the cache folder {cache_dir()} can't be written: {error.strerror or error}",
+            hint="point EFFPASS_CACHE at a folder that you can write",
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -152,8 +152,8 @@ def _unpack(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from effpass.core.model import check_causal_lm, read_config
-
+    packed: Any
+    plain: Any
     check_causal_lm(read_config(path.parent, str(path), gguf_file=path.name), str(path))
     options: dict[str, Any] = {}
     try:

@@ -44,8 +44,8 @@ def inline(program: Program, fn: Callable[..., Any], inputs: Sequence[Any]) -> A
     Returns:
         What `fn` returns, as nodes of the program with their values in ``meta["val"]``.
     """
-    values = [a.meta["val"] if isinstance(a, Node) else a for a in inputs]
     with program_values(program):
+        values = [_fresh(a.meta["val"]) if isinstance(a, Node) else a for a in inputs]
         traced = make_fx(fn, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     traced.graph.eliminate_dead_code()
     mapping: dict[Node, Any] = {}
@@ -59,3 +59,10 @@ def inline(program: Program, fn: Callable[..., Any], inputs: Sequence[Any]) -> A
             mapping[node] = program.graph.node_copy(node, lambda n: mapping[n])
     (output,) = traced.graph.find_nodes(op="output")
     return torch.fx.node.map_arg(output.args[0], lambda n: mapping[n])
+
+
+def _fresh(value: Any) -> Any:
+    """Another object: two nodes may have one value, and tracing takes one object for one node."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().requires_grad_() if value.requires_grad else value.detach()

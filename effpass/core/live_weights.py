@@ -1,27 +1,53 @@
 """The cached home of derived weights: one copy for all compiled variants, recomputed when an original changed.
 
-What can be seen from outside: another tensor object, another storage, a moved version counter, an optimiser step
-anywhere in the process (fused steps move no version), a swapped :class:`Slot`. What can't: writes through `.data`,
-NumPy or a collective; :func:`refresh` is for those.
+A derived tensor is recomputed when one of its originals has another address, layout or version counter than before,
+when its :class:`Slot` was swapped, after an optimiser step anywhere in the process (fused steps move no version), and
+after :func:`refresh`, which is for writes that can't be seen: through `.data`, NumPy or a foreign kernel.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.autograd import _unsafe_preserve_version_counter
 
-__all__ = ["DerivedArguments", "Slot", "Spec", "derived_bytes", "refresh", "slots_of"]
+from effpass.core.checksum import checksum
+from effpass.core.errors import ArtifactError
 
-_lock = threading.RLock()
+__all__ = ["Entry", "Slot", "compute_exactly", "lock", "refresh", "slots_of", "tokens"]
+
+# Guards everything in this module. Not reentrant: a garbage collection that starts in a guarded block must find it
+# taken (see effpass.core.derived_arguments).
+lock = threading.Lock()
+
+
+class _Tokens:
+    """Compared by identity, and replaced by a new list: two threads can't lose an update, as they can of a counter.
+
+    A list, because Dynamo traces its creation inside a compiled optimiser step without a guard on the old one.
+
+    Attributes:
+        change: replaced whenever a derived tensor might be stale for a reason that is not looked for in each call.
+        step: replaced after an optimiser step.
+    """
+
+    def __init__(self) -> None:
+        self.change: list[Any] = []
+        self.step: list[Any] = []
+
+
+tokens = _Tokens()
+
+
+def _storage_died(_: Any) -> None:
+    tokens.change = []
 
 
 class Slot:
@@ -31,6 +57,9 @@ class Slot:
         key: identity of what the tensors are; slots are shared by key, so that every compiled variant of a model
             reads one copy and a swap reaches all of them.
         tensors: name → tensor.
+
+    Attributes:
+        in_graph: a compiled graph takes the tensors themselves as inputs.
     """
 
     _shared: ClassVar[weakref.WeakValueDictionary[Any, Slot]] = weakref.WeakValueDictionary()
@@ -38,147 +67,164 @@ class Slot:
     def __init__(self, key: Any, tensors: Mapping[str, Tensor]) -> None:
         self.key = key
         self.tensors = dict(tensors)
-        self.version = 0
+        self.version = object()
         self.in_graph = False
 
     @classmethod
     def shared(cls, key: Any, load: Callable[[], Mapping[str, Tensor]]) -> Slot:
         """The live slot with this key, or a new one filled by ``load()``."""
-        with _lock:
+        with lock:
             slot = cls._shared.get(key)
             if slot is None:
                 slot = cls._shared[key] = cls(key, load())
             return slot
 
+    def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise :class:`ArtifactError` unless :meth:`swap` would take `tensors`."""
+        if set(tensors) != set(self.tensors):
+            raise ArtifactError(f"{self.key}: expected the tensors {sorted(self.tensors)}, got {sorted(tensors)}")
+        for name, old in self.tensors.items():
+            new = tensors[name]
+            if self.in_graph and (new.shape, new.dtype) != (old.shape, old.dtype):
+                raise ArtifactError(
+                    f"{self.key}: a compiled graph takes {name} as an input of {tuple(old.shape)} {old.dtype},"
+                    f" got {tuple(new.shape)} {new.dtype}",
+                    hint="call torch._dynamo.reset(), so that the model is compiled again for other shapes",
+                )
+        for entry in list(Entry.live.values()):
+            if entry.slot is self:
+                entry.check_fit(tensors)
+
     def swap(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the tensors; every derived weight that reads them is recomputed at its next call.
 
+        Shapes may change (an adapter of another rank) where the derived weights keep theirs, except of tensors that
+        are inputs of a compiled graph.
+
         Raises:
-            ValueError: other names, or, where the tensors are inputs of a compiled graph, other shapes or dtypes.
+            ArtifactError: other names, or shapes that do not fit; the tensors in place stay.
         """
-        if set(tensors) != set(self.tensors):
-            raise ValueError(f"slot {self.key}: expected tensors {sorted(self.tensors)}, got {sorted(tensors)}")
-        if self.in_graph:
-            for name, old in self.tensors.items():
-                new = tensors[name]
-                if (new.shape, new.dtype) != (old.shape, old.dtype):
-                    raise ValueError(
-                        f"slot {self.key}: {name} is a graph input of {tuple(old.shape)} {old.dtype},"
-                        f" got {tuple(new.shape)} {new.dtype}; recompile for another shape"
-                    )
-        device = next(iter(self.tensors.values())).device if self.tensors else None
-        with _lock:
-            self.tensors = {name: t.to(device) for name, t in tensors.items()}
-            self.version += 1
-            _state.epoch += 1
+        with lock:
+            self.check_fit(tensors)
+            if self.in_graph:  # in place: the graph, and a CUDA graph around it, keep their inputs
+                with torch.inference_mode(False), torch.no_grad():
+                    for name, old in self.tensors.items():
+                        old.copy_(tensors[name])
+            else:
+                self.tensors = {name: tensors[name].detach().to(old.device) for name, old in self.tensors.items()}
+            self.version = object()
+            tokens.change = []
 
 
-# -- what changed ---------------------------------------------------------------------------------------------------
+class Entry:
+    """One derived tensor, and the state of its originals when it was computed.
 
-
-class _State:
-    """One counter that moves whenever any derived weight in the process might be stale for an unseen reason."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-        self.refreshed = 0
-        self.steps = 0
-        self.hooked = False
-
-    def watch_optimisers(self) -> None:
-        if not self.hooked:
-            self.hooked = True
-            register_optimizer_step_post_hook(self._after_step)
-
-    def _after_step(self, *_: Any) -> None:
-        self.steps += 1
-        self.epoch += 1
-
-
-_state = _State()
-
-
-class _Original:
-    """One strong reference to an original weight, shared by all derived weights computed from it.
-
-    Strong, because a weak one would make `torch.utils.swap_tensors` refuse; counted, so that a weight which nobody
-    else holds any more can be let go.
+    Holds its originals strongly, so that an id stays theirs while the entry lives: a weak reference to a tensor would
+    make `torch.utils.swap_tensors` refuse it.
     """
 
-    live: ClassVar[weakref.WeakValueDictionary[int, _Original]] = weakref.WeakValueDictionary()
+    live: ClassVar[weakref.WeakValueDictionary[Any, Entry]] = weakref.WeakValueDictionary()
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Original:
-        original = cls.live.get(id(tensor))
-        if original is None:
-            original = cls.live[id(tensor)] = cls(tensor)
-        return original
-
-    @property
-    def orphaned(self) -> bool:
-        return sys.getrefcount(self.tensor) <= 2  # this attribute and getrefcount's own argument
-
-
-class _Entry:
-    """One derived tensor and the state of its originals when it was computed."""
-
-    live: ClassVar[weakref.WeakValueDictionary[Any, _Entry]] = weakref.WeakValueDictionary()
-
-    def __init__(self, compute: Callable[..., Tensor], originals: Sequence[_Original], slot: Slot | None) -> None:
+    def __init__(self, compute: Callable[..., Tensor], originals: tuple[Tensor, ...], slot: Slot | None) -> None:
         self.compute = compute
-        self.originals = tuple(originals)
+        self.originals = originals
         self.slot = slot
         self.value: Tensor | None = None
-        self.seen: Any = None
-        self.checksums: tuple[float, ...] | None = None
+        self.visible: Any = None  # see _visible; None: recompute
+        # Weak, for a storage shall not outlive its weight. Once it is gone, its address may come back with other content.
+        self.storages: list[Any] = []
+        self.step: Any = None
+        self.checksums: list[int] | None = None
 
-    def state(self) -> Any:
-        return (
-            _state.steps,
-            _state.refreshed,
-            self.slot.version if self.slot is not None else 0,
-            *((t.tensor._version, t.tensor.data_ptr(), t.tensor.dtype, t.tensor.device) for t in self.originals),
-        )
+    @classmethod
+    def shared(
+        cls, owner: str, compute: Callable[..., Tensor], originals: tuple[Tensor, ...], slot: Slot | None
+    ) -> Entry:
+        """The live entry for these tensors, or a new one. The caller holds the lock."""
+        key = (owner, tuple(map(id, originals)), id(slot))
+        entry = cls.live.get(key)
+        if entry is None:
+            entry = cls.live[key] = cls(compute, originals, slot)
+        return entry
 
-    def current(self, check: bool = False) -> Tensor:
-        state = self.state()
-        if self.value is None or state != self.seen:
-            self._recompute()
-        elif check and self._sums() != self.checksums:
+    def current(self, *, check: bool = False, blind: bool = False) -> Tensor:
+        """The derived tensor, recomputed where needed. The caller holds the lock.
+
+        Args:
+            check: compare checksums of the originals with those at the last computation.
+            blind: writes can't be seen now: recompute in any case.
+        """
+        # The state is taken before the value, so that a write in between is seen at the next call.
+        step, visible, storages = tokens.step, self._visible(), [t.untyped_storage() for t in self.originals]
+        checksums = [checksum(t) for t in self.originals] if check else None
+        moved = [r() for r in self.storages] != storages
+        written = self.visible is not None and (moved or visible != self.visible)
+        if self.value is None or self.visible is None or written or step is not self.step or blind:
+            self._recompute(written)
+        elif checksums is not None and self.checksums is not None and checksums != self.checksums:
             warnings.warn(
-                "a weight was written in a way that can't be seen (.data, NumPy or a collective); what was derived was"
-                " recomputed. Call effpass.refresh(model) after such a write.",
+                "a weight was written in a way that can't be seen (.data, NumPy or a foreign kernel); what is derived"
+                " from it was recomputed. Call effpass.refresh(model) after such a write.",
                 stacklevel=2,
             )
-            self._recompute()
-        self.seen = state
-        if check and self.checksums is None:
-            self.checksums = self._sums()
+            self._recompute(written)
+        self.visible, self.step, self.checksums = visible, step, checksums
+        if moved:
+            self.storages = [weakref.ref(s, _storage_died) for s in storages]
         assert self.value is not None
         return self.value
 
-    def _recompute(self) -> None:
+    def _visible(self) -> Any:
+        return (
+            self.slot and self.slot.version,
+            *(
+                (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, None if t.is_inference() else t._version)
+                for t in self.originals
+            ),
+        )
+
+    def _recompute(self, written: bool) -> None:
         constants = self.slot.tensors if self.slot is not None else {}
-        with torch.inference_mode(False), torch.no_grad():
-            new = self.compute(*(o.tensor.detach() for o in self.originals), **constants)
+        with torch.inference_mode(False), torch.no_grad(), compute_exactly(self.originals[0].device):
+            new = self.compute(*(t.detach() for t in self.originals), **constants)
             old = self.value
-            if old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device):
-                old.copy_(new)
-            else:
-                self.value = new.detach().clone(memory_format=torch.contiguous_format)
-        self.checksums = None
+            if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+                self.value = new.clone(memory_format=torch.contiguous_format)
+            else:  # into the same buffer: CUDA graphs hold its address
+                # A pending backward refuses a tensor whose version moved. It shall where the original's version moved
+                # too, and shall not because some other model's optimiser took a step.
+                with nullcontext() if written else _unsafe_preserve_version_counter(old):
+                    old.copy_(new)
+        tokens.change = []  # other compiled variants, which saw the originals in another state, read this buffer
 
-    def _sums(self) -> tuple[float, ...]:
-        return tuple(_checksum(o.tensor.detach()) for o in self.originals)
+    def check_fit(self, constants: Mapping[str, Tensor]) -> None:
+        """Raise unless `constants` give a derived tensor of the same shape."""
+        assert self.value is not None
+        originals = (t.detach().to("meta") for t in self.originals)
+        try:
+            got = self.compute(*originals, **{name: t.detach().to("meta") for name, t in constants.items()}).shape
+        except RuntimeError as error:
+            raise ArtifactError(f"the tensors do not fit the weight that they change: {error}") from error
+        if got != self.value.shape:
+            raise ArtifactError(f"the tensors give a weight of {tuple(got)}, expected {tuple(self.value.shape)}")
 
 
-def _checksum(t: Tensor) -> float:
-    flat = t.flatten().double()
-    ramp = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64).remainder_(1009.0)
-    return float((flat * (ramp + 1)).sum())
+@contextmanager
+def compute_exactly(device: torch.device) -> Iterator[None]:
+    """Compute in the precision that is written down, whatever autocast surrounds the call."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _entries_of(model: torch.nn.Module | None) -> list[Entry]:
+    entries = list(Entry.live.values())
+    if model is None:
+        return entries
+    mine = {id(t) for t in (*model.parameters(), *model.buffers())}
+    return [e for e in entries if any(id(t) in mine for t in e.originals)]
 
 
 def refresh(model: torch.nn.Module | None = None) -> int:
@@ -190,148 +236,15 @@ def refresh(model: torch.nn.Module | None = None) -> int:
     Returns:
         The number of derived weights marked.
     """
-    with _lock:
-        _drop_orphans()
-        _state.refreshed += 1
-        _state.epoch += 1
-        entries = list(_Entry.live.values())
-        if model is None:
-            return len(entries)
-        mine = {id(t) for t in (*model.parameters(), *model.buffers())}
-        return sum(any(id(o.tensor) in mine for o in e.originals) for e in entries)
+    with lock:
+        entries = _entries_of(model)
+        for entry in entries:
+            entry.visible = None
+        tokens.change = []
+        return len(entries)
 
 
 def slots_of(model: torch.nn.Module) -> list[Slot]:
     """The slots that weights derived from `model` read."""
-    mine = {id(t) for t in (*model.parameters(), *model.buffers())}
-    slots = {
-        id(e.slot): e.slot
-        for e in list(_Entry.live.values())
-        if e.slot is not None and any(id(o.tensor) in mine for o in e.originals)
-    }
-    return list(slots.values())
-
-
-def _drop_orphans() -> None:
-    dead = {key for key, original in list(_Original.live.items()) if original.orphaned}
-    if dead:
-        for arguments in list(DerivedArguments.live):
-            arguments.forget(dead)
-
-
-# -- the wrapper around a compiled function -------------------------------------------------------------------------
-
-
-class Spec:
-    """How to compute one derived argument: from which positional arguments, by which function."""
-
-    def __init__(
-        self, owner: str, positions: tuple[int, ...], compute: Callable[..., Tensor], slot: Slot | None
-    ) -> None:
-        self.owner = owner
-        self.positions = positions
-        self.compute = compute
-        self.slot = slot
-
-    def entry(self, args: Sequence[Any]) -> _Entry:
-        tensors = [args[i] for i in self.positions]
-        key = (self.owner, tuple(map(id, tensors)), id(self.slot))
-        entry = _Entry.live.get(key)
-        if entry is None:
-            entry = _Entry(self.compute, [_Original.of(t) for t in tensors], self.slot)
-            _Entry.live[key] = entry
-        return entry
-
-
-class _Binding:
-    """The derived tensors for one set of original tensors, with the state they were checked in."""
-
-    def __init__(self, key: list[int], entries: list[Any]) -> None:
-        self.key = key  # ids of the originals, which the entries keep alive
-        self.entries = entries
-        self.epoch = -1
-        self.versions: list[int] = []
-        self.pointers: list[int] = []
-        self.values: tuple[Tensor, ...] = ()
-
-
-_version = attrgetter("_version")
-
-
-class DerivedArguments:
-    """Appends derived tensors to the arguments of a compiled function.
-
-    Called once per forward, so the check that nothing changed is a few C-level passes over the originals
-    (benchmark area ``backend``, metric ``derived_check``).
-
-    Args:
-        function: the compiled function; takes the program's original arguments and then the derived ones.
-        specs: one per derived argument, in order; a ``(slot, name)`` pair stands for an artifact tensor that is an
-            input of the graph itself.
-        check_weights: compare checksums at every call; slow, finds writes that can't be seen.
-    """
-
-    live: ClassVar[weakref.WeakSet[DerivedArguments]] = weakref.WeakSet()
-
-    def __init__(self, function: Callable[..., Any], specs: Sequence[Any], check_weights: bool = False) -> None:
-        self.function = function
-        self.specs = list(specs)
-        self.check_weights = check_weights
-        positions = sorted({i for s in self.specs if isinstance(s, Spec) for i in s.positions})
-        self._pick: Callable[[Any], Any] = (
-            itemgetter(*positions) if len(positions) > 1 else lambda args: tuple(args[i] for i in positions)
-        )
-        self._last: _Binding | None = None
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self.live.add(self)
-        _state.watch_optimisers()
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args, *self.values(args))
-
-    def values(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        originals: tuple[Tensor, ...] = self._pick(args)
-        last = self._last
-        if (
-            last is not None
-            and last.epoch == _state.epoch
-            and not self.check_weights
-            and list(map(id, originals)) == last.key
-            and list(map(_version, originals)) == last.versions
-            and list(map(Tensor.data_ptr, originals)) == last.pointers
-        ):
-            return last.values
-        with _lock:
-            return self._renew(args, originals)
-
-    def _renew(self, args: Sequence[Any], originals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ids = list(map(id, originals))
-        key = tuple(ids)
-        binding = self._bindings.get(key)
-        if binding is None:
-            _drop_orphans()
-            entries = [s.entry(args) if isinstance(s, Spec) else s for s in self.specs]
-            binding = self._bindings[key] = _Binding(ids, entries)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            refresh()  # collectives write weights unseen: compiled after init_process_group the value is in the graph
-        binding.epoch = _state.epoch
-        binding.versions = list(map(_version, originals))
-        binding.pointers = list(map(Tensor.data_ptr, originals))
-        binding.values = tuple(
-            e.current(self.check_weights) if isinstance(e, _Entry) else e[0].tensors[e[1]] for e in binding.entries
-        )
-        self._last = binding
-        return binding.values
-
-    def forget(self, dead: set[int]) -> None:
-        """Let go of bindings to original tensors that nobody else holds (their ids in `dead`)."""
-        for key in [k for k in self._bindings if not dead.isdisjoint(k)]:
-            if self._bindings.pop(key) is self._last:
-                self._last = None
-
-
-def derived_bytes(specs: Iterable[Any], inputs: Sequence[Any], pass_name: str) -> int:
-    """Bytes that the cached derived tensors of one pass hold beside their originals."""
-    mine = [s for s in specs if isinstance(s, Spec) and s.owner.partition(":")[0] == pass_name]
-    values = [s.entry(inputs).value for s in mine]
-    return sum(v.numel() * v.element_size() for v in values if v is not None)
+    with lock:
+        return list({id(e.slot): e.slot for e in _entries_of(model) if e.slot is not None}.values())

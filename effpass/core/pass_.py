@@ -140,6 +140,15 @@ class Pass:
     # -- identity ---------------------------------------------------------------------------------------------------
 
     @property
+    def keeps_outputs(self) -> bool:
+        """Whether the model as it was given computes the same afterwards, up to rounding.
+
+        False for an approximate pass, and for an exact one that brings weights of its own: merging an adapter that was
+        not attached before is exact for the adapted model and changes the given one.
+        """
+        return self.exact
+
+    @property
     def artifact(self) -> Artifact | None:
         """The artifact this pass applies, for provenance; None when it has none."""
         return None

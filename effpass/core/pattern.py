@@ -1,57 +1,222 @@
-"""Patterns written as plain PyTorch: trace, match, say why a match failed, inline the replacement."""
+"""Patterns written as plain PyTorch: trace, match, say why a match failed, inline the replacement.
+
+A pass gives `pattern`, `replacement` and `example_inputs`. How a pattern is read:
+
+* The function's arguments stand for any tensor, and for any number written where a tensor could stand (`x + eps`).
+* Sizes are compared by value: ``x.shape[0]`` fits a literal 4, a SymInt and ``s0 * 1`` alike. Every other literal (a
+  dimension, a dtype, ``2`` in ``x.pow(2)``) must be equal.
+* Where all floating-point `example_inputs` have one dtype, they stand for tensors of any one floating-point dtype, and
+  ``x.dtype`` is that; where they differ, for tensors of those dtypes. A cast to the dtype that a tensor has is nothing.
+* `add` and `mul` of two operands fit in either order.
+* A match must keep the meaning of the program. It is refused where an inner value is also read elsewhere, and where
+  computing it as late as its last node would move a read across a write or a no-grad or autocast border.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import torch
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    statically_known_true,
+)
 
+from effpass.core.errors import RewriteError
+from effpass.core.inline import inline
+from effpass.core.matching import Attempt, Miss, Pattern, Surroundings, is_no_cast, is_size, writes
 from effpass.core.pass_ import Match
+from effpass.core.report import Refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-
     from effpass.core.pass_ import Pass
     from effpass.core.program import Program
-    from effpass.core.report import Refusal
 
 __all__ = ["find_pattern", "inline_replacement"]
 
 
-def trace(fn: Callable[..., object], example_inputs: object) -> torch.fx.GraphModule:
-    """Trace a plain PyTorch function into the dialect, with the sizes of `example_inputs` left symbolic."""
-    gm = make_fx(fn, tracing_mode="symbolic", pre_dispatch=True)(*example_inputs)  # type: ignore[misc]
-    gm.graph.eliminate_dead_code()
-    return gm
-
-
 def find_pattern(pass_: Pass, program: Program) -> Iterator[Match | Refusal]:
-    """Yield a :class:`Match` for every place that computes ``pass_.pattern``.
+    """Yield a :class:`Match` for every place that computes ``pass_.pattern``, and a :class:`Refusal` for near misses.
 
-    Interior values of a match must have no other reader: such a place is not a match, since its value is still needed.
+    ``match.nodes`` holds the pattern's arguments by name. A place that computes the pattern and must stay is always
+    refused with the reason; when nothing matches at all, so is the place that came closest.
+
+    Matches come last first: an input of a match may be the value of an earlier one, which must still be there.
+
+    Raises:
+        RewriteError: the pattern can't be traced, or is not one functional computation with one tensor as result.
     """
-    pattern = trace(pass_.pattern, pass_.example_inputs())
-    matcher = SubgraphMatcher(
-        pattern.graph, match_output=False, match_placeholder=False, remove_overlapping_matches=True
-    )
-    for found in matcher.match(program.graph):
-        (anchor,) = found.returning_nodes
-        yield Match(anchor, {"inputs": list(found.placeholder_nodes), "literals": found.other_inputs})
+    surroundings = Surroundings.of(program)
+    matches: list[Match] = []
+    refusals: list[Refusal] = []
+    closest: Miss | None = None
+    taken: dict[Node, Node] = {}
+    patterns = _patterns(pass_, program)
+    ends = {pattern.anchor.target for pattern in patterns}
+    for anchor in reversed(program.graph.nodes):
+        if anchor.target not in ends:
+            continue
+        misses = []
+        for pattern in patterns:
+            attempt = Attempt(pattern, anchor, surroundings, taken)
+            if attempt.bound is not None:
+                taken.update(dict.fromkeys(attempt.bound.inner, anchor))
+                matches.append(Match(anchor, {name: attempt.bound.nodes[n] for name, n in pattern.arguments.items()}))
+                break
+            misses.append(attempt.miss)
+        else:
+            miss = max(misses, key=lambda m: m.fitting)
+            if miss.is_complete:
+                refusals.append(Refusal(anchor.name, miss.reason))
+            elif closest is None or miss.fitting > closest.fitting:
+                closest = miss
+    if not matches and not refusals and closest is not None and closest.fitting > 1:
+        refusals.append(Refusal(closest.anchor.name, closest.reason))
+    yield from matches
+    yield from refusals
 
 
 def inline_replacement(pass_: Pass, program: Program, match: Match) -> None:
-    """Put ``pass_.replacement`` in place of a match, with fake values for the new nodes."""
-    replacement = trace(pass_.replacement, pass_.example_inputs())
-    inputs = iter(match.nodes["inputs"])
-    values = {node: next(inputs) for node in replacement.graph.nodes if node.op == "placeholder"}
-    with program.graph.inserting_before(match.anchor):
-        new = program.graph.graph_copy(replacement.graph, values)
-    if new is None or not hasattr(new, "replace_all_uses_with"):
-        raise TypeError(f"{pass_.name}: replacement must return one tensor, got {new!r}")
-    program.refresh_values()
-    match.anchor.replace_all_uses_with(new)
-    program.graph.erase_node(match.anchor)
+    """Put ``pass_.replacement`` in place of a match of :func:`find_pattern`.
+
+    The replacement is traced on the values it is given, so it may look at their shapes and dtypes, and its nodes have
+    fake values. Nodes that only the match needed are removed.
+
+    Raises:
+        RewriteError: the replacement's result is not one tensor of the same shape, dtype and device.
+    """
+    anchor, given = match.anchor, match.nodes
+    names = [name for name, value in given.items() if isinstance(value, Node)]
+
+    def replacement(*tensors: torch.Tensor) -> Any:
+        return pass_.replacement(*{**given, **dict(zip(names, tensors, strict=True))}.values())
+
+    before = anchor.prev
+    with program.graph.inserting_before(anchor):
+        new = inline(program, replacement, [given[name] for name in names])
+    old_value, new_value = anchor.meta["val"], new.meta.get("val") if isinstance(new, Node) else new
+    if not isinstance(new_value, torch.Tensor) or not _same_kind(old_value, new_value):
+        raise RewriteError(
+            f"pass {pass_.name}: its replacement gives {_describe(new_value)}, its pattern {_describe(old_value)}",
+            hint="correct replacement(), or refuse such matches in check()",
+        )
+    node = before.next
+    while node is not anchor:
+        node.meta.update({key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack") if key in anchor.meta})
+        node = node.next
+    anchor.replace_all_uses_with(new)
+    _erase(program, anchor, keep={value for value in given.values() if isinstance(value, Node)})
+
+
+def _erase(program: Program, anchor: Node, keep: set[Node]) -> None:
+    """Erase `anchor` and what only it needed, random operators included, which dead code elimination would keep."""
+    erased: set[Node] = set()
+    waiting = [anchor]
+    while waiting:
+        node = waiting.pop()
+        if node in erased or node in keep or node.users or node.op != "call_function" or writes(node):
+            continue
+        waiting += node.all_input_nodes
+        program.graph.erase_node(node)
+        erased.add(node)
+
+
+# -- tracing --------------------------------------------------------------------------------------------------------
+
+
+_traced: WeakKeyDictionary[Pass, dict[Any, Pattern]] = WeakKeyDictionary()
+
+
+def _patterns(pass_: Pass, program: Program) -> list[Pattern]:
+    """The pattern, traced once for each floating-point dtype of the program: ``x.dtype`` in it is a literal."""
+    values = [v for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+    dtypes = sorted({v.dtype for v in values if v.is_floating_point()}, key=str)
+    device = values[0].device if values else torch.device("cpu")
+    known = _traced.setdefault(pass_, {})
+    for key in [(dtype, device) for dtype in dtypes]:
+        if key not in known:
+            known[key] = _trace(pass_, *key)
+    return [known[dtype, device] for dtype in dtypes]
+
+
+def _trace(pass_: Pass, dtype: torch.dtype, device: torch.device) -> Pattern:
+    examples = list(pass_.example_inputs())
+    names = list(inspect.signature(pass_.pattern).parameters)
+    if len(names) != len(examples):
+        raise _invalid(pass_, f"takes {len(names)} arguments and example_inputs() gives {len(examples)}")
+    own = {e.dtype for e in examples if e.is_floating_point()}
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    try:
+        with tracing(None), torch.no_grad():
+            fakes = [_fake(fake_mode, e, dtype if len(own) == 1 else e.dtype, device) for e in examples]
+            gm = make_fx(lambda *args: pass_.pattern(*args), pre_dispatch=True)(*fakes)
+    except Exception as error:
+        raise _invalid(pass_, f"can't be traced: {type(error).__name__}: {error}") from error
+    gm.graph.eliminate_dead_code()
+    for node in list(gm.graph.nodes):
+        if is_no_cast(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            gm.graph.erase_node(node)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            raise _invalid(
+                pass_, f"holds a constant or a control-flow operator ({node.target}); make tensors arguments"
+            )
+        if writes(node):
+            raise _invalid(pass_, f"writes in place ({node.target}); write it out of place")
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    (output,) = gm.graph.find_nodes(op="output")
+    anchor = output.args[0]
+    if not isinstance(anchor, Node) or anchor.op != "call_function":
+        raise _invalid(pass_, f"returns {anchor!r}; it must return one computed tensor")
+    reached = _reach(anchor)
+    for name, placeholder in zip(names, placeholders, strict=True):
+        if placeholder not in reached:
+            raise _invalid(pass_, f"does not compute with its argument {name!r}")
+    return Pattern(dict(zip(names, placeholders, strict=True)), anchor, sum(n.op != "placeholder" for n in reached))
+
+
+def _fake(mode: FakeTensorMode, example: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Every size a symbol of its own (but 1, which broadcasts)."""
+    symbolic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * example.dim())
+    fake = mode.from_tensor(example, symbolic_context=symbolic)
+    with mode:
+        return torch.empty(fake.shape, dtype=dtype if example.is_floating_point() else example.dtype, device=device)
+
+
+def _reach(node: Node) -> set[Node]:
+    """`node` and what it is computed from, apart from sizes."""
+    reached, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node not in reached and not is_size(node):
+            reached.add(node)
+            waiting += node.all_input_nodes
+    return reached
+
+
+def _invalid(pass_: Pass, problem: str) -> RewriteError:
+    return RewriteError(
+        f"pass {pass_.name}: its pattern {problem}", hint="this is a fault of the pass, not of the model"
+    )
+
+
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.device, a.dim()) == (b.dtype, b.device, b.dim()) and all(
+        statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"

@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -160,16 +164,23 @@ class Program:
     def linears(self) -> Iterator[Linear]:
         """Every use of a weight matrix, `aten.linear` and GPT-2's `addmm` alike, in graph order."""
         for node in list(self.graph.nodes):
-            if node.op != "call_function":
-                continue
-            if node.target is aten.linear.default:
-                x, weight, *rest = node.args
-                bias = rest[0] if rest else None
-                yield Linear(node, x, weight, bias, transposed=False, name=self._name_at(node, weight))
-            elif node.target is aten.addmm.default and not node.kwargs:
-                bias, x, weight = node.args
-                if self.weight_of(weight) is not None:
-                    yield Linear(node, x, weight, bias, transposed=True, name=self._name_at(node, weight))
+            linear = self.linear_at(node)
+            if linear is not None:
+                yield linear
+
+    def linear_at(self, node: Node) -> Linear | None:
+        """`node` as the use of a weight matrix; None for any other node."""
+        if node.op != "call_function":
+            return None
+        if node.target is aten.linear.default:
+            x, weight, *rest = node.args
+            bias = rest[0] if rest else None
+            return Linear(node, x, weight, bias, transposed=False, name=self._name_at(node, weight))  # type: ignore[arg-type]
+        if node.target is aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+            if self.weight_of(weight) is not None:
+                return Linear(node, x, weight, bias, transposed=True, name=self._name_at(node, weight))  # type: ignore[arg-type]
+        return None
 
     def _name_at(self, use: Node, node: Any) -> str | None:
         """The name of the weight `node` as the module that uses it knows it (see :class:`Linear`)."""
@@ -245,9 +256,15 @@ class Program:
         with self.graph.inserting_before(self.first_computation()):
             node = self.graph.placeholder(identifier)
         node.meta["val"] = self.fake_mode().from_tensor(value, static_shapes=True)
+        _fix_sizes(value)
         # No source: no guard is made for it. Static: CUDA graphs read it where it lies instead of copying it.
         node._dynamo_source = None  # type: ignore[attr-defined]
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        context = TracingContext.try_get()
+        if context is not None:  # its sizes are what they are: a symbol made for them would have no guard
+            context.tensor_to_context[value] = StatefulSymbolicContext(
+                dynamic_sizes=[DimDynamic.STATIC] * value.dim(), tensor_source=ConstantSource(identifier)
+            )
         assert len(placeholders) == len(self.inputs)
         self.inputs.append(value)
         self.derived.append(supply)
@@ -257,6 +274,8 @@ class Program:
         """The fake mode of the values in this program's `meta["val"]`."""
         for node in self.graph.nodes:
             value = node.meta.get("val")
+            while is_traceable_wrapper_subclass(value):  # a DTensor
+                value = getattr(value, value.__tensor_flatten__()[0][0])
             if isinstance(value, FakeTensor):
                 return value.fake_mode
         raise RuntimeError("the program has no tensor values")
@@ -265,6 +284,17 @@ class Program:
         self.graph.eliminate_dead_code(is_impure_node=_keep)
         self.graph.lint()
         self.gm.recompile()
+
+
+def _fix_sizes(value: torch.Tensor) -> None:
+    """Tell AOTAutograd that an input which Dynamo has not seen has static sizes; by default it makes them symbols."""
+    context = TracingContext.try_get()
+    if context is not None and value not in context.tensor_to_context:
+        context.tensor_to_context[value] = StatefulSymbolicContext(
+            dynamic_sizes=[DimDynamic.STATIC] * value.dim(),
+            constraint_sizes=[None] * value.dim(),
+            tensor_source=ConstantSource("effpass_derived"),
+        )
 
 
 def _keep(node: Node) -> bool:

@@ -27,6 +27,14 @@ class Refusal:
         return f"{self.node}: {self.reason}" + (f" → {self.hint}" if self.hint else "")
 
 
+def _signed(value: int, unit: str) -> str:
+    """`-8400000 B` as ``-8.4 MB``."""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:+.1f} {prefix}{unit}"
+    return f"{value:+d} {unit}"
+
+
 @dataclass
 class PassReport:
     """One pass on one program or model.
@@ -60,9 +68,9 @@ class PassReport:
         if self.hits:
             gain = ""
             if self.weight_bytes:
-                gain += f", {self.weight_bytes / 1e6:+.1f} MB of weights read a call"
+                gain += f", {_signed(self.weight_bytes, 'B')} of weights read a call"
             if self.flops:
-                gain += f", {self.flops / 1e9:+.2f} GFLOP"
+                gain += f", {_signed(self.flops, 'FLOP')} a call"
             return f"{self.name}: {self.hits} rewritten{gain}"
         if not self.refusals:
             return f"{self.name}: nothing to rewrite"

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from effpass.core.errors import RewriteError
 
 if TYPE_CHECKING:
     from effpass.core.program import Program
 
-__all__ = ["Snapshot", "snapshot", "verify"]
+__all__ = ["Snapshot", "aliased_operands", "returns_alias", "snapshot", "verify"]
+
+_SOMETIMES_COPIES = {
+    "contiguous",
+    "flatten",
+    "ravel",
+    "reshape",
+    "reshape_as",
+    "resolve_conj",
+    "resolve_neg",
+    "to",
+    "type_as",
+}
 
 
 @dataclass(frozen=True)
@@ -23,117 +38,150 @@ class Snapshot:
     """What must still hold after a pass.
 
     Attributes:
+        nodes: all nodes.
         inputs: names of the placeholders.
         outputs: per output, `(shape, dtype)` as traced.
-        epochs: reader node → {storage root: number of writes to it before the read}.
-        writes: storage root → names of the nodes that write to it, in order.
+        epochs: reader → {storage root: number of writes to it before the read}. A *storage root* is the node whose
+            storage a chain of views reads.
+        writes: storage root → the nodes that write to it, in order.
     """
 
+    nodes: frozenset[Node]
     inputs: tuple[str, ...]
     outputs: tuple[Any, ...]
     epochs: dict[Node, dict[Node, int]]
-    writes: dict[Node, tuple[str, ...]]
+    writes: dict[Node, list[Node]]
 
 
 def snapshot(program: Program) -> Snapshot:
-    epochs, writes = _access_order(program.graph)
-    return Snapshot(
-        tuple(n.name for n in program.graph.find_nodes(op="placeholder")), _outputs(program.graph), epochs, writes
-    )
+    """Take down what :func:`verify` compares with; call it before the pass."""
+    nodes = frozenset(program.graph.nodes)
+    inputs = tuple(n.name for n in program.graph.find_nodes(op="placeholder"))
+    return Snapshot(nodes, inputs, _outputs(program.graph), *_accesses(program.graph))
 
 
 def verify(program: Program, before: Snapshot, name: str) -> None:
-    """Raise :class:`RewriteError` when pass `name` left a program that is not valid.
+    """Check the result of a pass.
 
-    `before` is the snapshot taken ahead of the pass.
+    Args:
+        program: after the pass.
+        before: the :func:`snapshot` taken ahead of it.
+        name: the pass, for the message.
+
+    Raises:
+        RewriteError: the graph is malformed, its inputs or outputs changed, a new node has no value, or reads and
+            writes of one storage changed their order.
     """
     try:
         program.graph.lint()
     except RuntimeError as error:
         raise RewriteError(f"pass {name} left a malformed graph: {error}") from error
-    inputs = [n.name for n in program.graph.find_nodes(op="placeholder")]
-    kept = [i for i in inputs if i in set(before.inputs)]
-    if program.front == "dynamo" and kept != list(before.inputs):
-        missing = [i for i in before.inputs if i not in inputs]
-        raise RewriteError(f"pass {name} removed or reordered inputs of the graph: {missing or kept}")
-    outputs = _outputs(program.graph)
-    if len(outputs) != len(before.outputs):
-        raise RewriteError(f"pass {name} changed the number of outputs from {len(before.outputs)} to {len(outputs)}")
-    for position, (old, new) in enumerate(zip(before.outputs, outputs, strict=True)):
-        if not _same(old, new):
-            raise RewriteError(f"pass {name} changed output {position} from {old} to {new}")
+    _verify_interface(program, before, name)
     for node in program.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and _yields_tensor(node):
             raise RewriteError(f"pass {name}: new node {node.format_node()} has no value in meta['val']")
     _verify_order(program, before, name)
 
 
+def _verify_interface(program: Program, before: Snapshot, name: str) -> None:
+    inputs = [n.name for n in program.graph.find_nodes(op="placeholder")]
+    if program.front == "dynamo" and inputs[: len(before.inputs)] != list(before.inputs):
+        missing = [i for i in before.inputs if i not in inputs]
+        raise RewriteError(
+            f"pass {name} removed inputs of the graph: {missing}"
+            if missing
+            else f"pass {name} reordered the inputs of the graph: {list(before.inputs)} became {inputs}"
+        )
+    outputs = _outputs(program.graph)
+    if len(outputs) != len(before.outputs):
+        raise RewriteError(f"pass {name} changed the number of outputs from {len(before.outputs)} to {len(outputs)}")
+    for position, (old, new) in enumerate(zip(before.outputs, outputs, strict=True)):
+        if not _same(old, new):
+            raise RewriteError(f"pass {name} changed output {position} from {old} to {new}")
+
+
 def _verify_order(program: Program, before: Snapshot, name: str) -> None:
-    epochs, writes = _access_order(program.graph)
-    for root, old in before.writes.items():
-        kept = [w for w in writes.get(root, ()) if w in set(old)]
-        if kept != list(old):
-            raise RewriteError(f"pass {name} removed or reordered writes to {root.name}: {list(old)} became {kept}")
+    reads, writes = _accesses(program.graph)
     alive = set(program.graph.nodes)
-    allowed: dict[Node, set[int]] = defaultdict(set)
-    for reader, seen in before.epochs.items():
-        for root, epoch in seen.items():
-            allowed[root].add(epoch)
-            if reader in alive and root in epochs.get(reader, {}) and epochs[reader][root] != epoch:
+    for root, old in before.writes.items():
+        kept = [w for w in writes.get(root, ()) if w in before.nodes]
+        in_use = root in alive and (root.op == "placeholder" or root.users)
+        if in_use and kept != old:  # a buffer of the program's own may go with all that is done to it
+            raise RewriteError(
+                f"pass {name} removed or reordered writes to {root.name}: {_names(old)} became {_names(kept)}"
+            )
+    for root, new in writes.items():
+        added = [w for w in new if w not in before.nodes]
+        if added and root in before.nodes:
+            raise RewriteError(f"pass {name} added writes to {root.name}: {_names(added)}")
+    seen: dict[Node, set[int]] = defaultdict(set)
+    for epochs in before.epochs.values():
+        for root, epoch in epochs.items():
+            seen[root].add(epoch)
+    for reader, epochs in reads.items():
+        for root, epoch in epochs.items():
+            if reader in before.nodes and before.epochs.get(reader, {}).get(root, epoch) != epoch:
+                was = before.epochs[reader][root]
                 raise RewriteError(
-                    f"pass {name} moved the read of {root.name} by {reader.name} across a write: it came after {epoch}"
-                    f" writes and now comes after {epochs[reader][root]}"
+                    f"pass {name} moved the read of {root.name} by {reader.name} across a write: it came after {was} of"
+                    f" the writes and now comes after {epoch}"
                 )
-    for reader, seen in epochs.items():
-        for root, epoch in seen.items():
-            if reader not in before.epochs and root in before.writes and epoch not in allowed[root]:
+            if reader not in before.nodes and root in before.writes and epoch not in seen[root]:
                 raise RewriteError(
-                    f"pass {name}: new node {reader.name} reads {root.name} after {epoch} of its writes; the program"
-                    f" read it only after {sorted(allowed[root])}"
+                    f"pass {name} reads {root.name} across a write: new node {reader.name} comes after {epoch} of its"
+                    f" writes, and the program read it only after {sorted(seen[root])}"
                 )
 
 
-def _access_order(graph: torch.fx.Graph) -> tuple[dict[Node, dict[Node, int]], dict[Node, tuple[str, ...]]]:
-    """Readers' write epochs and the order of writes, per storage root that is written at all."""
+def _accesses(graph: torch.fx.Graph) -> tuple[dict[Node, dict[Node, int]], dict[Node, list[Node]]]:
+    """Reads and writes of every storage that is written at all, as :class:`Snapshot` describes them."""
     root: dict[Node, Node] = {}
-    writes: dict[Node, list[str]] = defaultdict(list)
+    writes: dict[Node, list[Node]] = defaultdict(list)
     reads: list[tuple[Node, Node, int]] = []
     for node in graph.nodes:
-        operands: Sequence[Node] = node.all_input_nodes
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            root[node] = node
-            reads += [(node, root[a], len(writes[root[a]])) for a in operands]
-            continue
-        written = {a for a, is_write in _aliased(node) if is_write}
-        aliased = [a for a, _ in _aliased(node)]
-        reads += [(node, root[a], len(writes[root[a]])) for a in operands if a not in written]
-        root[node] = root[aliased[0]] if aliased and _returns_alias(node) else node
-        for a in written:
-            writes[root[a]].append(node.name)
-    touched = {r for r, w in writes.items() if w}
+        aliased = dict(aliased_operands(node))
+        is_view = bool(aliased) and returns_alias(node)
+        for operand in node.all_input_nodes:
+            if not aliased.get(operand) and not (is_view and operand in aliased and not _may_copy(node)):
+                reads.append((node, root[operand], len(writes[root[operand]])))
+        root[node] = root[next(iter(aliased))] if is_view else node
+        for operand, written in aliased.items():
+            if written:
+                writes[root[operand]].append(node)
     epochs: dict[Node, dict[Node, int]] = defaultdict(dict)
-    for node, r, epoch in reads:
-        if r in touched:
-            epochs[node][r] = epoch
-    return dict(epochs), {r: tuple(w) for r, w in writes.items() if w}
+    for node, storage, epoch in reads:
+        if writes[storage]:
+            epochs[node][storage] = epoch
+    return dict(epochs), {storage: nodes for storage, nodes in writes.items() if nodes}
 
 
-def _aliased(node: Node) -> list[tuple[Node, bool]]:
-    """Operands that the operator's schema marks as aliased or written: (operand, is written)."""
-    found = []
-    schema = node.target._schema  # type: ignore[union-attr]
-    for position, argument in enumerate(schema.arguments):
+def aliased_operands(node: Node) -> Iterator[tuple[Node, bool]]:
+    """Operands whose storage `node` writes or returns, each with whether it is written."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        yield node.args[0], False
+    if node.target is triton_kernel_wrapper_mutation:  # a user's Triton kernel: which operands it writes is not said
+        yield from ((operand, True) for operand in node.all_input_nodes)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for position, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is None:
             continue
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         for value in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(value, Node):
-                found.append((value, argument.alias_info.is_write))
-    return found
+                yield value, argument.alias_info.is_write
 
 
-def _returns_alias(node: Node) -> bool:
-    return any(r.alias_info is not None for r in node.target._schema.returns)  # type: ignore[union-attr]
+def returns_alias(node: Node) -> bool:
+    """Whether what `node` returns may share storage with an operand."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    return any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def _may_copy(node: Node) -> bool:
+    """Whether an operator whose schema says "alias" copies at times, so that it reads at that place."""
+    return getattr(node.target, "_opname", None) in _SOMETIMES_COPIES
 
 
 def _yields_tensor(node: Node) -> bool:
@@ -146,23 +194,23 @@ def _yields_tensor(node: Node) -> bool:
 def _outputs(graph: torch.fx.Graph) -> tuple[Any, ...]:
     (output,) = graph.find_nodes(op="output")
     flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
-    return tuple(
-        (tuple(v.shape), v.dtype)
-        if isinstance(v := n.meta.get("val"), torch.Tensor)
-        else type(v).__name__
-        if isinstance(n, Node)
-        else n
-        for n in flat
-        if isinstance(n, Node) or n is not None
-    )
+    return tuple(_described(value) for value in flat)
+
+
+def _described(output: Any) -> Any:
+    if not isinstance(output, Node):
+        return output
+    value = output.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Equal shapes and dtypes; symbolic sizes are compared as expressions, so nothing is specialised."""
+    """Equal shapes and dtypes, as far as can be known without a guard on a symbolic size."""
     if not (isinstance(old, tuple) and isinstance(new, tuple)):
         return bool(old == new)
-    return (
-        old[1] == new[1]
-        and len(old[0]) == len(new[0])
-        and all(str(a) == str(b) for a, b in zip(old[0], new[0], strict=True))
-    )
+    sizes = zip(old[0], new[0], strict=False)
+    return old[1] == new[1] and len(old[0]) == len(new[0]) and all(statically_known_true(a == b) for a, b in sizes)
+
+
+def _names(nodes: list[Node]) -> list[str]:
+    return [n.name for n in nodes]

@@ -7,7 +7,6 @@ which modules are adapted, so `target_modules`, `layers_to_transform` and `exclu
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,10 +19,13 @@ from torch import Tensor
 
 from effpass.core.artifact import read_safetensors
 from effpass.core.errors import ArtifactError, did_you_mean
+from effpass.core.strict_json import parse_json
 
 __all__ = ["LowRank", "PeftAdapter", "read_adapter"]
 
 _PREFIX = "base_model.model."
+_MAX_CONFIG = 1 << 20
+_MAX_NAME = 200  # with at most three repetitions in a pattern, bounds the time to match it
 
 # Options of LoraConfig under which the adapter is no longer W + s·B A, with what PEFT calls them.
 _OTHER_FUNCTIONS = {
@@ -103,17 +105,17 @@ class PeftAdapter:
 
         Args:
             shapes: parameter name → shape, for all parameters of the model (aliases of tied weights too).
-            stored_transposed: modules that store `[in, out]` (GPT-2's Conv1D).
+            stored_transposed: modules that store `[in, out]` (embeddings, GPT-2's Conv1D).
         """
         for module, update in self.updates.items():
             shape = self._shape_of(f"{module}.weight", shapes)
             wanted = (update.b.shape[0], update.a.shape[1])
-            if update.embedding or module in stored_transposed:
+            if module in stored_transposed:
                 wanted = wanted[::-1]
             if shape != wanted:
                 raise ArtifactError(
                     f"adapter {self.folder}: the update of {module} is for a weight of shape {wanted},"
-                    f" the model's {module}.weight is {shape}",
+                    f" the model's is {shape}",
                     hint=self._other_model(),
                 )
             if update.bias is not None and shapes.get(f"{module}.bias") != tuple(update.bias.shape):
@@ -126,10 +128,11 @@ class PeftAdapter:
             shape = self._shape_of(name, shapes)
             if shape != tuple(tensor.shape):
                 resized = len(shape) == 2 and shape[1:] == tuple(tensor.shape[1:])
+                resize = f"call model.resize_token_embeddings({tensor.shape[0]}) first"
                 raise ArtifactError(
                     f"adapter {self.folder}: it replaces {name} by a tensor of shape {tuple(tensor.shape)},"
                     f" the model's is {shape}",
-                    hint=f"call model.resize_token_embeddings({tensor.shape[0]}) first" if resized else self._other_model(),
+                    hint=resize if resized else self._other_model(),
                 )
 
     def _shape_of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -167,7 +170,7 @@ def read_adapter(folder: str | Path) -> PeftAdapter:
         if (folder / "adapter_model.bin").is_file():
             raise ArtifactError(
                 f"adapter {folder}: adapter_model.bin is a pickle, which can run any code when loaded",
-                hint="convert it once, if you trust it: PeftModel.from_pretrained(model, folder).save_pretrained(folder)",
+                hint="if you trust it, convert it: PeftModel.from_pretrained(model, folder).save_pretrained(folder)",
             )
         raise ArtifactError(f"adapter {folder}: there is no adapter_model.safetensors", hint="save it with PEFT")
     return _assemble(folder, config, read_safetensors(path))
@@ -184,12 +187,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inside = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
         raise ArtifactError(
             f"adapter {folder}: there is no adapter_config.json",
-            hint=f"name one of its subfolders: {', '.join(inside)}" if inside else "save it with PEFT's save_pretrained",
+            hint=f"name one of its subfolders: {', '.join(inside)}" if inside else "save it with save_pretrained",
         )
     try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"adapter {folder}: adapter_config.json is not valid JSON: {error}") from None
+        with open(path, "rb") as file:
+            config = parse_json(file.read(_MAX_CONFIG))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"adapter {folder}: adapter_config.json can't be read: {error}") from None
     if not isinstance(config, dict):
         raise ArtifactError(f"adapter {folder}: adapter_config.json holds {type(config).__name__}, expected an object")
     return config
@@ -235,7 +239,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pattern(value: Any, check: Any) -> bool:
+    """Regular expressions, of the kind that people write: a hostile one could keep the matcher busy for ever."""
     if not isinstance(value, dict) or not all(check(v) for v in value.values()):
+        return False
+    if any(len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key) for key in value):
         return False
     try:
         return all(re.compile(rf"(.*\.)?({key})$") for key in value)
@@ -257,11 +264,15 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where} holds NaN or infinite values", hint="the training of this adapter diverged")
         name = key.removeprefix(_PREFIX)
+        if len(name) > _MAX_NAME:
+            raise ArtifactError(f"adapter {folder}: a tensor's name is {len(name)} characters long")
         found = _SUFFIX.match(name)
         if found and ".base_layer" not in found["module"]:
             parts.setdefault(found["module"], {})[found["part"].removesuffix(".weight")] = tensor
         elif ".lora_" in name or "_adapter." in name or "." not in name:
-            raise ArtifactError(f"{where} is of no kind that is known here", hint="attach the adapter with PEFT instead")
+            raise ArtifactError(
+                f"{where} is of no kind that is known here", hint="attach the adapter with PEFT instead"
+            )
         elif name.count(".base_layer.") or not _is_saved_module(name, saved):
             base[name.replace(".base_layer.", ".")] = tensor
         else:

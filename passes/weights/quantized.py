@@ -5,6 +5,8 @@ Known by their classes' names, so that no quantisation package is imported to lo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,8 @@ def tensor_scheme(weight: Tensor) -> str | None:
 def scheme_of(module: nn.Module) -> str | None:
     """The quantisation of a layer's weight, ``"bitsandbytes Linear4bit"``; None where it has none."""
     name = type(module).__name__
+    if hasattr(module, "base_layer"):
+        return None  # PEFT's wrapper shows the weight of the layer inside it
     if name in ("Linear4bit", "Linear8bitLt"):
         return f"bitsandbytes {name}"
     if any(hasattr(module, attribute) for attribute in ("qweight", "W_q", "weight_packed")):
@@ -45,11 +49,14 @@ def dequantized(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         return _from_float8(weight, getattr(module, "weight_scale_inv", None), getattr(module, "block_size", None))
-    if isinstance(weight, Tensor) and hasattr(weight, "dequantize") and tensor_scheme(weight):
-        if "bitsandbytes" not in str(tensor_scheme(weight)):
-            return weight.dequantize().float()
+    scheme = (tensor_scheme(weight) or "") if isinstance(weight, Tensor) else ""
+    if scheme.startswith("torchao"):
+        return weight.dequantize().float()  # type: ignore[union-attr]
+    if scheme.startswith("bitsandbytes"):
         from peft.utils.integrations import dequantize_module_weight
 
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            module.state_dict()  # bitsandbytes leaves the layout of its CPU kernel when the state is read
         return dequantize_module_weight(module).detach().float()
     raise ModelError(
         f"the weight of a {type(module).__name__} ({scheme_of(module)}) can't be dequantised here",
@@ -69,7 +76,7 @@ def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, in
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Put an ordinary `nn.Linear` of `dtype` in place of every quantised layer, and drop the model's quantisation config.
+    """Put an ordinary `nn.Linear` of `dtype` in place of every quantised layer, and drop the quantisation config.
 
     All of them, not only those an adapter touches: a checkpoint that is half quantised would be quantised again,
     silently, when it is loaded.
@@ -81,6 +88,13 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
         ModelError: one of them can't be dequantised; the model is unchanged.
     """
     quantised = {name: module for name, module in model.named_modules() if scheme_of(module) is not None}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if tensor_scheme(parameter) and (owner not in quantised or isinstance(quantised[owner], nn.Embedding)):
+            raise ModelError(
+                f"{name} ({tensor_scheme(parameter)}) is no linear layer's weight and can't be dequantised here",
+                hint="load the model unquantised",
+            )
     weights = {name: dequantized(module).to(dtype) for name, module in quantised.items()}
     for name, module in quantised.items():
         out_features, in_features = weights[name].shape
@@ -91,8 +105,15 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
         linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(dtype), False))
         model.set_submodule(name, linear.train(module.training))
     if quantised:
-        for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        for attribute in (
+            "hf_quantizer",
+            "quantization_method",
+            "is_loaded_in_4bit",
+            "is_loaded_in_8bit",
+            "is_quantized",
+        ):
             model.__dict__.pop(attribute, None)
-        if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-            del model.config.quantization_config
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
     return len(quantised)

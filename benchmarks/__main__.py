@@ -1,0 +1,34 @@
+"""``python -m benchmarks AREA [--device cuda] [--smoke] [--json FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+AREAS = ("backend",)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("area", choices=AREAS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--smoke", action="store_true", help="tiny models and few repetitions: does it run at all")
+    parser.add_argument("--json", type=Path, help="append rows to this file, one JSON object a line")
+    parser.add_argument("--case", action="append", help="only these cases")
+    arguments = parser.parse_args()
+
+    from benchmarks.rows import write
+
+    area = importlib.import_module(f"benchmarks.{arguments.area}")
+    unknown = set(arguments.case or ()) - set(area.CASES)
+    if unknown:
+        parser.error(f"unknown case {sorted(unknown)[0]!r}; cases of {arguments.area}: {', '.join(area.CASES)}")
+    for name in arguments.case or area.CASES:
+        write(area.CASES[name](arguments.device, arguments.smoke), arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Rows: one figure each, ours and the peer's, taken in the same run under the same conditions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+__all__ = ["Row", "Timing", "bandwidth", "measure", "measure_pair", "write"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        area: benchmark area.
+        case: what was run: model shape, batch, length.
+        metric: what was measured.
+        ours: effpass's figure.
+        peer: the peer's figure; None where a figure has no peer.
+        peer_name: who that is.
+        ratio: above 1 means effpass is ahead; None without a peer.
+        bound: the figure that the hardware allows, from ceilings measured in this run; None where not modelled.
+        unit: unit of `ours`, `peer` and `bound`.
+        runs: how many timed repetitions the medians rest on.
+        device: as the driver names it.
+        versions: of Python and the packages that matter.
+        commit: of effpass.
+        note: conditions that the reader must know.
+    """
+
+    area: str
+    case: str
+    metric: str
+    ours: float
+    peer: float | None
+    peer_name: str
+    ratio: float | None
+    bound: float | None
+    unit: str
+    runs: int
+    device: str
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    note: str = ""
+
+
+def row(
+    area: str,
+    case: str,
+    metric: str,
+    ours: float,
+    unit: str,
+    *,
+    device: str,
+    peer: float | None = None,
+    peer_name: str = "",
+    lower_is_better: bool = True,
+    bound: float | None = None,
+    runs: int = 1,
+    note: str = "",
+) -> Row:
+    """A row with ratio, device name, versions and commit filled in."""
+    ratio = None
+    if peer is not None and ours > 0 and peer > 0:
+        ratio = peer / ours if lower_is_better else ours / peer
+    numbers = [None if x is None else float(f"{x:.5g}") for x in (ours, peer, ratio, bound)]
+    return Row(
+        area, case, metric, numbers[0], numbers[1], peer_name, numbers[2], numbers[3], unit, runs,  # type: ignore[arg-type]
+        device_name(device), _versions(), _commit(), note,
+    )  # fmt: skip
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [n for n in Path("/proc/cpuinfo").read_text().splitlines() if n.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft", "onnxruntime"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _commit() -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    marked = here.parent / ".commit"  # a copy of the tree without its history
+    return done.stdout.strip() or (marked.read_text().strip() if marked.exists() else "unknown")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, and the spread over repetitions."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+def measure(fn: Callable[[], Any], device: str, *, warmup: int = 3, runs: int = 20, inner: int = 1) -> Timing:
+    """Time ``fn()`` after `warmup` calls; `inner` calls make one repetition."""
+    return measure_pair(fn, None, device, warmup=warmup, runs=runs, inner=inner)[0]
+
+
+def measure_pair(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any] | None,
+    device: str,
+    *,
+    warmup: int = 3,
+    runs: int = 20,
+    inner: int = 1,
+) -> tuple[Timing, Timing]:
+    """Time two functions in turn, so that a drift of the machine meets both alike."""
+    functions = [f for f in (ours, peer) if f is not None]
+    for f in functions:
+        for _ in range(warmup):
+            f()
+    seconds: list[list[float]] = [[] for _ in functions]
+    for _ in range(runs):
+        for f, out in zip(functions, seconds, strict=True):
+            _sync(device)
+            started = time.perf_counter()
+            for _ in range(inner):
+                f()
+            _sync(device)
+            out.append((time.perf_counter() - started) / inner)
+    timings = [Timing(median(s), min(s), max(s), runs) for s in seconds]
+    return timings[0], timings[-1]
+
+
+def _sync(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@cache
+def bandwidth(device: str) -> float:
+    """Bytes per second that a read of a large buffer reaches in this run (a sum over 2 GiB, or 256 MiB on a CPU)."""
+    count = (2**31 if device == "cuda" else 2**28) // 4
+    buffer = torch.ones(count, device=device)
+    timing = measure(lambda: buffer.sum(), device, warmup=2, runs=7)
+    return count * 4 / timing.low
+
+
+def write(rows: list[Row], path: Path | None) -> None:
+    """Print rows as a table and append them to a JSON-lines file."""
+    for r in rows:
+        peer = "" if r.peer is None else f"  {r.peer_name} {r.peer:g}"
+        ratio = "" if r.ratio is None else f"  ratio {r.ratio:.3f}"
+        bound = "" if r.bound is None else f"  bound {r.bound:g}"
+        print(f"{r.area} | {r.case} | {r.metric}: {r.ours:g} {r.unit}{peer}{ratio}{bound}", flush=True)
+    if path is not None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in rows)

@@ -1,0 +1,70 @@
+"""Write the generated parts of the documents: the table of passes.
+
+    python docs/generate.py            # rewrite README.md and docs/passes/index.md
+    python docs/generate.py --check    # exit code 1 when they are out of date
+
+A generated part stands between two marks, and a test compares it with what this script would write.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_PART = re.compile(r"(?P<open><!-- generated: (?P<name>\w+) -->\n).*?(?P<close><!-- end of generated -->)", re.DOTALL)
+
+
+def passes_table(document: Path) -> str:
+    """effpass's own passes as a Markdown table; links are relative to `document`."""
+    from effpass.core.registry import describe
+
+    rows = ["| pass | kind | meaning | model | program | backend | what it does |", "|---|---|---|:-:|:-:|:-:|---|"]
+    for info in describe():
+        if info.distribution != "effpass":
+            continue
+        if info.error is not None:
+            raise SystemExit(info.error)
+        page = ROOT / "docs" / "passes" / f"{info.name}.md"
+        link = os.path.relpath(page, document.parent).replace(os.sep, "/")
+        name = f"[`{info.name}`]({link})" if page.is_file() else f"`{info.name}`"
+        meaning = "exact" if info.exact else "approximate"
+        marks = ["✓" if entrance in info.entrances else "" for entrance in ("model", "program", "backend")]
+        summary = info.summary + (" Needs an artifact." if info.needs_artifact else "")
+        rows.append(f"| {name} | {info.kind} | {meaning} | {' | '.join(marks)} | {summary} |")
+    return "\n".join(rows) + "\n"
+
+
+PARTS = {"passes": passes_table}
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "passes" / "index.md")
+
+
+def generated(document: Path) -> str:
+    """The text of `document` with its generated parts as they should be."""
+
+    def part(match: re.Match[str]) -> str:
+        return match["open"] + PARTS[match["name"]](document) + match["close"]
+
+    return _PART.sub(part, document.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    stale = [document for document in DOCUMENTS if generated(document) != document.read_text(encoding="utf-8")]
+    if "--check" in sys.argv[1:]:
+        sys.exit("out of date: " + ", ".join(str(d.relative_to(ROOT)) for d in stale) if stale else 0)
+    for document in stale:
+        text = generated(document)
+        handle, temporary = tempfile.mkstemp(dir=document.parent)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, document)
+        print(f"wrote {document.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`effpass generate`: stream text from a model, rewritten by a recipe where one is given."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effpass.cli.console import step
+from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load, read_recipe
+from effpass.core.errors import ArtifactError, EffpassError, ModelError
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="The user's text; - reads it from stdin.", show_default=False)
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Rewrite the model by this recipe.")
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Attach this PEFT adapter. A recipe with merge_lora then merges it."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Generate text, written as it comes. Sampling follows the model's own generation config."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise EffpassError("the prompt is empty", hint="effpass generate MODEL --prompt 'some text'")
+    parsed = read_recipe(recipe)
+    loaded = load(model, device, dtype, trust_remote_code)
+    if loaded.tokenizer is None:
+        raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
+    from effpass import api
+
+    ready = loaded.model if adapter is None else _attach(loaded.model, adapter)
+    if parsed is not None:
+        with step("rewriting"):
+            ready = api.prepare(ready, parsed)
+    for piece in api.generate(ready, loaded.tokenizer, text, max_new_tokens=max_new_tokens):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _attach(model: Any, adapter: Path) -> Any:
+    """The model with a stock PEFT adapter beside its weights."""
+    from effpass.passes.weights.peft_adapter import read_adapter
+
+    read_adapter(adapter)  # the checks, before PEFT touches the model
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # PEFT's own words, as one message
+        raise ArtifactError(
+            f"adapter {adapter} does not fit this model: {' '.join(str(error).split())[:300]}"
+        ) from error

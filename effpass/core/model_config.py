@@ -1,0 +1,97 @@
+"""What can be known of a model from its config, and what went wrong when it could not be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from effpass.core.errors import ModelError
+
+__all__ = ["check_causal_lm", "hub_is_out_of_reach", "load_error", "read_config"]
+
+
+def read_config(where: str | Path, name: str, **options: Any) -> Any:
+    """``AutoConfig.from_pretrained`` with one clear :class:`ModelError` for each way it fails."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(where, **{"trust_remote_code": False, **options})
+    except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
+        raise load_error(error, name, None) from error
+
+
+def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
+    """Raise a :class:`ModelError` unless `config` is of a text model that predicts the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    hint = "effpass rewrites causal language models: Llama, Qwen3, Mistral, Gemma3, GPT-2, Mixtral, DeepSeek-V3, ..."
+    architectures = list(getattr(config, "architectures", None) or [])
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if architectures and not known.intersection(architectures):
+        raise ModelError(f"{name} is a {architectures[0]}, which is no causal language model", hint=hint)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} has the model type {config.model_type!r}, which has no causal language model", hint=hint
+        )
+    for part in ("vision_config", "audio_config"):
+        if getattr(config, part, None) is not None:
+            raise ModelError(
+                f"{name} ({config.model_type}) reads more than text: its config has a {part}",
+                hint="save its language model as a checkpoint of its own and pass that folder",
+            )
+
+
+def load_error(error: Exception, name: str, quantised: Any) -> ModelError:
+    """One sentence for what transformers raised.
+
+    Args:
+        error: what it raised.
+        name: the source as the user gave it.
+        quantised: the config's `quantization_config`; None for ordinary weights.
+    """
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{name} brings its own Python code, which effpass does not run unless asked",
+            hint="read the code, then pass trust_remote_code=True (--trust-remote-code)",
+        )
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        return ModelError(
+            f"{name} has weights quantised with {getattr(method, 'value', method)}, which can't be loaded here: {text}",
+            hint="install the library named above, or use the unquantised checkpoint",
+        )
+    if _caused_by(error, "HFValidationError"):
+        return ModelError(f"{name!r} is no folder or file here, and no name of a model on the hub: {text[:200]}")
+    if _caused_by(error, "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"):
+        return ModelError(
+            f"{name!r} is no folder or file here, and the model hub can't be reached",
+            hint="check the name and the network, or pass a folder with the model",
+        )
+    if _caused_by(error, "HfHubHTTPError"):
+        return ModelError(f"{name!r} is no folder or file here, and the model hub refuses it: {text[:300]}")
+    return ModelError(f"{name} can't be loaded: {type(error).__name__}: {text}")
+
+
+def hub_is_out_of_reach() -> bool:
+    """Whether to use the hub library's own cache only; asked once, where the library would retry for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # the library has used two HTTP clients, whose errors share no base class
+        return True
+    return False
+
+
+def _caused_by(error: BaseException | None, *names: str) -> bool:
+    """Whether an exception of one of these classes stands in the chain of `error`."""
+    while error is not None:
+        if any(c.__name__ in names for c in type(error).__mro__):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

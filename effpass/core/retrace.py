@@ -1,0 +1,349 @@
+"""Dynamo's torch-level calls into pre-dispatch ATen: each distinct call is traced once, and copied where it recurs.
+
+A transformer is thirty times the same layer, so a graph of thousands of calls has a few dozen distinct ones. A call is
+distinct by its function, its constants, the metadata of its tensors and the state it runs in (grad mode, autocast).
+Tracing one gives a *template*; the others cost a dictionary look-up and a node copy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+
+__all__ = ["Retraced", "like", "retrace"]
+
+# Operators whose body computes the model itself, so passes look inside. Bodies of others (a custom autograd.Function, a
+# flex_attention score function) are somebody's definition of an operation and stay untouched.
+_TRANSPARENT = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
+
+# What a copied node keeps of the call it came from.
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+@dataclass
+class Retraced:
+    """A graph in the dialect.
+
+    Attributes:
+        gm: the graph module.
+        bodies: nodes of transparent higher-order operators, with the position of their body among the arguments.
+    """
+
+    gm: GraphModule
+    bodies: list[tuple[Node, int]]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Place of a tensor or symbol among the arguments of a template."""
+
+    index: int
+
+
+@dataclass
+class _Template:
+    """One distinct call, traced: `graph` computes `outputs`; `values` are fake tensors like what it returned."""
+
+    graph: Graph
+    constants: dict[str, Tensor]
+    outputs: Any
+    values: Any
+
+
+class _MutatesMetadataError(Exception):
+    """The graph changes sizes in place (`unsqueeze_`, `resize_`): equal calls must not share their fake values."""
+
+
+def like(fake_mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A fake tensor with the metadata of `value`, which may belong to another fake mode over the same symbols."""
+    with fake_mode, torch.no_grad():
+        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    if not value.requires_grad:
+        return fake
+    fake.requires_grad_()
+    with fake_mode, torch.enable_grad():  # not a leaf: the graph may write into it
+        return fake.view_as(fake)
+
+
+def retrace(gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> Retraced:
+    """Rewrite Dynamo's `gm`, whose inputs have the fake values `fakes`, in the dialect. `gm` is not changed."""
+    grad = torch.is_grad_enabled()
+    try:
+        return _Retrace(gm, fake_mode, {}).run(fakes)
+    except _MutatesMetadataError:
+        torch.set_grad_enabled(grad)
+        return _Retrace(gm, fake_mode, None).run(fakes)
+    finally:
+        torch.set_grad_enabled(grad)
+
+
+class _Retrace:
+    """One graph on its way.
+
+    Args:
+        gm: Dynamo's graph.
+        fake_mode: what the values belong to.
+        templates: calls traced so far; None traces every call on the values at hand.
+    """
+
+    def __init__(self, gm: GraphModule, fake_mode: FakeTensorMode, templates: dict[Any, _Template] | None) -> None:
+        self.old = gm
+        self.fake_mode = fake_mode
+        self.templates = templates
+        self.root = torch.nn.Module()
+        self.graph = Graph()
+        self.new: dict[Node, Any] = {}  # old node → new nodes and constants, in any structure
+        self.value: dict[Node, Any] = {}  # new node → its fake tensor, symbol or module
+        self.autocasts: dict[Node, torch.autocast] = {}
+        self.bodies: list[tuple[Node, int]] = []
+
+    def run(self, fakes: Sequence[Any]) -> Retraced:
+        inputs = iter(fakes)
+        with ExitStack() as unwind:
+            unwind.callback(self._leave_autocasts)
+            for node in self.old.graph.nodes:
+                if node.op == "placeholder":
+                    self.new[node] = self._add(self.graph.placeholder(str(node.target)), next(inputs))
+                elif node.op == "get_attr":
+                    self.new[node] = self._attribute(node)
+                elif node.op == "output":
+                    self.graph.output(self._mapped(node.args[0]))
+                else:
+                    self.new[node] = self._call(node)
+        return Retraced(GraphModule(self.root, self.graph), self.bodies)
+
+    def _add(self, new: Node, value: Any) -> Node:
+        self.value[new] = value
+        new.meta["val"] = value.detach() if type(value) is FakeTensor else value
+        return new
+
+    def _mapped(self, arguments: Any) -> Any:
+        return torch.fx.node.map_arg(arguments, lambda n: self.new[n])
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def _attribute(self, node: Node) -> Node:
+        held: Any = self.old
+        for atom in str(node.target).split("."):
+            held = getattr(held, atom)
+        name = str(node.target).replace(".", "_")
+        if isinstance(held, torch.nn.Module):
+            self.root.add_module(name, held)
+            new = self.graph.get_attr(name)
+            self.value[new] = held
+            return new
+        if isinstance(held, torch.nn.Parameter):
+            self.root.register_parameter(name, held)
+        else:
+            self.root.register_buffer(name, held)
+        return self._add(self.graph.get_attr(name), self.fake_mode.from_tensor(held, static_shapes=True))
+
+    def _call(self, node: Node) -> Any:
+        target: Any = node.target
+        recorded = node.meta.get("example_value")
+        if target is operator.getitem and not isinstance(node.args[1], Node):
+            source = self.new[node.args[0]]  # type: ignore[index]
+            if not isinstance(source, Node):
+                return source[node.args[1]]
+            if isinstance(self.value[source], (list, tuple)):  # what an operator that stays whole returned
+                return self._emit(node, target, self.value[source][node.args[1]])
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._whole(node, target)
+        if node.op == "call_method" and target == "item" and recorded is not None:
+            return self._emit(node, torch.ops.aten.item.default, recorded)
+        if target is _enter_autocast:
+            device, dtype, enabled, cached = node.args
+            region = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cached)  # type: ignore[arg-type]
+            region.__enter__()
+            new = self._emit(node, target, None)
+            self.autocasts[new] = region
+            return new
+        if target is _exit_autocast:
+            self.autocasts.pop(self.new[node.args[0]]).__exit__(None, None, None)  # type: ignore[index]
+            return self._emit(node, target, None)
+        if target is torch._C._set_grad_enabled:
+            torch.set_grad_enabled(bool(node.args[0]))
+            return self._emit(node, target, None)
+        return self._traced(node)
+
+    def _emit(self, node: Node, target: Any, value: Any) -> Node:
+        """Put `node` into the new graph as it is, with `value` as its value."""
+        args, kwargs = self._mapped((node.args, node.kwargs))
+        new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        new.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
+        return self._add(new, value)
+
+    def _whole(self, node: Node, target: torch._ops.HigherOrderOperator) -> Node:
+        value = pytree.tree_map_only(Tensor, lambda v: like(self.fake_mode, v), node.meta["example_value"])
+        new = self._emit(node, target, value)
+        if target.name() in _TRANSPARENT:
+            self._retrace_body(new)
+        return new
+
+    def _retrace_body(self, new: Node) -> None:
+        held: list[Any] = [self.value.get(a) if isinstance(a, Node) else a for a in new.args]
+        position = next(i for i, value in enumerate(held) if isinstance(value, GraphModule))
+        body = held[position]
+        takes = body.graph.find_nodes(op="placeholder")
+        operands = held[position + 1 :][-len(takes) :] if takes else []
+        if len(operands) < len(takes):
+            return  # a calling convention we don't know: the body stays as Dynamo wrote it
+        inner = _Retrace(body, self.fake_mode, self.templates).run(operands)
+        if inner.bodies:
+            return  # checkpoints inside checkpoints keep the torch-level body
+        copy_placeholders(body, inner.gm)
+        self.root.add_module(str(new.args[position].target), inner.gm)  # type: ignore[union-attr]
+        self.bodies.append((new, position))
+
+    def _traced(self, node: Node) -> Any:
+        arguments = self._mapped((node.args, node.kwargs))
+        given: dict[Node, int] = {}
+        # Inputs are told apart by node and never by value, since equal calls share their values.
+        call = map_aggregate(arguments, lambda x: _Input(given.setdefault(x, len(given))) if isinstance(x, Node) else x)
+        values = [self.value[n] for n in given]
+        recorded = pytree.tree_leaves(node.meta.get("example_value"))
+        if not any(isinstance(v, Tensor) for v in (*values, *recorded)):
+            return self._symbolic(node, call, values, recorded)
+        template = self._template(node, call, values)
+        return self._instantiate(node, template, list(given))
+
+    def _symbolic(self, node: Node, call: Any, values: list[Any], recorded: list[Any]) -> Any:
+        """A call without tensors: arithmetic on sizes is done here, a side effect is only recorded."""
+        if all(v is None for v in recorded):
+            return self._emit(node, node.target, None)
+        result = _apply(node, call, values)
+        return self._emit(node, node.target, result) if isinstance(result, _SYMBOLS) else result
+
+    # -- templates --------------------------------------------------------------------------------------------------
+
+    def _template(self, node: Node, call: Any, values: list[Any]) -> _Template:
+        if self.templates is None:
+            return self._trace(node, call, values)
+        key = (node.op, node.target, _frozen(call), *map(_metadata, values), *_state())
+        found = self.templates.get(key)
+        if found is None:
+            # Fresh objects: the same one may stand for two nodes, which tracing would take for one.
+            fresh = [like(self.fake_mode, v) if type(v) is FakeTensor else v for v in values]
+            found = self._trace(node, call, fresh)
+            if any(torch.Tag.inplace_view in getattr(n.target, "tags", ()) for n in found.graph.nodes):
+                raise _MutatesMetadataError
+            if not _has_unbacked(found.values):
+                self.templates[key] = found
+        return found
+
+    def _trace(self, node: Node, call: Any, values: list[Any]) -> _Template:
+        returned: list[Any] = []
+
+        def function(*given: Any) -> Any:
+            returned.append(_apply(node, call, given))
+            return returned[-1]
+
+        with self.fake_mode:
+            traced = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        (output,) = traced.graph.find_nodes(op="output")
+        constants = {str(n.target): getattr(traced, str(n.target)) for n in traced.graph.find_nodes(op="get_attr")}
+        return _Template(traced.graph, constants, output.args[0], returned[-1])
+
+    def _instantiate(self, node: Node, template: _Template, given: list[Node]) -> Any:
+        meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+        mapping: dict[Node, Node] = dict(zip(template.graph.find_nodes(op="placeholder"), given, strict=True))
+        for old in template.graph.nodes:
+            if old.op == "get_attr":
+                name = f"_constant{len(list(self.root.buffers()))}"
+                self.root.register_buffer(name, template.constants[str(old.target)])
+                mapping[old] = self.graph.get_attr(name)
+                mapping[old].meta["val"] = old.meta.get("val")
+            elif old.op == "call_function":
+                new = mapping[old] = self.graph.node_copy(old, lambda n: mapping[n])
+                new.meta = {**meta, "val": old.meta.get("val")}
+        result = torch.fx.node.map_arg(template.outputs, lambda n: mapping[n])
+        for new, value in zip(pytree.tree_leaves(result), pytree.tree_leaves(template.values), strict=True):
+            if isinstance(new, Node):
+                self.value.setdefault(new, value)
+        return result
+
+    def _leave_autocasts(self) -> None:
+        for region in reversed(self.autocasts.values()):
+            region.__exit__(None, None, None)
+
+
+def _with_inputs(arguments: Any, given: dict[Node, int]) -> Any:
+    """`arguments` with each node replaced by its place in `given`, which grows."""
+
+    def place(x: Any) -> Any:
+        return _Input(given.setdefault(x, len(given))) if isinstance(x, Node) else x
+
+    return map_aggregate(arguments, place)  # type: ignore[arg-type, return-value]
+
+
+def _apply(node: Node, call: Any, values: Sequence[Any]) -> Any:
+    args, kwargs = map_aggregate(call, lambda x: values[x.index] if isinstance(x, _Input) else x)
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    raise NotImplementedError(f"{node.op} {node.target}")
+
+
+def copy_placeholders(old: GraphModule, new: GraphModule) -> None:
+    """Give the new placeholders the names and metadata of the old ones."""
+    pairs = zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True)
+    for before, after in pairs:
+        # grapharg, which Dynamo clears from its own graph, refers to the weight weakly: swap_tensors would refuse it.
+        after.meta = {**{k: v for k, v in before.meta.items() if k != "grapharg"}, "val": after.meta.get("val")}
+        after._rename(before.name)
+        after.target = before.target
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable form of nested arguments that tells 1, 1.0 and True apart."""
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_frozen, value))
+    if isinstance(value, dict):
+        return ("dict", *((k, _frozen(v)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value), value)
+
+
+def _metadata(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if type(value) is not FakeTensor:
+            return id(value)  # a subclass: its inner tensors decide, so nothing is shared
+        sizes = (*value.size(), "|", *value.stride(), "|", value.storage_offset())
+        return (tuple(map(_symbol, sizes)), value.dtype, value.device, value.layout, value.requires_grad)
+    return _symbol(value)
+
+
+def _symbol(value: Any) -> Any:
+    """Hashable, by expression: two SymInts of one expression are one size."""
+    return (type(value), value.node.expr) if isinstance(value, _SYMBOLS) else (type(value), value)
+
+
+def _state() -> tuple[Any, ...]:
+    autocast = tuple(
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    )
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _has_unbacked(values: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return any(free_unbacked_symbols(v) for v in pytree.tree_leaves(values) if isinstance(v, (Tensor, *_SYMBOLS)))

@@ -1,0 +1,142 @@
+"""What operators become in ONNX where the exporter's own translation is missing or slow, and a light graph clean-up.
+
+Imports onnxscript: import this module lazily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import INT64, opset18, script
+from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+from onnxscript.function_libs.torch_lib.tensor_typing import TFloat, TInt
+from onnxscript.optimizer import fold_constants
+
+__all__ = ["tidy", "translations"]
+
+# Untyped: onnxscript's operations are typed as if they ran here, on tensors.
+op: Any = opset18
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """PyTorch operator → function of onnxscript operations with the same arguments."""
+    table: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.aten._grouped_mm.default: grouped_mm,
+    }
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers' MoE code
+    if fallback is not None:
+        table[fallback.default] = grouped_mm
+    return table
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(scale · q kᵀ + mask) v without a copy of keys and values per query head.
+
+    The H / G query heads of a group are put side by side as rows of one matrix product:
+    query `[B, H, T, K]` → `[B, G, (H/G)·T, K]`, key `[B, G, S, K]`, value `[B, G, S, V]`, mask `[B, 1, T, S]` boolean.
+    """
+    heads, groups = query.shape[1], key.shape[1]
+    plain = attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL and attn_mask.shape[1] == 1
+    sizes = (heads, groups, query.shape[3], value.shape[3])
+    if not plain or is_causal or dropout_p or not all(isinstance(n, int) for n in sizes):
+        return aten_scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    dtype = query.dtype.numpy()
+    # Half of the lowest number, not -inf: exp still gives 0 beside any attended key, and a row of padding that attends
+    # to nothing stays finite, which it must, since 0 · NaN would reach the other rows through its value.
+    blocked = op.Constant(value=ir.tensor(np.array(np.finfo(dtype).min / 2, dtype)))
+    zero = op.Constant(value=ir.tensor(np.array(0, dtype)))
+    bias = op.Where(attn_mask, zero, blocked)  # the same for all layers: one node after the clean-up
+    rows = op.Mul(query, op.Constant(value=ir.tensor(np.array(scale or sizes[2] ** -0.5, dtype))))
+    if heads != groups:
+        rows = op.Reshape(rows, op.Constant(value_ints=[0, groups, -1, sizes[2]]))
+        bias = op.Concat(*[bias] * (heads // groups), axis=2)
+    scores = op.MatMul(rows, op.Transpose(key, perm=[0, 1, 3, 2]))
+    out = op.MatMul(op.Softmax(op.Add(scores, bias), axis=-1), value)
+    return op.Reshape(out, op.Constant(value_ints=[0, heads, -1, sizes[3]])) if heads != groups else out
+
+
+def grouped_mm(rows: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
+    """out[r] = rows[r] @ weight[group of r]; rows `[M, K]` sorted by group, weight `[E, K, N]`, ends `[E]`."""
+    if bias is not None or out_dtype is not None or len(rows.shape) != 2 or len(weight.shape) != 3:
+        raise NotImplementedError("grouped_mm with a bias, an output dtype, or operands other than [M, K] x [E, K, N]")
+    return _grouped_mm(rows, weight, ends)
+
+
+@script(default_opset=opset18)
+def _grouped_mm(rows: TFloat, weight: TFloat, ends: TInt) -> TFloat:
+    """A loop over the groups that have rows, so that decoding reads only the experts that were hit."""
+    last = op.Cast(ends, to=INT64.dtype)
+    first = op.Concat(op.Constant(value_ints=[0]), op.Slice(last, [0], [-1], [0]), axis=0)
+    hit = op.Squeeze(op.NonZero(op.Greater(last, first)), [0])
+    count = op.Squeeze(op.Shape(hit), [0])
+    out = op.CastLike(
+        op.Expand(
+            op.Constant(value_float=0.0),
+            op.Concat(op.Shape(rows, start=0, end=1), op.Shape(weight, start=2, end=3), axis=0),
+        ),
+        rows,
+    )
+    for i in range(count):
+        group = op.Gather(hit, i)
+        picked = op.Range(op.Gather(first, group), op.Gather(last, group), op.Constant(value_int=1))
+        product = op.MatMul(op.Gather(rows, picked), op.Gather(weight, group))
+        out = op.ScatterND(out, op.Unsqueeze(picked, [1]), product)
+    return out
+
+
+def tidy(model: ir.Model) -> None:
+    """Fold constants, merge equal nodes, drop dead ones; in place.
+
+    The exporter's own optimiser does little more for a decoder and takes ten times as long: one of its rules compares
+    every pair of Slice nodes.
+    """
+    common.InlinePass()(model)
+    fold_constants(model)
+    _divide_by_root(model.graph)
+    for clean in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),  # stack traces with the paths of this machine
+    ):
+        clean(model)
+
+
+def _divide_by_root(graph: ir.Graph) -> None:
+    """x · (1 / √v) → x / √v: the form of RMSNorm that runtimes recognise and run as one kernel."""
+    for node in list(graph):
+        if node.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
+            continue
+        (use,) = node.outputs[0].uses()
+        producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if use.node.op_type != "Mul" or producer is None or producer.op_type != "Sqrt" or use.node.graph is not graph:
+            continue
+        old = use.node.outputs[0]
+        divide = ir.node("Div", [use.node.inputs[1 - use.idx], node.inputs[0]])
+        divide.outputs[0].shape, divide.outputs[0].type = old.shape, old.type
+        graph.insert_after(use.node, divide)
+        ir.convenience.replace_all_uses_with(old, divide.outputs[0], replace_graph_outputs=True)
+        graph.remove([use.node, node], safe=True)

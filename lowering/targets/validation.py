@@ -1,0 +1,219 @@
+"""Does an exported decoder compute what the model computes? Two numbers, never mixed.
+
+*Export error*: the file against the rewritten program run by PyTorch. *Method loss*: the rewritten program against the
+original model. Each case feeds chunks of tokens, and every implementation carries its own cache from chunk to chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import ExportError
+from effpass.lowering.targets.decode_graph import CacheLayer, Step
+
+__all__ = ["TOLERANCE", "Check", "DecodeCase", "Recording", "compare", "decode_cases", "record_model", "record_step"]
+
+# Largest difference, as a share of the largest value that is compared. Two right evaluations that sum in another order
+# differ by a few hundred roundings: 4e-6 for SmolLM2's 30 layers in float32 (rounding 6e-8). A wrong mask, position or
+# activation shows from 1e-2 on. The tolerances lie between; float16 rounds at 5e-4.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """Token ids and how they are fed.
+
+    Attributes:
+        name: says what the case is for.
+        input_ids: `[B, N]`.
+        attention_mask: `[B, N]`, 0 on padding.
+        chunks: tokens per call; they add up to N. (7, 1) fills a cache with 7 positions and decodes one token.
+    """
+
+    name: str
+    input_ids: Tensor
+    attention_mask: Tensor
+    chunks: tuple[int, ...]
+
+    def calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Ids `[B, T]`, mask `[B, P + T]` and positions `[B, T]` of each call."""
+        positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        stop = 0
+        for tokens in self.chunks:
+            start, stop = stop, stop + tokens
+            yield self.input_ids[:, start:stop], self.attention_mask[:, :stop], positions[:, start:stop]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one implementation answered to one case, at positions that are not padding.
+
+    Attributes:
+        logits: `[positions, vocab]`.
+        cache: `[positions, G, K or V]` per cache tensor, after the last call; empty for the original model, whose
+            cache may have another shape.
+    """
+
+    logits: Tensor
+    cache: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One case, compared. Differences are the largest absolute ones.
+
+    Attributes:
+        case: name of the case.
+        export_error: logits of the file against those of the rewritten program.
+        tolerance: what `export_error` may be.
+        cache_error: the same for the cache.
+        cache_tolerance: what `cache_error` may be.
+        method_loss: logits of the rewritten program against those of the original model.
+    """
+
+    case: str
+    export_error: float
+    tolerance: float
+    cache_error: float
+    cache_tolerance: float
+    method_loss: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the export error is within tolerance; a NaN is not."""
+        return self.export_error <= self.tolerance and self.cache_error <= self.cache_tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+def decode_cases(vocab_size: int) -> list[DecodeCase]:
+    """Empty and filled caches, one and several tokens, padding on the left, and a prefill with three decode steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def case(name: str, padding: Sequence[int], *chunks: int) -> DecodeCase:
+        ids = torch.randint(vocab_size, (len(padding), sum(chunks)), generator=generator)
+        mask = torch.ones_like(ids)
+        for row, count in enumerate(padding):
+            mask[row, :count] = 0
+        return DecodeCase(name, ids, mask, chunks)
+
+    return [
+        case("one token", [0], 1),
+        case("prefill of 5", [0], 5),
+        case("prefill of 6 with padding, 3 decode steps", [2, 0], 6, 1, 1, 1),
+        case("one token on a cache of 7 with padding", [3, 0, 1], 7, 1),
+        case("3 tokens on a cache of 4", [0, 0], 4, 3),
+    ]
+
+
+@torch.no_grad()
+def record_model(model: Any, cases: Sequence[DecodeCase]) -> list[Recording]:
+    """Run a transformers causal LM on `cases`, as anybody would: its own cache, its own attention."""
+    from transformers import DynamicCache
+
+    recordings = []
+    for case in cases:
+        cache = DynamicCache(config=model.config)
+        logits = []
+        for ids, mask, positions in case.calls():
+            out = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            logits.append(out.logits)
+        recordings.append(Recording(_attended(torch.cat(logits, 1), case), []))
+    return recordings
+
+
+@torch.no_grad()
+def record_step(
+    step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, cases: Sequence[DecodeCase]
+) -> list[Recording]:
+    """Run a decode graph on `cases`: a captured program, or a file behind a function of the same arguments.
+
+    Args:
+        step: ``(input_ids, attention_mask, position_ids, *past) -> (logits, *present)``.
+        layers: shapes of the cache, to start with an empty one.
+        dtype: of the cache.
+        cases: what to run.
+    """
+    recordings = []
+    for case in cases:
+        batch = len(case.input_ids)
+        past: list[Tensor] = [
+            torch.zeros(batch, y.heads, 0, size, dtype=dtype) for y in layers for size in (y.key_size, y.value_size)
+        ]
+        logits = []
+        for ids, mask, positions in case.calls():
+            out, *past = step(ids, mask, positions, *past)
+            logits.append(out)
+        cache = [_attended(t.transpose(1, 2), case) for t in past]
+        recordings.append(Recording(_attended(torch.cat(logits, 1), case), cache))
+    return recordings
+
+
+def compare(
+    cases: Sequence[DecodeCase],
+    exported: Sequence[Recording],
+    rewritten: Sequence[Recording],
+    original: Sequence[Recording],
+    dtype: torch.dtype,
+) -> list[Check]:
+    """Export error and method loss of each case."""
+    checks = []
+    for case, file, program, model in zip(cases, exported, rewritten, original, strict=True):
+        scale = _largest([program.logits])
+        cache_scale = _largest(program.cache)
+        checks.append(
+            Check(
+                case.name,
+                export_error=_difference([file.logits], [program.logits]),
+                tolerance=TOLERANCE[dtype] * scale,
+                cache_error=_difference(file.cache, program.cache),
+                cache_tolerance=TOLERANCE[dtype] * cache_scale,
+                method_loss=_difference([program.logits], [model.logits]),
+            )
+        )
+    return checks
+
+
+def require_ok(checks: Sequence[Check], what: str) -> None:
+    """Raise an :class:`ExportError` that names the worst case when one is out of tolerance."""
+    bad = [c for c in checks if not c.ok]
+    if not bad:
+        return
+    logits = max(bad, key=lambda c: _ratio(c.export_error, c.tolerance))
+    cache = max(bad, key=lambda c: _ratio(c.cache_error, c.cache_tolerance))
+    if _ratio(logits.export_error, logits.tolerance) > 1:
+        part, case, error, allowed = "logits", logits, logits.export_error, logits.tolerance
+    else:
+        part, case, error, allowed = "cache", cache, cache.cache_error, cache.cache_tolerance
+    raise ExportError(
+        f"{what} is out of tolerance in {len(bad)} of {len(checks)} cases: in {case.case!r} its {part} differ from the "
+        f"rewritten model's by {error:.2g}, {allowed:.2g} is allowed; no file was left behind",
+        hint="leave passes out of the recipe one by one to find the one whose operators are translated wrongly",
+    )
+
+
+def _ratio(error: float, tolerance: float) -> float:
+    return math.inf if math.isnan(error) else error / max(tolerance, 1e-300)
+
+
+def _attended(values: Tensor, case: DecodeCase) -> Tensor:
+    """Rows of `values` `[B, N, ...]` at positions that are not padding; what stands at padding has no meaning."""
+    return values[case.attention_mask.bool()].float()
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    return max(float(t.abs().max()) for t in tensors)
+
+
+def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    return math.nan if any(math.isnan(d) for d in differences) else max(differences)
