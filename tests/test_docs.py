@@ -73,3 +73,78 @@ def test_writing_a_pass(workplace):
         "Counter({'aten.linear.default': 2, 'aten.gelu.default': 1})",
         "tanh_gelu: 1 rewritten",
     ]
+
+
+@pytest.fixture
+def tiny(tmp_path_factory, workplace, monkeypatch):
+    """What the README's code finds: a tiny model for any name, two adapters in the folder, and no real compiler."""
+    from tiny_checkpoint import make_adapter, make_checkpoint
+
+    import effpass.api
+    import effpass.backend
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("tiny"))
+    make_adapter(folder, workplace / "adapter")
+    make_adapter(folder, workplace / "other_adapter")
+    loader = effpass.api.load_model
+    monkeypatch.setattr(effpass, "load_model", lambda name: loader(folder), raising=False)
+    monkeypatch.setattr(effpass.backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
+    return workplace
+
+
+def test_readme(tiny):
+    import effpass.backend
+
+    effpass.backend.reports.clear()
+    printed = execute(ROOT / "README.md", tiny)
+    assert [p.hits for report in effpass.backend.reports for p in report.passes] == [14]
+    assert (tiny / "model.onnx").is_file()
+    assert float(printed.rpartition("export error ")[2]) < 1e-5
+
+
+def test_recipes_document(workplace):
+    from effpass import Recipe
+
+    document = ROOT / "docs" / "recipes.md"
+    assert execute(document, workplace) == "version: 1\npasses:\n- merge_lora:\n    quantized: keep\n\n"
+    for text in blocks(document, "yaml") + blocks(ROOT / "README.md", "yaml"):
+        assert [step.name for step in Recipe.parse(text).steps] == ["merge_lora", "structured_pruning"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipes_are_valid_and_documented(file):
+    from effpass import Recipe
+
+    assert Recipe.load(file).build()
+    assert f"(../recipes/{file.name})" in (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_generated_parts_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for document in generate.DOCUMENTS:
+        text = document.read_text()
+        assert "<!-- generated: passes -->" in text
+        assert generate.generated(document) == text, "run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for match in _LINK.finditer(document.read_text()):
+        target = match["target"]
+        if not target.startswith(("http://", "https://")):
+            assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_documented_commands_exist():
+    from typer.main import get_command
+
+    from effpass.cli.app import app
+
+    root = get_command(app)
+    context = root.make_context("effpass", [], resilient_parsing=True)
+    known = set(root.list_commands(context))
+    named = {m for d in DOCUMENTS for m in re.findall(r"`effpass (?:--debug )?([a-z]+)", d.read_text())}
+    assert named <= known
+    assert known <= set(re.findall(r"`effpass ([a-z]+)", (ROOT / "README.md").read_text()))

@@ -24,7 +24,7 @@ def passes(json: Json = False) -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("pass", "kind", "meaning", "acts on", "provided by", "what it does"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("pass", "kind"))
+        table.add_column(column, overflow="fold", no_wrap=column != "what it does")
     for row in rows:
         if row.error is None:
             meaning = "exact" if row.exact else "approximate"

@@ -131,7 +131,7 @@ class Entry:
         self.slot = slot
         self.value: Tensor | None = None
         self.visible: Any = None  # see _visible; None: recompute
-        # Weak, for a storage shall not outlive its weight. Once it is gone, its address may come back with other content.
+        # Weak, for a storage shall not outlive its weight. Once it is gone, other content may come to its address.
         self.storages: list[Any] = []
         self.step: Any = None
         self.checksums: list[int] | None = None

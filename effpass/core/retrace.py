@@ -213,20 +213,26 @@ class _Retrace:
         arguments = self._mapped((node.args, node.kwargs))
         given: dict[Node, int] = {}
         # Inputs are told apart by node and never by value, since equal calls share their values.
-        call = map_aggregate(arguments, lambda x: _Input(given.setdefault(x, len(given))) if isinstance(x, Node) else x)
+        call = _with_inputs(arguments, given)
         values = [self.value[n] for n in given]
         recorded = pytree.tree_leaves(node.meta.get("example_value"))
         if not any(isinstance(v, Tensor) for v in (*values, *recorded)):
-            return self._symbolic(node, call, values, recorded)
+            return self._symbolic(node, call, list(given), values, recorded)
         template = self._template(node, call, values)
         return self._instantiate(node, template, list(given))
 
-    def _symbolic(self, node: Node, call: Any, values: list[Any], recorded: list[Any]) -> Any:
+    def _symbolic(self, node: Node, call: Any, given: list[Node], values: list[Any], recorded: list[Any]) -> Any:
         """A call without tensors: arithmetic on sizes is done here, a side effect is only recorded."""
         if all(v is None for v in recorded):
             return self._emit(node, node.target, None)
+        if node.target is torch.Size:
+            return tuple(self._mapped(node.args[0]))  # type: ignore[arg-type]
         result = _apply(node, call, values)
-        return self._emit(node, node.target, result) if isinstance(result, _SYMBOLS) else result
+        if isinstance(result, _SYMBOLS):
+            return self._emit(node, node.target, result)
+        if any(isinstance(v, _SYMBOLS) for v in pytree.tree_leaves(result)):
+            return _apply(node, call, given)  # sizes joined or cut: the same on the nodes that stand for them
+        return result
 
     # -- templates --------------------------------------------------------------------------------------------------
 

@@ -83,9 +83,7 @@ class DecodeGraph:
         """The graph as it stands, rewritten or not, as a callable on plain tensors."""
         # What is left of export's guards forbids sizes of 1 where a view's strides were worked out at other sizes.
         # A view that is valid for other sizes is valid at size 1, and every export is run at size 1.
-        if "check_guards" in inspect.signature(self.program.module).parameters:
-            return self.program.module(check_guards=False)
-        return self.program.module()
+        return self.program.module(check_guards=False)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{i}.{part}" for i in range(len(self.layers)) for part in ("key", "value")]
@@ -141,7 +139,7 @@ def export_decode_graph(model: Any) -> DecodeGraph:
     check_exportable(model)
     name = type(model).__name__
     layers = cache_layers(model)
-    dtype = model.get_output_embeddings().weight.dtype
+    dtype = model.dtype
     # Sizes of 0 and 1 would be burned in; the graph is exported at others and run at 0 and 1 when it is validated.
     batch, tokens, past = 2, 3, 4
     args = [

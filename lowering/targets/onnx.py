@@ -153,10 +153,10 @@ def export_decoder(
     require_packages()
     check_output(out, overwrite=overwrite)
     check_exportable(model)
-    dtype = model.get_output_embeddings().weight.dtype
-    if dtype not in TOLERANCE:
+    if model.dtype not in TOLERANCE:
         raise ExportError(
-            f"{type(model).__name__} is in {dtype}, which onnxruntime's CPU kernels lack", hint="load it in float32"
+            f"{type(model).__name__} is in {model.dtype}, which onnxruntime's CPU kernels lack",
+            hint="load it in float32",
         )
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]

@@ -17,7 +17,17 @@ from torch import Tensor
 from effpass.core.errors import ExportError
 from effpass.lowering.targets.decode_graph import CacheLayer, Step
 
-__all__ = ["TOLERANCE", "Check", "DecodeCase", "Recording", "compare", "decode_cases", "record_model", "record_step"]
+__all__ = [
+    "TOLERANCE",
+    "Check",
+    "DecodeCase",
+    "Recording",
+    "compare",
+    "decode_cases",
+    "record_model",
+    "record_step",
+    "require_ok",
+]
 
 # Largest difference, as a share of the largest value that is compared. Two right evaluations that sum in another order
 # differ by a few hundred roundings: 4e-6 for SmolLM2's 30 layers in float32 (rounding 6e-8). A wrong mask, position or

@@ -161,9 +161,13 @@ class MergeLora(WeightsPass):
             dequantize_linears(model, getattr(model, "dtype", torch.float32))
             quantised = {}
         attached_lora.attach(model, {n: self.plan[f"{n}.weight"].tensors for n in quantised})
-        plan = {n: change for n, change in self.plan.items() if n.rpartition(".")[0] not in quantised}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        done = [n for n in self.plan if getattr(parameters.get(n), "_effpass_merged", None) == self.key]
+        left_alone = {*done, *(f"{n}.weight" for n in quantised)}
+        plan = {n: change for n, change in self.plan.items() if n not in left_alone}
         fold_into(model, plan, keeps_ties=all(a.keeps_ties for a, _ in self.adapters), mark=self.key)
-        return len(plan), [Refusal(n, attached_lora.KEPT.format(s)) for n, s in quantised.items()]
+        refusals = [Refusal(n, attached_lora.KEPT.format(s)) for n, s in quantised.items()]
+        return len(plan), refusals + [Refusal(n, "merged already by effpass.prepare") for n in done]
 
     # -- second hand ------------------------------------------------------------------------------------------------
 
@@ -277,8 +281,8 @@ def swap(model: nn.Module, adapter: str | Path | Sequence[WeightedAdapter]) -> i
     """Put another adapter in the place of the one that `model`'s compiled graphs merge, without recompiling.
 
     The adapter's tensors are inputs of the merged weights, so only those are computed again, at the next call. A weight
-    that the new adapter leaves alone goes back to the base model's. Other models in this process that were compiled with
-    the adapter which is replaced follow.
+    that the new adapter leaves alone goes back to the base model's. Other models in this process that were compiled
+    with the adapter which is replaced follow.
 
     Args:
         model: the original module or its compiled wrapper, which has run with ``merge_lora: {adapter: ...}``.

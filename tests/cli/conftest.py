@@ -1,4 +1,4 @@
-"""A tiny Llama with a byte-level tokenizer, an adapter for it, and a way to run commands."""
+"""A tiny checkpoint, an adapter for it, and a way to run commands."""
 
 from __future__ import annotations
 
@@ -7,56 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_checkpoint import make_adapter, make_checkpoint
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: 2 layers, 4 heads, tied embeddings, 15 linear layers with the head."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0} | {letter: i + 1 for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock PEFT adapter on the 14 linear layers inside `tiny_model`'s blocks."""
     return make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
-
-
-def make_adapter(model: Path, folder: Path) -> Path:
-    """Save a rank-4 LoRA adapter with random A and B for the checkpoint `model`."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(model)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -17,13 +17,26 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     started = time.perf_counter()
-    code = "import sys, effpass.cli; sys.argv = ['effpass', '--help']\ntry: effpass.cli.main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys, effpass.cli; sys.argv = ['effpass', '--help']\ntry: effpass.cli.main()\nexcept SystemExit: pass\n"
+    )
     code += "print([m for m in ('torch', 'transformers', 'peft', 'onnx', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert time.perf_counter() - started < 10
     *text, loaded = done.stdout.strip().splitlines()
     assert loaded == "[]"
-    for command in "passes recipe inspect optimize generate export train calibrate cache demo --debug".split():
+    for command in (
+        "passes",
+        "recipe",
+        "inspect",
+        "optimize",
+        "generate",
+        "export",
+        "train",
+        "calibrate",
+        "cache",
+        "demo",
+    ):
         assert command in "\n".join(text)
 
 
@@ -35,7 +48,9 @@ def test_module_and_version():
 
 
 def test_passes_as_table_and_json(run, toy_passes, monkeypatch):
-    monkeypatch.setitem(toy_passes_table(), "broken", "no_such_module:Broken")
+    from effpass.core import registry
+
+    monkeypatch.setitem(registry.BUILTIN, "broken", "no_such_module:Broken")
     rows = {row["name"]: row for row in json.loads(run("passes", "--json").stdout)}
     assert rows["merge_lora"]["kind"] == "weights"
     assert rows["merge_lora"]["exact"] is True
@@ -44,14 +59,8 @@ def test_passes_as_table_and_json(run, toy_passes, monkeypatch):
     assert rows["needs_cache"]["entrances"] == ["model"]
     assert "No module named 'no_such_module'" in rows["broken"]["error"]
     text = " ".join(run("passes").stdout.split())
-    assert "scale weights approximate model, program, backend effpass 0.1.0" in text
+    assert "scale weights approximate model, program, backend effpass 0.1.0 Multiplies" in text
     assert "not available: pass 'broken' from effpass 0.1.0 can't be imported" in text
-
-
-def toy_passes_table() -> dict[str, str]:
-    from effpass.core import registry
-
-    return registry.BUILTIN
 
 
 def test_recipe_check(run, recipe_file, tiny_adapter):
@@ -133,14 +142,19 @@ def test_optimize_saves_a_checkpoint_that_transformers_loads(run, recipe_file, t
     # float32 sums in another order; the adapter itself moves the logits far more.
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
     assert (plain - expected).abs().max() > 0.05
-    assert AutoTokenizer.from_pretrained(out)("hi")["input_ids"] == AutoTokenizer.from_pretrained(tiny_model)("hi")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(out)("hi")["input_ids"]
+        == AutoTokenizer.from_pretrained(tiny_model)("hi")["input_ids"]
+    )
     from effpass import Recipe
 
     assert Recipe.load(out / "effpass.yaml").steps[0].options.adapter == tiny_adapter
     assert [p.name for p in out.parent.iterdir()] == ["merged"]
 
 
-def test_optimize_replaces_only_a_checkpoint_and_only_when_told(run, refused, recipe_file, tiny_model, tiny_adapter, tmp_path):
+def test_optimize_replaces_only_a_checkpoint_and_only_when_told(
+    run, refused, recipe_file, tiny_model, tiny_adapter, tmp_path
+):
     file = recipe_file(f"- merge_lora: {{adapter: {tiny_adapter}}}")
     out = tmp_path / "out"
     out.mkdir()
@@ -169,10 +183,11 @@ def test_generate_streams_the_same_text_merged_and_unmerged(run, recipe_file, ti
     assert attached.stdout != plain.stdout
 
 
-def test_a_graph_pass_runs_in_generate(run, recipe_file, tiny_model, toy_passes):
+def test_a_graph_pass_runs_in_generate(run, recipe_file, tiny_model, toy_passes, monkeypatch):
     """`touch` has no first hand, so the model is compiled, and its text must not change."""
     import effpass.backend
 
+    monkeypatch.setattr(effpass.backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
     effpass.backend.reports.clear()
     options = ["generate", tiny_model, "-p", "hi", "--max-new-tokens", 3]
     assert run(*options, "-r", recipe_file("- touch")).stdout == run(*options).stdout
@@ -200,9 +215,8 @@ def test_plugin_commands_are_listed_and_run(run, monkeypatch, tmp_path, command)
     )
     (tmp_path / "toy-1.2.dist-info").mkdir()
     (tmp_path / "toy-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.2\n")
-    (tmp_path / "toy-1.2.dist-info" / "entry_points.txt").write_text(
-        f"[effpass.{command}]\nfit = toy_trainers:fit\nmany = toy_trainers:app\nbroken = no_such_module:x\nodd = os:sep\n"
-    )
+    points = "fit = toy_trainers:fit\nmany = toy_trainers:app\nbroken = no_such_module:x\nodd = os:sep\n"
+    (tmp_path / "toy-1.2.dist-info" / "entry_points.txt").write_text(f"[effpass.{command}]\n{points}")
     assert run(command).stdout.startswith(f"Nothing is registered under `effpass {command}`.")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_trainers", raising=False)
@@ -223,7 +237,9 @@ def test_plugin_commands_are_listed_and_run(run, monkeypatch, tmp_path, command)
 def test_two_distributions_with_one_trainer(run, monkeypatch, tmp_path):
     for name in ("left", "right"):
         (tmp_path / f"{name}-1.0.dist-info").mkdir()
-        (tmp_path / f"{name}-1.0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (tmp_path / f"{name}-1.0.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
         (tmp_path / f"{name}-1.0.dist-info" / "entry_points.txt").write_text("[effpass.train]\nfit = os:getcwd\n")
     monkeypatch.syspath_prepend(tmp_path)
     result = run("train", "fit")
@@ -231,3 +247,43 @@ def test_two_distributions_with_one_trainer(run, monkeypatch, tmp_path):
     assert "two distributions provide `effpass train fit`: " in result.stderr
     assert "left 1.0" in result.stderr
     assert "right 1.0" in result.stderr
+
+
+def test_optimize_prunes(run, recipe_file, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from effpass.passes.weights.structured_pruning import make_keep_artifact
+
+    make_keep_artifact(
+        AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "keep", ffn_channels=32, kv_groups=1
+    )
+    out = tmp_path / "pruned"
+    assert (
+        run("optimize", tiny_model, "-r", recipe_file("- structured_pruning: {artifact: ./keep}"), "-o", out).exit_code
+        == 0
+    )
+    config = AutoModelForCausalLM.from_pretrained(out).config
+    assert (config.intermediate_size, config.num_key_value_heads, config.num_attention_heads) == (32, 1, 2)
+
+
+def test_export_writes_a_file_that_onnxruntime_was_asked_about(run, recipe_file, tiny_model, tiny_adapter, tmp_path):
+    import onnx
+
+    out = tmp_path / "new" / "model.onnx"
+    arguments = ["export", tiny_model, "-r", recipe_file(f"- merge_lora: {{adapter: {tiny_adapter}}}"), "-o", out]
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["path"] == str(out)
+    assert report["size"] == out.stat().st_size
+    assert [check["ok"] for check in report["checks"]] == [True] * len(report["checks"])
+    metadata = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+    assert "merge_lora" in metadata["effpass.recipe"]
+    assert [p.name for p in out.parent.iterdir()] == ["model.onnx"]
+    again = run(*arguments)
+    assert again.exit_code == 1
+    assert f"error: {out} exists" in again.stderr
+    shown = run(*arguments, "--overwrite")
+    assert "merge_lora: 14 rewritten" in shown.stdout
+    assert f"saved {out}" in shown.stdout
+    assert "export error" in shown.stdout

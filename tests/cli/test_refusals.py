@@ -13,7 +13,7 @@ COMMANDS = {
     "inspect": lambda model, recipe, out: ("inspect", model, "-r", recipe),
     "optimize": lambda model, recipe, out: ("optimize", model, "-r", recipe, "-o", out),
     "generate": lambda model, recipe, out: ("generate", model, "-r", recipe, "-p", "hi"),
-    "export": lambda model, recipe, out: ("export", model, "-r", recipe, "-o", out),
+    "export": lambda model, recipe, out: ("export", model, "-r", recipe, "-o", out.with_suffix(".onnx")),
 }
 
 
@@ -60,9 +60,7 @@ def test_a_missing_model(command, refused, recipe_file, out):
 def test_no_causal_lm(command, refused, recipe_file, tmp_path, out):
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     message = refused(*command(tmp_path / "bert", recipe_file("- merge_lora"), out))
     assert "is a BertForMaskedLM, which is no causal language model" in message
@@ -131,6 +129,14 @@ def test_graph_passes_have_no_place_in_a_checkpoint(refused, recipe_file, toy_pa
     assert "touch rewrites the graph or the runtime, which a checkpoint can't hold" in message
 
 
+def test_export_refuses_its_target_and_its_file_before_the_model(refused, recipe_file, out):
+    file = recipe_file("- merge_lora", more="target: aoti")
+    assert "target 'aoti' can't be exported to; available: onnx" in refused(
+        "export", "/no/such/model", "-r", file, "-o", out.with_suffix(".onnx")
+    )
+    assert "does not end in .onnx" in refused("export", "/no/such/model", "-r", file, "-o", out, "--target", "onnx")
+
+
 def test_recipe_check_finds_missing_files(refused, recipe_file, tmp_path):
     file = recipe_file("- merge_lora: {adapters: [{path: ./a}, {path: .}]}", "- merge_lora: {adapter: /no/b}")
     message = refused("recipe", "check", file)
@@ -161,6 +167,7 @@ def test_generate_refuses_what_it_cannot_start_with(refused, run, tiny_model, tm
         (["optimize", "smollm2", "-r", "r.yaml"], "Missing option '--out'"),
         (["generate", "smollm2", "-p", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["export", "smollm2", "-r", "r.yaml"], "Missing option '--out'"),
+        (["train", "nothing"], "No such command 'nothing'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(run, arguments, message):

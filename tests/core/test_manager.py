@@ -112,7 +112,7 @@ def test_passes_run_in_order_and_see_each_other():
 
 def test_required_and_nothing_rewritten():
     planned = Planned(variant(refuse=("proj", "up")), require=True)
-    with pytest.raises(PassRefusedError, match=r"relu is required and rewrote nothing: .*2 x refused by find") as caught:
+    with pytest.raises(PassRefusedError, match=r"relu is required .* nothing: .*2 x refused by find") as caught:
         PassManager([planned]).run(program())
     assert caught.value.hint == "set require: false to go on without it"
     assert PassManager([Planned(Relu(), require=True)]).run(program()).hits == 2
@@ -186,7 +186,7 @@ def test_a_result_that_is_not_valid_names_the_pass():
             new = program.graph.call_function(aten.relu6.default, match.anchor.args)
         match.anchor.replace_all_uses_with(new)
 
-    with pytest.raises(RewriteError, match="pass relu: new node %relu6.* has no value"):
+    with pytest.raises(RewriteError, match=r"pass relu: new node %relu6.* has no value"):
         PassManager([variant(rewrite=rewrite)]).run(program())
 
     def cycle(self, program, match):

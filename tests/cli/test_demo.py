@@ -1,0 +1,50 @@
+"""The demo: on a tiny model in seconds, and (slow) as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+
+def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
+    from effpass import Recipe, backend
+    from effpass.cli.demo import run_demo
+
+    monkeypatch.setattr(backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
+    run_demo(str(tiny_model), tmp_path, lessons=3, max_new_tokens=8, rounds=1)
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    text = " ".join(shown.out.split())
+    steps = [line for line in shown.out.splitlines() if line.startswith("✓")]
+    assert len(steps) == 5
+    assert all(re.search(r"  \d+\.\d s$", line) for line in steps)
+    first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", text).groups())
+    assert last < first
+    # 14 layers: three products, one scaling and one sum each become one product.
+    assert "merge_lora, compiled decode step 14" in text
+    for change in ("-28 linear", "-14 mul", "-14 add"):
+        assert change in text
+    assert text.count("the same 8 tokens as the unrewritten model") == 2
+    for way in ("adapter attached by PEFT, eager", "merged, eager", "merged, onnxruntime", 'backend="effpass"'):
+        assert way in text
+    assert "Needs a GPU, and was not measured here" in text
+    assert Recipe.load(tmp_path / "recipe.yaml").steps[0].name == "merge_lora"
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_demo_keeps_nothing_over_what_is_there(refused, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert f"{tmp_path} exists and is no empty folder" in refused("demo", "--keep", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_demo_as_a_user_runs_it(run, tmp_path):
+    result = run("demo", "--keep", tmp_path / "kept")
+    assert result.exit_code == 0, result.output
+    assert "Ada Finch" in result.stdout
+    assert result.stdout.count("the same ") == 2
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["adapter", "model.onnx", "recipe.yaml"]
