@@ -26,7 +26,8 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown case {sorted(unknown)[0]!r}; cases of {arguments.area}: {', '.join(area.CASES)}")
     for name in arguments.case or area.CASES:
-        write(area.CASES[name](arguments.device, arguments.smoke), arguments.json)
+        for row in area.CASES[name](arguments.device, arguments.smoke):
+            write(row, arguments.json)  # at once: what was measured stays, whatever comes after
     return 0
 
 

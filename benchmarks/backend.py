@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,9 +74,8 @@ def _weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in tied.values())
 
 
-def no_pass(device: str, smoke: bool) -> list[Row]:
+def no_pass(device: str, smoke: bool) -> Iterator[Row]:
     """Decode step through the retraced graph against plain Inductor, both graph-captured on a GPU."""
-    rows = []
     shapes = (
         ["tiny"] if smoke else ["smollm2-135m", "qwen3-1.7b", "llama-3.1-8b"] if device == "cuda" else ["smollm2-135m"]
     )
@@ -90,7 +89,7 @@ def no_pass(device: str, smoke: bool) -> list[Row]:
         a, b = measure_pair(ours, peer, device, warmup=5, runs=runs, inner=inner)
         difference = float((ours().float() - peer().float()).abs().max())
         bound = _weight_bytes(model) / bandwidth(device)
-        rows.append(
+        yield (
             row(AREA, f"{shape} decode, batch 1, static cache 1024, {_dtype(device)}".replace("torch.", ""),
                 "step time, retraced", a.median * 1e3, "ms", device=device, peer=b.median * 1e3, peer_name="inductor",
                 bound=bound * 1e3, runs=runs,
@@ -99,10 +98,9 @@ def no_pass(device: str, smoke: bool) -> list[Row]:
         )  # fmt: skip
         del model, ours, peer
         _free(device)
-    return rows
 
 
-def merged_adapter(device: str, smoke: bool) -> list[Row]:
+def merged_adapter(device: str, smoke: bool) -> Iterator[Row]:
     """A PeftModel with rank-16 adapters on all linear layers: default effpass against plain Inductor, decode step."""
     from peft import LoraConfig, get_peft_model
 
@@ -119,23 +117,22 @@ def merged_adapter(device: str, smoke: bool) -> list[Row]:
     a, b = measure_pair(ours, peer, device, warmup=5, runs=runs, inner=inner)
     hits = reports[-1].hits
     difference = float((ours().float() - peer().float()).abs().max())
-    rows = [
+    yield (
         row(AREA, f"{shape} + LoRA r16 on {hits} linears, decode, batch 1", "step time, merged in the graph",
             a.median * 1e3, "ms", device=device, peer=b.median * 1e3, peer_name="inductor, adapter unmerged",
             bound=_weight_bytes(base) / bandwidth(device) * 1e3, runs=runs,
             note=f"largest logit difference {difference:.2g}")
-    ]  # fmt: skip
+    )  # fmt: skip
     from effpass.core.derived_arguments import DerivedArguments
 
     (arguments,) = [a for a in DerivedArguments.live if len(a.specs) == hits]
     call = _arguments_of_a_call(arguments, ours)
     check = measure(lambda: arguments.values(call), "cpu", warmup=20, runs=50, inner=20)
     originals = len(arguments.positions)
-    rows.append(
+    yield (
         row(AREA, f"{hits} derived weights of {originals} originals, nothing stepped", "derived_check",
             check.median * 1e6, "us a call", device=device, runs=50)
     )  # fmt: skip
-    return rows
 
 
 def _arguments_of_a_call(arguments: Any, call: Callable[[], Any]) -> list[Any]:
@@ -181,7 +178,7 @@ print("seconds", time.perf_counter() - started)
 """
 
 
-def compile_time(device: str, smoke: bool) -> list[Row]:
+def compile_time(device: str, smoke: bool) -> Iterator[Row]:
     """First call, with empty and with warm on-disk caches, each in a process of its own."""
     shape, layers = ("tiny", 0) if smoke else ("smollm2-135m", 0 if device == "cuda" else 8)
     depth = f", {layers} layers" if layers else ""
@@ -195,18 +192,23 @@ def compile_time(device: str, smoke: bool) -> list[Row]:
                 if done.returncode:
                     raise RuntimeError(done.stderr[-2000:])
                 seconds[how, state] = float(done.stdout.split("seconds")[1])
-    return [
-        row(AREA, f"{shape}{depth} decode graph, {state} caches", "compile time, retraced",
-            seconds["effpass", state], "s", device=device, peer=seconds["inductor", state], peer_name="inductor")
-        for state in ("cold", "warm")
-    ]  # fmt: skip
+    for state in ("cold", "warm"):
+        yield row(
+            AREA,
+            f"{shape}{depth} decode graph, {state} caches",
+            "compile time, retraced",
+            seconds["effpass", state],
+            "s",
+            device=device,
+            peer=seconds["inductor", state],
+            peer_name="inductor",
+        )
 
 
-def compilations(device: str, smoke: bool) -> list[Row]:
+def compilations(device: str, smoke: bool) -> Iterator[Row]:
     """32 prompt lengths, and layers compiled one by one: how many graphs, how much memory."""
     from effpass.backend import reports
 
-    rows = []
     model = random_model("tiny", device, torch.float32, num_hidden_layers=4)
     reports.clear()
     compiled = torch.compile(model, backend="effpass", options={**RETRACED, "inner": "aot_eager"})
@@ -216,8 +218,8 @@ def compilations(device: str, smoke: bool) -> list[Row]:
             compiled(input_ids=torch.full((2, length), 5, device=device), use_cache=False)
             gc.collect()
             memory.append(_memory(device))
-    rows.append(row(AREA, "32 prompt lengths, batch 2", "graphs compiled", len(reports), "graphs", device=device))
-    rows.append(
+    yield (row(AREA, "32 prompt lengths, batch 2", "graphs compiled", len(reports), "graphs", device=device))
+    yield (
         row(AREA, "32 prompt lengths, batch 2", "memory grown over the last 16 lengths", memory[-1] - memory[15], "MiB",
             device=device)
     )  # fmt: skip
@@ -227,8 +229,7 @@ def compilations(device: str, smoke: bool) -> list[Row]:
         layer.compile(backend="effpass", options={**RETRACED, "inner": "aot_eager"})
     with torch.no_grad():
         model(input_ids=torch.full((2, 16), 5, device=device), use_cache=False)
-    rows.append(row(AREA, "4 equal layers, each compiled", "graphs compiled", len(reports), "graphs", device=device))
-    return rows
+    yield (row(AREA, "4 equal layers, each compiled", "graphs compiled", len(reports), "graphs", device=device))
 
 
 def _memory(device: str) -> float:
@@ -238,12 +239,11 @@ def _memory(device: str) -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def pass_time(device: str, smoke: bool) -> list[Row]:
+def pass_time(device: str, smoke: bool) -> Iterator[Row]:
     """Time in the manager per layer, for 8 to 128 layers: linear when it stays the same."""
     from effpass.core.dynamo import program_from_dynamo
     from effpass.core.manager import PassManager
 
-    rows = []
     for layers in (4, 8) if smoke else (8, 32, 128):
         model = random_model("tiny", "cpu", torch.float32, num_hidden_layers=layers)
         seconds: dict[str, float] = {}
@@ -261,13 +261,10 @@ def pass_time(device: str, smoke: bool) -> list[Row]:
         with torch.no_grad():
             torch.compile(model, backend=backend)(input_ids=torch.full((2, 16), 5), use_cache=False)
         for what, value in seconds.items():
-            rows.append(
-                row(AREA, f"{layers} layers", f"{what} time per layer", value / layers * 1e3, "ms", device="cpu")
-            )
-    return rows
+            yield (row(AREA, f"{layers} layers", f"{what} time per layer", value / layers * 1e3, "ms", device="cpu"))
 
 
-CASES: dict[str, Callable[[str, bool], list[Row]]] = {
+CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "no_pass": no_pass,
     "merged_adapter": merged_adapter,
     "compile_time": compile_time,

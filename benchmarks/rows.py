@@ -169,13 +169,12 @@ def bandwidth(device: str) -> float:
     return count * 4 / timing.low
 
 
-def write(rows: list[Row], path: Path | None) -> None:
-    """Print rows as a table and append them to a JSON-lines file."""
-    for r in rows:
-        peer = "" if r.peer is None else f"  {r.peer_name} {r.peer:g}"
-        ratio = "" if r.ratio is None else f"  ratio {r.ratio:.3f}"
-        bound = "" if r.bound is None else f"  bound {r.bound:g}"
-        print(f"{r.area} | {r.case} | {r.metric}: {r.ours:g} {r.unit}{peer}{ratio}{bound}", flush=True)
+def write(row: Row, path: Path | None) -> None:
+    """Print a row and append it to a JSON-lines file."""
+    peer = "" if row.peer is None else f"  {row.peer_name} {row.peer:g}"
+    ratio = "" if row.ratio is None else f"  ratio {row.ratio:.3f}"
+    bound = "" if row.bound is None else f"  bound {row.bound:g}"
+    print(f"{row.area} | {row.case} | {row.metric}: {row.ours:g} {row.unit}{peer}{ratio}{bound}", flush=True)
     if path is not None:
         with path.open("a") as file:
-            file.writelines(json.dumps(asdict(r)) + "\n" for r in rows)
+            file.write(json.dumps(asdict(row)) + "\n")

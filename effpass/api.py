@@ -189,10 +189,16 @@ def inspect(
 ) -> Inspection:
     """Rewrite one forward of `model` without compiling or changing it, and say what fired and what did not.
 
+    Graphs that `torch.compile` made in this process are dropped, and compiled again when they are next called.
+
     Args:
         model: a transformers causal LM or PeftModel.
         recipe: as in :func:`prepare`.
         input_ids: token ids `[B, T]` to trace with; 2 x 16 ids by default.
+
+    Raises:
+        EffpassError: a pass can't act on this model. A required pass that finds nothing is no error here, but named in
+            :attr:`Inspection.unmet`.
     """
     from effpass.core.derived import derived_bytes
     from effpass.core.dynamo import NotRetraceableError, program_from_dynamo

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["megabytes", "print_error", "print_json", "progress", "quiet_libraries", "stderr", "stdout", "step"]
 
+# Packages that effpass does not depend on, and the extra that installs them.
+_EXTRAS = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "gguf": "hf"}
+
 # Width of tables in files and pipes, where no terminal says one.
 _WIDTH = 110
 
@@ -56,6 +59,11 @@ def print_error(error: Exception) -> None:
         message, hint = error.message, error.hint
     elif isinstance(error, OSError) and error.strerror:
         message, hint = f"{error.filename or 'the operating system'}: {error.strerror}", None
+    elif isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        message, hint = (
+            f"this needs {error.name}, which is not installed",
+            f"pip install 'effpass[{_EXTRAS[error.name]}]'",
+        )
     else:
         message = f"unexpected {type(error).__name__}: {error}"
         hint = "`effpass --debug ...` shows where it came from"

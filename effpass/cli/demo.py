@@ -30,8 +30,8 @@ __all__ = ["demo", "run_demo"]
 
 RECIPE = "version: 1\npasses:\n  - merge_lora        # the adapter that PEFT has attached\n"
 
-ATTACHED = "adapter attached by PEFT, eager"
-COMPILED = 'merged, compiled with backend="effpass"'
+ATTACHED = "adapter beside, eager"
+COMPILED = "merged, compiled"
 
 
 def demo(
@@ -197,12 +197,12 @@ def _same(expected: Decode, got: Decode) -> str:
 
 def _changes(compiled: Sequence[Report], exported: ExportedDecoder) -> Table:
     """What the passes did, as they counted it themselves."""
-    table = _table("what the recipe changed", "layers", "operators per token", "weights read per token")
-    for what, reports in (("compiled decode step", compiled), ("exported model", exported.reports)):
+    table = _table("rewritten", "by", "layers", "operators", "weights read")
+    for what, reports in (("compiled step", compiled), ("exported model", exported.reports)):
         for entry in (entry for report in reports for entry in report.passes):
             ops = ", ".join(f"{change:+d} {op.split('.')[1]}" for op, change in entry.ops.items())
             read = "" if entry.weight_bytes is None else f"{entry.weight_bytes / 1e6:+.1f} MB"
-            table.add_row(f"{entry.name}, {what}", str(entry.hits), ops, read)
+            table.add_row(what, entry.name, str(entry.hits), ops, read)
     return table
 
 
@@ -221,7 +221,7 @@ def _bytes(model: Any) -> int:
 
 
 def _timings(seconds: dict[str, float], attached_bytes: int, merged_bytes: int) -> Table:
-    table = _table("measured here", "weights read per token", "time per token", "tokens/s", "against the first")
+    table = _table("measured here", "weights read", "time per token", "tokens/s", "speed")
     for name, taken in seconds.items():
         table.add_row(
             name,

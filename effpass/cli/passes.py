@@ -18,26 +18,23 @@ def passes(json: Json = False) -> None:
     if json:
         print_json([asdict(row) for row in rows])
         return
-    from rich import box
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("pass", "kind", "meaning", "acts on", "provided by", "what it does"):
-        table.add_column(column, overflow="fold", no_wrap=column != "what it does")
-    for row in rows:
-        if row.error is None:
-            meaning = "exact" if row.exact else "approximate"
-            summary = row.summary + (" Needs an artifact." if row.needs_artifact else "")
-            provider = f"{row.distribution} {row.version}"
-            table.add_row(row.name, row.kind, meaning, ", ".join(row.entrances), provider, Text(summary))
     console = stdout()
-    console.print(table)
+    for row in rows:
+        provider = f"from {row.distribution} {row.version}"
+        if row.error is not None:
+            console.print(Text.assemble((row.name, "bold"), f": not available, {provider}"))
+            console.print(Padding(Text(row.error, "red"), (0, 0, 0, 4)))
+            continue
+        meaning = "exact" if row.exact else "approximate"
+        details = f": {row.kind}, {meaning}; acts on {', '.join(row.entrances)}; {provider}"
+        console.print(Text.assemble((row.name, "bold"), details))
+        summary = row.summary + (" Needs an artifact." if row.needs_artifact else "")
+        console.print(Padding(Text(summary), (0, 0, 0, 4)))
     console.print(
-        "exact: the same up to rounding. model: effpass.prepare; program: torch.export and effpass export;"
+        "\nexact: the same up to rounding. model: effpass.prepare; program: torch.export and effpass export;"
         ' backend: torch.compile(model, backend="effpass").',
         style="dim",
     )
-    for row in rows:
-        if row.error is not None:
-            console.print(Text(f"not available: {row.error}", "red"))

@@ -69,14 +69,12 @@ class _MutatesMetadataError(Exception):
 
 
 def like(fake_mode: FakeTensorMode, value: Tensor) -> Tensor:
-    """A fake tensor with the metadata of `value`, which may belong to another fake mode over the same symbols."""
+    """A fake tensor with the metadata of `value`, which may belong to another fake mode over the same symbols.
+
+    It requires no gradient: what a call becomes in ATen does not depend on it, and a graph may write into any value.
+    """
     with fake_mode, torch.no_grad():
-        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
-    if not value.requires_grad:
-        return fake
-    fake.requires_grad_()
-    with fake_mode, torch.enable_grad():  # not a leaf: the graph may write into it
-        return fake.view_as(fake)
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 def retrace(gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> Retraced:
@@ -333,7 +331,7 @@ def _metadata(value: Any) -> Any:
         if type(value) is not FakeTensor:
             return id(value)  # a subclass: its inner tensors decide, so nothing is shared
         sizes = (*value.size(), "|", *value.stride(), "|", value.storage_offset())
-        return (tuple(map(_symbol, sizes)), value.dtype, value.device, value.layout, value.requires_grad)
+        return (tuple(map(_symbol, sizes)), value.dtype, value.device, value.layout)
     return _symbol(value)
 
 

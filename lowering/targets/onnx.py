@@ -60,9 +60,6 @@ __all__ = [
 # The oldest that the exporter's translations are written for: no runtime of recent years lacks an operator.
 OPSET = 18
 
-# A protobuf message may not reach 2 GiB; 16 MiB are left for the graph.
-_LARGEST_SINGLE_FILE = 2**31 - 2**24
-
 # Namespaces whose operators the exporter translates or decomposes; others need an entry in `onnx_ops.translations`.
 _KNOWN_NAMESPACES = ("aten", "prims", "onnx", "onnx_symbolic", "quantized_decomposed")
 
@@ -109,7 +106,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise ExportError(f"{path} is a folder", hint=f"name the file: {path / 'model.onnx'}")
     if path.suffix != ".onnx":
         raise ExportError(f"{path} does not end in .onnx", hint=f"use {path.with_suffix('.onnx')}")
-    there = [p for p in (path, _data_file(path)) if p.exists()]
+    there = [p for p in (path, data_file(path)) if p.exists()]
     if there and not overwrite:
         raise ExportError(f"{there[0]} exists", hint="choose another file, or pass overwrite (--overwrite)")
     try:
@@ -203,7 +200,7 @@ def export_decoder(
         external_data=external_data,
         check=check,
     )
-    size = sum(p.stat().st_size for p in (out, _data_file(out)) if p.exists())
+    size = sum(p.stat().st_size for p in (out, data_file(out)) if p.exists())
     return ExportedDecoder(out, size, checks, reports)
 
 
@@ -229,7 +226,7 @@ def export_onnx(
         axes: input name → dimension → name; the names replace the program's symbols everywhere.
         metadata: written into the file.
         overwrite: replace an existing file.
-        external_data: weights in ``{path}.data``, which peaks at less memory. Default: from 2 GB on.
+        external_data: weights in ``{path}.data``. Default: from 2 GB on.
         check: called with the finished file before it appears at `path`. What it returns is added to the metadata;
             what it raises leaves no file.
 
@@ -239,7 +236,7 @@ def export_onnx(
     path = Path(path).absolute()
     require_packages()
     check_output(path, overwrite=overwrite)
-    from effpass.lowering.targets import onnx_ops
+    from effpass.lowering.targets import onnx_file, onnx_ops
 
     table = onnx_ops.translations()
     _refuse_untranslatable(program, table)
@@ -255,30 +252,26 @@ def export_onnx(
                 output_names=output_names,
                 verbose=False,
             )
+            assert exported is not None
+            model = exported.model
+            onnx_ops.tidy(model)
     except torch.onnx.errors.OnnxExporterError as error:
         raise _translation_error(error) from error
-    assert exported is not None
-    model = exported.model
-    onnx_ops.tidy(model)
     _name_axes(model, axes or {})
     model.metadata_props.update(metadata or {})
-    if external_data is None:
-        weights = (v.const_value for v in model.graph.initializers.values())
-        external_data = sum(w.nbytes for w in weights if w is not None) > _LARGEST_SINGLE_FILE
-    import onnx_ir
-
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent))
     try:
         file = temporary / path.name
-        onnx_ir.save(model, file, external_data=_data_file(file).name if external_data else None)
+        onnx_file.save(model, file, data_file(file), external_data=external_data)
         if check is not None:
-            _append_metadata(file, check(file))
+            onnx_file.append_metadata(file, check(file))
         # The data first: an .onnx file never stands without what it refers to.
-        if external_data:
-            os.replace(_data_file(file), _data_file(path))
+        beside = data_file(file).exists()
+        if beside:
+            os.replace(data_file(file), data_file(path))
         os.replace(file, path)
-        if not external_data:
-            _data_file(path).unlink(missing_ok=True)  # of the file that was replaced
+        if not beside:
+            data_file(path).unlink(missing_ok=True)  # of the file that was replaced
     except OSError as error:
         raise ExportError(
             f"{path} can't be written: {error.strerror}", hint="free room, or choose another disk"
@@ -433,16 +426,6 @@ def _name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> N
             value.shape = onnx_ir.Shape([named(d) for d in value.shape])
 
 
-def _append_metadata(file: Path, metadata: Mapping[str, str]) -> None:
-    """Add metadata without reading the weights back: protobuf messages that follow one another merge."""
-    import onnx
-
-    more = onnx.ModelProto()
-    for key, value in metadata.items():
-        more.metadata_props.add(key=key, value=value)
-    with file.open("ab") as end:
-        end.write(more.SerializeToString())
-
-
-def _data_file(path: Path) -> Path:
+def data_file(path: Path) -> Path:
+    """Where the weights of `path` stand when they are not inside it."""
     return path.with_name(f"{path.name}.data")

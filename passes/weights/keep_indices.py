@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,19 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Segment:
-    """`old` units of `inner` elements, of which `new` stay; `units` names the kept set, equal only to itself."""
+    """`old` units of `inner` elements, of which `new` stay.
+
+    Attributes:
+        units: name of the kept set, equal only to itself.
+        head: size of the heads that lie in each unit; 1 where there are none, or where they have a dimension of their
+            own.
+    """
 
     old: int
     new: int
     inner: int
     units: str
+    head: int = field(default=1, compare=False)
 
 
 #: What becomes of one dimension: segments, one after the other.
@@ -180,7 +187,7 @@ class KeepIndices:
             out, parts = _ATTENTION[module]
             units, kept = f"layers.{layer}.kv_groups", self.kv_groups[layer]
             inner = {"q": per_group * d.head_dim, "kv": d.head_dim}
-            segments = tuple(Segment(d.num_key_value_heads, len(kept), inner[p], units) for p in parts)
+            segments = tuple(Segment(d.num_key_value_heads, len(kept), inner[p], units, d.head_dim) for p in parts)
         elif self.ffn_channels and module in _MLP:
             out, count = _MLP[module]
             units, kept = f"layers.{layer}.ffn_channels", self.ffn_channels[layer]

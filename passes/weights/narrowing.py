@@ -196,8 +196,12 @@ def _rescaled(axis: Axis, inner_old: list[Any], inner_new: list[Any], node: Node
     if len(axis) == 1 and all(isinstance(s, int) for s in (*inner_old, *inner_new)):
         (segment,) = axis
         inner, rest = divmod(segment.inner * math.prod(inner_old), math.prod(inner_new))
+        splits = len(inner_new) > len(inner_old)
+        if splits and segment.head not in (1, inner_new[-1]):
+            raise NotNarrowableError(f"{node.format_node()} makes heads of {inner_new[-1]}, expected {segment.head}")
         if rest == 0 and inner:
-            return (Segment(segment.old, segment.new, inner, segment.units),)
+            head = 1 if splits else segment.head
+            return (Segment(segment.old, segment.new, inner, segment.units, head),)
     raise NotNarrowableError(f"{node.format_node()} splits a cut dimension within its units")
 
 

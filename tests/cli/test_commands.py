@@ -47,7 +47,7 @@ def test_module_and_version():
     assert done.stdout.strip() == "effpass 0.1.0"
 
 
-def test_passes_as_table_and_json(run, toy_passes, monkeypatch):
+def test_passes_as_text_and_json(run, toy_passes, monkeypatch):
     from effpass.core import registry
 
     monkeypatch.setitem(registry.BUILTIN, "broken", "no_such_module:Broken")
@@ -58,9 +58,11 @@ def test_passes_as_table_and_json(run, toy_passes, monkeypatch):
     assert rows["scale"]["exact"] is False
     assert rows["needs_cache"]["entrances"] == ["model"]
     assert "No module named 'no_such_module'" in rows["broken"]["error"]
-    text = " ".join(run("passes").stdout.split())
-    assert "scale weights approximate model, program, backend effpass 0.1.0 Multiplies" in text
-    assert "not available: pass 'broken' from effpass 0.1.0 can't be imported" in text
+    lines = [line.strip() for line in run("passes").stdout.splitlines()]
+    at = lines.index("scale: weights, approximate; acts on model, program, backend; from effpass 0.1.0")
+    assert lines[at + 1] == "Multiplies chosen weights by a factor: the smallest derived weight."
+    at = lines.index("broken: not available, from effpass 0.1.0")
+    assert lines[at + 1].startswith("pass 'broken' from effpass 0.1.0 can't be imported: ModuleNotFoundError")
 
 
 def test_recipe_check(run, recipe_file, tiny_adapter):

@@ -23,11 +23,12 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", text).groups())
     assert last < first
     # 14 layers: three products, one scaling and one sum each become one product.
-    assert "merge_lora, compiled decode step 14" in text
+    assert "compiled step merge_lora 14" in text
+    assert "exported model merge_lora 14" in text
     for change in ("-28 linear", "-14 mul", "-14 add"):
         assert change in text
     assert text.count("the same 8 tokens as the unrewritten model") == 2
-    for way in ("adapter attached by PEFT, eager", "merged, eager", "merged, onnxruntime", 'backend="effpass"'):
+    for way in ("adapter beside, eager", "merged, eager", "merged, onnxruntime", "merged, compiled"):
         assert way in text
     assert "Needs a GPU, and was not measured here" in text
     assert Recipe.load(tmp_path / "recipe.yaml").steps[0].name == "merge_lora"

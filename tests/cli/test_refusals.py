@@ -191,6 +191,14 @@ def test_the_compiler_s_wrapping_is_taken_off(run, recipe_file, tiny_model, toy_
     assert message.startswith("error: scale is required and rewrote nothing")
 
 
+def test_a_missing_package_names_the_extra(refused, monkeypatch, tiny_model, tiny_adapter):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = refused("generate", tiny_model, "-p", "hi", "--adapter", tiny_adapter)
+    assert message == "error: this needs peft, which is not installed\n  → pip install 'effpass[hf]'"
+
+
 def test_an_error_nobody_expected_is_one_message_too(run, monkeypatch):
     import effpass.core.registry
 

@@ -125,6 +125,19 @@ def test_an_address_that_comes_back_with_other_content():
     assert torch.equal(run(weight)[-1], torch.full((2, 3), 2.0))
 
 
+def test_another_parameter_around_the_same_memory():
+    """Same address, and a version counter that starts anew."""
+    first, old = parameters(2)
+    run = doubled([first, old], [0, 1], Computed())
+    for _ in range(2):
+        run(first, old)
+    version = old._version
+    old.mul_(3)
+    new = nn.Parameter(old.data, requires_grad=False)
+    assert (new.data_ptr(), new._version) == (old.data_ptr(), version)
+    assert torch.equal(run(first, new)[-1], 2 * new)
+
+
 def test_an_inference_tensor_is_recomputed_at_every_call():
     (weight,), compute = parameters(1), Computed()
     run = doubled([weight], [0], compute)
@@ -209,6 +222,12 @@ def test_slots_are_shared_by_key_while_they_live():
     assert Slot.shared("key", lambda: {"a": torch.zeros(1)}) is slot
     del slot
     assert torch.equal(Slot.shared("key", lambda: {"a": torch.zeros(1)}).tensors["a"], torch.zeros(1))
+
+
+def test_slot_tensors_may_be_parameters():
+    (weight,), d = parameters(1), nn.Parameter(torch.ones(2, 3))
+    run = DerivedArguments(lambda *a: a, [Spec("add", [0], [weight], lambda w, d: w + d, Slot("key", {"d": d}))])
+    assert not run(weight)[-1].requires_grad
 
 
 def test_slots_of_a_model():

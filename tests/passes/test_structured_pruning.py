@@ -108,7 +108,7 @@ def test_sliced_is_masked_and_loads_as_it_was_saved(case: str, tmp_path: Path) -
     from transformers import AutoModelForCausalLM
 
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
-    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits(loaded.eval()), logits(model))
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     if "kv_groups" in families:
@@ -394,7 +394,7 @@ def test_graphs_it_stays_away_from(tmp_path: Path) -> None:
     assert torch.equal(logits(compiled(model, folder)), logits(model))
     (refused,) = backend.reports[0].passes[0].refusals
     assert refused.reason == "its weights are pruned already"
-    program, count = exported(model, pruning(folder))
+    _, count = exported(model, pruning(folder))
     assert count == 0
 
 
@@ -402,7 +402,7 @@ def test_graphs_of_other_models(tmp_path: Path) -> None:
     folder = artifact(build("llama"), tmp_path / "keep", "kv_groups")
     wide = make("llama", num_attention_heads=8, num_key_value_heads=4)
     error = refusal(compiled(wide, folder), use_cache=False)
-    assert "model.layers.0.self_attn.k_proj.weight is (32, 64)" not in str(error)
+    assert "makes heads of 8, expected 16" in str(error)
     other = make("llama", hidden_size=128, head_dim=16, num_attention_heads=8)
     torch._dynamo.reset()
     error = refusal(compiled(other, folder), use_cache=False)
