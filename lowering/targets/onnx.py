@@ -7,14 +7,10 @@ measured (keys ``effpass.*``).
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,12 +38,9 @@ from effpass.lowering.targets.validation import (
 )
 
 if TYPE_CHECKING:
-    import onnx_ir
-
     from effpass.core.recipe import Recipe
 
 __all__ = [
-    "OPSET",
     "ExportedDecoder",
     "check_output",
     "export_decoder",
@@ -56,12 +49,6 @@ __all__ = [
     "require_packages",
     "validate_onnx",
 ]
-
-# The oldest that the exporter's translations are written for: no runtime of recent years lacks an operator.
-OPSET = 18
-
-# Namespaces whose operators the exporter translates or decomposes; others need an entry in `onnx_ops.translations`.
-_KNOWN_NAMESPACES = ("aten", "prims", "onnx", "onnx_symbolic", "quantized_decomposed")
 
 Progress = Callable[[str], None]
 
@@ -236,28 +223,10 @@ def export_onnx(
     path = Path(path).absolute()
     require_packages()
     check_output(path, overwrite=overwrite)
-    from effpass.lowering.targets import onnx_file, onnx_ops
+    from effpass.lowering.targets import onnx_file
+    from effpass.lowering.targets.onnx_translate import translate
 
-    table = onnx_ops.translations()
-    _refuse_untranslatable(program, table)
-    try:
-        with _quiet():
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,  # onnx_ops.tidy
-                custom_translation_table=table,
-                input_names=input_names,
-                output_names=output_names,
-                verbose=False,
-            )
-            assert exported is not None
-            model = exported.model
-            onnx_ops.tidy(model)
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _translation_error(error) from error
-    _name_axes(model, axes or {})
+    model = translate(program, input_names, output_names, axes or {})
     model.metadata_props.update(metadata or {})
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent))
     try:
@@ -353,77 +322,6 @@ def _provenance(recipe: Recipe | None, dtype: torch.dtype) -> dict[str, str]:
         "effpass.recipe": "" if recipe is None else recipe.to_yaml(),
         "effpass.tolerance": f"{TOLERANCE[dtype]:g} of the largest logit ({dtype})",
     }
-
-
-def _refuse_untranslatable(program: ExportedProgram, table: Mapping[Any, Any]) -> None:
-    """Operators of other libraries without an entry; found in a moment, where the exporter takes minutes."""
-    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
-    for module in program.graph_module.modules():
-        for node in getattr(getattr(module, "graph", None), "nodes", ()):
-            target = node.target
-            if not isinstance(target, torch._ops.OpOverload) or target in table:
-                continue
-            if target.namespace not in _KNOWN_NAMESPACES and not target.has_kernel_for_dispatch_key(implicit):
-                raise _no_translation(str(target), node.name)
-
-
-def _no_translation(operator: str, node: str) -> ExportError:
-    return ExportError(
-        f"the operator {operator} (node {node}) has no ONNX translation",
-        hint="leave out the pass that brings it in, or use torch.compile(backend='effpass')",
-    )
-
-
-def _translation_error(error: BaseException) -> ExportError:
-    """The exporter's chain of errors in one sentence."""
-    node, operator, text = "", "", str(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        text = str(cause)
-        if found := re.search(r"translating node %(\S+) : .*?target=([^\]]+)\]", text):
-            node, operator = found.groups()
-        if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>", text):
-            return _no_translation(".".join(found.groups()), node)
-        cause = cause.__cause__
-    where = f" {operator} (node {node})" if node else ""
-    return ExportError(f"the exporter can't translate{where}: {' '.join(text.split())[:500]}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that it could use and of its own code; nothing that a user could act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Replace symbols such as s17 by the names that the inputs' dimensions were given, in every shape."""
-    import onnx_ir
-
-    names: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, name in axes.get(value.name or "", {}).items():
-            symbol = None if value.shape is None else getattr(value.shape[axis], "value", None)
-            if isinstance(symbol, str) and symbol.isidentifier():
-                names[symbol] = name
-
-    def named(dim: Any) -> Any:
-        text = getattr(dim, "value", None)
-        return re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), text) if isinstance(text, str) else dim
-
-    values = [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = onnx_ir.Shape([named(d) for d in value.shape])
 
 
 def data_file(path: Path) -> Path:

@@ -303,7 +303,10 @@ def exported(model: Any, pass_: StructuredPruning) -> tuple[Any, int]:
         return to_exported(program), report.hits
 
 
-@pytest.mark.parametrize("case", CASES)
+EXPORTED = ("llama biased", "gemma3", "phi3", "gpt2", "mixtral")  # each shape of graph once; the others are slow
+
+
+@pytest.mark.parametrize("case", [c if c in EXPORTED else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_pruned_in_an_export(case: str, tmp_path: Path) -> None:
     families = tuple(CASES[case][2])
     folder = artifact(build(case), tmp_path / "keep", *families)
@@ -320,8 +323,7 @@ def test_pruned_in_an_export(case: str, tmp_path: Path) -> None:
     assert size <= sum(p.numel() for p in reference.parameters()) + tied, "the unpruned weights are gone"
 
 
-@pytest.mark.parametrize("case", ["llama biased", "phi3"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("case", "attention"), [("llama biased", "eager"), ("phi3", "sdpa")])
 def test_pruned_in_the_graph(case: str, attention: str, tmp_path: Path) -> None:
     folder = artifact(build(case), tmp_path / "keep", "kv_groups", "ffn_channels")
     reference, dense = build(case), build(case)

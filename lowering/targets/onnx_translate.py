@@ -1,0 +1,136 @@
+"""A `torch.export` program as an ONNX graph in memory: PyTorch's exporter, our translations and a light clean-up.
+
+Imports onnxscript: import this module lazily.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir
+import torch
+from torch.export import ExportedProgram
+
+from effpass.core.errors import ExportError
+from effpass.lowering.targets import onnx_ops
+
+__all__ = ["OPSET", "translate"]
+
+# The oldest that the exporter's translations are written for: no runtime of recent years lacks an operator.
+OPSET = 18
+
+# Namespaces whose operators the exporter translates or decomposes; others need an entry in `onnx_ops.translations`.
+_KNOWN_NAMESPACES = ("aten", "prims", "onnx", "onnx_symbolic", "quantized_decomposed")
+
+
+def translate(
+    program: ExportedProgram,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+    axes: Mapping[str, Mapping[int, str]],
+) -> onnx_ir.Model:
+    """Translate `program`; its weights stay PyTorch's tensors.
+
+    Args:
+        program: from ``torch.export``, rewritten or not, not decomposed.
+        input_names: names of the user inputs, in order; None: the program's.
+        output_names: names of the outputs, in order; None: the program's.
+        axes: input name → dimension → name; the names replace the program's symbols everywhere.
+
+    Raises:
+        ExportError: an operator has no ONNX translation; names operator and node.
+    """
+    table = onnx_ops.translations()
+    _refuse_untranslatable(program, table)
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,  # onnx_ops.tidy
+                custom_translation_table=table,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+            assert exported is not None
+            onnx_ops.tidy(exported.model)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _translation_error(error) from error
+    _name_axes(exported.model, axes)
+    return exported.model
+
+
+def _refuse_untranslatable(program: ExportedProgram, table: Mapping[Any, Any]) -> None:
+    """Operators of other libraries without an entry; found in a moment, where the exporter takes minutes."""
+    implicit = torch._C.DispatchKey.CompositeImplicitAutograd
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            target = node.target
+            if not isinstance(target, torch._ops.OpOverload) or target in table:
+                continue
+            if target.namespace not in _KNOWN_NAMESPACES and not target.has_kernel_for_dispatch_key(implicit):
+                raise _no_translation(str(target), node.name)
+
+
+def _no_translation(operator: str, node: str) -> ExportError:
+    return ExportError(
+        f"the operator {operator} (node {node}) has no ONNX translation",
+        hint="leave out the pass that brings it in, or use torch.compile(backend='effpass')",
+    )
+
+
+def _translation_error(error: BaseException) -> ExportError:
+    """The exporter's chain of errors in one sentence."""
+    node, operator, text = "", "", str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        if found := re.search(r"translating node %(\S+) : .*?target=([^\]]+)\]", text):
+            node, operator = found.groups()
+        if found := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>", text):
+            return _no_translation(".".join(found.groups()), node)
+        cause = cause.__cause__
+    where = f" {operator} (node {node})" if node else ""
+    return ExportError(f"the exporter can't translate{where}: {' '.join(text.split())[:500]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that it could use and of its own code; nothing that a user could act on."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Replace symbols such as s17 by the names that the inputs' dimensions were given, in every shape."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in axes.get(value.name or "", {}).items():
+            symbol = None if value.shape is None else getattr(value.shape[axis], "value", None)
+            if isinstance(symbol, str) and symbol.isidentifier():
+                names[symbol] = name
+
+    def named(dim: Any) -> Any:
+        text = getattr(dim, "value", None)
+        return re.sub(r"\bs\d+\b", lambda m: names.get(m[0], m[0]), text) if isinstance(text, str) else dim
+
+    values = [*model.graph.inputs, *(v for node in model.graph.all_nodes() for v in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([named(d) for d in value.shape])
