@@ -17,10 +17,22 @@ from effpass.core.errors import EffpassError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["megabytes", "print_error", "print_json", "progress", "quiet_libraries", "stderr", "stdout", "step"]
+__all__ = [
+    "hide_bars",
+    "megabytes",
+    "print_error",
+    "print_json",
+    "progress",
+    "quiet_libraries",
+    "stderr",
+    "stdout",
+    "step",
+]
 
 # Packages that effpass does not depend on, and the extra that installs them.
 _EXTRAS = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "gguf": "hf"}
+
+NOISY_LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir", "peft", "accelerate", "huggingface_hub")
 
 # Width of tables in files and pipes, where no terminal says one.
 _WIDTH = 110
@@ -99,12 +111,17 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def quiet_libraries() -> None:
-    """Keep the warnings and progress bars of other libraries from the terminal; downloads still show theirs."""
+    """Keep the warnings of other libraries from the terminal."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir", "peft", "accelerate", "huggingface_hub"):
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hide_bars() -> None:
+    """Turn off the progress bars of other libraries, downloads included; before they are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def megabytes(count: int | float) -> str:

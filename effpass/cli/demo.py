@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effpass.cli.console import megabytes, stdout
+from effpass.cli.console import hide_bars, megabytes, stdout
 from effpass.core.errors import EffpassError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int
     def generate(model: Any, **options: Any) -> Decode:
         return steps.decode(model, tokenizer, prompt, max_new_tokens, **options)
 
+    hide_bars()
     story = _Story(stdout())
     _introduce(story)
     with story.step(f"load {source}"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effpass.cli.console import step
+from effpass.cli.console import hide_bars, step
 
 if TYPE_CHECKING:
     from effpass.core.model import LoadedModel
@@ -37,7 +37,9 @@ Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to s
 
 
 def load(model: str, device: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
-    """Load with a line of progress; transformers' own bars are off."""
+    """Load with a line of progress; only downloads show bars of their own."""
+    if model == "smollm2" or Path(model).exists():
+        hide_bars()
     from effpass.core.errors import ModelError
 
     with step(f"loading {model}"):

@@ -17,7 +17,7 @@ A recipe is validated whole, and every fault is reported, before any work starts
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,14 +151,12 @@ class Recipe:
         """Write :meth:`to_yaml` to `path`, whole or not at all."""
         path = Path(path)
         text = self.to_yaml(path.absolute().parent)
-        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _check_version(version: object, source: str) -> None:

@@ -239,7 +239,10 @@ def find(program: Program) -> Iterator[Match | Refusal]:
             yield Refusal(_layer_name(program, branches[0]), *reason)
         else:
             yield Match(node, {"base": base, "linear": linear, "branches": branches})
+    bodies = {body.caller for body in program.bodies}  # what they read is looked at there
     for weight in program.weights.values():
+        if all(user in bodies for user in weight.node.users):
+            continue
         if (".lora_A." in weight.name or ".lora_embedding_A." in weight.name) and weight.node not in seen:
             yield Refusal(
                 weight.name.partition(".lora_")[0],

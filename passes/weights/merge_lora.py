@@ -29,6 +29,7 @@ from effpass.core.pass_ import Match, WeightsPass
 from effpass.core.program import Linear, Program, Weight
 from effpass.core.report import Refusal
 from effpass.passes.weights import attached_lora
+from effpass.passes.weights.composition import check_first
 from effpass.passes.weights.lora_fold import Change, changes, fold, fold_into, stores_transposed
 from effpass.passes.weights.peft_adapter import PeftAdapter, read_adapter
 from effpass.passes.weights.quantized import dequantize_linears, scheme_of, tensor_scheme
@@ -175,6 +176,7 @@ class MergeLora(WeightsPass):
         if not self.options.named:
             yield from attached_lora.find(program)
             return
+        check_first(program, self.plan, self.name)
         found: set[str] = set()
         linears = {linear.node: linear for linear in program.linears()}
         bodies = {body.caller for body in program.bodies}

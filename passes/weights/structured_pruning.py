@@ -26,6 +26,7 @@ from effpass.core.errors import ArtifactError, ModelError, PassRefusedError
 from effpass.core.pass_ import Match, WeightsPass
 from effpass.core.program import Program
 from effpass.core.report import Refusal
+from effpass.passes.weights.composition import check_first
 from effpass.passes.weights.keep_indices import Cut, Dimensions, KeepIndices, make_keep_artifact
 from effpass.passes.weights.lora_fold import stores_transposed
 from effpass.passes.weights.narrowing import Narrowing, NotNarrowableError
@@ -74,7 +75,17 @@ class StructuredPruning(WeightsPass):
                 hint="leave the pass out of the recipe for a model that is pruned",
             )
         self.artifact.check_model(model)
-        cuts = self._cuts(model)
+        self._cuts(model)
+
+    def _cuts(self, model: nn.Module) -> dict[str, Cut]:
+        """The parameters to cut, all of them.
+
+        Raises:
+            ModelError: the architecture has no such units, or can't be cut; says which and why.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        cuts = self.keep.cuts(list(parameters))
+        _check_architecture(self.keep, cuts, parameters)
         for name in cuts:
             module = model.get_submodule(name.rpartition(".")[0])
             if scheme := scheme_of(module):
@@ -84,22 +95,11 @@ class StructuredPruning(WeightsPass):
             if model.get_parameter(name).is_meta:
                 raise ModelError(f"{name} is not in memory (offloaded)", hint="load the model without offloading")
         _check_result(model, self.keep, cuts)
-
-    def _cuts(self, model: nn.Module) -> dict[str, Cut]:
-        """The parameters to cut, all of them.
-
-        Raises:
-            ModelError: the architecture has no such units; says which and why.
-        """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        cuts = self.keep.cuts(list(parameters))
-        _check_architecture(self.keep, cuts, parameters)
         return cuts
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
         """Slice modules and config in place; hits are linear layers."""
-        self.check_model(model)
-        cuts = self._cuts(model)
+        cuts = self._cuts(model)  # not the fingerprint: a pass before this one may have changed the weights
         for name, cut in cuts.items():
             path, _, leaf = name.rpartition(".")
             module: Any = model.get_submodule(path)
@@ -115,6 +115,7 @@ class StructuredPruning(WeightsPass):
     # -- second hand ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
+        check_first(program, self.keep.cuts([n for w in program.weights.values() for n in w.names]), self.name)
         linears = {str(linear.name): linear for linear in program.linears() if linear.name is not None}
         cuts = self.keep.cuts(list(linears))
         parameters = {name: weight.tensor for weight in program.weights.values() for name in weight.names}

@@ -1,4 +1,4 @@
-"""Every family through the dialect, with a pass that changes nothing: equal to eager, no more graphs than without us."""
+"""Every family through the dialect, with a pass that changes nothing: equal to eager, and no more graphs."""
 
 from __future__ import annotations
 

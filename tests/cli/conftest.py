@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_checkpoint import make_adapter, make_checkpoint
+
+from effpass.cli.console import NOISY_LOGGERS
+
+
+@pytest.fixture(autouse=True)
+def _quiet_only_here(monkeypatch: pytest.MonkeyPatch):
+    """A command may set logging and the environment as it likes, for its own process; tests share one."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("TQDM_DISABLE", "TRANSFORMERS_VERBOSITY", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    levels = {name: logging.getLogger(name).level for name in (*NOISY_LOGGERS, "effpass")}
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    transformers_logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="session")

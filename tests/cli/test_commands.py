@@ -152,6 +152,7 @@ def test_optimize_saves_a_checkpoint_that_transformers_loads(run, recipe_file, t
 
     assert Recipe.load(out / "effpass.yaml").steps[0].options.adapter == tiny_adapter
     assert [p.name for p in out.parent.iterdir()] == ["merged"]
+    assert (out / "effpass.yaml").stat().st_mode == (out / "config.json").stat().st_mode
 
 
 def test_optimize_replaces_only_a_checkpoint_and_only_when_told(

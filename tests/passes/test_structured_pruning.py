@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from effpass.core.errors import ArtifactError, EffpassError, ModelError, PassRef
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager
 from effpass.passes.weights.keep_indices import KeepIndices, make_keep_artifact
+from effpass.passes.weights.merge_lora import MergeLora, MergeLoraOptions
 from effpass.passes.weights.structured_pruning import StructuredPruning, StructuredPruningOptions, save_pruned
 
 # Float32 logits of size one; the products skip zeros, so most cases are equal to the last bit.
@@ -278,6 +280,37 @@ def test_indices_are_checked_when_an_artifact_is_made(tmp_path: Path) -> None:
         make_keep_artifact(make("mixtral"), tmp_path / "keep", ffn_channels=3)
 
 
+def lora(model: Any, folder: Path) -> MergeLora:
+    """A merge of a random adapter for `model`."""
+    import peft
+
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(folder)
+    return MergeLora(MergeLoraOptions(adapter=folder))
+
+
+def test_after_a_merge(tmp_path: Path) -> None:
+    """On the model each pass finds what the one before it left; in one graph that is refused, and never skipped."""
+    keep = pruning(artifact(build("llama"), tmp_path / "keep", "kv_groups", "ffn_channels"))
+    merging = lora(build("llama"), tmp_path / "adapter")
+    model, expected = build("llama"), build("llama")
+    report = PassManager([merging, keep]).prepare(model)
+    assert [entry.hits for entry in report.passes] == [4, 14]
+    merging.prepare(expected)
+    torch.testing.assert_close(
+        logits(model), logits(masked(expected, "kv_groups", "ffn_channels")), rtol=0, atol=ROUNDING
+    )
+    with torch.no_grad():
+        inputs = {"input_ids": batch(8)["input_ids"], "use_cache": False}
+        program = torch.export.export(build("llama"), (), inputs)
+    for order in ([merging, keep], [keep, merging]):
+        with pytest.raises(PassRefusedError, match=r"both change \S+, which one graph can't do twice") as error:
+            PassManager(order).run(program_from_exported(copy.deepcopy(program)))
+        assert "effpass.prepare(model, recipe)" in str(error.value)
+
+
 # -- in the graph ---------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +324,8 @@ def hits() -> list[int]:
     return [sum(p.hits for p in r.passes) for r in backend.reports]
 
 
-def exported(model: Any, pass_: StructuredPruning) -> tuple[Any, int]:
-    """The pruned program of a model exported with a dynamic length, and the hits."""
+def exported(model: Any, pass_: StructuredPruning) -> tuple[Any, Any]:
+    """The pruned program of a model exported with a dynamic length, and the pass's report."""
     inputs = {"input_ids": batch(8)["input_ids"], "use_cache": False}
     length = torch.export.Dim("T", min=2, max=200)
     with torch.no_grad():
@@ -300,7 +333,7 @@ def exported(model: Any, pass_: StructuredPruning) -> tuple[Any, int]:
             torch.export.export(model, (), inputs, dynamic_shapes={"input_ids": {1: length}, "use_cache": None})
         )
         report = PassManager([pass_]).run(program)
-        return to_exported(program), report.hits
+        return to_exported(program), report.passes[0]
 
 
 EXPORTED = ("llama biased", "gemma3", "phi3", "gpt2", "mixtral")  # each shape of graph once; the others are slow
@@ -312,8 +345,8 @@ def test_pruned_in_an_export(case: str, tmp_path: Path) -> None:
     folder = artifact(build(case), tmp_path / "keep", *families)
     reference = build(case)
     pruning(folder).prepare(reference)
-    program, count = exported(build(case), pruning(folder))
-    assert count == sum(CASES[case][2].values())
+    program, report = exported(build(case), pruning(folder))
+    assert report.hits == sum(CASES[case][2].values())
     ids = batch(11)["input_ids"]
     with torch.no_grad():
         actual, expected = (m(input_ids=ids, use_cache=False).logits for m in (program.module(), reference))
@@ -393,20 +426,20 @@ def test_graphs_it_stays_away_from(tmp_path: Path) -> None:
     folder = artifact(build("llama"), tmp_path / "keep", "kv_groups")
     model = build("llama")
     pruning(folder).prepare(model)
-    assert torch.equal(logits(compiled(model, folder)), logits(model))
-    (refused,) = backend.reports[0].passes[0].refusals
-    assert refused.reason == "its weights are pruned already"
-    _, count = exported(model, pruning(folder))
-    assert count == 0
+    program, report = exported(model, pruning(folder))
+    (refused,) = report.refusals
+    assert (report.hits, refused.reason) == (0, "its weights are pruned already")
+    ids = batch(8)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(program.module()(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits)
 
 
 def test_graphs_of_other_models(tmp_path: Path) -> None:
     folder = artifact(build("llama"), tmp_path / "keep", "kv_groups")
-    wide = make("llama", num_attention_heads=8, num_key_value_heads=4)
-    error = refusal(compiled(wide, folder), use_cache=False)
-    assert "makes heads of 8, expected 16" in str(error)
+    with pytest.raises(PassRefusedError, match="makes heads of 8, expected 16"):
+        exported(make("llama", num_attention_heads=8, num_key_value_heads=4), pruning(folder))
     other = make("llama", hidden_size=128, head_dim=16, num_attention_heads=8)
-    torch._dynamo.reset()
-    error = refusal(compiled(other, folder), use_cache=False)
-    assert isinstance(error, ArtifactError)
-    assert "q_proj.weight is (128, 128), the artifact prunes dimension 0 of size 64" in str(error)
+    with pytest.raises(
+        ArtifactError, match=r"q_proj\.weight is \(128, 128\), the artifact prunes dimension 0 of size 64"
+    ):
+        exported(other, pruning(folder))
