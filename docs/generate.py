@@ -1,6 +1,6 @@
-"""Write the generated parts of the documents: the table of passes.
+"""Write the generated parts of the documents: the table of passes, and the benchmark rows.
 
-    python docs/generate.py            # rewrite README.md and docs/passes/index.md
+    python docs/generate.py            # rewrite what is out of date
     python docs/generate.py --check    # exit code 1 when they are out of date
 
 A generated part stands between two marks, and a test compares it with what this script would write.
@@ -8,6 +8,7 @@ A generated part stands between two marks, and a test compares it with what this
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -39,8 +40,27 @@ def passes_table(document: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-PARTS = {"passes": passes_table}
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "passes" / "index.md")
+def backend_rows(document: Path) -> str:
+    """The committed rows of area `backend`, one line each, in the order they were taken."""
+    lines = [
+        "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for text in (ROOT / "benchmarks" / "results" / "backend.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
+        ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else ""
+        bound = f"{row['bound']:.3g}" if row["bound"] is not None else ""
+        where = f"{row['device']}, {row['versions']['torch']}, {row['commit']}"
+        ours = f"{row['ours']:.4g} {row['unit']}"
+        lines.append(
+            f"| {row['case']} | {row['metric']} | {ours} | {peer} | {ratio} | {bound} | {row['runs']} | {where} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PARTS = {"passes": passes_table, "backend": backend_rows}
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "passes" / "index.md", ROOT / "docs" / "benchmarks.md")
 
 
 def generated(document: Path) -> str:
