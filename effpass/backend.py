@@ -7,7 +7,9 @@ changes goes on exactly as Dynamo wrote it, so it compiles and runs as it would 
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,4 +209,34 @@ def _let_generate_run_compiled() -> None:
         OptimizedModule.generate = generate  # type: ignore[attr-defined]
 
 
+def _say_where_peft_generates() -> None:
+    """``peft_model.compile(...)`` compiles a call that `PeftModel.generate` never makes; say so once, with the way out.
+
+    (``torch.compile(peft_model, backend="effpass").generate(...)`` needs no such care: see above.)
+    """
+    peft = sys.modules.get("peft")
+    if peft is None:  # whoever has a PeftModel has imported it
+        return
+    for cls in (peft.PeftModel, peft.PeftModelForCausalLM):
+        original = cls.__dict__.get("generate")
+        if original is None or hasattr(original, "_effpass"):
+            continue
+
+        @functools.wraps(original)
+        def generate(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            if self._compiled_call_impl is not None and self.get_base_model()._compiled_call_impl is None:
+                line = (
+                    "PeftModel.generate runs the model inside, which compile() left as it was;"
+                    " compile that one: model.get_base_model().compile(backend='effpass')"
+                )
+                if line not in _said:
+                    _said.add(line)
+                    log.warning("effpass: %s", line)
+            return original(self, *args, **kwargs)
+
+        generate._effpass = True  # type: ignore[attr-defined]
+        cls.generate = generate
+
+
 _let_generate_run_compiled()
+_say_where_peft_generates()

@@ -256,7 +256,6 @@ class Program:
         with self.graph.inserting_before(self.first_computation()):
             node = self.graph.placeholder(identifier)
         node.meta["val"] = self.fake_mode().from_tensor(value, static_shapes=True)
-        _fix_sizes(value)
         # No source: no guard is made for it. Static: CUDA graphs read it where it lies instead of copying it.
         node._dynamo_source = None  # type: ignore[attr-defined]
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -284,17 +283,6 @@ class Program:
         self.graph.eliminate_dead_code(is_impure_node=_keep)
         self.graph.lint()
         self.gm.recompile()
-
-
-def _fix_sizes(value: torch.Tensor) -> None:
-    """Tell AOTAutograd that an input which Dynamo has not seen has static sizes; by default it makes them symbols."""
-    context = TracingContext.try_get()
-    if context is not None and value not in context.tensor_to_context:
-        context.tensor_to_context[value] = StatefulSymbolicContext(
-            dynamic_sizes=[DimDynamic.STATIC] * value.dim(),
-            constraint_sizes=[None] * value.dim(),
-            tensor_source=ConstantSource("effpass_derived"),
-        )
 
 
 def _keep(node: Node) -> bool:

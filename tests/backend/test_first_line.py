@@ -100,6 +100,27 @@ def test_peft_model_then_generate(runs):
     assert runs["ran"] == 4
 
 
+def test_compile_on_a_peft_model_says_what_to_compile(runs, caplog):
+    """`PeftModel.generate` calls the model inside; compiled there, it runs the rewritten program."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make("llama"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = tokens(model)
+    backend_module._say_where_peft_generates()
+    model.compile(backend="effpass", options=OPTIONS)
+    with caplog.at_level(logging.WARNING, logger="effpass"):
+        assert torch.equal(tokens(model), expected)
+        assert torch.equal(tokens(model), expected)
+    assert runs["ran"] == 0
+    (line,) = [r.message for r in caplog.records]
+    assert "model.get_base_model().compile(backend='effpass')" in line
+    caplog.clear()
+    model.get_base_model().compile(backend="effpass", options=OPTIONS)
+    assert torch.equal(tokens(model), expected)
+    assert runs["ran"] == 4
+    assert not [r for r in caplog.records if "PeftModel.generate" in r.message]
+
+
 def test_generate_with_a_compile_config(runs):
     from transformers import CompileConfig
 
