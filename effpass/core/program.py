@@ -124,7 +124,6 @@ class Program:
         exported: the ExportedProgram that `gm` belongs to; None from Dynamo.
         derived: what supplies each input that :meth:`add_input` appended, in order (see :mod:`effpass.core.derived`).
         derived_nodes: derived weights declared so far, so that the same one is declared once.
-        holds: objects that must live as long as the compiled function.
         bodies: programs inside operators that stay whole (gradient checkpointing); passes rewrite them too.
         prefix: what precedes every name, with its dot, where a submodule was compiled: ``"model.layers.0."``.
         parent: the program that holds this body; None for a whole program.
@@ -139,7 +138,6 @@ class Program:
     exported: ExportedProgram | None = None
     derived: list[Any] = field(default_factory=list)
     derived_nodes: dict[Any, Node] = field(default_factory=dict)
-    holds: list[Any] = field(default_factory=list)
     bodies: list[Program] = field(default_factory=list)
     prefix: str = ""
     parent: Program | None = None
