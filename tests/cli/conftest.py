@@ -23,6 +23,7 @@ def _quiet_only_here(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, os.environ.get(name, ""))
         if not os.environ[name]:
             monkeypatch.delenv(name)
+    monkeypatch.delenv("COLUMNS", raising=False)  # set to 80 in the workers of pytest-xdist, where it would wrap paths
     levels = {name: logging.getLogger(name).level for name in (*NOISY_LOGGERS, "effpass")}
     verbosity = transformers_logging.get_verbosity()
     yield

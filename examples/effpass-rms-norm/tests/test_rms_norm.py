@@ -48,15 +48,15 @@ def test_it_is_registered_by_its_distribution():
 
 
 @pytest.mark.parametrize(
-    ("make", "config", "hits"),
+    ("make", "config", "dtype", "hits"),
     [
-        (LlamaForCausalLM, LlamaConfig, 5),  # two for each of two layers, and the last one
-        (Qwen3ForCausalLM, Qwen3Config, 9),  # and two in each attention, on queries and keys
-        (Gemma3ForCausalLM, Gemma3TextConfig, 13),  # and two more in each layer; in float32 whatever the model is in
+        (LlamaForCausalLM, LlamaConfig, torch.float32, 5),  # two for each of two layers, and the last one
+        (LlamaForCausalLM, LlamaConfig, torch.bfloat16, 5),
+        (Qwen3ForCausalLM, Qwen3Config, torch.bfloat16, 9),  # and two in each attention, on queries and keys
+        (Gemma3ForCausalLM, Gemma3TextConfig, torch.bfloat16, 13),  # and two more in each layer
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_norm_is_one_operator(make, config, hits, dtype):
+def test_every_norm_is_one_operator(make, config, dtype, hits):
     torch.manual_seed(0)
     model = make(config(**SIZES)).eval().to(dtype)
     tokens = torch.randint(0, 64, (2, 6))
