@@ -28,7 +28,7 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     for change in ("-28 linear", "-14 mul", "-14 add"):
         assert change in text
     assert text.count("the same 8 tokens as the unrewritten model") == 2
-    for way in ("adapter beside, eager", "merged, eager", "merged, onnxruntime", "merged, compiled"):
+    for way in ("unrewritten: adapter beside", "merged, eager", "merged, onnxruntime", "merged, compiled"):
         assert way in text
     assert "Needs a GPU, and was not measured here" in text
     assert Recipe.load(tmp_path / "recipe.yaml").steps[0].name == "merge_lora"
