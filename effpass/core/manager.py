@@ -96,7 +96,6 @@ class PassManager:
                 self._refuse_entrance(planned.pass_, program.entrance)
         for planned in self.planned:
             self._finish(planned, self._run_one(planned, program), report)
-        program.recompile()
         return report
 
     def _run_one(self, planned: Planned, program: Program) -> PassReport:
@@ -104,14 +103,17 @@ class PassManager:
         entry = PassReport(pass_.name, pass_.exact)
         parts = [program, *program.bodies]
         ops_before = _ops(parts)
-        cost_before = cost.total(program)
+        cost_before: cost.Cost | None = None
         text_before = _readable(program) if _dumping() else ""
         outputs_before = _run(program) if planned.verify else None
         snapshots = [(part, snapshot(part)) for part in parts]
         started = time.perf_counter()
         for part in parts:
             try:
-                self._rewrite(pass_, part, entry)
+                candidates = list(pass_.find(part))
+                if cost_before is None and any(isinstance(c, Match) for c in candidates):
+                    cost_before = cost.total(program)  # not for a pass that finds nothing
+                self._rewrite(pass_, part, candidates, entry)
             except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
                 raise
             except Exception as error:
@@ -127,10 +129,9 @@ class PassManager:
             after = _ops(parts)
             entry.ops = {op: after[op] - ops_before[op] for op in after | ops_before if after[op] != ops_before[op]}
             cost_after = cost.total(program)
-            entry.flops, entry.weight_bytes = (
-                cost_after.flops - cost_before.flops,
-                cost_after.weight_bytes - cost_before.weight_bytes,
-            )
+            assert cost_before is not None
+            entry.flops = int(cost_after.flops - cost_before.flops)
+            entry.weight_bytes = int(cost_after.weight_bytes - cost_before.weight_bytes)
             if _dumping():
                 _dump(pass_.name, text_before, _readable(program))
         if outputs_before is not None:
@@ -138,8 +139,8 @@ class PassManager:
         return entry
 
     @staticmethod
-    def _rewrite(pass_: Pass, program: Program, entry: PassReport) -> None:
-        for candidate in list(pass_.find(program)):
+    def _rewrite(pass_: Pass, program: Program, candidates: Sequence[Match | Refusal], entry: PassReport) -> None:
+        for candidate in candidates:
             refusal = candidate if isinstance(candidate, Refusal) else pass_.check(program, candidate)
             if refusal is not None:
                 entry.refusals.append(refusal)

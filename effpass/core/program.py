@@ -278,8 +278,8 @@ class Program:
         raise RuntimeError("the program has no tensor values")
 
     def recompile(self) -> None:
+        """Drop dead code and bring `gm` up to date with its graph."""
         self.graph.eliminate_dead_code(is_impure_node=_keep)
-        self.graph.lint()
         self.gm.recompile()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
@@ -122,7 +123,8 @@ class _Retrace:
                     self.graph.output(self._mapped(node.args[0]))
                 else:
                     self.new[node] = self._call(node)
-        return Retraced(GraphModule(self.root, self.graph), self.bodies)
+        # Its Python code is written when somebody asks for it, as for Dynamo's own modules; the compilers don't.
+        return Retraced(_make_graph_module(self.root, self.graph), self.bodies)
 
     def _add(self, new: Node, value: Any) -> Node:
         self.value[new] = value
