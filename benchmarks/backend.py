@@ -183,33 +183,31 @@ def compile_time(device: str, smoke: bool) -> Iterator[Row]:
     """First call with empty and with warm on-disk caches, each in a process of its own, the two backends in turn."""
     shape, layers = ("tiny", 0) if smoke else ("smollm2-135m", 0 if device == "cuda" else 8)
     depth = f", {layers} layers" if layers else ""
-    warm_runs = 1 if smoke else 5
-    seconds: dict[tuple[str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
-        folders = {"effpass": ours, "inductor": theirs}
-        for state in ("cold", *["warm"] * warm_runs):
-            for how, folder in folders.items():
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-                command = [sys.executable, "-c", _WORKER, device, shape, how, str(layers)]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-2000:])
-                seconds.setdefault((how, state), []).append(float(done.stdout.split("seconds")[1]))
-    for state in ("cold", "warm"):
-        a, b = (seconds[how, state] for how in ("effpass", "inductor"))
-        spread = f"; ours {min(a):.1f} to {max(a):.1f}, peer {min(b):.1f} to {max(b):.1f}" if len(a) > 1 else ""
-        yield row(
-            AREA,
-            f"{shape}{depth} decode graph, {state} caches",
-            "compile time, retraced",
-            median(a),
-            "s",
-            device=device,
-            peer=median(b),
-            peer_name="inductor",
-            runs=len(a),
-            note=f"first call of a new process{spread}",
-        )
+        for state, runs in (("cold", 1), ("warm", 1 if smoke else 3)):
+            pairs = [
+                (
+                    _first_call(device, shape, "effpass", layers, ours),
+                    _first_call(device, shape, "inductor", layers, theirs),
+                )
+                for _ in range(runs)
+            ]
+            a, b = zip(*pairs, strict=True)
+            yield (
+                row(AREA, f"{shape}{depth} decode graph, {state} caches", "compile time, retraced", median(a), "s",
+                    device=device, peer=median(b), peer_name="inductor", runs=runs,
+                    note=", ".join(f"{ours:.2f} / {peer:.2f}" for ours, peer in pairs) if runs > 1 else "")
+            )  # fmt: skip
+
+
+def _first_call(device: str, shape: str, how: str, layers: int, cache: str) -> float:
+    """Seconds of the first call in a new process whose on-disk caches stand in `cache`."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+    command = [sys.executable, "-c", _WORKER, device, shape, how, str(layers)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(done.stdout.split("seconds")[1])
 
 
 def compilations(device: str, smoke: bool) -> Iterator[Row]:
