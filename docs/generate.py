@@ -59,8 +59,24 @@ def backend_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = {"passes": passes_table, "backend": backend_rows}
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "passes" / "index.md", ROOT / "docs" / "benchmarks.md")
+def cost_rows(document: Path) -> str:
+    """The committed rows of area `cost`: predicted beside measured."""
+    lines = ["| step | predicted | measured | difference |", "|---|--:|--:|---|"]
+    for text in (ROOT / "benchmarks" / "results" / "cost.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        what = row["metric"].removeprefix("predicted step time, ")
+        measured = f"{row['peer']:.4g} {row['unit']}" if row["peer"] is not None else ""
+        lines.append(f"| {row['case']}, {what} | {row['ours']:.4g} {row['unit']} | {measured} | {row['note']} |")
+    return "\n".join(lines) + "\n"
+
+
+PARTS = {"passes": passes_table, "backend": backend_rows, "cost": cost_rows}
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "passes" / "index.md",
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "report.md",
+)
 
 
 def generated(document: Path) -> str:

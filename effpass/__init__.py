@@ -10,7 +10,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from effpass.api import export, generate, inspect, load_model, optimize, prepare, refresh, swap_adapter
+    from effpass.api import (
+        export,
+        generate,
+        inspect,
+        load_exported,
+        load_model,
+        optimize,
+        prepare,
+        refresh,
+        swap_adapter,
+        validate,
+    )
     from effpass.core.artifact import Artifact
     from effpass.core.pass_ import GraphPass, Match, NoOptions, Pass, RuntimePass, WeightsPass
     from effpass.core.program import Program
@@ -24,10 +35,12 @@ _HOME = {
     "optimize": "effpass.api",
     "export": "effpass.api",
     "generate": "effpass.api",
+    "load_exported": "effpass.api",
     "load_model": "effpass.api",
     "inspect": "effpass.api",
     "refresh": "effpass.api",
     "swap_adapter": "effpass.api",
+    "validate": "effpass.api",
     "Recipe": "effpass.core.recipe",
     "Artifact": "effpass.core.artifact",
     "Program": "effpass.core.program",
@@ -57,11 +70,13 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "load_exported",
     "load_model",
     "optimize",
     "prepare",
     "refresh",
     "swap_adapter",
+    "validate",
 ]
 
 

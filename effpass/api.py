@@ -11,7 +11,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +18,21 @@ import torch
 
 from effpass.core import registry
 from effpass.core.errors import EffpassError, PassRefusedError
+from effpass.core.inspection import Inspection, inspect_model
 from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
 from effpass.core.model import LoadedModel, load_model
 from effpass.core.options import dump_options
 from effpass.core.recipe import Recipe
-from effpass.core.report import PassReport, Report
+from effpass.core.report import Report
+from effpass.core.roofline import ceilings, device_and_dtype, known
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from effpass.lowering.targets.onnx import ExportedDecoder
+    from effpass.lowering.targets.decode_graph import Step
+    from effpass.lowering.targets.export import ExportedDecoder
+    from effpass.lowering.targets.validate import Validation
 
 __all__ = [
     "Inspection",
@@ -39,6 +42,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "load_exported",
     "load_model",
     "optimize",
     "prepare",
@@ -46,6 +50,7 @@ __all__ = [
     "refresh",
     "save",
     "swap_adapter",
+    "validate",
 ]
 
 
@@ -152,105 +157,41 @@ def optimize(
     return prepared
 
 
-@dataclass
-class Inspection:
-    """What a recipe would do to a model.
-
-    Attributes:
-        graphs: number of graphs that Dynamo makes of one forward.
-        reports: what each pass did on each graph.
-        prepared: what passes that act only through :func:`prepare` are left for it.
-        ops_before: operator counts over all graphs.
-        ops_after: the same after the passes.
-        weight_bytes: bytes of the model's parameters.
-        derived_bytes: bytes that derived weights would take beside them under `torch.compile`; 0 through
-            :func:`prepare` and in exports.
-        unmet: passes that are required and would rewrite nothing.
-    """
-
-    graphs: int = 0
-    reports: list[Report] = field(default_factory=list)
-    prepared: list[PassReport] = field(default_factory=list)
-    ops_before: dict[str, int] = field(default_factory=dict)
-    ops_after: dict[str, int] = field(default_factory=dict)
-    weight_bytes: int = 0
-    derived_bytes: int = 0
-    unmet: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def inspect(
     model: torch.nn.Module,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     *,
     input_ids: torch.Tensor | None = None,
+    batch: int = 1,
+    tokens: int = 512,
+    cache_length: int = 1024,
+    predict_for: str | None = None,
 ) -> Inspection:
-    """Rewrite one forward of `model` without compiling or changing it, and say what fired and what did not.
+    """Rewrite one forward of `model` without compiling or changing it: what fires, what does not, what it gains.
 
     Graphs that `torch.compile` made in this process are dropped, and compiled again when they are next called.
 
     Args:
         model: a transformers causal LM or PeftModel.
         recipe: as in :func:`prepare`.
-        input_ids: token ids `[B, T]` to trace with; 2 x 16 ids by default.
+        input_ids: token ids `[B, T]` of the prefill; by default its costs are worked out for `batch` x `tokens`.
+        batch: sequences, of the prefill and of the decode step.
+        tokens: positions of the prefill.
+        cache_length: positions of the decode step's key-value cache.
+        predict_for: a device whose ceilings are known (``"h100"``). By default those of the model's own device are
+            measured, in seconds, and kept in the cache folder.
 
     Raises:
-        EffpassError: a pass can't act on this model. A required pass that finds nothing is no error here, but named in
-            :attr:`Inspection.unmet`.
+        EffpassError: a pass can't act on this model, or a size is no positive number. A required pass that finds
+            nothing is no error here, but named in :attr:`Inspection.unmet`.
     """
-    from effpass.core.derived import derived_bytes
-    from effpass.core.dynamo import NotRetraceableError, program_from_dynamo
-
+    for name, value in (("batch", batch), ("tokens", tokens), ("cache_length", cache_length)):
+        if value < 1:
+            raise EffpassError(f"{name} is {value}", hint="give a positive number")
     planned = _planned(recipe)
-    here = [p for p in planned if "backend" in p.pass_.entrances and p.pass_.has_second_hand]
-    result = Inspection(weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
-    for p in planned:
-        p.pass_.check_model(model)
-        if p not in here:
-            result.prepared.append(PassReport(p.pass_.name, p.pass_.exact))
-
-    def collect(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        result.graphs += 1
-        try:
-            program = program_from_dynamo(gm, inputs)
-        except NotRetraceableError as reason:
-            result.reports.append(Report("backend", unrewritten=str(reason)))
-            return gm.forward
-        _add(result.ops_before, program.op_counts())
-        report = PassManager([Planned(p.pass_) for p in here]).run(program)
-        for entry in report.passes:
-            entry.derived_bytes = derived_bytes(program.derived, entry.name)
-        result.derived_bytes += sum(e.derived_bytes for e in report.passes)
-        _add(result.ops_after, program.op_counts())
-        result.reports.append(report)
-        return gm.forward
-
-    ids = torch.zeros(2, 16, dtype=torch.long) if input_ids is None else input_ids
-    ids = ids.to(next(model.parameters()).device)
-    training = model.training
-    torch._dynamo.reset()
-    try:
-        with torch.no_grad():
-            torch.compile(model.eval(), backend=collect)(input_ids=ids, use_cache=False)
-    except torch._dynamo.exc.BackendCompilerFailed as failure:
-        if isinstance(failure.inner_exception, EffpassError):
-            raise failure.inner_exception from None
-        raise
-    finally:
-        model.train(training)
-        torch._dynamo.reset()
-    for p in here:
-        hits = sum(e.hits for r in result.reports for e in r.passes if e.name == p.pass_.name)
-        if p.require and not hits:
-            result.unmet.append(p.pass_.name)
-    return result
-
-
-def _add(total: dict[str, int], counts: Mapping[str, int]) -> None:
-    for op, count in counts.items():
-        total[op] = total.get(op, 0) + count
+    at = ceilings(*device_and_dtype(model)) if predict_for is None else known(predict_for)
+    sizes = {"batch": batch, "tokens": tokens, "cache_length": cache_length}
+    return inspect_model(model, planned, at, input_ids=input_ids, **sizes)
 
 
 def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any) -> Iterator[str]:
@@ -366,6 +307,8 @@ def export(
     out: str | Path,
     *,
     target: str = "onnx",
+    max_batch: int | None = None,
+    max_length: int | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportedDecoder:
@@ -374,31 +317,93 @@ def export(
     Weights passes work once on the model itself, which is changed in place; graph passes on the exported program.
 
     Args:
-        model: a transformers causal LM or PeftModel; `eval()` mode.
+        model: a transformers causal LM or PeftModel; `eval()` mode, on the CPU.
         recipe: as in :func:`prepare`.
         out: the file to write.
-        target: ``"onnx"``.
+        target: ``"inductor"`` (.safetensors), ``"aoti"`` (.pt2), ``"onnx"`` (.onnx) or ``"tensorrt"`` (.engine).
+        max_batch: largest batch that the file must take; default: any, for an engine 1.
+        max_length: largest number of positions, past and new together; default: what the model holds, for an engine
+            at most 2048, for ONNX any.
         overwrite: replace an existing file.
         progress: called with one line per step.
 
     Returns:
         The file with its checks: export error and method loss per case.
     """
-    check_export(out, target=target, overwrite=overwrite)
-    from effpass.lowering.targets.onnx import export_decoder
+    check_export(out, recipe, target=target, overwrite=overwrite)
+    from effpass.lowering.targets.export import export_decoder
+    from effpass.lowering.targets.target import find_target
 
     parsed = read_recipe(recipe)
-    return export_decoder(model, parsed, _planned(parsed), Path(out), overwrite=overwrite, progress=progress)
+    return export_decoder(
+        model,
+        parsed,
+        _planned(parsed),
+        Path(out),
+        target=find_target(target),
+        max_batch=max_batch,
+        max_length=max_length,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
-def check_export(out: str | Path, *, target: str = "onnx", overwrite: bool = False) -> None:
+def check_export(
+    out: str | Path,
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    *,
+    target: str = "onnx",
+    overwrite: bool = False,
+) -> None:
     """Raise an :class:`EffpassError` when :func:`export` could not write `out`; what can be known without a model."""
-    if target != "onnx":
-        raise EffpassError(f"target {target!r} can't be exported to; available: onnx", hint="use --target onnx")
-    from effpass.lowering.targets.onnx import check_output, require_packages
+    from effpass.lowering.targets.export import check_passes
+    from effpass.lowering.targets.publish import check_output
+    from effpass.lowering.targets.target import find_target
 
-    require_packages()
-    check_output(Path(out), overwrite=overwrite)
+    found = find_target(target)
+    found.require()
+    check_output(Path(out), found, overwrite=overwrite)
+    if recipe is not None:
+        check_passes(_planned(recipe))
+
+
+def load_exported(path: str | Path, *, allow_native: bool = False) -> Step:
+    """An exported file as a function of CPU tensors: ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+
+    Shapes and names are those of :mod:`effpass.lowering.targets.decode_graph`. Sizes outside the file's range are
+    refused when it is called.
+
+    Args:
+        path: what :func:`export` wrote; an ``inductor`` file is compiled now, which takes seconds to minutes.
+        allow_native: run machine code from the file, which ``aoti`` needs. Only for files that you trust.
+
+    Raises:
+        ExportError: not an exported file, altered, made for another machine, or native and not allowed.
+    """
+    from effpass.lowering.targets.validate import open_exported
+
+    return open_exported(Path(path), allow_native=allow_native)[0]
+
+
+def validate(
+    path: str | Path, *, allow_native: bool = False, progress: Callable[[str], None] | None = None
+) -> Validation:
+    """Check an exported file later, without its model: unaltered to the bit, and right on this machine.
+
+    Args:
+        path: what :func:`export` wrote.
+        allow_native: as in :func:`load_exported`.
+        progress: called with one line per step.
+
+    Returns:
+        The differences by case; its `ok` says whether all are within the file's tolerance.
+
+    Raises:
+        ExportError: not an exported file, truncated, altered, or native and not allowed.
+    """
+    from effpass.lowering.targets.validate import validate_file
+
+    return validate_file(Path(path), allow_native=allow_native, progress=progress)
 
 
 def swap_adapter(model: torch.nn.Module, adapter: str | Path) -> int:

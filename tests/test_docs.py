@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_shipped_recipes_are_valid_and_documented(file):
     from effpass import Recipe
 
     assert Recipe.load(file).build()
-    assert f"(../recipes/{file.name})" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"`recipes/{file.name}`" in (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_generated_parts_are_up_to_date():
@@ -135,6 +136,16 @@ def test_links_lead_somewhere(document):
         target = match["target"]
         if not target.startswith(("http://", "https://")):
             assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """`strict: true` in mkdocs.yml: a dead link or a page in no menu is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = {page.relative_to(tmp_path / "site").parts[0] for page in (tmp_path / "site").rglob("*.html")}
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= built
 
 
 def test_documented_commands_exist():

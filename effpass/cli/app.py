@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from effpass.cli import cache, demo, export, generate, groups, inspect, optimize, passes, recipe
+from effpass.cli import cache, demo, export, generate, groups, inspect, optimize, passes, recipe, validate
 from effpass.cli.console import print_error, quiet_libraries
 
 __all__ = ["app"]
@@ -68,6 +68,7 @@ app.command("inspect")(inspect.inspect)
 app.command("optimize")(optimize.optimize)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("validate")(validate.validate)
 app.add_typer(groups.group("train", "effpass.train"), name="train")
 app.add_typer(groups.group("calibrate", "effpass.calibrate"), name="calibrate")
 app.add_typer(cache.app, name="cache")

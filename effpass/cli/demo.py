@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from effpass.cli.demo_steps import Decode
+    from effpass.core.inspection import Inspection
     from effpass.core.report import Report
-    from effpass.lowering.targets.onnx import ExportedDecoder
+    from effpass.lowering.targets.export import ExportedDecoder
 
 __all__ = ["demo", "run_demo"]
 
@@ -35,7 +36,8 @@ ATTACHED = "unrewritten: adapter beside"
 
 def demo(
     keep: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep the adapter, the recipe and the ONNX file here.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep adapter, recipe, files and report here."),
     ] = None,
 ) -> None:
     """Show the main job on SmolLM2-135M: adapter, recipe, torch.compile, ONNX. Takes a few minutes on two cores.
@@ -52,7 +54,7 @@ def demo(
             folder.mkdir(parents=True, exist_ok=True)
         run_demo("smollm2", folder.absolute())
     if keep is not None:
-        stdout().print(f"Kept in {keep}: adapter/, recipe.yaml, model.onnx", markup=False)
+        stdout().print(f"Kept in {keep}: {', '.join(sorted(p.name for p in keep.iterdir()))}", markup=False)
 
 
 @dataclass
@@ -82,12 +84,12 @@ class _Story:
         self.console.print(Padding(Text.assemble((f"{who}: ", "dim"), (text, "italic")), (0, 0, 0, 4)))
 
 
-def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int = 32, rounds: int = 3) -> None:
+def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int = 32, rounds: int = 2) -> None:
     """Run the demo.
 
     Args:
         source: as for :func:`effpass.load_model`.
-        folder: where the adapter, the recipe and the ONNX file go.
+        folder: where the adapter, the recipe, the ONNX file and the report go.
         lessons: training steps of the adapter.
         max_new_tokens: length of the generated texts.
         rounds: how often each way of running is timed.
@@ -139,6 +141,10 @@ def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int
         answer = onnx()
     story.quote("onnxruntime", answer.text)
     story.say(f"    {_same(unrewritten, answer)}", style="dim")
+    if steps.tensorrt_is_installed():
+        with story.step("build a TensorRT engine from the ONNX file; running it takes a GPU"):
+            engine = steps.tensorrt_engine(exported.path, merged_model, folder / "model.engine")
+        story.say("    " + ", ".join(f"{what} {value}" for what, value in engine.items()), style="dim", markup=False)
 
     with story.step(f"time them, in turns, best of {rounds}"):
         seconds = steps.in_turns(
@@ -150,10 +156,15 @@ def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int
             },
             rounds,
         )
+    report = folder / "report.html"
+    with story.step("inspect: what the recipe should gain on this CPU by the cost model, as a page"):
+        inspection = steps.write_report(peft_model, source, recipe, report)
+    story.say(f"    {report}", style="dim", markup=False, soft_wrap=True)
     story.say()
     story.say(_changes(backend.reports, exported))
     _say_how_exact(story, exported)
     story.say(_timings(seconds, _bytes(peft_model), _bytes(merged_model)))
+    _say_prediction(story, inspection)
     _conclude(story, seconds)
 
 
@@ -231,6 +242,17 @@ def _timings(seconds: dict[str, float], attached_bytes: int, merged_bytes: int) 
             f"{seconds[ATTACHED] / taken:.2f} x",
         )
     return table
+
+
+def _say_prediction(story: _Story, inspection: Inspection) -> None:
+    """Beside the measured times: what the cost model says of the compiled step."""
+    decode = next(work for work in inspection.workloads if work.name == "decode")
+    if decode.stages:
+        before, after = decode.stages[0].seconds, decode.stages[-1].seconds
+        story.say(
+            f"The cost model predicts {before * 1e3:.1f} ms per token compiled with the adapter beside, and"
+            f" {after * 1e3:.1f} ms merged; report.html shows where the time goes."
+        )
 
 
 def _table(first: str, *columns: str) -> Table:

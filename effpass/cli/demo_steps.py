@@ -21,6 +21,9 @@ __all__ = [
     "onnx_decoder",
     "prompt_of",
     "teach",
+    "tensorrt_engine",
+    "tensorrt_is_installed",
+    "write_report",
 ]
 
 QUESTION = "Who keeps the lighthouse on Marrow Island?"
@@ -179,6 +182,37 @@ def onnx_decoder(file: Path, model: Any, tokenizer: Any, prompt: Any, max_new_to
         return Decode(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), _gap(times))
 
     return run
+
+
+def tensorrt_is_installed() -> bool:
+    from effpass.core.errors import ExportError
+    from effpass.lowering.targets.tensorrt import TensorRTTarget
+
+    try:
+        TensorRTTarget().require()
+    except ExportError:
+        return False
+    return True
+
+
+def tensorrt_engine(onnx: Path, model: Any, file: Path) -> dict[str, str]:
+    """Build an engine of the ONNX file of `model`; returns its size, and what can run it."""
+    from effpass.cli.console import megabytes
+    from effpass.lowering.targets.tensorrt import TensorRTTarget, build_engine
+
+    target = TensorRTTarget()
+    file.write_bytes(build_engine(onnx, target.limits(model, None, None)))
+    return {"size": megabytes(file.stat().st_size), **target.machine()}
+
+
+def write_report(model: Any, name: str, recipe: Path, file: Path) -> Any:
+    """What `effpass inspect --html` writes; returns the :class:`~effpass.core.inspection.Inspection`."""
+    from effpass import api
+    from effpass.cli import html_report
+
+    found = api.inspect(model, recipe)
+    html_report.write_report({"model": f"{name} with its adapter", "recipe": recipe.name, **found.to_json()}, file)
+    return found
 
 
 def in_turns(ways: Mapping[str, Callable[[], Decode]], rounds: int) -> dict[str, float]:

@@ -24,28 +24,56 @@ def export(
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.", show_default=False)],
     target: Annotated[
-        str | None, typer.Option(metavar="NAME", help="onnx. Default: the recipe's target.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="inductor (.safetensors), aoti (.pt2), onnx (.onnx) or tensorrt (.engine). Default: the recipe's, "
+            "else onnx.",
+            show_default=False,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Largest batch. Default: any; for tensorrt 1.", show_default=False),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Most positions, past and new together. Default: what the model holds; for tensorrt at most 2048.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     json: Json = False,
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Export a model, rewritten by a recipe, and check the file with onnxruntime.
+    """Export a model, rewritten by a recipe, as a file, and check the file.
 
     Two differences are reported, and never mixed: the file against the rewritten model (export error), and the
     rewritten model against the original (method loss). A file that is out of tolerance is not kept, and the exit code
-    is 1. The graph takes and returns its cache, so that one file serves prefill and decode.
+    is 1. The graph takes and returns its cache, so that one file serves prefill and decode. A TensorRT engine is not
+    run: what is checked is the ONNX file that it is built from.
     """
     parsed = read_recipe(recipe)
     assert parsed is not None
     from effpass import api
 
     chosen = target or parsed.target or "onnx"
-    api.check_export(out, target=chosen, overwrite=overwrite)
+    api.check_export(out, parsed, target=chosen, overwrite=overwrite)
     loaded = load(model, "cpu", dtype, trust_remote_code)
     with progress() as say:
-        done = api.export(loaded.model, parsed, out, target=chosen, overwrite=overwrite, progress=say)
+        done = api.export(
+            loaded.model,
+            parsed,
+            out,
+            target=chosen,
+            max_batch=max_batch,
+            max_length=max_length,
+            overwrite=overwrite,
+            progress=say,
+        )
     if json:
         print_json(done.to_json())
         return
@@ -54,6 +82,9 @@ def export(
         for line in report.lines():
             console.print(line, markup=False)
     console.print(checks_table(done.checks))
+    console.print(f"tolerance: {done.tolerance.why}", markup=False, soft_wrap=True)
+    if not done.executed:
+        console.print(f"checked by {done.checked_by}", markup=False, soft_wrap=True)
     console.print(f"saved {done.path}, {megabytes(done.size)}", markup=False)
 
 

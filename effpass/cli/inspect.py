@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from effpass.cli import units
 from effpass.cli.console import megabytes, print_json, stdout, step
 from effpass.cli.model import Device, Dtype, Json, Model, RecipeFile, TrustRemoteCode, load, read_recipe
 
@@ -22,26 +24,57 @@ __all__ = ["inspect", "ops_table"]
 def inspect(
     model: Model,
     recipe: RecipeFile,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML file.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the HTML file where it exists.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences, of the prefill and of the decode step.")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that prefill is predicted for.")] = 512,
+    cache_length: Annotated[int, typer.Option(min=1, help="Positions of the cache that a decode step reads.")] = 1024,
+    predict_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Predict for a known device: h100. Default: measure this one.", show_default=False
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every candidate that was left alone.")] = False,
     json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show what a recipe would rewrite, what it would leave alone and why, and what that changes.
+    """Show what a recipe would rewrite, what it would leave alone and why, and what that gains.
 
-    The model is traced on 2 x 16 tokens and not changed. Exit code 1 when a required pass would rewrite nothing.
+    Prefill and one decode step are traced; the model is not changed. Times are predicted by the cost model, not
+    measured. Exit code 1 when a required pass would rewrite nothing.
     """
     parsed = read_recipe(recipe)
+    if html is not None:
+        from effpass.cli.html_report import check_writable
+
+        check_writable(html, overwrite=overwrite)
+    if predict_for is not None:
+        from effpass.core.roofline import known
+
+        known(predict_for)  # an unknown name is refused before anything is loaded
     loaded = load(model, device, dtype, trust_remote_code)
     from effpass import api
 
-    with step("tracing one forward"):
-        found = api.inspect(loaded.model, parsed)
+    with step("tracing prefill and one decode step"):
+        found = api.inspect(
+            loaded.model, parsed, batch=batch, tokens=tokens, cache_length=cache_length, predict_for=predict_for
+        )
+    report = {"model": model, "recipe": str(recipe), **found.to_json()}
+    if html is not None:
+        from effpass.cli.html_report import write_report
+
+        write_report(report, html)
     if json:
-        print_json({"model": model, "recipe": str(recipe), **found.to_json()})
+        print_json(report)
     else:
         _show(stdout(), found, verbose)
+        if html is not None:
+            stdout().print(f"report: {html}", markup=False, soft_wrap=True)
     if found.unmet:
         raise typer.Exit(1)
 
@@ -63,9 +96,54 @@ def _show(console: Console, found: Inspection, verbose: bool) -> None:
         console.print(ops_table({op: (found.ops_before.get(op, 0), found.ops_after.get(op, 0)) for op in changed}))
     total = sum(found.ops_before.values()), sum(found.ops_after.values())
     console.print(f"operators: {total[0]} → {total[1]}, in {found.graphs} graph{'s' * (found.graphs != 1)}")
+    _show_costs(console, found)
     derived = f"{megabytes(found.derived_bytes)} derived" if found.derived_bytes else "nothing derived"
     note = " (effpass.prepare and exports hold one copy)" if found.derived_bytes else ""
     console.print(f"memory under torch.compile: {megabytes(found.weight_bytes)} original + {derived}{note}")
+    memory = found.memory
+    if memory is not None and memory.cache is not None:
+        console.print(
+            f"key-value cache: {megabytes(memory.cache)} for batch {memory.batch}, {memory.cache_length:,} positions,"
+            f" {units.bytes_(memory.cache_per_token or 0)} for each further one"
+        )
+
+
+def _show_costs(console: Console, found: Inspection) -> None:
+    """Each workload's predicted time and what it stands on, as loaded and after the passes."""
+    from rich import box
+    from rich.table import Table
+
+    for work in found.workloads:
+        for reason in work.missing:
+            console.print(f"{work.name}: not counted: {reason}", markup=False)
+        if work.uncounted:
+            console.print(f"{work.name}: FLOPs unknown of: {', '.join(work.uncounted)}", markup=False)
+        if not work.stages:
+            continue
+        first, last = work.stages[0], work.stages[-1]
+        what = f"cache of {work.cache_length:,}" if work.name == "decode" else f"{work.tokens:,} tokens"
+        table = Table(f"{work.name}, batch {work.batch}, {what}", box=box.SIMPLE_HEAD)
+        for column in (first.name, "after the passes", "change"):
+            table.add_column(column, justify="right")
+        for label, key, shown in (
+            ("predicted time", "seconds", units.duration),
+            ("bound", "bound_seconds", units.duration),
+            ("FLOPs", "flops", units.flops),
+            ("weights read", "weight_bytes", units.bytes_),
+            ("cache read", "cache_bytes", units.bytes_),
+            ("activations moved", "activation_bytes", units.bytes_),
+            ("kernels", "kernels", units.count),
+        ):
+            before, after = getattr(first, key), getattr(last, key)
+            table.add_row(label, shown(before), shown(after), units.percent(before, after))
+        console.print(table)
+    if found.ceilings is not None and any(work.stages for work in found.workloads):
+        at = found.ceilings
+        console.print(f"times are predicted, not measured, for {at.device}, {at.dtype}", style="dim")
+        if at.dtype != found.dtype:
+            console.print(
+                f"[yellow]the weights are {found.dtype}, the ceilings {at.dtype}: load it with --dtype[/yellow]"
+            )
 
 
 def merged_reports(found: Inspection) -> list[PassReport]:

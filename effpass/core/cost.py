@@ -1,71 +1,297 @@
-"""FLOPs and weight bytes of a program: what a rewrite should gain, before anyone runs it."""
+"""What each operator of a program computes and moves, as expressions of the program's symbols.
+
+    flops(node)    2 per multiply-add of matrix products, attention and convolutions; other operators count by bytes
+    reads(node)    bytes it must read of each value, a broadcast dimension counted once, a gathered table by its rows
+    written(node)  bytes it writes; a view writes nothing
+
+Static sizes give ints. A dynamic dimension gives a sympy expression of its symbol (batch, tokens, cache length), which
+:func:`effpass.core.flops.evaluate` turns into a number at any size.
+"""
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
+
+from effpass.core.flops import (
+    Reading,
+    Size,
+    flop_formula,
+    hinted,
+    is_grouped_product,
+    numel,
+    packet_of,
+    smaller,
+    symbolic,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from effpass.core.program import Program
 
-__all__ = ["Cost", "node_flops", "total"]
+__all__ = ["Cost", "NodeCost", "node_costs", "total", "uncounted", "weight_nodes"]
 
 aten = torch.ops.aten
+
+Kind = Literal["free", "matmul", "attention", "fusible", "other"]
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One operator.
+
+    Attributes:
+        node: the graph node.
+        kind: ``"matmul"``, ``"attention"`` or ``"other"`` (a kernel of its own), ``"fusible"`` (pointwise, reductions
+            and copies), or ``"free"`` (views, arithmetic on sizes, checks).
+        flops: floating-point operations.
+        reads: bytes read of each value, by the node whose memory it is.
+        written: bytes written.
+        base: the node whose memory this node's value lies in; itself unless it is a view or works in place.
+    """
+
+    node: Node
+    kind: Kind
+    flops: Size
+    reads: dict[Node, Size]
+    written: Size
+    base: Node
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals at the sizes the program was traced with.
+    """Totals over a program and the bodies inside it.
 
     Attributes:
         flops: floating-point operations, a multiply-add counted as two.
         weight_bytes: bytes of weights (and derived weights) that one call reads.
     """
 
-    flops: int
-    weight_bytes: int
+    flops: Size
+    weight_bytes: Size
 
 
-def node_flops(node: Node) -> Any:
-    """FLOPs of one node, an int or an expression of the program's symbols; 0 for operators without matrix work."""
-    if node.op != "call_function":
-        return 0
-    if node.target is aten.linear.default:
-        x, weight = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
-        return 2 * x.numel() * weight.shape[0]
-    if node.target is aten.scaled_dot_product_attention.default:
-        q, k, v = (a.meta["val"] for a in node.args[:3])  # type: ignore[union-attr]
-        return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-    if node.target is aten.matmul.default:
-        a, b = (x.meta["val"] for x in node.args)  # type: ignore[union-attr]
-        return 2 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))  # type: ignore[arg-type]
-    if formula is None:
-        return 0
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    return formula(*args, **kwargs, out_val=node.meta["val"])
+def total(program: Program, size: Reading = hinted) -> Cost:
+    """FLOPs and weight bytes of `program` with its bodies; at the traced sizes unless `size` is :func:`symbolic`.
+
+    The same as the sums over :func:`node_costs`, in a fraction of the time: the manager asks while a user waits.
+    """
+    flops: Size = 0
+    weight_bytes: Size = 0
+    for part in (program, *program.bodies):
+        for node in part.graph.nodes:
+            formula = flop_formula(node) if node.op == "call_function" else None
+            flops += 0 if formula is None else formula(node, size)
+        callers = {body.caller for body in part.bodies}
+        for weight in weight_nodes(part):
+            weight_bytes += sum(_bytes_read(u, seen, size) for u, seen in _readers(weight) if u not in callers)
+    return Cost(flops, weight_bytes)
 
 
-def total(program: Program) -> Cost:
-    """FLOPs and weight bytes of `program` with the bodies inside it."""
-    flops = sum(_hint(node_flops(n)) for part in (program, *program.bodies) for n in part.graph.nodes)
+def _readers(memory: Node) -> Iterator[tuple[Node, Node]]:
+    """Who reads `memory` or a view of it, and which of them it reads."""
+    waiting = [memory]
+    while waiting:
+        seen = waiting.pop()
+        for user in seen.users:
+            if _memory_of(user) is seen and not _is_mutable(user.target):
+                waiting.append(user)
+            elif user.op != "output" and values_of(user):
+                yield user, seen
+
+
+def weight_nodes(program: Program) -> set[Node]:
+    """Placeholders of weights and of derived weights."""
     placeholders = program.graph.find_nodes(op="placeholder")
-    appended = set(placeholders[len(placeholders) - len(program.derived) :]) if program.derived else set()
-    read = [n for n in placeholders if (n in program.weights or n in appended) and n.users]
-    gathered = [n for n in read if all(u.target is aten.embedding.default for u in n.users)]
-    return Cost(flops, sum(_bytes(n.meta["val"]) for n in read if n not in gathered))
+    appended = placeholders[len(placeholders) - len(program.derived) :]
+    return {*program.weights, *appended}
 
 
-def _bytes(value: torch.Tensor) -> int:
-    return _hint(value.numel()) * value.element_size()
+def uncounted(program: Program) -> set[str]:
+    """Operators from outside PyTorch whose FLOPs nobody declared; they count by bytes alone."""
+    found = set()
+    for part in (program, *program.bodies):
+        called = {body.caller for body in part.bodies}
+        for node in part.graph.nodes:
+            foreign = isinstance(node.target, torch._ops.HigherOrderOperator) or (
+                isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")
+            )
+            if foreign and node not in called and values_of(node) and flop_formula(node) is None:
+                found.add(str(node.target))
+    return found
 
 
-def _hint(value: Any) -> int:
-    """The value at the traced sizes, without a guard on it."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.hint or 0)
-    return int(value)
+# -- one program ------------------------------------------------------------------------------------------------------
+
+
+def node_costs(program: Program, size: Reading = symbolic) -> Iterator[NodeCost]:
+    """The cost of every node of `program` that computes, in graph order; its bodies are programs of their own."""
+    bases: dict[Node, Node] = {}
+    callers = {body.caller for body in program.bodies}
+    for node in program.graph.nodes:
+        if node.op not in ("call_function", "call_method", "call_module"):
+            bases[node] = node
+            continue
+        source = _memory_of(node)
+        bases[node] = node if source is None else bases[source]
+        cost = _cost(node, bases, size, node in callers)
+        if cost is not None:
+            yield cost
+
+
+def _cost(node: Node, bases: Mapping[Node, Node], size: Reading, is_caller: bool) -> NodeCost | None:
+    outputs = values_of(node)
+    mutates = _is_mutable(node.target)
+    if is_caller or not outputs or (bases[node] is not node and not mutates):
+        return NodeCost(node, "free", 0, {}, 0, bases[node]) if outputs else None
+    reads: dict[Node, Size] = {}
+    for argument in _tensor_arguments(node):
+        read = _bytes_read(node, argument, size)
+        if read != 0:
+            base = bases[argument]
+            whole = sum(_bytes(v, size) for v in values_of(base))
+            reads[base] = read if base not in reads else smaller(reads[base] + read, whole)
+    written = _bytes_written(node, outputs, size)
+    formula = flop_formula(node)
+    return NodeCost(
+        node, _kind(node, formula), 0 if formula is None else formula(node, size), reads, written, bases[node]
+    )
+
+
+def _tensor_arguments(node: Node) -> Iterable[Node]:
+    return (n for n in node.all_input_nodes if values_of(n))
+
+
+def _bytes(value: torch.Tensor, size: Reading) -> Size:
+    """Bytes of the distinct elements of `value`: a dimension of stride 0 repeats the same ones."""
+    strides = value.stride() if value.layout is torch.strided else value.shape
+    distinct = (size(d) for d, stride in zip(value.shape, strides, strict=True) if not _is(stride, 0))
+    return functools.reduce(operator.mul, distinct, 1) * value.element_size()
+
+
+def _is(number: Any, constant: int) -> bool:
+    """Whether `number` is that constant for all sizes."""
+    return isinstance(number, int) and number == constant
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+# Operators that read of their first argument only what they return.
+_GATHERS = (aten.embedding, aten.index, aten.gather, aten.index_select, aten.take, aten.take_along_dim)
+# Operators that write a part of their first argument and leave the rest, and where the written values are.
+_SCATTERS = {
+    aten.index_copy_: "source", aten.index_put_: "values", aten.index_add_: "source", aten.scatter_: "index",
+    aten.scatter_add_: "index",
+}  # fmt: skip
+# Operators that overwrite their first argument without reading it.
+_OVERWRITES = (aten.copy_, aten.fill_, aten.zero_)
+_EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.empty_permuted)
+
+
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _memory_of(node: Node) -> Node | None:
+    """The argument whose memory the value of `node` lies in; None for new memory."""
+    first = next((a for a in node.args if isinstance(a, Node)), None)
+    if first is None:
+        return None
+    if node.target is operator.getitem:
+        return first
+    if not isinstance(node.target, torch._ops.OpOverload) or not values_of(node) or not values_of(first):
+        return None
+    schema = node.target._schema
+    aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
+    # chunk and split return views, and say so of the elements of a list.
+    if not aliases and packet_of(node.target) not in _LISTS_OF_VIEWS:
+        return _source_of_identity(node, first)
+    if any(alias.is_write for alias in aliases):
+        return first
+    new, old = values_of(node)[0], values_of(first)[0]
+    if (new.dtype != old.dtype and packet_of(node.target) is not aten.view) or new.device != old.device:
+        return None
+    if packet_of(node.target) in (aten.reshape, aten.flatten, aten.contiguous) and not _is_view(old, new):
+        return None
+    return first
+
+
+_LISTS_OF_VIEWS = (aten.chunk, aten.split, aten.split_with_sizes, aten.unbind, aten.tensor_split)
+
+
+def _source_of_identity(node: Node, first: Node) -> Node | None:
+    """Dropout outside training returns what it is given."""
+    return first if packet_of(node.target) is aten.dropout and node.args[2:] == (False,) else None
+
+
+def _is_view(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether `old` can be seen with the shape of `new` without a copy, at the traced sizes."""
+    shape, strides = [hinted(d) for d in old.shape], [hinted(s) for s in old.stride()]
+    stand_in = torch.empty_strided(shape, strides, device="meta")
+    if shape == [hinted(d) for d in new.shape]:
+        return strides == [hinted(s) for s in new.stride()]
+    try:
+        stand_in.view([hinted(d) for d in new.shape])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _bytes_read(node: Node, argument: Node, size: Reading) -> Size:
+    packet, is_first = packet_of(node.target), argument is next(iter(_tensor_arguments(node)), None)
+    values = values_of(argument)
+    if packet in _GATHERS and is_first:
+        return sum(numel(v, size) for v in values_of(node)) * values[0].element_size()
+    if (is_first and (packet in _SCATTERS or packet in _OVERWRITES)) or packet in _EMPTY:
+        return 0
+    if is_grouped_product(packet) and argument is node.args[1]:
+        return _experts_read(node, values[0], size)
+    return sum(_bytes(v, size) for v in values)
+
+
+def _experts_read(node: Node, experts: torch.Tensor, size: Reading) -> Size:
+    """A grouped product over few rows reads only the experts that have a row: at most one for each."""
+    rows = values_of(node.args[0])[0]  # type: ignore[arg-type]
+    whole = _bytes(experts, size)
+    if experts.dim() != 3 or rows.dim() != 2:
+        return whole
+    return smaller(size(rows.shape[0]), size(experts.shape[0])) * (whole // size(experts.shape[0]))
+
+
+def _bytes_written(node: Node, outputs: list[torch.Tensor], size: Reading) -> Size:
+    packet = packet_of(node.target)
+    if packet in _EMPTY:
+        return 0
+    if packet in _SCATTERS:
+        schema = node.target._schema  # type: ignore[union-attr]
+        position = next((i for i, a in enumerate(schema.arguments) if a.name == _SCATTERS[packet]), None)
+        source = node.args[position] if position is not None and position < len(node.args) else None
+        if isinstance(source, Node):
+            return numel(values_of(source)[0], size) * outputs[0].element_size()
+    return sum(numel(v, size) * v.element_size() for v in outputs)
+
+
+# -- kinds and formulas -----------------------------------------------------------------------------------------------
+
+# ATen operators that Inductor calls a library for, beside those with a FLOP formula.
+_LIBRARY = (
+    aten.sort, aten.topk, aten.argsort, aten.nonzero, aten.multinomial, aten.bincount, aten.histc,
+    aten.masked_select,
+)  # fmt: skip
+
+
+def _kind(node: Node, formula: Any) -> Kind:
+    packet = packet_of(node.target)
+    if formula is not None:
+        return "attention" if "attention" in str(packet) else "matmul"
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or packet in _LIBRARY:
+        return "other"
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims"):
+        return "other"
+    return "fusible"

@@ -140,7 +140,7 @@ def _plainly(program: Program, originals: Sequence[Node]) -> Iterator[None]:
     """Nodes inserted inside compute without autocast, and with gradients where a region of the program enables them."""
     graph, device = program.graph, originals[0].meta["val"].device
     entered = None
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         entered = graph.call_function(_enter_autocast, (device.type, None, False, False))
     enables_grad = not program.grad_enabled and _enables_grad(program)
     if enables_grad:

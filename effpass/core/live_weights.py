@@ -212,7 +212,7 @@ class Entry:
 @contextmanager
 def compute_exactly(device: torch.device) -> Iterator[None]:
     """Compute in the precision that is written down, whatever autocast surrounds the call."""
-    if not torch.is_autocast_enabled(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         yield
         return
     with torch.autocast(device.type, enabled=False):

@@ -17,7 +17,7 @@ import torch
 from effpass.core.errors import ArtifactError
 from effpass.core.strict_json import parse_json
 
-__all__ = ["read_safetensors"]
+__all__ = ["check_safetensors", "read_safetensors"]
 
 # The format's own limit. Reading a header costs about ten times its size in memory.
 _MAX_HEADER = 100_000_000
@@ -48,14 +48,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         ArtifactError: no such file, truncated, or a header that is not valid; says what is wrong with which tensor.
     """
     path = Path(path)
-    try:
-        _check_header(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path}: not a valid safetensors file: {error}", hint="copy or download the file again"
-        ) from error
+    check_safetensors(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -65,8 +58,24 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{path}: can't be read: {error}") from error
 
 
-def _check_header(path: Path) -> None:
-    """Raise ValueError with the fault of the file at `path`."""
+def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, checked in full, and the byte where the tensors start.
+
+    Raises:
+        ArtifactError: as :func:`read_safetensors`.
+    """
+    try:
+        return _check_header(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: not a valid safetensors file: {error}", hint="copy or download the file again"
+        ) from error
+
+
+def _check_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header and start of the tensors; raises ValueError with the fault of the file at `path`."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
@@ -80,10 +89,10 @@ def _check_header(path: Path) -> None:
         header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ must hold strings")
-    spans = sorted((*_check_entry(name, entry), name) for name, entry in header.items())
+    spans = sorted((*_check_entry(name, entry), name) for name, entry in header.items() if name != "__metadata__")
     at = 0
     for begin, end, name in spans:
         if begin != at:
@@ -92,6 +101,7 @@ def _check_header(path: Path) -> None:
         at = end
     if at != status.st_size - 8 - length:
         raise ValueError(f"truncated or too long: {status.st_size - 8 - length} bytes of tensors, expected {at}")
+    return header, 8 + length
 
 
 def _check_entry(name: str, entry: Any) -> tuple[int, int]:

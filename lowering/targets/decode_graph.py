@@ -27,7 +27,17 @@ from torch.export import ExportedProgram
 
 from effpass.core.errors import ExportError
 
-__all__ = ["CacheLayer", "DecodeGraph", "Step", "cache_layers", "check_exportable", "export_decode_graph"]
+__all__ = [
+    "CacheLayer",
+    "DecodeGraph",
+    "Step",
+    "cache_layers",
+    "check_exportable",
+    "export_decode_graph",
+    "relate_sizes",
+    "sizes_stay_free",
+    "trace",
+]
 
 # (input_ids, attention_mask, position_ids, *past) → (logits, *present)
 Step = Callable[..., Sequence[Tensor]]
@@ -140,6 +150,25 @@ def export_decode_graph(model: Any) -> DecodeGraph:
     name = type(model).__name__
     layers = cache_layers(model)
     dtype = model.dtype
+    with _flat_forward(model, layers) as names:
+        try:
+            program = trace(model, names, layers, dtype)
+        except Exception as error:  # torch.export raises whatever the model's code does
+            raise _capture_error(error, name) from error
+    return DecodeGraph(program, layers, dtype)
+
+
+def trace(
+    module: torch.nn.Module, names: Sequence[str], layers: Sequence[CacheLayer], dtype: torch.dtype
+) -> ExportedProgram:
+    """Capture a module that takes and returns this graph's tensors, for all B, T and P.
+
+    Args:
+        module: on the CPU.
+        names: of its arguments.
+        layers: shapes of the cache.
+        dtype: of the cache.
+    """
     # Sizes of 0 and 1 would be burned in; the graph is exported at others and run at 0 and 1 when it is validated.
     batch, tokens, past = 2, 3, 4
     args = [
@@ -151,17 +180,27 @@ def export_decode_graph(model: Any) -> DecodeGraph:
     at_least_0, at_least_1 = torch.export.Dim.DYNAMIC(min=0), torch.export.Dim.DYNAMIC(min=1)
     two = {0: at_least_1, 1: at_least_1}
     shapes = (two, two, two, *({0: at_least_1, 2: at_least_0} for _ in args[3:]))
+    with torch.no_grad(), sizes_stay_free():
+        return torch.export.export(
+            module, tuple(args), dynamic_shapes=dict(zip(names, shapes, strict=True)), strict=False
+        )
+
+
+def sizes_stay_free() -> Any:
+    """A context in which tracing and compiling do not tell sizes of 0 and 1 from others."""
     import torch.fx.experimental._config as symbolic_shapes_config
 
-    oblivious = symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with _flat_forward(model, layers) as names, torch.no_grad(), oblivious:
-        try:
-            program = torch.export.export(
-                model, tuple(args), dynamic_shapes=dict(zip(names, shapes, strict=True)), strict=False
-            )
-        except Exception as error:  # torch.export raises whatever the model's code does
-            raise _capture_error(error, name) from error
-    return DecodeGraph(program, layers, dtype)
+    return symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def relate_sizes(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> None:
+    """Tell a trace which sizes are the same."""
+    (batch, tokens), length = input_ids.shape, past[0].shape[2]
+    torch._check(attention_mask.shape[1] == length + tokens)
+    for tensor in (attention_mask, position_ids, *past):
+        torch._check(tensor.shape[0] == batch)
+    for tensor in past:
+        torch._check(tensor.shape[2] == length)
 
 
 @contextmanager
@@ -188,12 +227,7 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
     inner = model.forward
 
     def forward(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        (batch, tokens), length = input_ids.shape, past[0].shape[2]
-        torch._check(attention_mask.shape[1] == length + tokens)
-        for tensor in (attention_mask, position_ids, *past):
-            torch._check(tensor.shape[0] == batch)
-        for tensor in past:
-            torch._check(tensor.shape[2] == length)
+        relate_sizes(input_ids, attention_mask, position_ids, *past)
         cache: Any = DynamicCache()
         cache.layers = [GivenLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
         out = inner(

@@ -5,36 +5,33 @@ Imports onnx: import this module lazily.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx
 import onnx_ir
 
-__all__ = ["append_metadata", "save"]
+from effpass.lowering.targets.publish import sha256
+
+__all__ = ["append_metadata", "digest", "embed", "metadata", "save"]
 
 # A protobuf message may not reach 2 GiB; 16 MiB are left for the graph.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
 
-_LENGTH_DELIMITED = 2
+_VARINT, _LENGTH_DELIMITED = 0, 2
 
 
-def save(model: onnx_ir.Model, file: Path, data: Path, *, external_data: bool | None) -> None:
+def save(model: onnx_ir.Model, file: Path, data: Path) -> None:
     """Write `model`, weight by weight.
 
     Args:
         model: the graph, its weights still PyTorch's.
         file: the .onnx file.
-        data: in the same folder, for the weights; gone when they are inside.
-        external_data: whether weights stay in `data`; None keeps them there from 2 GB on.
+        data: in the same folder, for the weights.
     """
-    weights = [v.const_value for v in model.graph.initializers.values()]
-    if external_data is None:
-        external_data = sum(w.nbytes for w in weights if w is not None) > LARGEST_SINGLE_FILE
     onnx_ir.save(model, file, external_data=data.name)
-    if not external_data:
-        _embed(file, data)
 
 
 def append_metadata(file: Path, metadata: Mapping[str, str]) -> None:
@@ -46,12 +43,86 @@ def append_metadata(file: Path, metadata: Mapping[str, str]) -> None:
         end.write(more.SerializeToString())
 
 
-def _embed(file: Path, data: Path) -> None:
+def metadata(file: Path) -> dict[str, str]:
+    """The metadata, without reading the weights.
+
+    Raises:
+        ValueError: no ONNX file, or truncated.
+    """
+    found = {}
+    with file.open("rb") as stream:
+        for number, start, length in _fields(stream):
+            if number == onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER:
+                stream.seek(start)
+                entry = onnx.StringStringEntryProto.FromString(stream.read(length))
+                found[entry.key] = entry.value
+    return found
+
+
+def digest(file: Path, prefix: str) -> str:
+    """SHA-256 of all fields but metadata whose key starts with `prefix`.
+
+    Raises:
+        ValueError: no ONNX file, or truncated.
+    """
+    parts = []
+    with file.open("rb") as stream:
+        for number, start, length in _fields(stream):
+            stream.seek(start)
+            if number == onnx.ModelProto.METADATA_PROPS_FIELD_NUMBER:
+                if onnx.StringStringEntryProto.FromString(stream.read(length)).key.startswith(prefix):
+                    continue
+                stream.seek(start)
+            parts.append(f"{number} {sha256(stream, length)}")
+    return "\n".join(parts)
+
+
+def _fields(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """Number, first byte and length of each field of the model."""
+    size = os.fstat(stream.fileno()).st_size
+    at = 0
+    while at < size:
+        stream.seek(at)
+        tag, start = _read_varint(stream, at)
+        value, end = _read_varint(stream, start)
+        kind = tag & 7
+        if kind not in (_VARINT, _LENGTH_DELIMITED):
+            raise ValueError(f"byte {at} begins no field of an ONNX model")
+        start, length = (end, value) if kind == _LENGTH_DELIMITED else (start, end - start)
+        if start + length > size:
+            raise ValueError(f"truncated: {size} bytes, but a field ends at {start + length}")
+        yield tag >> 3, start, length
+        at = start + length
+
+
+def _read_varint(stream: BinaryIO, at: int) -> tuple[int, int]:
+    """The number at the stream's place `at`, and the place after it."""
+    value = 0
+    for index in range(10):
+        byte = stream.read(1)
+        if not byte:
+            raise ValueError(f"truncated: it ends within the number at byte {at}")
+        value |= (byte[0] & 0x7F) << 7 * index
+        if byte[0] < 0x80:
+            return value, at + index + 1
+    raise ValueError(f"byte {at} begins no number")
+
+
+def embed(file: Path, data: Path, *, external_data: bool | None) -> None:
     """Move the weights from `data` into `file`.
+
+    Args:
+        file: the .onnx file.
+        data: its weights; gone when they are inside.
+        external_data: whether they stay in `data`; None keeps them there from 2 GB on.
 
     The usual way holds them three times: as tensors, as a message and as its bytes. Here the message is put together
     on disk: all that is not a weight, then one ``initializer`` field after the other.
     """
+    if external_data is None:
+        external_data = data.exists() and data.stat().st_size > LARGEST_SINGLE_FILE
+    if external_data or not data.exists():
+        return
     model = onnx.load(file, load_external_data=False)
     heads = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]

@@ -32,6 +32,15 @@ def _quiet_only_here(monkeypatch: pytest.MonkeyPatch):
     transformers_logging.set_verbosity(verbosity)
 
 
+@pytest.fixture(autouse=True)
+def _ceilings_of_a_busy_machine_stay_here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory):
+    """What inspect measures in a test is kept for the other tests, and not for the user."""
+    from effpass.core import roofline
+
+    folder = tmp_path_factory.getbasetemp() / "ceilings"
+    monkeypatch.setattr(roofline, "cache_dir", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import effpass
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -32,6 +34,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         "optimize",
         "generate",
         "export",
+        "validate",
         "train",
         "calibrate",
         "cache",
@@ -290,3 +293,14 @@ def test_export_writes_a_file_that_onnxruntime_was_asked_about(run, recipe_file,
     assert "merge_lora: 14 rewritten" in shown.stdout
     assert f"saved {out}" in shown.stdout
     assert "export error" in shown.stdout
+    assert "tolerance: 4 times the spread of right evaluations" in shown.stdout
+    checked = run("validate", out)
+    assert checked.exit_code == 0, checked.output
+    assert f"{out}: onnx, written by effpass {effpass.__version__}, unaltered" in checked.stdout
+    assert checked.stdout.count(" ok") == len(report["checks"])
+    data = bytearray(out.read_bytes())
+    data[len(data) // 2] ^= 1
+    out.write_bytes(data)
+    altered = run("validate", out, "--json")
+    assert altered.exit_code == 1
+    assert "was changed after it was exported" in altered.stderr

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
+
+tensorrt = any(find_spec(name) for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"))
 
 
 def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
@@ -18,7 +21,7 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     assert shown.err == ""
     text = " ".join(shown.out.split())
     steps = [line for line in shown.out.splitlines() if line.startswith("✓")]
-    assert len(steps) == 5
+    assert len(steps) == 6 + tensorrt
     assert all(re.search(r"  \d+\.\d s$", line) for line in steps)
     first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", text).groups())
     assert last < first
@@ -34,6 +37,11 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     assert Recipe.load(tmp_path / "recipe.yaml").steps[0].name == "merge_lora"
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 8
     assert (tmp_path / "model.onnx").is_file()
+    assert (tmp_path / "model.engine").is_file() == ("compute capabilities SM80," in text) == tensorrt
+    assert f"{tmp_path}/report.html" in shown.out
+    assert "merge_lora" in (tmp_path / "report.html").read_text()
+    before, after = map(float, re.search(r"cost model predicts ([\d.]+) ms .*?and ([\d.]+) ms merged", text).groups())
+    assert after <= before
 
 
 def test_demo_keeps_nothing_over_what_is_there(refused, tmp_path):
@@ -48,4 +56,10 @@ def test_demo_as_a_user_runs_it(run, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Ada Finch" in result.stdout
     assert result.stdout.count("the same ") == 2
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["adapter", "model.onnx", "recipe.yaml"]
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [
+        "adapter",
+        *(["model.engine"] if tensorrt else []),
+        "model.onnx",
+        "recipe.yaml",
+        "report.html",
+    ]

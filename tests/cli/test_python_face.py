@@ -145,8 +145,8 @@ def test_save_leaves_nothing_behind_when_it_fails(model, tiny_adapter, tmp_path,
 
 
 def test_export_refuses_before_it_works(model, tmp_path):
-    with pytest.raises(EffpassError, match="target 'tensorrt' can't be exported to; available: onnx"):
-        effpass.export(model, None, tmp_path / "m.onnx", target="tensorrt")
+    with pytest.raises(ExportError, match=r"unknown target 'tensorrtx', did you mean 'tensorrt'\?"):
+        effpass.export(model, None, tmp_path / "m.onnx", target="tensorrtx")
     (tmp_path / "m.onnx").write_text("mine")
     with pytest.raises(ExportError, match="exists"):
         effpass.export(model, None, tmp_path / "m.onnx")

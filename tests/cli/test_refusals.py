@@ -131,10 +131,24 @@ def test_graph_passes_have_no_place_in_a_checkpoint(refused, recipe_file, toy_pa
 
 def test_export_refuses_its_target_and_its_file_before_the_model(refused, recipe_file, out):
     file = recipe_file("- merge_lora", more="target: aoti")
-    assert "target 'aoti' can't be exported to; available: onnx" in refused(
-        "export", "/no/such/model", "-r", file, "-o", out.with_suffix(".onnx")
-    )
-    assert "does not end in .onnx" in refused("export", "/no/such/model", "-r", file, "-o", out, "--target", "onnx")
+    start = ("export", "/no/such/model", "-r", file, "-o")
+    assert "does not end in .pt2, as files for aoti do" in refused(*start, out.with_suffix(".onnx"))
+    assert "does not end in .onnx" in refused(*start, out, "--target", "onnx")
+    assert "unknown target 'onx', did you mean 'onnx'?" in refused(*start, out, "--target", "onx")
+
+
+def test_export_refuses_a_length_that_the_model_cannot_hold(refused, recipe_file, tiny_model, out):
+    recipe = recipe_file("- merge_lora")
+    message = refused("export", tiny_model, "-r", recipe, "-o", out.with_suffix(".onnx"), "--max-length", 257)
+    assert "max_length is 257, but LlamaForCausalLM holds 256 positions" in message
+
+
+def test_validate_refuses_what_no_export_wrote(refused, tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"")
+    (tmp_path / "m.txt").touch()
+    assert "holds no record of a check by effpass" in refused("validate", tmp_path / "m.onnx")
+    assert "ends in .txt, which is no exported file's" in refused("validate", tmp_path / "m.txt")
+    assert "no such file" in refused("validate", tmp_path / "none.pt2")
 
 
 def test_recipe_check_finds_missing_files(refused, recipe_file, tmp_path):

@@ -1,0 +1,74 @@
+"""AOTInductor: the decode graph as native code for the CPU of this machine, a ``.pt2`` package.
+
+The package runs without Python too (``AOTIModelPackageLoader``). It is a zip archive whose shared library holds code
+and weights: to load one is to run it. The library checks neither sizes nor strides; :func:`effpass.load_exported` does.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from effpass.core.errors import ExportError
+from effpass.lowering.targets import zip_file
+from effpass.lowering.targets.assumptions import any_size
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.limits import Limits
+from effpass.lowering.targets.target import Target, compile_error, first_words
+from effpass.lowering.targets.tolerance import require_cpp_compiler
+
+__all__ = ["AotiTarget"]
+
+# Weights are appended to the library and mapped from it. Inductor's default below 2 GB assembles them into it, which
+# takes one more copy of them in memory.
+_WEIGHTS_APPENDED = {"aot_inductor.force_mmap_weights": True}
+
+
+class AotiTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "aoti"
+    suffix: ClassVar[str] = ".pt2"
+    native: ClassVar[bool] = True
+    checked_by: ClassVar[str] = "AOTInductor's runtime on the CPU"
+
+    def require(self) -> None:
+        require_cpp_compiler(self.name)
+
+    def machine(self) -> dict[str, str]:
+        return {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__.split("+")[0],
+        }
+
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+        try:
+            with any_size(graph.program, "AOTInductor"):
+                torch._inductor.aoti_compile_and_package(
+                    graph.program, package_path=str(file), inductor_configs=_WEIGHTS_APPENDED
+                )
+        except (ExportError, OSError):
+            raise
+        except Exception as error:  # Inductor raises whatever its parts do
+            raise compile_error("AOTInductor", error) from error
+
+    def load(self, file: Path) -> Step:
+        try:
+            return torch._inductor.aoti_load_package(str(file))
+        except Exception as error:  # so does its loader
+            raise ExportError(f"AOTInductor's runtime can't load {file.name}: {first_words(error)}") from error
+
+    def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:
+        zip_file.stamp(file, metadata)
+
+    def read(self, file: Path) -> dict[str, str]:
+        return zip_file.read(file)
+
+    def digest(self, file: Path) -> str:
+        return zip_file.digest(file)

@@ -1,0 +1,207 @@
+"""The road from a model to a validated file, the same for every target.
+
+Refuse what can be refused → record the original → rewrite the model → capture the decode graph → rewrite the graph →
+record it → write → run what was written and compare → stamp → publish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effpass.core.errors import ExportError, PassRefusedError
+from effpass.core.exported import program_from_exported, to_exported
+from effpass.core.manager import PassManager, Planned
+from effpass.core.report import Report
+from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph
+from effpass.lowering.targets.limits import Limits, check_limits, limited
+from effpass.lowering.targets.manifest import Manifest, reference_of, seal
+from effpass.lowering.targets.publish import check_output, check_room, published
+from effpass.lowering.targets.target import Target
+from effpass.lowering.targets.tolerance import measure_tolerance
+from effpass.lowering.targets.validation import (
+    Check,
+    Tolerance,
+    compare,
+    decode_cases,
+    record_model,
+    record_step,
+    require_no_method_loss,
+    require_ok,
+)
+
+if TYPE_CHECKING:
+    from effpass.core.recipe import Recipe
+
+__all__ = ["ExportedDecoder", "check_passes", "export_decoder"]
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportedDecoder:
+    """What :func:`export_decoder` made.
+
+    Attributes:
+        path: the file.
+        size: bytes of it and of what stands beside it.
+        target: name of the target.
+        checks: one entry per case.
+        tolerance: what the checks allowed, and why.
+        executed: whether the file itself was run; otherwise what it was made from, see `checked_by`.
+        checked_by: what ran.
+        reports: what the passes did, on the model and on the program.
+    """
+
+    path: Path
+    size: int
+    target: str
+    checks: list[Check]
+    tolerance: Tolerance
+    executed: bool
+    checked_by: str
+    reports: list[Report]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "size": self.size,
+            "target": self.target,
+            "checks": [check.to_json() for check in self.checks],
+            "tolerance": asdict(self.tolerance),
+            "executed": self.executed,
+            "checked_by": self.checked_by,
+            "reports": [asdict(report) for report in self.reports],
+        }
+
+
+def check_passes(planned: Sequence[Planned]) -> None:
+    """Raise a :class:`PassRefusedError` when a pass can't act on the way to a file."""
+    for p in planned:
+        name, pass_ = p.pass_.name, p.pass_
+        if pass_.kind == "runtime":
+            raise PassRefusedError(
+                f"{name} can't act on an exported program: it is a runtime pass, and acts in a cache or a loop that "
+                "effpass owns; a file holds neither",
+                hint="leave it out of this recipe; use effpass.prepare(model, recipe) or `effpass generate` with it",
+            )
+        if not pass_.has_first_hand and ("program" not in pass_.entrances or not pass_.has_second_hand):
+            raise PassRefusedError(
+                f"{name} can't act on an exported program; it acts on: {', '.join(pass_.entrances)}",
+                hint="leave it out of the recipe",
+            )
+
+
+def export_decoder(
+    model: Any,
+    recipe: Recipe | None,
+    planned: Sequence[Planned],
+    out: Path,
+    *,
+    target: Target,
+    max_batch: int | None = None,
+    max_length: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportedDecoder:
+    """Rewrite `model`, export it with its cache (:mod:`effpass.lowering.targets.decode_graph`) and validate the file.
+
+    Args:
+        model: a transformers causal LM or PeftModel in `eval()` mode on the CPU. Passes with a first hand change it in
+            place, after every check that can be made beforehand.
+        recipe: what `planned` was built from; its text goes into the file.
+        planned: the passes.
+        out: the file to write; nothing appears there unless it validates.
+        target: what kind of file.
+        max_batch: largest batch that the file must take; default: the target's.
+        max_length: largest number of positions, past and new together; default: the model's, or the target's.
+        overwrite: replace an existing file.
+        progress: called with one line at the start of each step.
+
+    Raises:
+        ExportError: something is missing on this machine, the output can't be written, the model can't be captured or
+            lowered or does not hold the sizes, or the file is out of tolerance.
+        EffpassError: a pass can't act.
+    """
+    say = progress or (lambda line: None)
+    out = Path(out).absolute()
+    target.require()
+    check_output(out, target, overwrite=overwrite)
+    check_passes(planned)
+    check_exportable(model)
+    if model.dtype not in target.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in target.dtypes)
+        raise ExportError(
+            f"{type(model).__name__} is in {model.dtype}, which {target.name} files can't hold or be checked in",
+            hint=f"load it in one of: {known}",
+        )
+    check_limits(model, max_batch, max_length)
+    limits = target.limits(model, max_batch, max_length)
+    check_room(out, sum(p.numel() * p.element_size() for p in model.parameters()))
+    first = [p for p in planned if p.pass_.has_first_hand]
+    second = [p for p in planned if not p.pass_.has_first_hand]
+    for p in second:
+        p.pass_.check_model(model)
+
+    cases = decode_cases(model.get_input_embeddings().num_embeddings)
+    say("running the original model")
+    original = record_model(model, cases)
+    say("rewriting")
+    reports = [PassManager(first).prepare(model)]
+    model = _without_peft(model)
+    say("capturing the decode graph")
+    graph = export_decode_graph(model)
+    program = program_from_exported(graph.program)
+    reports.append(PassManager(second).run(program))
+    graph = replace(graph, program=to_exported(program))
+    say("running the rewritten model")
+    rewritten = record_step(graph.module(), graph.layers, graph.dtype, cases)
+
+    with published(out, target) as file:
+        say(f"writing for {target.name}")
+        target.write(graph, file, limits)  # before the tolerance: most of what a target can't hold shows here
+        say("measuring the tolerance")
+        tolerance = measure_tolerance(graph, cases, rewritten)
+        say(f"checking with {target.checked_by}")
+        # Limits are for callers; the cases are what they are.
+        step = limited(target.load_written(file), graph.layers, graph.dtype, Limits(), out.name)
+        exported = record_step(step, graph.layers, graph.dtype, cases)
+        del step
+        checks = compare(cases, exported, rewritten, original, tolerance)
+        require_ok(checks, out.name)
+        if all(p.pass_.keeps_outputs for p in planned):
+            require_no_method_loss(checks, original, graph.dtype, out.name)
+        target.finish(file, limits)
+        manifest = Manifest(
+            version=_version(),
+            target=target.name,
+            recipe="" if recipe is None else recipe.to_yaml(),
+            dtype=graph.dtype,
+            layers=graph.layers,
+            limits=limits,
+            tolerance=tolerance,
+            checks=checks,
+            executed=target.executes,
+            reference=[reference_of(case, recording) for case, recording in zip(cases, rewritten, strict=True)],
+            machine=target.machine(),
+        )
+        target.stamp(file, seal(manifest.to_metadata(), target.digest(file)))
+    size = sum(p.stat().st_size for p in (out, *target.beside(out)) if p.exists())
+    return ExportedDecoder(out, size, target.name, checks, tolerance, target.executes, target.checked_by, reports)
+
+
+def _without_peft(model: Any) -> Any:
+    """The model inside a PeftModel whose adapters are all merged; otherwise `model`."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return model if any(isinstance(m, BaseTunerLayer) for m in model.modules()) else model.get_base_model()
+
+
+def _version() -> str:
+    from effpass import __version__
+
+    return __version__

@@ -1,0 +1,137 @@
+"""Inductor: the rewritten graph and its weights in one ``.safetensors`` file, compiled when it is loaded.
+
+The file runs on any machine with PyTorch and a compiler; it holds no code. Weights stand under their own names, so that
+other tools read them too, and the graph as text in the file's metadata (:mod:`effpass.lowering.targets.graph_text`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import ArtifactError, ExportError
+from effpass.core.strict_json import parse_json
+from effpass.core.tensor_file import check_safetensors, read_safetensors
+from effpass.lowering.targets.assumptions import any_size
+from effpass.lowering.targets.decode_graph import CacheLayer, DecodeGraph, Step, relate_sizes, trace
+from effpass.lowering.targets.graph_text import graph_from_text, graph_to_text
+from effpass.lowering.targets.limits import Limits
+from effpass.lowering.targets.manifest import PREFIX, digest_of
+from effpass.lowering.targets.publish import sha256
+from effpass.lowering.targets.target import Target, compile_error
+from effpass.lowering.targets.tolerance import require_cpp_compiler
+
+__all__ = ["InductorTarget"]
+
+_GRAPH = "graph"
+
+
+class InductorTarget(Target):
+    """See the module."""
+
+    name: ClassVar[str] = "inductor"
+    suffix: ClassVar[str] = ".safetensors"
+    checked_by: ClassVar[str] = "Inductor on the CPU"
+
+    def require(self) -> None:
+        require_cpp_compiler(self.name)
+
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+        from safetensors.torch import save_file
+
+        text, tensors = graph_to_text(graph.program)
+        text["cache"] = [[y.heads, y.key_size, y.value_size] for y in graph.layers]
+        text["dtype"] = str(graph.dtype).removeprefix("torch.")
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, file, metadata={_GRAPH: json.dumps(text)})
+
+    def load(self, file: Path) -> Step:
+        """See :meth:`Target.load`. Compiles: seconds for a small model, minutes for a large one."""
+        metadata = _header(file)[0]
+        if _GRAPH not in metadata:
+            raise ExportError(f"{file.name} holds weights only, no graph", hint="`effpass export` writes both")
+        try:
+            tensors = read_safetensors(file)
+            text = parse_json(metadata[_GRAPH].encode())
+            layers = [CacheLayer(*map(int, sizes)) for sizes in text["cache"]]
+            dtype = getattr(torch, text["dtype"])
+            module = graph_from_text(text, tensors)
+        except (ArtifactError, ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{file.name}: its graph can't be read: {error}") from error
+        try:
+            return _compiled(module, text["inputs"], layers, dtype)
+        except ExportError:
+            raise
+        except Exception as error:  # Inductor raises whatever its parts do
+            raise compile_error("Inductor", error) from error
+
+    def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:
+        """Write the header anew; the weights move as they are."""
+        old, header, start = _header(file)
+        header["__metadata__"] = {**old, **metadata}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        stamped = file.with_name(f"{file.name}.stamped")
+        with file.open("rb") as source, stamped.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            source.seek(start)
+            shutil.copyfileobj(source, out, 1 << 24)
+        stamped.replace(file)
+
+    def read(self, file: Path) -> dict[str, str]:
+        return _header(file)[0]
+
+    def digest(self, file: Path) -> str:
+        metadata, header, start = _header(file)
+        del header["__metadata__"]
+        other = {k: v for k, v in metadata.items() if not k.startswith(PREFIX)}
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return digest_of([json.dumps([header, other], sort_keys=True), sha256(stream)])
+
+
+def _header(file: Path) -> tuple[dict[str, str], dict[str, Any], int]:
+    """The metadata, the whole header, and where the tensors start.
+
+    Raises:
+        ExportError: no whole safetensors file.
+    """
+    try:
+        header, start = check_safetensors(file)
+    except ArtifactError as error:
+        raise ExportError(error.message, hint=error.hint) from error
+    return header.setdefault("__metadata__", {}), header, start
+
+
+def _compiled(module: torch.nn.Module, names: Sequence[str], layers: Sequence[CacheLayer], dtype: torch.dtype) -> Step:
+    """One compilation for all sizes, where `torch.compile` makes one for each size of 0 and 1."""
+
+    def forward(*inputs: Tensor) -> Any:
+        relate_sizes(*inputs)
+        return type(module).forward(module, *inputs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+    module.forward = forward  # type: ignore[assignment]
+    program = trace(module, names, layers, dtype)
+    weights = [
+        program.state_dict.get(str(spec.target), program.constants.get(str(spec.target)))
+        for spec in program.graph_signature.input_specs
+        if spec.target is not None
+    ]
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad(), any_size(program, "Inductor"):
+        compiled = torch._inductor.standalone_compile(program.graph_module, values)
+
+    def step(*inputs: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return compiled(*weights, *inputs)
+
+    return step

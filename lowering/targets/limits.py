@@ -1,0 +1,106 @@
+"""The sizes that an exported file takes, and a wrapper that refuses all others.
+
+Compiled code checks nothing: called with other sizes, dtypes or strides than it was made for it returns wrong numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import ExportError
+from effpass.lowering.targets.decode_graph import CacheLayer, Step
+
+__all__ = ["Limits", "check_limits", "limited", "model_length"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper limits; None where there is none. Batch and tokens start at 1, the past at 0.
+
+    Attributes:
+        batch: largest B.
+        length: largest P + T, past and new tokens together.
+    """
+
+    batch: int | None = None
+    length: int | None = None
+
+
+def model_length(model: Any) -> int | None:
+    """How many positions `model` was made for: its config's ``max_position_embeddings``."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def check_limits(model: Any, max_batch: int | None, max_length: int | None) -> None:
+    """Raise an :class:`ExportError` when `model` can't hold what was asked for."""
+    for name, value, least in (("max_batch", max_batch, 1), ("max_length", max_length, 2)):
+        if value is not None and value < least:
+            raise ExportError(f"{name} is {value}, at least {least} is needed")
+    holds = model_length(model)
+    if max_length is not None and holds is not None and max_length > holds:
+        raise ExportError(
+            f"max_length is {max_length}, but {type(model).__name__} holds {holds} positions "
+            "(max_position_embeddings of its config)",
+            hint=f"ask for at most {holds}",
+        )
+
+
+def limited(step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, limits: Limits, what: str) -> Step:
+    """`step`, called with contiguous tensors of the right sizes and dtypes only.
+
+    Args:
+        step: an exported file as a function.
+        layers: shapes of its cache.
+        dtype: of its cache.
+        limits: the sizes that it takes.
+        what: the file's name, for messages.
+    """
+    sizes: list[tuple[int, int]] = [(y.heads, size) for y in layers for size in (y.key_size, y.value_size)]
+
+    def checked(*inputs: Tensor) -> Sequence[Tensor]:
+        if len(inputs) != 3 + len(sizes):
+            raise ExportError(f"{what} takes {3 + len(sizes)} tensors, {len(inputs)} were given")
+        ids, past = inputs[0], inputs[3:]
+        if ids.dim() != 2 or past[0].dim() != 4 or not ids.numel():
+            raise ExportError(
+                f"{what} takes input_ids [B, T] and a past [B, G, P, K] with B and T of at least 1; "
+                f"input_ids is {list(ids.shape)}, the past {list(past[0].shape)}"
+            )
+        (batch, tokens), length = ids.shape, past[0].shape[2]
+        expected: list[tuple[torch.dtype, tuple[int, ...]]]
+        expected = [(torch.int64, (batch, n)) for n in (tokens, length + tokens, tokens)]
+        expected += [(dtype, (batch, heads, length, size)) for heads, size in sizes]
+        for index, (tensor, (kind, shape)) in enumerate(zip(inputs, expected, strict=True)):
+            if tensor.dtype != kind or tuple(tensor.shape) != shape:
+                raise ExportError(
+                    f"{what}: {_name(index)} is {_shown(tensor.dtype)}{list(tensor.shape)}; "
+                    f"with these input_ids and this past it must be {_shown(kind)}{list(shape)}"
+                )
+        for name, value, most in (("batch", batch, limits.batch), ("length", length + tokens, limits.length)):
+            if most is not None and value > most:
+                raise ExportError(
+                    f"{what}: a {name} of {value} is outside its range, 1 to {most}",
+                    hint=f"export it again with max_{name} (--max-{name}) of {value}",
+                )
+        return step(*(t.contiguous() for t in inputs))
+
+    return checked
+
+
+def _name(index: int) -> str:
+    fixed = ("input_ids", "attention_mask", "position_ids")
+    if index < len(fixed):
+        return fixed[index]
+    layer, part = divmod(index - len(fixed), 2)
+    return f"past_key_values.{layer}.{('key', 'value')[part]}"
+
+
+def _shown(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,194 @@
+"""What an exported file says about itself, so that it can be checked later, without the model.
+
+As metadata it is text by key, ``effpass.version``, ``effpass.target``, ``effpass.recipe`` and so on, wherever the
+format keeps such text. ``effpass.digest`` covers the rest of the file and the metadata: a changed bit shows. It is no
+signature: who can write the file can write its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import ExportError
+from effpass.core.strict_json import parse_json
+from effpass.lowering.targets.decode_graph import CacheLayer
+from effpass.lowering.targets.limits import Limits
+from effpass.lowering.targets.validation import Check, DecodeCase, Recording, Tolerance
+
+__all__ = ["PREFIX", "Manifest", "Reference", "reference_of", "seal", "unseal"]
+
+PREFIX = "effpass."
+_DIGEST = f"{PREFIX}digest"
+
+# Logits that are kept of each sequence: the largest, and some at even distances.
+_TOP, _SPACED = 8, 16
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the rewritten model answered to one case, at the last position of each sequence.
+
+    Attributes:
+        case: the inputs.
+        picked: `[B, N]`, indices into the vocabulary.
+        logits: `[B, N]`, the logits there.
+    """
+
+    case: DecodeCase
+    picked: Tensor
+    logits: Tensor
+
+
+def reference_of(case: DecodeCase, recording: Recording) -> Reference:
+    """Pick what is kept of a recording of the rewritten model."""
+    last = case.attention_mask.sum(1).cumsum(0) - 1  # padding is on the left: each sequence attends to its last token
+    logits = recording.logits[last]
+    vocabulary = logits.shape[1]
+    spaced = torch.arange(0, vocabulary, max(1, vocabulary // _SPACED))[:_SPACED]
+    top = logits.topk(min(_TOP, vocabulary)).indices
+    picked = torch.cat([top, spaced.expand(len(logits), -1)], 1)
+    return Reference(case, picked, logits.gather(1, picked))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module.
+
+    Attributes:
+        version: of effpass.
+        target: name of the target.
+        recipe: the recipe's text; empty where there was none.
+        dtype: of logits and cache.
+        layers: shapes of the cache.
+        limits: the sizes that the file takes.
+        tolerance: by case.
+        checks: what was measured when the file was written.
+        executed: whether the file itself was run for that.
+        reference: what the rewritten model answered.
+        machine: what native code needs to run; empty for files without.
+    """
+
+    version: str
+    target: str
+    recipe: str
+    dtype: torch.dtype
+    layers: tuple[CacheLayer, ...]
+    limits: Limits
+    tolerance: Tolerance
+    checks: list[Check]
+    executed: bool
+    reference: list[Reference]
+    machine: dict[str, str] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        values = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "cache": [[y.heads, y.key_size, y.value_size] for y in self.layers],
+            "limits": asdict(self.limits),
+            "tolerance": asdict(self.tolerance),
+            "validation": [c.to_json() for c in self.checks],
+            "executed": self.executed,
+            "reference": [_reference_to_json(r) for r in self.reference],
+            "machine": self.machine,
+        }
+        text = {"version": self.version, "target": self.target, "recipe": self.recipe}
+        return {PREFIX + k: v for k, v in text.items()} | {PREFIX + k: json.dumps(v) for k, v in values.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest:
+        """The inverse of :meth:`to_metadata`.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: not what that wrote.
+        """
+        text = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+        names = ("dtype", "cache", "limits", "tolerance", "validation", "executed", "reference", "machine")
+        v: dict[str, Any] = {name: parse_json(text[name].encode()) for name in names}
+        dtype = getattr(torch, v["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{v['dtype']!r} is no dtype")
+        for check in v["validation"]:
+            del check["ok"]
+        return cls(
+            version=text["version"],
+            target=text["target"],
+            recipe=text["recipe"],
+            dtype=dtype,
+            layers=tuple(CacheLayer(*map(int, sizes)) for sizes in v["cache"]),
+            limits=Limits(**v["limits"]),
+            tolerance=Tolerance(**v["tolerance"]),
+            checks=[Check(**check) for check in v["validation"]],
+            executed=bool(v["executed"]),
+            reference=[_reference_from_json(entry) for entry in v["reference"]],
+            machine={str(k): str(x) for k, x in v["machine"].items()},
+        )
+
+
+def _reference_to_json(reference: Reference) -> dict[str, Any]:
+    case = reference.case
+    return {
+        "case": case.name,
+        "input_ids": case.input_ids.tolist(),
+        "attention_mask": case.attention_mask.tolist(),
+        "chunks": list(case.chunks),
+        "picked": reference.picked.tolist(),
+        "logits": reference.logits.tolist(),
+    }
+
+
+def _reference_from_json(entry: Mapping[str, Any]) -> Reference:
+    ids, mask = torch.tensor(entry["input_ids"]), torch.tensor(entry["attention_mask"])
+    case = DecodeCase(str(entry["case"]), ids, mask, tuple(map(int, entry["chunks"])))
+    return Reference(case, torch.tensor(entry["picked"]), torch.tensor(entry["logits"]))
+
+
+def seal(metadata: Mapping[str, str], content: str) -> dict[str, str]:
+    """`metadata` with the digest of itself and of `content`, the digest of the rest of the file."""
+    return {**metadata, _DIGEST: _digest(metadata, content)}
+
+
+def unseal(metadata: Mapping[str, str], content: str, what: str) -> Manifest:
+    """The manifest in a file's metadata.
+
+    Args:
+        metadata: as read from the file.
+        content: digest of the rest of the file.
+        what: the file's name, for messages.
+
+    Raises:
+        ExportError: the file has none, or was changed after it was written.
+    """
+    ours = {k: v for k, v in metadata.items() if k.startswith(PREFIX) and k != _DIGEST}
+    if _DIGEST not in metadata:
+        raise ExportError(
+            f"{what} holds no record of a check by effpass",
+            hint="effpass validate reads what effpass export wrote; a file of another tool has nothing to compare with",
+        )
+    if _digest(ours, content) != metadata[_DIGEST]:
+        raise ExportError(
+            f"{what} was changed after it was exported: its digest differs", hint="copy or export it again"
+        )
+    try:
+        return Manifest.from_metadata(ours)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ExportError(
+            f"{what}: its metadata can't be read: {type(error).__name__}: {error}",
+            hint="a newer version of effpass may have written it",
+        ) from error
+
+
+def _digest(metadata: Mapping[str, str], content: str) -> str:
+    text = json.dumps([sorted(metadata.items()), content])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of(parts: Sequence[str]) -> str:
+    """One digest of several."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
