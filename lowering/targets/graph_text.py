@@ -99,9 +99,10 @@ def graph_from_text(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> f
         root.register_buffer(f"weight_{index}", tensors[target], persistent=False)
         nodes[name] = graph.get_attr(f"weight_{index}")
     for name, function, arguments, keywords in text["nodes"]:
+        called = _operator(function)
         args = tuple(_from_json(argument, nodes) for argument in arguments)
-        kwargs = {str(key): _from_json(argument, nodes) for key, argument in keywords.items()}
-        nodes[str(name)] = graph.call_function(_operator(function), args, kwargs)
+        kwargs = {_keyword(called, function, key): _from_json(value, nodes) for key, value in keywords.items()}
+        nodes[str(name)] = graph.call_function(called, args, kwargs)
     graph.output(tuple(_from_json(value, nodes) for value in text["outputs"]))
     return fx.GraphModule(root, graph)
 
@@ -138,6 +139,14 @@ def _operator(name: Any) -> Callable[..., Any]:
         if ("str" in kind and argument.name not in _WORDS) or "Storage" in kind or "__torch__" in kind:
             raise ValueError(f"the operator {name}, which does more than compute")
     return found
+
+
+def _keyword(called: Callable[..., Any], name: str, key: Any) -> str:
+    """`key`, when `called` has an argument of this name: the module's Python is written with it."""
+    known = [a.name for a in called._schema.arguments] if isinstance(called, torch._ops.OpOverload) else []
+    if key not in known:
+        raise ValueError(f"the operator {name} has no argument {key!r}")
+    return str(key)
 
 
 def _to_json(node: fx.Node, value: Any) -> Any:

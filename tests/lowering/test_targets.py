@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -200,6 +201,20 @@ def test_arguments_are_values_and_nodes(argument: Any) -> None:
     nodes = [["y", "aten.relu.default", [argument], {}]]
     with pytest.raises((ValueError, KeyError)):
         graph_from_text({"inputs": ["x"], "weights": {}, "outputs": [], "nodes": nodes}, {})
+
+
+@pytest.mark.parametrize(
+    ("operator", "keyword"),
+    [
+        ("aten.relu.default", "self=print('ran'), other"),  # the module's Python is written from these names
+        ("aten.relu.default", "other"),
+        ("operator.add", "a"),
+    ],
+)
+def test_a_keyword_is_one_of_the_operators(operator: str, keyword: str) -> None:
+    nodes = [["y", operator, [], {keyword: {"node": "x"}}]]
+    with pytest.raises(ValueError, match=re.escape(f"{operator} has no argument {keyword!r}")):
+        graph_from_text({"inputs": ["x"], "weights": {}, "outputs": [{"node": "y"}], "nodes": nodes}, {})
 
 
 def test_what_the_text_cannot_hold_is_named() -> None:
