@@ -8,14 +8,18 @@ changes goes on exactly as Dynamo wrote it, so it compiles and runs as it would 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import InvalidBackend
 from torch.fx import GraphModule
 
 from effpass.core import registry
@@ -165,9 +169,25 @@ def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, 
         return lambda gm, inputs: compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[return-value]
     if mode is not None:
         raise RecipeError(f"mode={mode!r} is a mode of Inductor, and options['inner'] is {options.inner!r}")
-    backend = lookup_backend(options.inner)
+    backend = _registered(options.inner)
     keywords = {"options": dict(options.inner_options)} if options.inner_options else {}
     return lambda gm, inputs: backend(gm, list(inputs), **keywords)
+
+
+def _registered(name: str) -> Callable[..., Any]:
+    """The backend that Dynamo knows by this name; Torch-TensorRT makes itself known when it is imported."""
+    if name in ("torch_tensorrt", "tensorrt") and find_spec("torch_tensorrt") is not None:
+        importlib.import_module("torch_tensorrt")
+    try:
+        return lookup_backend(name)
+    except InvalidBackend:
+        known = torch._dynamo.list_backends(exclude_tags=())
+        hint = "some packages make their backend known when they are imported: import it first"
+        if name == "torch_tensorrt":
+            hint = "pip install torch-tensorrt, where there is one for this version of torch"
+        raise RecipeError(
+            f"options['inner']: no backend {name!r} is registered{did_you_mean(name, known)}", hint=hint
+        ) from None
 
 
 def _record(report: Report, options: BackendOptions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -165,6 +166,48 @@ def test_empty_passes_turn_everything_off(runs, caplog):
         torch.compile(model, backend="effpass", options={"passes": [], "inner": "aot_eager"})(**batch(8))
     assert reports == []
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ("inductr", r"no backend 'inductr' is registered, did you mean 'inductor'\?"),
+        ("torch_tensorrt", r"no backend 'torch_tensorrt' is registered.*\n.*pip install torch-tensorrt"),
+    ],
+)
+def test_an_inner_backend_that_is_not_there(inner, message, monkeypatch):
+    monkeypatch.setattr(backend_module, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=message):
+        backend_module._inner(BackendOptions.parse({"inner": inner}), None)
+
+
+def test_torch_tensorrt_is_imported_to_be_found(toy_passes, tmp_path, monkeypatch):
+    """A package of that name which registers its backend as the real one does, on import."""
+    (tmp_path / "torch_tensorrt.py").write_text(
+        "import torch\n"
+        "got = []\n"
+        "@torch._dynamo.register_backend(name='torch_tensorrt')\n"
+        "def torch_tensorrt_backend(gm, inputs, **kwargs):\n"
+        "    got.append((gm, kwargs))\n"
+        "    return gm.forward\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        options = {
+            "passes": [{"scale": {"only": "weight"}}],
+            "inner": "torch_tensorrt",
+            "inner_options": {"min_block_size": 1},
+        }
+        x, model = torch.ones(1, 4), torch.nn.Linear(4, 4)
+        with torch.no_grad():
+            torch.compile(model, backend="effpass", options=options)(x)
+        ((gm, kwargs),) = sys.modules["torch_tensorrt"].got
+        assert kwargs == {"options": {"min_block_size": 1}}
+        assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 1
+    finally:
+        sys.modules.pop("torch_tensorrt", None)
+        torch._dynamo.backends.registry._BACKENDS.pop("torch_tensorrt", None)
+        torch._dynamo.backends.registry._COMPILER_FNS.pop("torch_tensorrt", None)
 
 
 def test_inner_backend_gets_the_rewritten_graph(toy_passes):
