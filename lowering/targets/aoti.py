@@ -33,6 +33,7 @@ class AotiTarget(Target):
 
     name: ClassVar[str] = "aoti"
     suffix: ClassVar[str] = ".pt2"
+    memory: ClassVar[float] = 2.3
     native: ClassVar[bool] = True
     checked_by: ClassVar[str] = "AOTInductor's runtime on the CPU"
 

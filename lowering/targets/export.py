@@ -16,6 +16,7 @@ from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager, Planned
 from effpass.core.report import Report
 from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph
+from effpass.lowering.targets.host_memory import check_memory
 from effpass.lowering.targets.limits import Limits, check_limits, limited
 from effpass.lowering.targets.manifest import Manifest, reference_of, seal
 from effpass.lowering.targets.publish import check_output, check_room, published
@@ -139,7 +140,9 @@ def export_decoder(
         )
     check_limits(model, max_batch, max_length)
     limits = target.limits(model, max_batch, max_length)
-    check_room(out, sum(p.numel() * p.element_size() for p in model.parameters()))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_room(out, weights)
+    check_memory(target, weights)
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]
     for p in second:

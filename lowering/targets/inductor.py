@@ -38,6 +38,7 @@ class InductorTarget(Target):
 
     name: ClassVar[str] = "inductor"
     suffix: ClassVar[str] = ".safetensors"
+    memory: ClassVar[float] = 1.3
     checked_by: ClassVar[str] = "Inductor on the CPU"
 
     def require(self) -> None:

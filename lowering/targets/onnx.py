@@ -34,6 +34,7 @@ class OnnxTarget(Target):
 
     name: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
+    memory: ClassVar[float] = 1.3
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
     # onnxruntime's CPU kernels lack bfloat16.

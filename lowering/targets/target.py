@@ -39,6 +39,7 @@ class Target(ABC):
         packages: what must be installed to write one.
         extra: the extra of effpass that installs them.
         dtypes: of the models that it can hold.
+        memory: host memory of an export as a multiple of the weights, the model's own included (docs/targets.md).
         native: whether loading a file runs machine code from it.
         executes: whether the file itself is run when it is checked; :attr:`checked_by` says what is.
         checked_by: what runs, for messages.
@@ -49,6 +50,7 @@ class Target(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
+    memory: ClassVar[float]
     native: ClassVar[bool] = False
     executes: ClassVar[bool] = True
     checked_by: ClassVar[str]

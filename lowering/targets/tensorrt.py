@@ -51,6 +51,7 @@ class TensorRTTarget(Target):
 
     name: ClassVar[str] = "tensorrt"
     suffix: ClassVar[str] = ".engine"
+    memory: ClassVar[float] = 3.5
     extra: ClassVar[str] = "onnx,tensorrt"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = OnnxTarget.dtypes
     native: ClassVar[bool] = True

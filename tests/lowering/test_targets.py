@@ -24,7 +24,7 @@ from safetensors import safe_open
 import effpass
 from effpass.core.errors import ExportError, PassRefusedError
 from effpass.core.recipe import Recipe
-from effpass.lowering.targets import export, publish, tolerance
+from effpass.lowering.targets import export, host_memory, publish, tolerance
 from effpass.lowering.targets.assumptions import any_size
 from effpass.lowering.targets.decode_graph import DecodeGraph, Step, export_decode_graph
 from effpass.lowering.targets.graph_text import graph_from_text, graph_to_text
@@ -504,6 +504,30 @@ def test_a_disk_without_room_is_known_beforehand(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(publish.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(ExportError, match=r"will take at least 0\.0 GB, and 0\.0 GB are free there"):
         export.export_decoder(small(), None, [], tmp_path / "m.onnx", target=OnnxTarget())
+
+
+def test_memory_that_is_not_there_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    monkeypatch.setattr(host_memory, "available_memory", lambda: weights)
+    with pytest.raises(ExportError, match=r"exporting to aoti takes 2\.3 times the weights' memory: .* more, and"):
+        export.export_decoder(model, None, [], tmp_path / "m.pt2", target=find_target("aoti"))
+    assert list(tmp_path.iterdir()) == []
+    host_memory.check_memory(OnnxTarget(), weights)
+
+
+def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    assert host_memory.available_memory() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     500 kB\n")
+    assert host_memory.available_memory() == 500 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.available_memory() == 500 * 1024
+    (tmp_path / "memory.max").write_text("300000\n")
+    (tmp_path / "memory.current").write_text("100000\n")
+    (tmp_path / "memory.stat").write_text("anon 60000\ninactive_file 40000\n")  # a cache that can be dropped
+    assert host_memory.available_memory() == 240_000
 
 
 # -- TensorRT ---------------------------------------------------------------------------------------------------------
