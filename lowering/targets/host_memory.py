@@ -24,8 +24,8 @@ def check_memory(target: Target, weights: int) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ExportError(
-            f"exporting to {target.name} takes {target.memory:g} times the weights' memory: {needed / 1e9:.1f} GB more, "
-            f"and {available / 1e9:.1f} GB are available",
+            f"exporting to {target.name} takes {target.memory:g} times the weights' memory: {needed / 1e9:.1f} GB "
+            f"more, and {available / 1e9:.1f} GB are available",
             hint="load the model in a smaller dtype, or export to onnx, which needs least",
         )
 
