@@ -176,18 +176,18 @@ def inspect(
         recipe: as in :func:`prepare`.
         input_ids: token ids `[B, T]` of the prefill; by default its costs are worked out for `batch` x `tokens`.
         batch: sequences, of the prefill and of the decode step.
-        tokens: positions of the prefill.
+        tokens: positions of the prefill; 0 leaves it out, which halves the time.
         cache_length: positions of the decode step's key-value cache.
         predict_for: a device whose ceilings are known (``"h100"``). By default those of the model's own device are
             measured, in seconds, and kept in the cache folder.
 
     Raises:
-        EffpassError: a pass can't act on this model, or a size is no positive number. A required pass that finds
+        EffpassError: a pass can't act on this model, or a size is too small. A required pass that finds
             nothing is no error here, but named in :attr:`Inspection.unmet`.
     """
-    for name, value in (("batch", batch), ("tokens", tokens), ("cache_length", cache_length)):
-        if value < 1:
-            raise EffpassError(f"{name} is {value}", hint="give a positive number")
+    for name, value, least in (("batch", batch, 1), ("tokens", tokens, 0), ("cache_length", cache_length, 1)):
+        if value < least:
+            raise EffpassError(f"{name} is {value}", hint=f"give {least} or more")
     planned = _planned(recipe)
     at = ceilings(*device_and_dtype(model)) if predict_for is None else known(predict_for)
     sizes = {"batch": batch, "tokens": tokens, "cache_length": cache_length}

@@ -206,11 +206,11 @@ def tensorrt_engine(onnx: Path, model: Any, file: Path) -> dict[str, str]:
 
 
 def write_report(model: Any, name: str, recipe: Path, file: Path) -> Any:
-    """What `effpass inspect --html` writes; returns the :class:`~effpass.core.inspection.Inspection`."""
+    """What `effpass inspect --tokens 0 --html` writes; returns the :class:`~effpass.core.inspection.Inspection`."""
     from effpass import api
     from effpass.cli import html_report
 
-    found = api.inspect(model, recipe)
+    found = api.inspect(model, recipe, tokens=0)
     html_report.write_report({"model": f"{name} with its adapter", "recipe": recipe.name, **found.to_json()}, file)
     return found
 

@@ -29,7 +29,7 @@ def inspect(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the HTML file where it exists.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Sequences, of the prefill and of the decode step.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt that prefill is predicted for.")] = 512,
+    tokens: Annotated[int, typer.Option(min=0, help="Length of the predicted prompt; 0 leaves prefill out.")] = 512,
     cache_length: Annotated[int, typer.Option(min=1, help="Positions of the cache that a decode step reads.")] = 1024,
     predict_for: Annotated[
         str | None,

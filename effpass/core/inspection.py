@@ -115,8 +115,8 @@ class Inspection:
     """What a recipe would do to a model.
 
     Attributes:
-        graphs: number of graphs that Dynamo makes of one forward.
-        reports: what each pass did on each graph.
+        graphs: number of graphs that Dynamo makes of one forward, the prefill where it was traced.
+        reports: what each pass did on each graph of it.
         prepared: what passes that act only through `effpass.prepare` are left for it.
         ops_before: operator counts over all graphs.
         ops_after: the same after the passes.
@@ -165,7 +165,7 @@ def inspect_model(
         at: ceilings of the device to predict for.
         input_ids: token ids `[B, T]` of the prefill; None traces 2 x 16 as symbols, for the sizes below.
         batch: sequences B.
-        tokens: positions T of the prefill.
+        tokens: positions T of the prefill; 0 leaves it out.
         cache_length: positions of the decode step's cache.
     """
     here = [p for p in planned if "backend" in p.pass_.entrances and p.pass_.has_second_hand]
@@ -176,20 +176,16 @@ def inspect_model(
             result.prepared.append(PassReport(p.pass_.name, p.pass_.exact))
     device, dtype = device_and_dtype(model)
     result.dtype = str(dtype).removeprefix("torch.")
-    if input_ids is None:
+    prefill = None
+    if input_ids is not None:
+        ids = input_ids.to(device)
+        prefill = _Counting(Workload("prefill", ids.shape[0], ids.shape[1], 0), here, at, {})
+    elif tokens:
         ids = torch.zeros(2, 16, dtype=torch.long, device=device)
         torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
         prefill = _Counting(Workload("prefill", batch, tokens, 0), here, at, {2: batch, 16: tokens})
-    else:
-        ids = input_ids.to(device)
-        prefill = _Counting(Workload("prefill", ids.shape[0], ids.shape[1], 0), here, at, {})
-    _trace(model, prefill, {"input_ids": ids, "use_cache": False})
-    for counted in prefill.graphs:
-        result.reports.append(counted.report)
-        _add(result.ops_before, counted.ops_before)
-        _add(result.ops_after, counted.ops_after)
-        result.derived_bytes += sum(e.derived_bytes for e in counted.report.passes)
-    result.graphs = len(prefill.graphs)
+    if prefill is not None:
+        _trace(model, prefill, {"input_ids": ids, "use_cache": False})
     decode = _Counting(Workload("decode", batch, 1, cache_length), here, at, {})
     cache = None
     try:
@@ -201,7 +197,14 @@ def inspect_model(
     except Exception as reason:  # a model need not know static caches; its prefill is worth showing all the same
         decode = _Counting(decode.workload, here, at, {})
         decode.workload.missing.append(f"{type(reason).__name__}: {str(reason).partition(chr(10))[0]}")
-    result.workloads = [prefill.finish(), decode.finish()]
+    counted = [workload for workload in (prefill, decode) if workload is not None]
+    for graph in counted[0].graphs:
+        result.reports.append(graph.report)
+        _add(result.ops_before, graph.ops_before)
+        _add(result.ops_after, graph.ops_after)
+        result.derived_bytes += sum(e.derived_bytes for e in graph.report.passes)
+    result.graphs = len(counted[0].graphs)
+    result.workloads = [workload.finish() for workload in counted]
     per_token, whole = (None, None) if cache is None else _cache_bytes(cache, batch, cache_length)
     result.memory = Memory(result.weight_bytes, result.derived_bytes, per_token, whole, batch, cache_length)
     for p in here:

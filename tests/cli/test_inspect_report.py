@@ -90,6 +90,19 @@ def test_prefill_is_worked_out_for_sizes_it_was_not_traced_with(report):
     assert prefill["stages"][-1]["flops"] == 2 * tokens * (layers + 257 * 32) + attention
 
 
+def test_without_a_prompt_only_decode_is_traced(report, tiny_model, tiny_adapter):
+    import effpass
+    from effpass.core.errors import EffpassError
+
+    model = effpass.load_model(str(tiny_model)).model
+    found = effpass.inspect(model, {"passes": [{"merge_lora": {"adapter": str(tiny_adapter)}}]}, tokens=0)
+    assert [workload.name for workload in found.workloads] == ["decode"]
+    assert found.graphs == 1
+    assert [entry.hits for entry in found.reports[0].passes] == [14]
+    with pytest.raises(EffpassError, match=r"tokens is -1\n.*give 0 or more"):
+        effpass.inspect(model, tokens=-1)
+
+
 def test_decode_reads_the_cache_and_memory_counts_it(report):
     decode, memory = report["workloads"][1], report["memory"]
     per_token = 2 * 2 * 2 * 8 * 4  # layers, key and value, heads, size, bytes
