@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,13 +41,13 @@ def passes_table(document: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def backend_rows(document: Path) -> str:
-    """The committed rows of area `backend`, one line each, in the order they were taken."""
+def measured_rows(area: str) -> str:
+    """The committed rows of an area, one line each, in the order they were taken."""
     lines = [
         "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
-    for text in (ROOT / "benchmarks" / "results" / "backend.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (ROOT / "benchmarks" / "results" / f"{area}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
         peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else ""
@@ -70,7 +71,12 @@ def cost_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = {"passes": passes_table, "backend": backend_rows, "cost": cost_rows}
+PARTS: dict[str, Callable[[Path], str]] = {
+    "passes": passes_table,
+    "backend": lambda document: measured_rows("backend"),
+    "export": lambda document: measured_rows("export"),
+    "cost": cost_rows,
+}
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "passes" / "index.md",
