@@ -33,7 +33,6 @@ class AotiTarget(Target):
 
     name: ClassVar[str] = "aoti"
     suffix: ClassVar[str] = ".pt2"
-    memory: ClassVar[float] = 2.3
     native: ClassVar[bool] = True
     checked_by: ClassVar[str] = "AOTInductor's runtime on the CPU"
 
@@ -47,6 +46,9 @@ class AotiTarget(Target):
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__.split("+")[0],
         }
+
+    def memory(self, dtype: torch.dtype) -> float:
+        return 2.3
 
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
         try:

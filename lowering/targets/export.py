@@ -142,7 +142,7 @@ def export_decoder(
     limits = target.limits(model, max_batch, max_length)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     check_room(out, weights)
-    check_memory(target, weights)
+    check_memory(target, weights, model.dtype)
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]
     for p in second:

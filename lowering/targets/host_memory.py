@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from effpass.core.errors import ExportError
 from effpass.lowering.targets.target import Target
 
@@ -13,20 +15,22 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def check_memory(target: Target, weights: int) -> None:
+def check_memory(target: Target, weights: int, dtype: torch.dtype) -> None:
     """Raise an :class:`ExportError` when the export of a loaded model would run out of host memory.
 
     Args:
-        target: whose `memory` says how many times the weights an export holds, the model's own included.
+        target: says how many times the weights an export holds, the model's own included.
         weights: bytes of the model's weights, which are in memory already.
+        dtype: of the model.
     """
-    needed = int((target.memory - 1) * weights)
+    times = target.memory(dtype)
+    needed = int((times - 1) * weights)
     available = available_memory()
     if available is not None and available < needed:
         raise ExportError(
-            f"exporting to {target.name} takes {target.memory:g} times the weights' memory: {needed / 1e9:.1f} GB "
+            f"exporting to {target.name} takes {times:g} times the weights' memory: {needed / 1e9:.1f} GB "
             f"more, and {available / 1e9:.1f} GB are available",
-            hint="load the model in a smaller dtype, or export to onnx, which needs least",
+            hint="inductor needs least, and onnx where the model is in float32",
         )
 
 

@@ -38,11 +38,13 @@ class InductorTarget(Target):
 
     name: ClassVar[str] = "inductor"
     suffix: ClassVar[str] = ".safetensors"
-    memory: ClassVar[float] = 1.3
     checked_by: ClassVar[str] = "Inductor on the CPU"
 
     def require(self) -> None:
         require_cpp_compiler(self.name)
+
+    def memory(self, dtype: torch.dtype) -> float:
+        return 1.3
 
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
         from safetensors.torch import save_file

@@ -39,7 +39,6 @@ class Target(ABC):
         packages: what must be installed to write one.
         extra: the extra of effpass that installs them.
         dtypes: of the models that it can hold.
-        memory: host memory of an export as a multiple of the weights, the model's own included (docs/targets.md).
         native: whether loading a file runs machine code from it.
         executes: whether the file itself is run when it is checked; :attr:`checked_by` says what is.
         checked_by: what runs, for messages.
@@ -50,7 +49,6 @@ class Target(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
-    memory: ClassVar[float]
     native: ClassVar[bool] = False
     executes: ClassVar[bool] = True
     checked_by: ClassVar[str]
@@ -69,6 +67,10 @@ class Target(ABC):
     def limits(self, model: Any, max_batch: int | None, max_length: int | None) -> Limits:
         """The sizes that a file of `model` will take: what was asked for, within what the model holds."""
         return Limits(max_batch, max_length or model_length(model))
+
+    @abstractmethod
+    def memory(self, dtype: torch.dtype) -> float:
+        """Host memory of an export as a multiple of the weights, the model's own included (docs/targets.md)."""
 
     @abstractmethod
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:

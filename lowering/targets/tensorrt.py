@@ -51,7 +51,6 @@ class TensorRTTarget(Target):
 
     name: ClassVar[str] = "tensorrt"
     suffix: ClassVar[str] = ".engine"
-    memory: ClassVar[float] = 3.5
     extra: ClassVar[str] = "onnx,tensorrt"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = OnnxTarget.dtypes
     native: ClassVar[bool] = True
@@ -73,6 +72,9 @@ class TensorRTTarget(Target):
         trt = _tensorrt()
         capabilities = ",".join(_CAPABILITIES) if _for_rtx(trt) else "of the building machine"
         return {trt.__name__.removesuffix("_bindings"): trt.__version__, "compute capabilities": capabilities}
+
+    def memory(self, dtype: torch.dtype) -> float:
+        return OnnxTarget().memory(dtype) + 2.2
 
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
         OnnxTarget().write(graph, _source(file), limits)

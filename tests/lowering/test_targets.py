@@ -513,7 +513,9 @@ def test_memory_that_is_not_there_is_known_beforehand(tmp_path: Path, monkeypatc
     with pytest.raises(ExportError, match=r"exporting to aoti takes 2\.3 times the weights' memory: .* more, and"):
         export.export_decoder(model, None, [], tmp_path / "m.pt2", target=find_target("aoti"))
     assert list(tmp_path.iterdir()) == []
-    host_memory.check_memory(OnnxTarget(), weights)
+    host_memory.check_memory(OnnxTarget(), weights, torch.float32)
+    with pytest.raises(ExportError, match=r"exporting to onnx takes 3\.5 times"):
+        host_memory.check_memory(OnnxTarget(), weights, torch.float16)
 
 
 def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
