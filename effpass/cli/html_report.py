@@ -196,18 +196,9 @@ def _workload(work: dict[str, Any], ceilings: dict[str, Any]) -> Markup:
 
 def _costs(work: dict[str, Any]) -> Markup:
     stages = work["stages"]
-    lines = [
-        ("predicted time", "seconds", units.duration),
-        ("bound", "bound_seconds", units.duration),
-        ("FLOPs", "flops", units.flops),
-        ("weights read", "weight_bytes", units.bytes_),
-        ("cache read", "cache_bytes", units.bytes_),
-        ("activations moved", "activation_bytes", units.bytes_),
-        ("kernels", "kernels", units.count),
-    ]
     head = ["", stages[0]["name"], *(f"after {s['name']}" for s in stages[1:]), *(["change"] if stages[1:] else [])]
     body = []
-    for label, key, shown in lines:
+    for label, key, shown in units.COSTS:
         change = [units.percent(stages[0][key], stages[-1][key])] if stages[1:] else []
         body.append([label, *(shown(stage[key]) for stage in stages), *change])
     return _table(head, body, caption="Costs of one call")

@@ -125,15 +125,7 @@ def _show_costs(console: Console, found: Inspection) -> None:
         table = Table(f"{work.name}, batch {work.batch}, {what}", box=box.SIMPLE_HEAD)
         for column in (first.name, "after the passes", "change"):
             table.add_column(column, justify="right")
-        for label, key, shown in (
-            ("predicted time", "seconds", units.duration),
-            ("bound", "bound_seconds", units.duration),
-            ("FLOPs", "flops", units.flops),
-            ("weights read", "weight_bytes", units.bytes_),
-            ("cache read", "cache_bytes", units.bytes_),
-            ("activations moved", "activation_bytes", units.bytes_),
-            ("kernels", "kernels", units.count),
-        ):
+        for label, key, shown in units.COSTS:
             before, after = getattr(first, key), getattr(last, key)
             table.add_row(label, shown(before), shown(after), units.percent(before, after))
         console.print(table)

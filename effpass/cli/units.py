@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["bytes_", "count", "duration", "flops", "formula", "percent"]
+__all__ = ["COSTS", "bytes_", "count", "duration", "flops", "formula", "percent"]
 
 
 def _scaled(value: float, unit: str) -> str:
@@ -52,3 +52,15 @@ def percent(before: float, after: float) -> str:
 def formula(text: str) -> str:
     """A sympy expression as mathematics is written: ``512·batch·tokens²``."""
     return re.sub(r"\*\*2\b", "²", text).replace("*", "·")
+
+
+# Costs of a stage of a workload: what it is called, its attribute, and how it is shown.
+COSTS = (
+    ("predicted time", "seconds", duration),
+    ("bound", "bound_seconds", duration),
+    ("FLOPs", "flops", flops),
+    ("weights read", "weight_bytes", bytes_),
+    ("cache read", "cache_bytes", bytes_),
+    ("activations moved", "activation_bytes", bytes_),
+    ("kernels", "kernels", count),
+)

@@ -122,15 +122,15 @@ class Pass:
 
     def pattern(self, *args: Any) -> Any:
         """The computation to look for, written as plain PyTorch. Optional: override this or :meth:`find`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has neither find nor pattern")
 
     def replacement(self, *args: Any) -> Any:
-        """What stands in its place, over the same arguments."""
-        raise NotImplementedError
+        """What stands in its place, over the same arguments. A pass with a pattern has this or :meth:`rewrite`."""
+        raise TypeError(f"{type(self).__name__} has neither rewrite nor replacement")
 
     def example_inputs(self) -> Sequence[torch.Tensor]:
         """Arguments to trace :meth:`pattern` and :meth:`replacement` with. Any small shapes of the right rank do."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has a pattern, and no example_inputs to trace it with")
 
     @property
     def has_second_hand(self) -> bool:

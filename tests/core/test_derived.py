@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 
@@ -15,13 +14,7 @@ import effpass
 from effpass.backend import reports
 from effpass.core.live_weights import Entry
 
-
-@pytest.fixture(autouse=True)
-def _clean(toy_passes):
-    reports.clear()
-    if Entry.live:
-        gc.collect()
-    assert not Entry.live, "an earlier test left derived weights behind"
+pytestmark = pytest.mark.usefixtures("no_derived_weights")
 
 
 # -- writes that are seen -------------------------------------------------------------------------------------------

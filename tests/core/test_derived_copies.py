@@ -16,13 +16,7 @@ from effpass.backend import reports
 from effpass.core.derived_arguments import DerivedArguments
 from effpass.core.live_weights import Entry
 
-
-@pytest.fixture(autouse=True)
-def _clean(toy_passes):
-    reports.clear()
-    if Entry.live:
-        gc.collect()
-    assert not Entry.live, "an earlier test left derived weights behind"
+pytestmark = pytest.mark.usefixtures("no_derived_weights")
 
 
 # -- one copy -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import textwrap
@@ -16,13 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from effpass.backend import reports
 from effpass.core.live_weights import Entry
 
-
-@pytest.fixture(autouse=True)
-def _clean(toy_passes):
-    reports.clear()
-    if Entry.live:
-        gc.collect()
-    assert not Entry.live, "an earlier test left derived weights behind"
+pytestmark = pytest.mark.usefixtures("no_derived_weights")
 
 
 # -- the home in the graph ------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import types
 
@@ -14,16 +13,10 @@ from torch import nn
 from effpass.backend import reports
 from effpass.core import registry
 from effpass.core.errors import ArtifactError
-from effpass.core.live_weights import Entry, Slot, slots_of
+from effpass.core.live_weights import Slot, slots_of
 from effpass.core.pass_ import Match, WeightsPass
 
-
-@pytest.fixture(autouse=True)
-def _clean(toy_passes):
-    reports.clear()
-    if Entry.live:
-        gc.collect()
-    assert not Entry.live, "an earlier test left derived weights behind"
+pytestmark = pytest.mark.usefixtures("no_derived_weights")
 
 
 # -- artifact tensors -----------------------------------------------------------------------------------------------

@@ -334,3 +334,19 @@ def test_dumps_go_where_torch_tools_look(tmp_path: Path, toy_passes):
     for when in ("before", "after"):
         assert f'"name": "effpass_scale_{when}"' in text
     assert "derived_scale_2_0_q_proj_weight" in text
+
+
+@pytest.mark.parametrize(
+    ("hook", "missing"),
+    [
+        ("pattern", "Unfinished has neither find nor pattern"),
+        ("example_inputs", "Unfinished has a pattern, and no example_inputs to trace it with"),
+        ("replacement", "Unfinished has neither rewrite nor replacement"),
+    ],
+)
+def test_an_unfinished_pass_says_what_it_lacks(hook, missing):
+    from effpass.core.pass_ import GraphPass
+
+    pass_ = type("Unfinished", (GraphPass,), {"name": "unfinished", "exact": True})()
+    with pytest.raises(TypeError, match=missing):
+        getattr(pass_, hook)()
