@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ from pathlib import Path
 import torch
 from benchmarks.shapes import random_model
 import effpass
-target, overrides = sys.argv[1], json.loads(sys.argv[2])
+target, dtype, overrides = sys.argv[1], getattr(torch, sys.argv[2]), json.loads(sys.argv[3])
 
 def resident(kind):
     for line in open("/proc/self/status"):
@@ -177,7 +178,7 @@ with tempfile.TemporaryDirectory() as folder:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    model = random_model("tiny", "cpu", torch.float32, **overrides)
+    model = random_model("tiny", "cpu", dtype, **overrides)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     effpass.export(model, {"passes": []}, Path(folder) / f"model{suffix}", target=target)
     done = True
@@ -190,13 +191,17 @@ def memory(device: str, smoke: bool) -> Iterator[Row]:
     """Peak anonymous memory of an export over an idle process's, as a multiple of the weights, themselves included."""
     size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 16000,
             "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
-    for target in ("onnx", "inductor", "aoti"):
-        command = [sys.executable, "-c", _MEASURED, target, json.dumps({} if smoke else size)]
+    for target, dtype in (
+        ("onnx", "float32"), ("onnx", "float16"), ("inductor", "float32"), ("aoti", "float32"), ("tensorrt", "float32")
+    ):  # fmt: skip
+        if target == "tensorrt" and find_spec("tensorrt_rtx_bindings") is None and find_spec("tensorrt_rtx") is None:
+            continue
+        command = [sys.executable, "-c", _MEASURED, target, dtype, json.dumps({} if smoke else size)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         share, weights = map(float, done.stdout.split("measured")[1].split())
-        yield row(AREA, f"Llama of {weights / 1e9:.2f} GB, float32, target {target}", "peak memory over weights", share,
+        yield row(AREA, f"Llama of {weights / 1e9:.2f} GB, {dtype}, target {target}", "peak memory over weights", share,
                   "x", device="cpu", bound=1.0)  # fmt: skip
 
 
