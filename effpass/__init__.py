@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effpass.api import (
+        custom_generate,
         export,
         generate,
         inspect,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "custom_generate": "effpass.api",
     "prepare": "effpass.api",
     "optimize": "effpass.api",
     "export": "effpass.api",
@@ -67,6 +69,7 @@ __all__ = [
     "RuntimePass",
     "WeightsPass",
     "__version__",
+    "custom_generate",
     "export",
     "generate",
     "inspect",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from effpass.core import registry
-from effpass.core.errors import EffpassError, PassRefusedError
+from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.core.inspection import Inspection, inspect_model
 from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
@@ -39,6 +39,7 @@ __all__ = [
     "LoadedModel",
     "check_export",
     "check_savable",
+    "custom_generate",
     "export",
     "generate",
     "inspect",
@@ -81,7 +82,7 @@ def prepare(
 
     First hands work on the model in place: weights are folded or sliced once, which is the only way that also saves
     memory. Where a pass has no first hand the model's calls are compiled with the effpass backend, so that its second
-    hand works on the graph.
+    hand works on the graph. `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
 
     Args:
         model: a transformers causal LM, or a PeftModel around one. It is changed in place, after every pass has checked
@@ -99,7 +100,19 @@ def prepare(
     prepared, second = _prepare(model, _planned(recipe))
     if second:
         prepared.compile(backend="effpass", options={"passes": second}, **compile_options)
+    _attach_engine(prepared, second)
     return prepared
+
+
+def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
+    from effpass.backend import DecodeBackend
+    from effpass.runtime.attach import attach
+
+    runs = prepared.get_base_model() if hasattr(prepared, "get_base_model") else prepared  # as PeftModel.generate does
+    try:
+        attach(runs, backend=DecodeBackend(tuple(second)))
+    except ModelError as reason:
+        prepared.effpass_report.generates = str(reason)
 
 
 def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
@@ -204,11 +217,19 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
         options: passed to the model's `generate` (`max_new_tokens`, `do_sample`, ...).
 
     Yields:
-        Text, in order. The first token's text comes as soon as it is there.
+        Text, in order. The first token's text comes as soon as it is there. Closing the iterator ends the generation.
     """
     from threading import Thread
 
     from transformers import TextIteratorStreamer
+
+    class Streamer(TextIteratorStreamer):
+        closed = False
+
+        def put(self, value: Any) -> None:
+            if self.closed:
+                raise _ClosedError
+            super().put(value)
 
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
@@ -219,7 +240,7 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise EffpassError("the prompt is empty", hint="give at least one token of text")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -232,10 +253,55 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        streamer.closed = True
+        thread.join()
     if failure:
         raise failure[0]
+
+
+class _ClosedError(Exception):
+    """Nobody reads on: ends a generation from inside its streamer."""
+
+
+def custom_generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    token_streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """The decode engine for a model that was not prepared: ``model.generate(..., custom_generate=effpass.custom_generate)``.
+
+    Args:
+        model: a transformers causal LM; its engine is made at the first call, and kept on it.
+        input_ids: `[B, T]`, as all else here what transformers' `generate` prepared.
+        logits_processor: applied to each step's logits.
+        stopping_criteria: end the sequences.
+        generation_config: as prepared.
+        token_streamer: a streamer; transformers does not pass its own `streamer` on to a custom loop.
+        model_kwargs: `attention_mask`, `past_key_values`.
+
+    Raises:
+        EffpassError: the engine can't run the model, or has no place for an argument.
+    """
+    from effpass.backend import DecodeBackend
+    from effpass.runtime import generation
+    from effpass.runtime.attach import engine_of
+
+    return generation.generate(
+        engine_of(model, backend=DecodeBackend()),
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        streamer=token_streamer,
+        **model_kwargs,
+    )
 
 
 def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -317,7 +383,8 @@ def export(
     Weights passes work once on the model itself, which is changed in place; graph passes on the exported program.
 
     Args:
-        model: a transformers causal LM or PeftModel; `eval()` mode, on the CPU.
+        model: a transformers causal LM or PeftModel; `eval()` mode, on the CPU. For ``inductor`` and ``aoti`` it may be
+            on one GPU, and so is the file's use then.
         recipe: as in :func:`prepare`.
         out: the file to write.
         target: ``"inductor"`` (.safetensors), ``"aoti"`` (.pt2), ``"onnx"`` (.onnx) or ``"tensorrt"`` (.engine).
@@ -330,7 +397,6 @@ def export(
     Returns:
         The file with its checks: export error and method loss per case.
     """
-    check_export(out, recipe, target=target, overwrite=overwrite)
     from effpass.lowering.targets.export import export_decoder
     from effpass.lowering.targets.target import find_target
 
@@ -349,36 +415,63 @@ def export(
 
 
 def check_export(
+    model: str,
     out: str | Path,
     recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
     *,
     target: str = "onnx",
     overwrite: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Raise an :class:`EffpassError` when :func:`export` could not write `out`; what can be known without a model."""
+    """Raise an :class:`EffpassError` when :func:`export` could not write `out`; what can be known before loading.
+
+    Args:
+        model: what would be loaded, as in :func:`load_model`; its config tells how much memory the export takes.
+        out: as in :func:`export`; so are `recipe`, `target` and `overwrite`.
+        device: that the model would be on.
+        dtype: as in :func:`load_model`.
+        trust_remote_code: as in :func:`load_model`.
+    """
+    from effpass.core.model import weights_size
     from effpass.lowering.targets.export import check_passes
-    from effpass.lowering.targets.publish import check_output
+    from effpass.lowering.targets.gpu import require_current
+    from effpass.lowering.targets.host_memory import check_memory
+    from effpass.lowering.targets.publish import check_output, check_room
     from effpass.lowering.targets.target import find_target
 
-    found = find_target(target)
-    found.require()
+    found, kind = find_target(target), device.partition(":")[0]
+    found.require(kind)
     check_output(Path(out), found, overwrite=overwrite)
     if recipe is not None:
         check_passes(_planned(recipe))
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        return  # loading says what is wrong with the device
+    require_current(place)
+    on_device = None if kind == "cpu" else {"": device}
+    weights = weights_size(model, dtype=dtype, device_map=on_device, trust_remote_code=trust_remote_code)
+    if weights is not None:
+        check_room(Path(out), weights[0])
+        check_memory(found, *weights, place, loaded=False)
 
 
 def load_exported(path: str | Path, *, allow_native: bool = False) -> Step:
-    """An exported file as a function of CPU tensors: ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+    """An exported file as a function of tensors: ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
 
-    Shapes and names are those of :mod:`effpass.lowering.targets.decode_graph`. Sizes outside the file's range are
-    refused when it is called.
+    Shapes and names are those of :mod:`effpass.lowering.targets.decode_graph`. The tensors are on the CPU, or on
+    PyTorch's current GPU for a file that was exported on one. Sizes outside the file's range, and tensors elsewhere,
+    are refused when it is called. A file for a GPU is for one thread at a time; calls can be captured in a CUDA graph.
 
     Args:
         path: what :func:`export` wrote; an ``inductor`` file is compiled now, which takes seconds to minutes.
         allow_native: run machine code from the file, which ``aoti`` needs. Only for files that you trust.
 
     Raises:
-        ExportError: not an exported file, altered, made for another machine, or native and not allowed.
+        ExportError: not an exported file, altered, made for another machine or for a GPU that is not here, or native
+            and not allowed.
     """
     from effpass.lowering.targets.validate import open_exported
 

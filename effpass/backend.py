@@ -29,12 +29,15 @@ from effpass.core.errors import RecipeError, did_you_mean
 from effpass.core.manager import PassManager, Planned
 from effpass.core.report import Report
 
-__all__ = ["BackendOptions", "effpass", "reports"]
+__all__ = ["BackendOptions", "DecodeBackend", "effpass", "reports"]
 
 log = logging.getLogger("effpass")
 
 #: What happened to each graph compiled in this process, oldest first; see :func:`effpass.inspect` for a whole model.
 reports: list[Report] = []
+
+#: What turns a decoder layer into few launches.
+DECODE_PASSES = ("fuse_linears", "fuse_rope_attention")
 
 _said: set[str] = set()
 
@@ -158,6 +161,24 @@ def effpass(
             compiled = DerivedArguments(compiled, program.derived, parsed.check_weights)
     _record(report, parsed)  # last: a compilation that Dynamo restarts does not get here
     return compiled
+
+
+@dataclass(frozen=True)
+class DecodeBackend:
+    """The backend that compiles the decode engine's steps.
+
+    Attributes:
+        passes: recipe items that run before the fusions.
+        inner: compiles what the fusions leave.
+    """
+
+    passes: tuple[Any, ...] = ()
+    inner: str = "inductor"
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        named = {item if isinstance(item, str) else next(iter(item)) for item in self.passes}
+        fusions = [name for name in DECODE_PASSES if name not in named]
+        return effpass(gm, example_inputs, options={"passes": [*self.passes, *fusions], "inner": self.inner})
 
 
 def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:

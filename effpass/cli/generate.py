@@ -43,9 +43,8 @@ def generate(
     from effpass import api
 
     ready = loaded.model if adapter is None else _attach(loaded.model, adapter)
-    if parsed is not None:
-        with step("rewriting"):
-            ready = api.prepare(ready, parsed)
+    with step("preparing" if parsed is None else "rewriting"):
+        ready = api.prepare(ready, parsed or {"version": 1, "passes": []})
     for piece in api.generate(ready, loaded.tokenizer, text, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()

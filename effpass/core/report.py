@@ -88,11 +88,13 @@ class Report:
         entrance: ``"model"``, ``"program"`` or ``"backend"``.
         passes: one entry per pass, in the order they ran.
         unrewritten: why the graph went on as it was, when it could not be brought into the dialect.
+        generates: why the model's `generate` is transformers' own, where the decode engine can't run the model.
     """
 
     entrance: str
     passes: list[PassReport] = field(default_factory=list)
     unrewritten: str | None = None
+    generates: str | None = None
 
     @property
     def hits(self) -> int:
@@ -101,7 +103,8 @@ class Report:
     def lines(self) -> list[str]:
         if self.unrewritten:
             return [f"graph left as it was: {self.unrewritten}"]
-        return [p.line() for p in self.passes]
+        engine = [f"generate is transformers' own: {self.generates}"] if self.generates else []
+        return [p.line() for p in self.passes] + engine
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

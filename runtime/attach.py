@@ -1,0 +1,85 @@
+"""Make a transformers model's `generate` run on the decode engine."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from effpass.core.errors import EffpassError
+from effpass.runtime import generation
+from effpass.runtime.engine import Engine
+from effpass.runtime.session import Backend
+
+__all__ = ["attach", "engine_of", "generate"]
+
+_THEIRS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "speculation_type")
+
+
+def engine_of(model: Any, *, backend: Backend | None = None) -> Engine:
+    """The engine of `model`, made when it is first asked for and kept on it.
+
+    Args:
+        model: a transformers causal LM.
+        backend: as in :class:`Engine`, where the engine is made now.
+
+    Raises:
+        ModelError: the engine can't run this model.
+    """
+    if not isinstance(getattr(model, "_effpass_engine", None), Engine):
+        model._effpass_engine = Engine(model, backend=backend)
+    return model._effpass_engine
+
+
+def attach(model: Any, *, backend: Backend | None = None) -> Engine:
+    """Give `model` a `generate` that runs on an engine, for this instance alone.
+
+    It takes what transformers' own takes and prepares it with transformers' own. Assisted generation and custom loops
+    are left to transformers.
+
+    Raises:
+        ModelError: the engine can't run this model.
+    """
+    model._effpass_engine = Engine(model, backend=backend)
+    model.generate = MethodType(generate, model)
+    return model._effpass_engine
+
+
+def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a prepared model; see transformers' for arguments and results."""
+    original = type(self).generate
+    if any(kwargs.get(name) is not None for name in _THEIRS):
+        return original(self, *args, **kwargs)
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if isinstance(ids, Tensor) and ids.numel() == 0:  # transformers fails on it with an index error
+        raise EffpassError(f"the prompt is empty: input_ids is {tuple(ids.shape)}", hint="give at least one token")
+    streamer = kwargs.pop("streamer", None)
+    kwargs["stopping_criteria"] = _with_stop_strings(self, kwargs)
+
+    def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        return generation.generate(model._effpass_engine, input_ids, streamer=streamer, **prepared)
+
+    return original(self, *args, custom_generate=loop, **kwargs)
+
+
+def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> StoppingCriteriaList:
+    """`stop_strings` as a criterion: transformers drops the tokenizer that it needs on the way to a custom loop."""
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    strings = kwargs.pop("stop_strings", None)
+    config = kwargs.get("generation_config")
+    for place in (config, model.generation_config):
+        if strings is None and place is not None:
+            strings = place.stop_strings
+    if strings is None:
+        return criteria
+    tokenizer = kwargs.get("tokenizer")
+    if tokenizer is None:
+        raise EffpassError(f"stop_strings={strings!r} needs the tokenizer", hint="generate(..., tokenizer=tokenizer)")
+    kwargs["stop_strings"] = None
+    if config is not None and config.stop_strings is not None:
+        kwargs["generation_config"] = type(config)(**{**config.to_dict(), "stop_strings": None})
+    return StoppingCriteriaList([*criteria, StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)])

@@ -1,0 +1,92 @@
+"""Attention over the decode engine's cache, as an attention implementation of transformers.
+
+Registered without a mask builder, so that transformers builds no mask: one mask for all layers would be wrong as soon
+as layers hold different positions, and a padding mask read at contiguous offsets is wrong as soon as keys are evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+
+import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cached_attention)
+from effpass.core.errors import ModelError
+from effpass.runtime.cache import DecodeCache
+
+__all__ = ["cached_attention", "reading_cache"]
+
+_NAME = "effpass"
+# cuDNN's is the fastest for long prompts on Hopper, and not PyTorch's first choice.
+_PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_UNKNOWN = ("position_bias", "s_aux")
+
+
+def cached_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    effpass_cache: DecodeCache,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a model's attention layer calls, with what :meth:`DecodeCache.update` returned.
+
+    Args:
+        module: the attention layer; its `layer_idx` names the cache layer.
+        query: `[B, H, T, K]`.
+        key: `[B, G, S, K]`, the slots to read.
+        value: `[B, G, S, V]`.
+        attention_mask: must be None.
+        effpass_cache: the cache, passed to the model's forward as a keyword argument.
+        scaling: factor of the scores; None stands for K^-½.
+        softcap: bound of the scores, where a model has one.
+
+    Returns:
+        `[B, T, H, V]`, and None where transformers expects weights.
+
+    Raises:
+        ModelError: the layer wants something that attention by positions has no place for.
+    """
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if attention_mask is not None or unknown:
+        what = unknown[0] if unknown else "an attention mask of its own"
+        raise ModelError(f"{type(module).__name__} passes {what} to attention, which the decode engine lacks")
+    layer = effpass_cache.buffers(module.layer_idx)
+    slots, scale = layer.slots, scaling or query.shape[-1] ** -0.5
+    rows, _, tokens, _ = query.shape
+    reads, positions = key.shape[2], slots.positions
+    sees_all = slots.is_dense and not slots.is_replayed and not 0 < layer.window < reads and not softcap
+    if sees_all and tokens in (1, reads):
+        with sdpa_kernel(_PREFILL, set_priority=True) if query.is_cuda else nullcontext():
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=tokens > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        return out.transpose(1, 2).contiguous(), None
+    if (rows, reads) != tuple(positions.shape):
+        positions = positions[:rows, :reads]
+    out = torch.ops.effpass.cached_attention(
+        query, key, value, positions, effpass_cache.query_positions, slots.filled, scale, layer.window, softcap or 0.0
+    )
+    return out, None
+
+
+@contextmanager
+def reading_cache(model: Any) -> Iterator[None]:
+    """Inside, `model` attends through :func:`cached_attention`, and its calls need `effpass_cache`."""
+    AttentionInterface.register(_NAME, cached_attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

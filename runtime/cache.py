@@ -1,0 +1,205 @@
+"""The decode engine's cache: fixed buffers, and for every slot of them the position that stands there.
+
+A token has a *position*, its place in its own sequence, and a *slot*, its place in the buffers. The two differ where a
+sequence is padded on the left, and where a pass evicts keys. What a query may read follows from positions alone
+
+    slot s is visible to query t  ⇔  0 ≤ position[s] ≤ position[t]  and  position[t] − position[s] < window
+
+so that padding, eviction and layers of different lengths need no mask, and no mask is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cache_write)
+from effpass.core.errors import ModelError
+
+__all__ = ["BufferedLayer", "DecodeCache", "Slots", "attention_windows"]
+
+
+class Slots:
+    """Positions of the slots that some layers share.
+
+    Attributes:
+        positions: int32 `[B, S]`; -1 marks an empty slot and padding.
+        start: int32 `[1]`, on the device: the slot of the current call's first token.
+        filled: int32 `[1]`, on the device: slots in use, the current call's included.
+        length: the same number on the host (*physical length*).
+        is_replayed: the call is being recorded in a CUDA graph, and `length` is not what it will be in a replay.
+        is_dense: position s stands in slot s of every row, as far as slots are filled; known on the host.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.positions = torch.full((batch, capacity), -1, dtype=torch.int32, device=device)
+        self.start = torch.zeros(1, dtype=torch.int32, device=device)
+        self.filled = torch.zeros(1, dtype=torch.int32, device=device)
+        self.length = 0
+        self.is_replayed = False
+        self.is_dense = True
+
+    @property
+    def reads(self) -> int:
+        """How many slots a call has to look at; kernels in a CUDA graph look up `filled` instead."""
+        return self.positions.shape[1] if self.is_replayed else self.length
+
+    def append(self, positions: Tensor) -> None:
+        """Enter the positions `[rows, T]` of a call's tokens; device operations only. Rows beyond stay empty."""
+        rows, tokens = positions.shape
+        self.start.copy_(self.filled)
+        slots = self.start + torch.arange(tokens, dtype=torch.int32, device=positions.device)
+        self.positions[:rows].index_copy_(1, slots.long(), positions)
+        self.filled.add_(tokens)
+
+    def crop(self, length: int) -> None:
+        """Empty all slots from `length` on."""
+        self.positions[:, length:] = -1
+        self.filled.fill_(length)
+        self.length = length
+        self.is_dense |= length == 0
+
+
+class BufferedLayer(CacheLayerMixin):
+    """Keys `[B, G, S, K]` and values `[B, G, S, V]` of one layer in buffers that stay where they are.
+
+    Args:
+        slots: which positions stand in the buffers; shared by layers that hold the same tokens.
+        window: sliding window in positions; 0 for full attention.
+    """
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(self, slots: Slots, window: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.window = window
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window > 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, capacity = self.slots.positions.shape
+        # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
+        self.keys, self.values = (
+            x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys `[rows, G, T, K]` and values.
+
+        Returns:
+            Keys `[rows, G, S, K]` and values of the slots to read, with the slots' positions.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values, rows = self.keys, self.values, key_states.shape[0]
+        if rows < keys.shape[0]:
+            keys, values = keys[:rows], values[:rows]
+        reads = self.slots.reads
+        if self.slots.is_replayed:
+            torch.ops.effpass.cache_write(keys, values, key_states, value_states, self.slots.start)
+        else:
+            new = slice(reads - key_states.shape[2], reads)
+            keys[:, :, new], values[:, :, new] = key_states, value_states
+        return (keys, values) if reads == keys.shape[2] else (keys[:, :, :reads], values[:, :, :reads])
+
+    def get_seq_length(self) -> int:
+        return self.slots.length
+
+    def get_max_length(self) -> int:
+        return self.slots.positions.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.length + query_length, 0
+
+    def reset(self) -> None:
+        self.slots.crop(0)
+
+
+class DecodeCache(Cache):
+    """A transformers cache with fixed buffers for `batch` sequences of up to `capacity` tokens.
+
+    Args:
+        config: the model's; says how many layers there are, and which slide.
+        batch: rows B of the buffers.
+        capacity: slots S of the buffers.
+        device: where they are.
+
+    Attributes:
+        query_positions: int32 `[rows, T]`: positions of the current call's tokens.
+
+    Raises:
+        ModelError: a layer keeps something other than keys and values.
+    """
+
+    def __init__(self, config: Any, batch: int, capacity: int, device: torch.device) -> None:
+        self.slots = Slots(batch, capacity, device)
+        super().__init__(layers=[BufferedLayer(self.slots, window) for window in attention_windows(config)])
+        self.batch, self.capacity = batch, capacity
+        self.query_positions = self.slots.positions[:, :0]
+        self.session: object = None  # what decodes into it, where the user holds it
+
+    def buffers(self, index: int) -> BufferedLayer:
+        """The layer's buffers."""
+        layer = self.layers[index]
+        assert isinstance(layer, BufferedLayer)
+        return layer
+
+    def distinct_slots(self) -> Iterator[Slots]:
+        """Every :class:`Slots` of the layers, once."""
+        yield from dict.fromkeys(self.buffers(i).slots for i in range(len(self.layers)))
+
+    def append(self, positions: Tensor) -> None:
+        """Enter the positions int32 `[rows, T]` of a call's tokens, -1 for padding; on the device."""
+        self.query_positions = positions
+        for slots in self.distinct_slots():
+            slots.append(positions)
+
+    def advance(self, tokens: int) -> None:
+        """The same on the host. Both come before the call."""
+        for slots in self.distinct_slots():
+            slots.length += tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens."""
+        for slots in self.distinct_slots():
+            slots.crop(slots.length + min(tokens_to_remove, 0))
+
+    def reset(self) -> None:
+        for slots in self.distinct_slots():
+            slots.crop(0)
+
+
+def attention_windows(config: Any) -> list[int]:
+    """The sliding window of each of the model's layers, 0 where attention is full.
+
+    Raises:
+        ModelError: a layer keeps something other than keys and values, or has no cache of its own.
+    """
+    windows = []
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"{text.model_type} shares key-value caches between layers; the decode engine has one per layer"
+        )
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ModelError(
+                f"layer {index} of {text.model_type} caches a {type(layer).__name__}; the decode engine holds keys and"
+                " values only",
+                hint="transformers' own generate runs it",
+            )
+        windows.append(getattr(layer, "sliding_window", 0) or 0)
+    return windows

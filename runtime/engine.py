@@ -1,0 +1,137 @@
+"""The decode engine: caches and CUDA graphs for one model, kept from call to call.
+
+Sessions come in batch buckets (powers of two on a GPU), each with the largest capacity asked for so far. A session
+whose cache was handed to the user (`return_dict_in_generate=True`) is the user's, and the engine makes another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.runtime.attention import reading_cache
+from effpass.runtime.cache import DecodeCache, attention_windows
+from effpass.runtime.session import Backend, Session
+
+__all__ = ["Engine", "check_decodable"]
+
+_CAPACITY_STEP = 256
+
+
+class Engine:
+    """Decodes with `model`.
+
+    Args:
+        model: a transformers causal LM in `eval()` mode, on one device.
+        backend: compiles decode steps on a GPU (a `torch.compile` backend); None runs the model's own operators.
+        prefill_tokens: tokens of a prompt, over the whole batch, to run at once; bounds the memory of activations.
+
+    Raises:
+        ModelError: the model has no place in the engine: on several devices, an encoder-decoder, recurrent layers.
+    """
+
+    def __init__(self, model: Any, *, backend: Backend | None = None, prefill_tokens: int = 32768) -> None:
+        check_decodable(model)
+        self.model = model
+        self.backend = backend
+        self.prefill_tokens = prefill_tokens
+        self._free: dict[int, Session] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_free": {}}  # a copy of the model starts with none
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @contextmanager
+    def session(self, rows: int, capacity: int, cache: DecodeCache | None = None) -> Iterator[Session]:
+        """A session for `rows` sequences of up to `capacity` tokens; `model` attends through its cache inside.
+
+        Args:
+            rows: sequences.
+            capacity: tokens of prompt and answer.
+            cache: one that :meth:`give` handed out, to go on with; its tokens are kept.
+
+        Raises:
+            EffpassError: the device has no room, or `cache` does not fit.
+        """
+        if cache is None:
+            session = self._take(rows, capacity)
+            session.begin(rows)
+        else:
+            session = self._again(cache, rows, capacity)
+        try:
+            with reading_cache(self.model):
+                yield session
+        except torch.OutOfMemoryError as error:
+            session.is_given = True  # not to be kept
+            raise self._no_room(rows, capacity) from error
+        finally:
+            if session.is_given:
+                self.release()
+            else:
+                self._free[session.batch] = session
+
+    def give(self, session: Session) -> DecodeCache:
+        """Hand the session's cache to the user; the engine does not write into it unless the user passes it back."""
+        session.is_given = True
+        session.cache.session = session
+        return session.cache
+
+    def release(self) -> None:
+        """Free the buffers and graphs that are kept for the next call."""
+        self._free.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _take(self, rows: int, capacity: int) -> Session:
+        batch = 1 << (rows - 1).bit_length() if self.device.type == "cuda" else rows
+        kept = self._free.pop(batch, None)
+        if kept is not None and kept.capacity >= capacity:
+            return kept
+        del kept  # before a larger one is made
+        capacity += -capacity % _CAPACITY_STEP
+        return Session(self.model, batch, capacity, self.backend)
+
+    def _again(self, cache: DecodeCache, rows: int, capacity: int) -> Session:
+        session = cache.session
+        if not isinstance(session, Session) or session.model is not self.model:
+            raise EffpassError("past_key_values is not a cache that this model's generate returned")
+        if session.rows != rows:
+            raise EffpassError(f"past_key_values holds {session.rows} sequences, and the prompt {rows}")
+        if session.capacity < capacity:
+            raise EffpassError(
+                f"past_key_values has room for {session.capacity} tokens, and prompt and answer are {capacity}",
+                hint="give max_length in the first call that is as large as the whole conversation",
+            )
+        return session
+
+    def _no_room(self, rows: int, capacity: int) -> EffpassError:
+        return EffpassError(
+            f"no room on {self.device} for {rows} sequences of {capacity} tokens beside the model",
+            hint="lower the batch, max_new_tokens, or the engine's prefill_tokens (what a long prompt runs at once)",
+        )
+
+
+def check_decodable(model: Any) -> None:
+    """Raise a :class:`ModelError` when :class:`Engine` can't run `model`."""
+    name = type(model).__name__
+    if not hasattr(model, "generate") or model.config.is_encoder_decoder:
+        raise ModelError(f"{name} is no decoder that generates")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise ModelError(
+            f"{name} has weights on {', '.join(devices)}; the decode engine runs on one device",
+            hint="load it without device_map, or leave generation to transformers",
+        )
+    if not model._can_set_attn_implementation():
+        raise ModelError(
+            f"{name} does not attend through transformers' AttentionInterface",
+            hint="transformers' own generate runs it",
+        )
+    attention_windows(model.config)

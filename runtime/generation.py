@@ -1,0 +1,337 @@
+"""Generation: the loop around the decode engine, called by transformers' `generate`.
+
+transformers prepares everything: generation config, logits processors, stopping criteria. They are its own objects, run
+on device tensors. The host queues steps without waiting for the device: whether all sequences have ended is copied to
+it a few steps late, and what was decoded beyond the end is cut off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from effpass.core.errors import EffpassError
+from effpass.runtime.cache import DecodeCache
+from effpass.runtime.engine import Engine
+from effpass.runtime.session import Session
+
+__all__ = ["generate"]
+
+_IN_FLIGHT = 8
+_SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
+_TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
+
+
+def generate(
+    engine: Engine,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Greedy decoding or sampling; what transformers calls with all it has prepared.
+
+    Args:
+        engine: of the model.
+        input_ids: int64 `[B, T]`, padded on the left.
+        logits_processor: applied to the logits of each step.
+        stopping_criteria: with a largest length among them.
+        generation_config: as prepared by transformers.
+        streamer: gets each step's tokens, int64 `[B]` on the CPU, a few steps late at most.
+        model_kwargs: `attention_mask` `[B, T]`, `past_key_values` of an earlier call.
+
+    Returns:
+        int64 `[B, T + new]`, or with `return_dict_in_generate` an output whose `past_key_values` a later call can go
+        on with.
+
+    Raises:
+        EffpassError: beam search, an empty prompt, padding on the right, a prompt longer than the model's positions, or
+            an argument that the engine has no place for.
+    """
+    _check_config(generation_config, model_kwargs)
+    ids = input_ids.to(engine.device)
+    cache = model_kwargs.get("past_key_values")
+    cache = cache if isinstance(cache, DecodeCache) else None
+    is_token = _tokens_of(ids, model_kwargs.get("attention_mask"))
+    _check_positions(model_kwargs.get("position_ids"), is_token)
+    rows, length = ids.shape
+    new = _new_tokens(engine.model, length, stopping_criteria)
+    with torch.inference_mode(False), torch.no_grad(), engine.session(rows, length + new, cache) as session:
+        known = session.length
+        if known >= length:
+            raise EffpassError(
+                f"the prompt has {length} tokens, of which past_key_values holds {known}",
+                hint="pass the whole conversation, with at least one token that the cache has not seen",
+            )
+        session.prefill(
+            ids[:, known:], None if is_token is None else is_token[:, known:], max(1, engine.prefill_tokens // rows)
+        )
+        choice = _Choice(session, ids, new, logits_processor, stopping_criteria, generation_config)
+        watch = _Watch(choice, streamer)
+        for step in range(new):
+            if step:
+                session.step()
+            choice()
+            watch.look()
+            if watch.has_ended:
+                break
+        done = watch.finish()
+        result = choice.output(length + done)
+        if generation_config.return_dict_in_generate:
+            session.crop(length + done - 1)  # the last token was never run
+            result["past_key_values"] = engine.give(session)
+            return GenerateDecoderOnlyOutput(**result)
+    return result["sequences"]
+
+
+# -- one step's choice ---------------------------------------------------------------------------------------------
+
+
+class _Choice:
+    """Chooses each step's tokens from the session's logits, and says which sequences go on.
+
+    Processors that look at scores alone and criteria that look at the last token alone do the same to fixed buffers at
+    every step, which on a GPU is one more CUDA graph. Others see all tokens so far, and run as they are.
+
+    Attributes:
+        tokens: int64 `[rows]`: the step's.
+        unfinished: int64 `[rows]`: 1 for sequences that go on.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: Tensor,
+        new: int,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: Any,
+    ) -> None:
+        rows, length = prompt.shape
+        self.session = session
+        self.processors, self.criteria = processors, criteria
+        self.samples = config.do_sample
+        ends = any(hasattr(c, "eos_token_id") for c in criteria)  # as transformers decides it
+        self.pad = config._pad_token_tensor if ends else None
+        self.ids = prompt.new_zeros(rows, length + new)
+        self.ids[:, :length] = prompt
+        self.length = length
+        self.tokens = prompt.new_zeros(rows)
+        self.unfinished = prompt.new_ones(rows)
+        self.goes_on = torch.ones((), dtype=torch.bool, device=prompt.device)
+        kept = config.return_dict_in_generate
+        self.scores: list[Tensor] | None = [] if kept and config.output_scores else None
+        self.logits: list[Tensor] | None = [] if kept and config.output_logits else None
+        self._column = torch.full((1,), length, device=prompt.device)
+        self._is_fixed = (
+            all(type(p) in _SEES_SCORES for p in processors)
+            and all(type(c) in _SEES_LAST_TOKEN for c in criteria)
+            and self.scores is None
+            and self.logits is None
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Choose; the result is in :attr:`tokens`, :attr:`unfinished`, and the session's next input."""
+        if not self._is_fixed:
+            self._choose(self.ids[:, : self.length])
+            self.ids[:, self.length] = self.tokens
+            given = None if self.scores is None else tuple(self.scores)
+            self._end(self.criteria(self.ids[:, : self.length + 1], given))
+        elif self._graph is not None:
+            self._graph.replay()
+        else:
+            self._fixed()
+            if self.ids.is_cuda:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._fixed()
+        self.length += 1
+
+    def output(self, length: int) -> dict[str, Any]:
+        """Of what was generated, the first `length` positions."""
+        dropped = self.length - length
+        kept = {"scores": self.scores, "logits": self.logits}
+        steps = {k: None if v is None else tuple(v[: len(v) - dropped]) for k, v in kept.items()}
+        return {"sequences": self.ids[:, :length].clone(), **steps}
+
+    def _fixed(self) -> None:
+        self._choose(self.session.tokens[: len(self.tokens)])
+        self.ids.index_copy_(1, self._column, self.tokens[:, None])
+        self._column.add_(1)
+        # The largest length is the loop's own business: a criterion for it would be burned into the graph.
+        eos = StoppingCriteriaList(c for c in self.criteria if not isinstance(c, MaxLengthCriteria))
+        self._end(eos(self.tokens[:, None], None))
+
+    def _choose(self, seen: Tensor) -> None:
+        rows = len(self.tokens)
+        logits = self.session.logits[:rows]
+        scores = self.processors(seen, logits.clone()) if self.processors else logits  # type: ignore[arg-type]
+        if self.samples:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self.pad is not None:
+            tokens = torch.where(self.unfinished == 1, tokens, self.pad)
+        if self.scores is not None:
+            self.scores.append(scores.clone())
+        if self.logits is not None:
+            self.logits.append(logits.clone())
+        self.tokens.copy_(tokens)
+        self.session.tokens[:rows, 0] = tokens
+
+    def _end(self, ended: Tensor) -> None:
+        self.unfinished &= ~ended
+        torch.any(self.unfinished, out=self.goes_on)
+
+
+# -- what the host learns, and when --------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Learns from the device, without stopping it, which step was the last."""
+
+    def __init__(self, choice: _Choice, streamer: Any) -> None:
+        self.choice = choice
+        self.streamer = streamer
+        self.steps = 0
+        self.has_ended = False
+        self._is_cuda = choice.tokens.is_cuda
+        self._waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+        self._free: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
+
+    def look(self) -> None:
+        """Take note of the step that was just queued, and read what has arrived of earlier ones."""
+        choice = self.choice
+        if not self._is_cuda:
+            self._take(choice.tokens, choice.goes_on)
+            return
+        tokens, goes_on, arrived = self._free.pop() if self._free else self._pinned()
+        if self.streamer is not None:
+            tokens.copy_(choice.tokens, non_blocking=True)
+        goes_on.copy_(choice.goes_on, non_blocking=True)
+        arrived.record()
+        self._waiting.append((tokens, goes_on, arrived))
+        while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][2].query()):
+            self._arrive()
+
+    def finish(self) -> int:
+        """Read what is still on its way; returns the number of steps until all sequences had ended."""
+        while self._waiting:
+            self._arrive()
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.steps
+
+    def _pinned(self) -> tuple[Tensor, Tensor, torch.cuda.Event]:
+        like = (self.choice.tokens, self.choice.goes_on)
+        tokens, goes_on = (torch.empty_like(t, device="cpu", pin_memory=True) for t in like)
+        return tokens, goes_on, torch.cuda.Event()
+
+    def _arrive(self) -> None:
+        tokens, goes_on, arrived = self._waiting.popleft()
+        arrived.synchronize()
+        self._take(tokens, goes_on)
+        self._free.append((tokens, goes_on, arrived))
+
+    def _take(self, tokens: Tensor, goes_on: Tensor) -> None:
+        if self.has_ended:
+            return
+        self.steps += 1
+        self.has_ended = not bool(goes_on)
+        if self.streamer is not None:
+            self.streamer.put(tokens.clone())
+
+
+# -- what is refused before anything runs --------------------------------------------------------------------------
+
+
+def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
+    refused = {
+        "num_beams": (config.num_beams or 1) > 1,
+        "output_attentions": config.output_attentions,
+        "output_hidden_states": config.output_hidden_states,
+        "cache_implementation": config.cache_implementation not in (None, "dynamic"),
+        "use_cache=False": config.use_cache is False,
+    }
+    for name, given in refused.items():
+        if given:
+            what = "beam search" if name == "num_beams" else name
+            raise EffpassError(
+                f"the decode engine samples or takes the best token, with a cache of its own: it has no {what}",
+                hint="call transformers' own: type(model).generate(model, ...)",
+            )
+    unknown = sorted(name for name, value in model_kwargs.items() if name not in _TAKEN and value is not None)
+    if unknown:
+        raise EffpassError(
+            f"the decode engine takes token ids alone, and was given {', '.join(unknown)}",
+            hint="call transformers' own: type(model).generate(model, ...)",
+        )
+
+
+def _tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """Which of `ids` are tokens, bool `[B, T]`; None when all are."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != ids.shape:
+        raise EffpassError(f"attention_mask is {tuple(attention_mask.shape)}, and input_ids {tuple(ids.shape)}")
+    is_token = attention_mask.to(ids.device).bool()
+    empty = (~is_token.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise EffpassError(f"row {empty[0]} of the batch holds no token", hint="leave empty prompts out of the batch")
+    right = (~is_token[:, -1]).nonzero().flatten().tolist()
+    if right:
+        raise EffpassError(
+            f"row {right[0]} of the batch is padded on the right", hint="tokenizer.padding_side = 'left'"
+        )
+    return None if bool(is_token.all()) else is_token
+
+
+def _check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:
+    """Positions count the tokens of each sequence; other ones have no place."""
+    if position_ids is None:
+        return
+    given = position_ids.to(torch.long)
+    count = torch.arange(given.shape[1], device=given.device)
+    if is_token is None:
+        plain = torch.equal(given - given[:, :1], count.expand_as(given))
+    else:
+        counted = is_token.to(given.device).cumsum(1)[:, -given.shape[1] :] - 1
+        plain = torch.equal(given[is_token[:, -given.shape[1] :]], counted[is_token[:, -given.shape[1] :]])
+    if not plain:
+        raise EffpassError(
+            "position_ids are not those of the tokens in order; the decode engine counts them itself",
+            hint="leave position_ids out, or call transformers' own: type(model).generate(model, ...)",
+        )
+
+
+def _new_tokens(model: Any, length: int, criteria: StoppingCriteriaList) -> int:
+    """How many tokens to decode at most."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and length >= longest:
+        raise EffpassError(f"the prompt has {length} tokens, and the model {longest} positions", hint="shorten it")
+    end = criteria.max_length
+    if end is None:
+        raise EffpassError("no stopping criterion bounds the length", hint="give max_new_tokens")
+    if longest is not None and end > longest:
+        raise EffpassError(
+            f"prompt and answer come to {end} tokens, and the model has {longest} positions",
+            hint=f"max_new_tokens={longest - length} is the most after this prompt of {length}",
+        )
+    return end - length

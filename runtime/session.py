@@ -1,0 +1,203 @@
+"""A cache with the fixed tensors and the CUDA graph that decode into it.
+
+One decode step is: enter the positions of the new tokens, run the model on them, move every sequence on. On a GPU the
+step is recorded once as a CUDA graph and replayed; on a CPU the same code runs. Nothing in a step waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.runtime.cache import DecodeCache
+
+__all__ = ["Session"]
+
+Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class Session:
+    """Decodes `rows` sequences with a model whose attention reads a :class:`DecodeCache`.
+
+    Args:
+        model: a transformers causal LM. Calls are made while `reading_cache` is entered.
+        batch: rows of the buffers B; a batch of fewer sequences leaves the rest empty.
+        capacity: slots of the buffers: tokens of prompt and answer together.
+        backend: compiles the decode step for the CUDA graph; None runs the model as it is.
+
+    Attributes:
+        tokens: int64 `[B, 1]`: the next step's input.
+        logits: float32 `[B, vocab]`: the last step's or prompt's output; there after the first prompt.
+        rows: sequences in use.
+        length: tokens of each sequence that are in the cache, padding included (*logical length*).
+        is_given: the user holds the cache.
+    """
+
+    logits: Tensor
+
+    def __init__(self, model: Any, batch: int, capacity: int, backend: Backend | None) -> None:
+        device = model.device
+        self.model = model
+        self.backend = backend
+        self.cache = DecodeCache(model.config, batch, capacity, device)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.rows = batch
+        self.length = 0
+        self.is_given = False
+        self._keeps_one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        # An empty row's position stays -1: its tokens are padding, they read nothing and nobody reads them.
+        self._position = torch.full((batch, 1), -1, dtype=torch.int32, device=device)
+        self._moves = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._compiled: list[Callable[..., Any]] = []
+        self._weights: tuple[int, ...] = ()
+
+    @property
+    def batch(self) -> int:
+        return self.cache.batch
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+    def begin(self, rows: int) -> None:
+        """Start anew with `rows` empty sequences."""
+        self.cache.reset()
+        self.rows = rows
+        self.length = 0
+        self._position.fill_(-1)
+        self._moves.zero_()
+        self._moves[:rows] = 1
+
+    def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
+        """Run the next tokens of every sequence; their last logits are in :attr:`logits`.
+
+        Args:
+            input_ids: int64 `[rows, T]`.
+            is_token: bool `[rows, T]`, False for padding; None when nothing is.
+            chunk: tokens of each sequence to run at once.
+        """
+        if self._weights != self._weight_addresses():
+            self._graph = None
+        rows, tokens = input_ids.shape
+        before = self._position[:rows]
+        if is_token is None:
+            positions = before + torch.arange(1, tokens + 1, dtype=torch.int32, device=before.device)
+        else:
+            positions = torch.where(is_token, before + is_token.cumsum(1, dtype=torch.int32), -1)
+        for first in range(0, tokens, chunk):
+            ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
+            for slots in self.cache.distinct_slots():
+                slots.is_dense &= is_token is None
+            self._enter(part)
+            logits = self._call(self.model, ids, part)
+            if not hasattr(self, "logits"):
+                self.logits = logits.new_zeros(self.batch, logits.shape[1], dtype=torch.float32)
+            self.logits[:rows].copy_(logits)
+        before.copy_(positions.amax(1, keepdim=True).maximum(before))
+
+    def step(self) -> None:
+        """Run :attr:`tokens`; their logits are in :attr:`logits`."""
+        if self.model.device.type != "cuda":
+            self._enter_next()
+            self._forward(self.model)
+            return
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        self.cache.advance(1)
+        self.length += 1
+        self._graph.replay()
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens of every sequence.
+
+        The tokens that go must all be real ones, and have stood in the cache's last slots.
+        """
+        removed = self.length - length
+        if removed > 0:
+            self.cache.crop(-removed)
+            self.length = length
+            self._position[: self.rows] -= removed
+
+    # -- one call -------------------------------------------------------------------------------------------------
+
+    def _enter(self, positions: Tensor) -> None:
+        self.cache.append(positions)
+        self.cache.advance(positions.shape[1])
+        self.length += positions.shape[1]
+
+    def _enter_next(self) -> None:
+        self._position.add_(self._moves)
+        self._enter(self._position)
+
+    def _call(self, model: Callable[..., Any], input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits `[rows, vocab]` of the last tokens."""
+        output = model(
+            input_ids=input_ids,
+            position_ids=positions.clamp(min=0).long(),
+            past_key_values=self.cache,
+            effpass_cache=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **self._keeps_one,
+        )
+        return output.logits[:, -1]
+
+    def _forward(self, model: Callable[..., Any]) -> None:
+        self.logits.copy_(self._call(model, self.tokens, self._position))
+
+    # -- the CUDA graph -------------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        """Record a step as a CUDA graph, with the device's state left as it was."""
+        model = self._compile() if self.backend is not None else self.model
+        device_state = [self._position, *(t for s in self.cache.distinct_slots() for t in (s.positions, s.filled))]
+        saved = [t.clone() for t in device_state]
+
+        def step() -> None:
+            self._position.add_(self._moves)
+            self.cache.append(self._position)
+            self._forward(model)
+
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with self._recording():
+            with torch.cuda.stream(stream):  # compiles what has to be, before it is recorded
+                for _ in range(2):
+                    step()
+                    for tensor, value in zip(device_state, saved, strict=True):
+                        tensor.copy_(value)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                step()
+        self._graph, self._weights = graph, self._weight_addresses()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        for slots in self.cache.distinct_slots():
+            slots.is_replayed = True
+        try:
+            yield
+        finally:
+            for slots in self.cache.distinct_slots():
+                slots.is_replayed = False
+
+    def _compile(self) -> Callable[..., Any]:
+        """The model compiled for this session alone; what the backend made is kept, Dynamo's guards are not."""
+
+        def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            assert self.backend is not None
+            compiled = self.backend(gm, inputs)
+            self._compiled.append(compiled)
+            return compiled
+
+        return torch.compile(self.model.forward, backend=backend, dynamic=False, fullgraph=True)
+
+    def _weight_addresses(self) -> tuple[int, ...]:
+        """A graph reads weights where they lay when it was recorded."""
+        return tuple(p.data_ptr() for p in self.model.parameters())
