@@ -7,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-AREAS = ("backend", "cost", "export")
+AREAS = ("backend", "cost", "decode", "export")
 
 
 def main() -> int:

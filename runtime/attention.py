@@ -19,11 +19,11 @@ import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::
 from effpass.core.errors import ModelError
 from effpass.runtime.cache import DecodeCache
 
-__all__ = ["cached_attention", "reading_cache"]
+__all__ = ["PREFILL", "cached_attention", "reading_cache"]
 
 _NAME = "effpass"
 # cuDNN's is the fastest for long prompts on Hopper, and not PyTorch's first choice.
-_PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _UNKNOWN = ("position_bias", "s_aux")
 
 
@@ -67,7 +67,7 @@ def cached_attention(
     reads, positions = key.shape[2], slots.positions
     sees_all = slots.is_dense and not slots.is_replayed and not 0 < layer.window < reads and not softcap
     if sees_all and tokens in (1, reads):
-        with sdpa_kernel(_PREFILL, set_priority=True) if query.is_cuda else nullcontext():
+        with sdpa_kernel(PREFILL, set_priority=True) if query.is_cuda else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=tokens > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )

@@ -60,27 +60,22 @@ class Engine:
         Raises:
             EffpassError: the device has no room, or `cache` does not fit.
         """
-        if cache is None:
-            session = self._take(rows, capacity)
-            session.begin(rows)
-        else:
-            session = self._again(cache, rows, capacity)
+        session: Session | None = None
         try:
+            session = self._take(rows, capacity) if cache is None else self._again(cache, rows, capacity)
             with reading_cache(self.model):
                 yield session
         except torch.OutOfMemoryError as error:
-            session.is_given = True  # not to be kept
+            session = None
+            self.release()
             raise self._no_room(rows, capacity) from error
         finally:
-            if session.is_given:
-                self.release()
-            else:
+            if session is not None and not session.is_given:
                 self._free[session.batch] = session
 
     def give(self, session: Session) -> DecodeCache:
         """Hand the session's cache to the user; the engine does not write into it unless the user passes it back."""
-        session.is_given = True
-        session.cache.session = session
+        session.is_given, session.cache.session = True, session
         return session.cache
 
     def release(self) -> None:
@@ -91,12 +86,13 @@ class Engine:
 
     def _take(self, rows: int, capacity: int) -> Session:
         batch = 1 << (rows - 1).bit_length() if self.device.type == "cuda" else rows
-        kept = self._free.pop(batch, None)
-        if kept is not None and kept.capacity >= capacity:
-            return kept
-        del kept  # before a larger one is made
-        capacity += -capacity % _CAPACITY_STEP
-        return Session(self.model, batch, capacity, self.backend)
+        session = self._free.pop(batch, None)
+        if session is None or session.capacity < capacity:
+            del session  # before a larger one is made
+            capacity += -capacity % _CAPACITY_STEP
+            session = Session(self.model, batch, capacity, self.backend)
+        session.begin(rows)
+        return session
 
     def _again(self, cache: DecodeCache, rows: int, capacity: int) -> Session:
         session = cache.session
