@@ -114,10 +114,13 @@ class BackendOptions:
 
 
 def default_passes() -> list[Planned]:
-    """Every exact pass that acts in the backend and needs no artifact, by name."""
+    """Every exact pass that acts in the backend and needs no artifact: those that change weights first, then by name.
+
+    A weights pass looks for the products it changes, and a graph pass may have made them part of something else.
+    """
     return [
         Planned(registry.load(info.name)())
-        for info in registry.describe()
+        for info in sorted(registry.describe(), key=lambda info: info.kind != "weights")
         if info.error is None and info.exact and not info.needs_artifact and "backend" in info.entrances
     ]
 
@@ -169,11 +172,11 @@ class DecodeBackend:
 
     Attributes:
         passes: recipe items that run before the fusions.
-        inner: compiles what the fusions leave.
+        inner: compiles what the fusions leave; that is little, and a CUDA graph takes it as it is.
     """
 
     passes: tuple[Any, ...] = ()
-    inner: str = "inductor"
+    inner: str = "eager"
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         named = {item if isinstance(item, str) else next(iter(item)) for item in self.passes}

@@ -15,7 +15,7 @@ A pass gives `pattern`, `replacement` and `example_inputs`. How a pattern is rea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from effpass.core.pass_ import Pass
     from effpass.core.program import Program
 
-__all__ = ["find_pattern", "inline_replacement"]
+__all__ = ["erase_unread", "find_pattern", "inline_replacement"]
 
 
 def find_pattern(pass_: Pass, program: Program) -> Iterator[Match | Refusal]:
@@ -114,11 +114,14 @@ def inline_replacement(pass_: Pass, program: Program, match: Match) -> None:
         node.meta.update({key: anchor.meta[key] for key in ("stack_trace", "nn_module_stack") if key in anchor.meta})
         node = node.next
     anchor.replace_all_uses_with(new)
-    _erase(program, anchor, keep={value for value in given.values() if isinstance(value, Node)})
+    erase_unread(program, anchor, keep={value for value in given.values() if isinstance(value, Node)})
 
 
-def _erase(program: Program, anchor: Node, keep: set[Node]) -> None:
-    """Erase `anchor` and what only it needed, random operators included, which dead code elimination would keep."""
+def erase_unread(program: Program, anchor: Node, keep: Set[Node] = frozenset()) -> None:
+    """Erase `anchor` and what only it needed, random operators included, which dead code elimination would keep.
+
+    A node that has readers, writes, or is in `keep` stays.
+    """
     erased: set[Node] = set()
     waiting = [anchor]
     while waiting:

@@ -128,6 +128,7 @@ class Program:
         prefix: what precedes every name, with its dot, where a submodule was compiled: ``"model.layers.0."``.
         parent: the program that holds this body; None for a whole program.
         caller: the parent's node that calls this body.
+        replaced_writes: operator → the write it does in the place of another, and the reads, see :meth:`replace_write`.
     """
 
     gm: GraphModule
@@ -142,6 +143,7 @@ class Program:
     prefix: str = ""
     parent: Program | None = None
     caller: Node | None = None
+    replaced_writes: dict[Node, tuple[Node, tuple[Node, ...]]] = field(default_factory=dict)
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -266,6 +268,20 @@ class Program:
         self.inputs.append(value)
         self.derived.append(supply)
         return node
+
+    def replace_write(self, old: Node, new: Node, reads: Sequence[Node] = ()) -> None:
+        """Declare that `new` does the write of `old`, and erase `old`; undeclared, a pass may drop and add no write.
+
+        :mod:`effpass.core.verify` holds `new` to it: it writes the storages that `old` wrote, in its place among their
+        writes, and what `reads` read of them is what stands there once `new` has written.
+
+        Args:
+            old: an operator that writes into operands, and whose own value nothing reads any more.
+            new: the operator that stands for it, in the graph already.
+            reads: operators whose reads of these storages `new` does as well, after its write.
+        """
+        self.replaced_writes[new] = (old, tuple(reads))
+        self.graph.erase_node(old)
 
     def fake_mode(self) -> FakeTensorMode:
         """The fake mode of the values in this program's `meta["val"]`."""

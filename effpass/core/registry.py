@@ -30,6 +30,8 @@ STEP_KEYS = ("require", "verify")
 # effpass's own passes. They are read from here and not from installed metadata, so that a checkout that was never
 # installed, or was installed before a pass was added, has them all. pyproject.toml repeats this table for other tools.
 BUILTIN = {
+    "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
+    "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
     "merge_lora": "effpass.passes.weights.merge_lora:MergeLora",
     "structured_pruning": "effpass.passes.weights.structured_pruning:StructuredPruning",
 }

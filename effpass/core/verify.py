@@ -70,7 +70,8 @@ def verify(program: Program, before: Snapshot, name: str) -> None:
 
     Raises:
         RewriteError: the graph is malformed, its inputs or outputs changed, a new node has no value, or reads and
-            writes of one storage changed their order.
+            writes of one storage changed their order. A write that the pass declared with
+            :meth:`~effpass.core.program.Program.replace_write` counts as the one it replaces.
     """
     try:
         program.graph.lint()
@@ -103,34 +104,43 @@ def _verify_interface(program: Program, before: Snapshot, name: str) -> None:
 def _verify_order(program: Program, before: Snapshot, name: str) -> None:
     reads, writes = _accesses(program.graph)
     alive = set(program.graph.nodes)
+    stands_for = {new: old for new, (old, _) in program.replaced_writes.items() if new not in before.nodes}
     for root, old in before.writes.items():
-        kept = [w for w in writes.get(root, ()) if w in before.nodes]
+        kept = [stands_for.get(w, w) for w in writes.get(root, ()) if w in before.nodes or w in stands_for]
         in_use = root in alive and (root.op == "placeholder" or root.users)
         if in_use and kept != old:  # a buffer of the program's own may go with all that is done to it
             raise RewriteError(
                 f"pass {name} removed or reordered writes to {root.name}: {_names(old)} became {_names(kept)}"
             )
     for root, new in writes.items():
-        added = [w for w in new if w not in before.nodes]
+        old = before.writes.get(root, [])
+        added = [w for w in new if w not in before.nodes and stands_for.get(w) not in old]
         if added and root in before.nodes:
             raise RewriteError(f"pass {name} added writes to {root.name}: {_names(added)}")
+        for epoch, write in enumerate(new, start=1):
+            for reader in program.replaced_writes[write][1] if write in stands_for else ():
+                _verify_read(before, root, reader, epoch, name, f", where {write.name} does it")
     seen: dict[Node, set[int]] = defaultdict(set)
     for epochs in before.epochs.values():
         for root, epoch in epochs.items():
             seen[root].add(epoch)
     for reader, epochs in reads.items():
         for root, epoch in epochs.items():
-            if reader in before.nodes and before.epochs.get(reader, {}).get(root, epoch) != epoch:
-                was = before.epochs[reader][root]
-                raise RewriteError(
-                    f"pass {name} moved the read of {root.name} by {reader.name} across a write: it came after {was} of"
-                    f" the writes and now comes after {epoch}"
-                )
+            _verify_read(before, root, reader, epoch, name)
             if reader not in before.nodes and root in before.writes and epoch not in seen[root]:
                 raise RewriteError(
                     f"pass {name} reads {root.name} across a write: new node {reader.name} comes after {epoch} of its"
                     f" writes, and the program read it only after {sorted(seen[root])}"
                 )
+
+
+def _verify_read(before: Snapshot, root: Node, reader: Node, epoch: int, name: str, where: str = "") -> None:
+    was = before.epochs.get(reader, {}).get(root, epoch)
+    if was != epoch:
+        raise RewriteError(
+            f"pass {name} moved the read of {root.name} by {reader.name} across a write: it came after {was} of the"
+            f" writes and now comes after {epoch}{where}"
+        )
 
 
 def _accesses(graph: torch.fx.Graph) -> tuple[dict[Node, dict[Node, int]], dict[Node, list[Node]]]:

@@ -27,12 +27,20 @@ from effpass.lowering.ops.fused_linear import rms_norm
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.recomputed import differentiate_by_reference
 
-__all__ = ["TOLERANCE", "cache_write", "cached_attention", "rope_cached_attention", "rotate"]
+__all__ = ["TOLERANCE", "cache_write", "cached_attention", "has_kernel", "rope_cached_attention", "rotate"]
 
 #: What an output of a kernel may differ from the reference, relative to the largest value of the output. Scores and
 #: sums are float32 in both. The kernel rounds the weights of the softmax to the cache's type before the second product,
 #: and in `rope_cached_attention` keeps float32 between norm and rotation.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a GPU kernel takes `rows` tokens of a type. Where a head's size does not fit, the reference runs."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    kernels = triton_kernels("decode_attention")
+    return kernels is not None and rows <= kernels.MOST_ROWS
 
 
 # -- cache_write ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from effpass.core.errors import EffpassError, did_you_mean
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.recomputed import differentiate_by_reference
 
-__all__ = ["ACTIVATIONS", "TOLERANCE", "fused_linear", "gated_linear", "rms_norm"]
+__all__ = ["ACTIVATIONS", "TOLERANCE", "fused_linear", "gated_linear", "has_kernel", "rms_norm"]
 
 #: What an output of a kernel may differ from the reference, relative to the largest value of the output. The kernel
 #: keeps float32 between the norm, the product, the activation and the residual, where the reference rounds to x's type:
@@ -48,6 +48,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     if offset:
         return (wide * (offset + weight.to(torch.float32))).to(x.dtype)
     return (weight * wide.to(x.dtype)).to(x.dtype)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a GPU kernel takes `rows` rows of a type. Where it does not take their width, the reference runs."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    kernels = triton_kernels("small_linear")
+    return kernels is not None and rows <= kernels.MOST_ROWS
 
 
 # -- fused_linear -----------------------------------------------------------------------------------------------------

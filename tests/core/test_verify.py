@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cache_write)
 from effpass.backend import reports
 from effpass.core.errors import RewriteError
 from effpass.core.inline import inline
@@ -268,6 +269,103 @@ def test_a_buffer_of_the_program_may_go_with_its_writes():
             program.graph.erase_node(old)
 
     checked(program, edit)
+
+
+# -- declared writes --------------------------------------------------------------------------------------------------
+
+
+def rewrite_write(program: Program, at: torch.fx.Node, cache: torch.fx.Node | None = None) -> torch.fx.Node:
+    """The program's write, done by another operator that stands before `at`; the old one is left without readers."""
+    old = node(program, aten.index_copy_.default)
+    into, _, where, source = old.args
+    with program.graph.inserting_before(at):
+        new = program.graph.call_function(aten.index_put_.default, (cache or into, [None, where], source))
+    new.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(into)
+    return new
+
+
+def test_a_declared_write_stands_for_the_old_one():
+    def edit(program):
+        old = node(program, aten.index_copy_.default)
+        program.replace_write(old, rewrite_write(program, old))
+
+    program = program_of(attend, *INPUTS)
+    checked(program, edit)
+    assert not program.graph.find_nodes(op="call_function", target=aten.index_copy_.default)
+    program.recompile()
+    cache = torch.zeros(2, 8, 4)
+    torch.testing.assert_close(program.gm(cache, *INPUTS[1:]), attend(torch.zeros(2, 8, 4), *INPUTS[1:]))
+
+
+def test_an_undeclared_one_does_not():
+    def edit(program):
+        old = node(program, aten.index_copy_.default)
+        rewrite_write(program, old)
+        program.graph.erase_node(old)
+
+    with pytest.raises(RewriteError, match=r"removed or reordered writes to \w+: \['index_copy_'\] became \[\]"):
+        checked(program_of(attend, *INPUTS), edit)
+
+
+def test_a_declared_write_behind_a_read_of_the_old_one():
+    def edit(program):
+        program.replace_write(
+            node(program, aten.index_copy_.default), rewrite_write(program, program.graph.output_node())
+        )
+
+    with pytest.raises(
+        RewriteError, match=r"moved the read of \w+ by matmul across a write: it came after 1 .* after 0"
+    ):
+        checked(program_of(attend, *INPUTS), edit)
+
+
+def test_a_declared_write_into_another_storage():
+    def edit(program):
+        old, query = node(program, aten.index_copy_.default), program.graph.find_nodes(op="placeholder")[3]
+        program.replace_write(old, rewrite_write(program, old, cache=query))
+
+    with pytest.raises(RewriteError, match=r"removed or reordered writes to cache_1: \['index_copy_'\] became \[\]"):
+        checked(program_of(attend, *INPUTS), edit)
+
+
+def test_a_declared_write_into_a_further_storage():
+    """It writes what the old one wrote, and a key that nobody wrote before."""
+
+    def edit(program):
+        old, key = node(program, aten.index_copy_.default), program.graph.find_nodes(op="placeholder")[2]
+        start = program.graph.find_nodes(op="placeholder")[1]
+        old.replace_all_uses_with(old.args[0])
+        with program.graph.inserting_before(old):
+            arguments = (old.args[0], key, old.args[3], old.args[3], start)
+            program.replace_write(old, program.graph.call_function(torch.ops.effpass.cache_write.default, arguments))
+
+    with pytest.raises(RewriteError, match=r"added writes to key_1: \['cache_write_default'\]"):
+        checked(program_of(attend, *INPUTS), edit)
+
+
+def write_twice(cache, at, key, query):
+    cache.index_copy_(1, at, key)
+    cache.mul_(2)
+    return query @ cache.transpose(1, 2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_declared_write_keeps_its_place_among_the_writes(first):
+    """Before the second write it is in its place; what it reads there is not what the program read behind that one."""
+
+    def edit(program):
+        old, multiply = node(program, aten.index_copy_.default), node(program, aten.mul_.Tensor)
+        read = node(program, aten.matmul.default)
+        new = rewrite_write(program, old if first else read)
+        multiply.replace_input_with(old, old.args[0])
+        program.replace_write(old, new, reads=[read])
+
+    message = (
+        r"read of cache_1 by matmul .* it came after 2 .* after 1, where \w+ does it" if first else "reordered writes"
+    )
+    with pytest.raises(RewriteError, match=message):
+        checked(program_of(write_twice, *INPUTS), edit)
 
 
 # -- symbolic sizes -------------------------------------------------------------------------------------------------

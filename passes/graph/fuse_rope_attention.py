@@ -1,0 +1,193 @@
+"""Rotary embedding, cache write and attention become one launch.
+
+    q, k = rotate(n_q(q)), rotate(n_k(k));  cache[start:] = k, v;  out = attention(q, cache)
+
+where n_q and n_k are the norms of each head that some models have. The pass acts on graphs of the decode engine, whose
+caches are written by `effpass::cache_write` and read by `effpass::cached_attention`, at few tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from effpass.core.inline import program_values
+from effpass.core.matching import Surroundings
+from effpass.core.pass_ import GraphPass, Match
+from effpass.core.pattern import erase_unread
+from effpass.core.program import Program
+from effpass.core.report import Refusal
+from effpass.lowering.ops import cached_attention as operators
+from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
+from effpass.passes.graph.rms_norm import RMSNorm, rms_norm_at
+from effpass.passes.graph.rotary import Rotation, rotation_at
+from effpass.passes.graph.same_value import source
+
+__all__ = ["FuseRopeAttention"]
+
+aten = torch.ops.aten
+ops = torch.ops.effpass
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What goes into attention, before transposition and norm.
+
+    Attributes:
+        value: `[B, T, H, K]`, or `[B, H, T, K]` where `heads_first`.
+        heads_first: see `value`.
+        norm: the norm of each head, or None.
+    """
+
+    value: Node
+    heads_first: bool
+    norm: RMSNorm | None
+
+    @classmethod
+    def of(cls, node: Node, with_norm: bool = True) -> _Heads:
+        """The heads that become `node` `[B, H, T, K]`; their norm may stand before or after the transposition."""
+        value = source(node)
+        norm = rms_norm_at(value) if with_norm else None
+        value = value if norm is None else norm.x
+        heads_first = not (value.target is aten.transpose.int and tuple(value.args[1:]) == (1, 2))
+        if not heads_first:
+            value = source(value.args[0])
+            if norm is None and with_norm and (norm := rms_norm_at(value)) is not None:
+                value = norm.x
+        return cls(value, heads_first, norm)
+
+    @property
+    def norm_weight(self) -> Node | None:
+        return None if self.norm is None else self.norm.weight
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention over a cache that is written right before.
+
+    Attributes:
+        attention: its node.
+        write: the node of the cache's write.
+        query: the query's heads.
+        key: the new keys' heads.
+        value: the new values' heads.
+        rotation: of the query; the key's is by the same cosines and sines.
+        inner: nodes whose work the new operator does, beside attention itself.
+    """
+
+    attention: Node
+    write: Node
+    query: _Heads
+    key: _Heads
+    value: _Heads
+    rotation: Rotation
+    inner: tuple[Node, ...]
+
+
+class FuseRopeAttention(GraphPass):
+    """Makes rotary embedding, the norms of heads, the cache's write and attention one launch, at few tokens."""
+
+    name = "fuse_rope_attention"
+    exact = True
+
+    def could_act(self, weight_names: Sequence[str]) -> bool:
+        return torch.cuda.is_available()
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        attentions = program.graph.find_nodes(op="call_function", target=ops.cached_attention.default)
+        if not attentions:
+            return
+        if refusal := why_not_program(program):
+            yield refusal
+            return
+        surroundings = Surroundings.of(program)
+        reads: dict[Node, list[Node]] = defaultdict(list)
+        for node, seen in surroundings.epochs.items():
+            for root in seen:
+                reads[root].append(node)
+        for attention in attentions:
+            found = _site(attention, surroundings)
+            refusal = found if isinstance(found, Refusal) else _why_not(found, surroundings, reads)
+            if refusal is not None:
+                yield refusal
+            else:
+                yield Match(attention, {"site": found})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        site: _Site = match.nodes["site"]
+        _, keys, values, key_positions, query_positions, _, *how = site.attention.args
+        norm = site.query.norm or site.key.norm
+        with program.graph.inserting_before(site.attention):
+            arguments = (
+                *(_tokens_first(program, heads) for heads in (site.query, site.key, site.value)),
+                *(site.rotation.cos, site.rotation.sin, site.query.norm_weight, site.key.norm_weight),
+                *((0.0, 0.0) if norm is None else (norm.eps, norm.offset)),
+                *(keys, values, key_positions, query_positions, site.write.args[4], *how),
+            )
+            new = program.graph.call_function(ops.rope_cached_attention.default, arguments)
+        new.meta.update(site.attention.meta)
+        site.attention.replace_all_uses_with(new)
+        program.replace_write(site.write, new, reads=[site.attention])
+        erase_unread(program, site.attention)
+
+
+def _tokens_first(program: Program, heads: _Heads) -> Node:
+    if not heads.heads_first:
+        return heads.value
+    node = program.graph.call_function(aten.transpose.int, (heads.value, 1, 2))
+    with program_values(program):
+        node.meta["val"] = heads.value.meta["val"].transpose(1, 2)
+    return node
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _site(attention: Node, surroundings: Surroundings) -> _Site | Refusal:
+    query, keys, values = attention.args[:3]
+    position = surroundings.position
+    writes = [user for user in keys.users if user.target is ops.cache_write.default and user.args[:2] == (keys, values)]  # type: ignore[union-attr]
+    before = [write for write in writes if position[write] < position[attention]]
+    if not before:
+        return Refusal(attention.name, f"{keys} is no buffer that a cache_write in front of it filled")
+    write = max(before, key=position.__getitem__)
+    rotations = []
+    for what, node in (("query", query), ("key", write.args[2])):
+        rotation = rotation_at(node)
+        if rotation is None:
+            reason = f"its {what}, {source(node)}, is not rotated, or not by halves from the first feature on"
+            return Refusal(attention.name, reason)
+        rotations.append(rotation)
+    of_query, of_key = rotations
+    if of_query.cos is not of_key.cos or of_query.sin is not of_key.sin:
+        return Refusal(attention.name, "its query and its key are rotated by different angles")
+    heads = [_Heads.of(rotation.x) for rotation in rotations]
+    norms = [h.norm for h in heads if h.norm is not None]
+    if len({(norm.eps, norm.offset) for norm in norms}) > 1:  # the operator has one ε: the norms stay outside
+        heads, norms = [_Heads.of(rotation.x, with_norm=False) for rotation in rotations], []
+    inner = (write, *of_query.inner, *of_key.inner, *(node for norm in norms for node in norm.inner))
+    value = _Heads.of(write.args[3], with_norm=False)  # type: ignore[arg-type]
+    return _Site(attention, write, heads[0], heads[1], value, of_query, inner)
+
+
+def _why_not(site: _Site, surroundings: Surroundings, reads: Mapping[Node, list[Node]]) -> Refusal | None:
+    """Why a site must stay as it is; None when it may become one operator."""
+    name, position = site.attention.name, surroundings.position
+    batch, _, tokens, _ = site.rotation.x.meta["val"].shape
+    new = (site.key.value, site.value.value, site.query.norm_weight, site.key.norm_weight)
+    others = [node for node in (*site.attention.args[1:3], *new) if isinstance(node, Node)]
+    if refusal := why_no_kernel(site.query.value, (batch, tokens), others, operators.has_kernel):
+        return Refusal(name, *refusal)
+    if reason := why_not_here(surroundings, site.inner, site.attention):
+        return Refusal(name, reason)
+    first, last = position[site.write], position[site.attention]
+    for root, seen in surroundings.epochs[site.attention].items():
+        if first in surroundings.writes[root]:
+            between = [node for node in reads[root] if first < position[node] < last]
+            if between or surroundings.writes[root][seen - 1] != first:
+                return Refusal(name, f"{root.name} is read or written between {site.write.name} and {name}")
+    return None
