@@ -122,7 +122,7 @@ class BufferedLayer(CacheLayerMixin):
         return self.slots.positions.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.length + query_length, 0
+        return self.slots.length, 0  # the current call's tokens have been entered
 
     def reset(self) -> None:
         self.slots.crop(0)

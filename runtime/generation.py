@@ -24,6 +24,7 @@ from transformers.generation import (
 
 from effpass.core.errors import EffpassError
 from effpass.runtime.cache import DecodeCache
+from effpass.runtime.cuda_graph import record
 from effpass.runtime.engine import Engine
 from effpass.runtime.session import Session
 
@@ -159,9 +160,7 @@ class _Choice:
         else:
             self._fixed()
             if self.ids.is_cuda:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._fixed()
+                self._graph = record(self._fixed)
         self.length += 1
 
     def output(self, length: int) -> dict[str, Any]:

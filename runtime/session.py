@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effpass.core.derived_arguments import DerivedArguments
 from effpass.runtime.cache import DecodeCache
+from effpass.runtime.cuda_graph import record
 
 __all__ = ["Session"]
 
@@ -81,8 +84,8 @@ class Session:
             is_token: bool `[rows, T]`, False for padding; None when nothing is.
             chunk: tokens of each sequence to run at once.
         """
-        if self._weights != self._weight_addresses():
-            self._graph = None
+        if self._weights != self._weight_addresses() or any(isinstance(c, DerivedArguments) for c in self._compiled):
+            self._graph = None  # derived weights are looked at by what calls the compiled code, and a graph does not
         rows, tokens = input_ids.shape
         before = self._position[:rows]
         if is_token is None:
@@ -155,6 +158,7 @@ class Session:
 
     def _record(self) -> None:
         """Record a step as a CUDA graph, with the device's state left as it was."""
+        self._compiled.clear()
         model = self._compile() if self.backend is not None else self.model
         device_state = [self._position, *(t for s in self.cache.distinct_slots() for t in (s.positions, s.filled))]
         saved = [t.clone() for t in device_state]
@@ -164,21 +168,22 @@ class Session:
             self.cache.append(self._position)
             self._forward(model)
 
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with self._recording():
-            with torch.cuda.stream(stream):  # compiles what has to be, before it is recorded
-                for _ in range(2):
-                    step()
-                    for tensor, value in zip(device_state, saved, strict=True):
-                        tensor.copy_(value)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
+        def try_out() -> None:
+            for _ in range(2):
                 step()
-        self._graph, self._weights = graph, self._weight_addresses()
+                for tensor, value in zip(device_state, saved, strict=True):
+                    tensor.copy_(value)
+
+        with self._recording():
+            self._graph = record(step, warm_up=try_out)
+        self._weights = self._weight_addresses()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
+        experts = getattr(self.model.config, "_experts_implementation", None)
+        waits = experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
+        if waits:  # for the device, to learn how many tokens each expert has
+            self.model.set_experts_implementation("batched_mm")
         for slots in self.cache.distinct_slots():
             slots.is_replayed = True
         try:
@@ -186,9 +191,11 @@ class Session:
         finally:
             for slots in self.cache.distinct_slots():
                 slots.is_replayed = False
+            if waits:
+                self.model.set_experts_implementation(experts)
 
     def _compile(self) -> Callable[..., Any]:
-        """The model compiled for this session alone; what the backend made is kept, Dynamo's guards are not."""
+        """The model compiled for this session alone."""
 
         def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             assert self.backend is not None
@@ -196,7 +203,14 @@ class Session:
             self._compiled.append(compiled)
             return compiled
 
-        return torch.compile(self.model.forward, backend=backend, dynamic=False, fullgraph=True)
+        forward = self.model.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        # Dynamo keeps what it compiled by code object: one of its own, or all sessions share guards and their number.
+        own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+        return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
 
     def _weight_addresses(self) -> tuple[int, ...]:
         """A graph reads weights where they lay when it was recorded."""

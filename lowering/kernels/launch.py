@@ -1,0 +1,60 @@
+"""What the kernels share: programmatic dependent launch, counters of programs that finished, and the size of a GPU.
+
+*Programmatic dependent launch* (compute capability 9.0 on) starts a kernel before the one in front of it has ended. Each
+kernel here first loads what no kernel in front of it writes, its weights, then waits (`gdc_wait`), and only then lets the
+next one start (`gdc_launch_dependents`). With this order at most two kernels overlap, and whatever a kernel loads before
+its wait may have been written by any launch but the one right in front of it.
+
+*Counters* tell a program that it is the last of several to finish, so that it can combine what they left. They are zero
+between launches: the last program writes the zero back.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "counters", "launch_options", "multiprocessors", "overlaps"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Launches take counters in turn, so that launches of different streams and graphs do not share them.
+_COUNTERS = 1 << 20
+_arenas: dict[torch.device, Tensor] = {}
+_taken: dict[torch.device, int] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """`count` int32 zeros that belong to one launch."""
+    arena = _arenas.get(device)
+    if arena is None:
+        arena = _arenas[device] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    first = _taken.get(device, 0)
+    if first + count > _COUNTERS:
+        first = 0
+    _taken[device] = first + triton.cdiv(count, 4) * 4  # all at 16 bytes, or Triton compiles a kernel twice
+    return arena[first : first + count]
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on `device` may start before those in front of them have ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device, num_warps: int, num_stages: int = 1) -> dict[str, Any]:
+    """Keyword arguments of a launch; none for Triton's interpreter."""
+    if INTERPRETED:
+        return {}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+    return {**options, "launch_pdl": True} if overlaps(device) else options
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of one kind run at once, at the least."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
