@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cache_write)
+import effpass.lowering.ops.append_positions
+import effpass.lowering.ops.cached_attention  # noqa: F401  (registers the operators)
 from effpass.core.errors import ModelError
 
 __all__ = ["BufferedLayer", "DecodeCache", "Slots", "attention_windows"]
@@ -51,11 +52,7 @@ class Slots:
 
     def append(self, positions: Tensor) -> None:
         """Enter the positions `[rows, T]` of a call's tokens; device operations only. Rows beyond stay empty."""
-        rows, tokens = positions.shape
-        self.start.copy_(self.filled)
-        slots = self.start + torch.arange(tokens, dtype=torch.int32, device=positions.device)
-        self.positions[:rows].index_copy_(1, slots.long(), positions)
-        self.filled.add_(tokens)
+        torch.ops.effpass.append_positions(self.positions, self.start, self.filled, positions)
 
     def crop(self, length: int) -> None:
         """Empty all slots from `length` on."""

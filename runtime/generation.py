@@ -111,7 +111,7 @@ class _Choice:
     every step, which on a GPU is one more CUDA graph. Others see all tokens so far, and run as they are.
 
     Attributes:
-        tokens: int64 `[rows]`: the step's.
+        tokens: int64 `[rows]`: the step's, and the session's next input.
         unfinished: int64 `[rows]`: 1 for sequences that go on.
     """
 
@@ -133,7 +133,7 @@ class _Choice:
         self.ids = prompt.new_zeros(rows, length + new)
         self.ids[:, :length] = prompt
         self.length = length
-        self.tokens = prompt.new_zeros(rows)
+        self.tokens = session.tokens[:rows, 0]
         self.unfinished = prompt.new_ones(rows)
         self.goes_on = torch.ones((), dtype=torch.bool, device=prompt.device)
         kept = config.return_dict_in_generate
@@ -149,7 +149,7 @@ class _Choice:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Choose; the result is in :attr:`tokens`, :attr:`unfinished`, and the session's next input."""
+        """Choose; the result is in :attr:`tokens` and :attr:`unfinished`."""
         if not self._is_fixed:
             self._choose(self.ids[:, : self.length])
             self.ids[:, self.length] = self.tokens
@@ -171,12 +171,13 @@ class _Choice:
         return {"sequences": self.ids[:, :length].clone(), **steps}
 
     def _fixed(self) -> None:
-        self._choose(self.session.tokens[: len(self.tokens)])
+        self._choose(self.tokens[:, None])
         self.ids.index_copy_(1, self._column, self.tokens[:, None])
         self._column.add_(1)
         # The largest length is the loop's own business: a criterion for it would be burned into the graph.
-        eos = StoppingCriteriaList(c for c in self.criteria if not isinstance(c, MaxLengthCriteria))
-        self._end(eos(self.tokens[:, None], None))
+        for criterion in self.criteria:
+            if not isinstance(criterion, MaxLengthCriteria):
+                self._end(criterion(self.tokens[:, None], None))  # type: ignore[arg-type]
 
     def _choose(self, seen: Tensor) -> None:
         rows = len(self.tokens)
@@ -193,7 +194,6 @@ class _Choice:
         if self.logits is not None:
             self.logits.append(logits.clone())
         self.tokens.copy_(tokens)
-        self.session.tokens[:rows, 0] = tokens
 
     def _end(self, ended: Tensor) -> None:
         self.unfinished &= ~ended

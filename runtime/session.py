@@ -142,7 +142,7 @@ class Session:
         """Logits `[rows, vocab]` of the last tokens."""
         output = model(
             input_ids=input_ids,
-            position_ids=positions.clamp(min=0).long(),
+            position_ids=positions.clamp(min=0),
             past_key_values=self.cache,
             effpass_cache=self.cache,
             use_cache=True,
