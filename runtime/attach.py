@@ -28,9 +28,9 @@ def engine_of(model: Any, *, backend: Backend | None = None) -> Engine:
     Raises:
         ModelError: the engine can't run this model.
     """
-    if not isinstance(getattr(model, "_effpass_engine", None), Engine):
-        model._effpass_engine = Engine(model, backend=backend)
-    return model._effpass_engine
+    if not isinstance(getattr(model, "effpass_engine", None), Engine):
+        model.effpass_engine = Engine(model, backend=backend)
+    return model.effpass_engine
 
 
 def attach(model: Any, *, backend: Backend | None = None) -> Engine:
@@ -42,9 +42,9 @@ def attach(model: Any, *, backend: Backend | None = None) -> Engine:
     Raises:
         ModelError: the engine can't run this model.
     """
-    model._effpass_engine = Engine(model, backend=backend)
+    model.effpass_engine = Engine(model, backend=backend)
     model.generate = MethodType(generate, model)
-    return model._effpass_engine
+    return model.effpass_engine
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        return generation.generate(model._effpass_engine, input_ids, streamer=streamer, **prepared)
+        return generation.generate(model.effpass_engine, input_ids, streamer=streamer, **prepared)
 
     return original(self, *args, custom_generate=loop, **kwargs)
 

@@ -183,7 +183,7 @@ def test_the_model_is_still_an_ordinary_one() -> None:
     with torch.no_grad():
         twin.lm_head.weight.neg_()
     ids = given["input_ids"][:1]
-    assert torch.equal(twin._effpass_engine.model.lm_head.weight, twin.lm_head.weight)
+    assert torch.equal(twin.effpass_engine.model.lm_head.weight, twin.lm_head.weight)
     assert not torch.equal(
         twin.generate(input_ids=ids, max_new_tokens=6), model.generate(input_ids=ids, max_new_tokens=6)
     )
@@ -218,7 +218,7 @@ def test_a_step_costs_no_memory_that_stays() -> None:
 
 def test_buffers_are_kept_from_call_to_call_and_freed_on_request() -> None:
     model, ids = prepared(max_position_embeddings=1024), families.batch(8)["input_ids"]
-    engine: Engine = model._effpass_engine
+    engine: Engine = model.effpass_engine
     model.generate(input_ids=ids, max_new_tokens=4)
     (session,) = engine._free.values()
     assert isinstance(session, Session)
@@ -239,9 +239,9 @@ def test_a_failure_inside_gives_the_buffers_back() -> None:
 
     model, ids = prepared(), families.batch(8)["input_ids"]
     expected = model.generate(input_ids=ids, max_new_tokens=6)
-    kept = list(model._effpass_engine._free.values())
+    kept = list(model.effpass_engine._free.values())
     with pytest.raises(KeyError):
         model.generate(input_ids=ids, max_new_tokens=6, stopping_criteria=[Failing()])
-    assert list(model._effpass_engine._free.values()) == kept
+    assert list(model.effpass_engine._free.values()) == kept
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6), expected)

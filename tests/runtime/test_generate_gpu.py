@@ -34,8 +34,8 @@ def test_greedy_is_transformers_greedy(family: str) -> None:
     ready = effpass.prepare(model, NO_PASSES)
     assert torch.equal(ready.generate(**given, **how), theirs)
     assert torch.equal(ready.generate(input_ids=given["input_ids"][1:], **how), alone)
-    assert sorted(ready._effpass_engine._free) == [1, 2]
-    assert all(s._graph is not None for s in ready._effpass_engine._free.values())
+    assert sorted(ready.effpass_engine._free) == [1, 2]
+    assert all(s._graph is not None for s in ready.effpass_engine._free.values())
 
 
 def test_three_sequences_share_the_graph_of_four() -> None:
@@ -45,7 +45,7 @@ def test_three_sequences_share_the_graph_of_four() -> None:
     theirs = model.generate(input_ids=ids, max_new_tokens=12, eos_token_id=None)
     ready = effpass.prepare(model, NO_PASSES)
     assert torch.equal(ready.generate(input_ids=ids, max_new_tokens=12, eos_token_id=None), theirs)
-    assert list(ready._effpass_engine._free) == [4]
+    assert list(ready.effpass_engine._free) == [4]
 
 
 def test_sequences_end_one_by_one_and_stop_the_loop() -> None:
@@ -106,7 +106,7 @@ class _After:
 def test_steps_do_not_wait_for_the_device() -> None:
     ready, given = effpass.prepare(make("llama"), NO_PASSES), inputs()
     ready.generate(**given, max_new_tokens=8, eos_token_id=None)
-    session = ready._effpass_engine._free[2]
+    session = ready.effpass_engine._free[2]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
@@ -163,11 +163,11 @@ def test_release_frees_the_buffers() -> None:
     model, given = make("llama"), inputs()
     ready = effpass.prepare(model, NO_PASSES)
     ready.generate(**given, max_new_tokens=8)  # what is made once stays: kernels, workspaces
-    ready._effpass_engine.release()
+    ready.effpass_engine.release()
     before = torch.cuda.memory_allocated()
     ready.generate(**given, max_new_tokens=8)
     assert torch.cuda.memory_allocated() > before
-    ready._effpass_engine.release()
+    ready.effpass_engine.release()
     assert torch.cuda.memory_allocated() <= before + 2**16
 
 

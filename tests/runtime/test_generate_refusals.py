@@ -86,7 +86,7 @@ def test_out_of_memory_says_what_to_lower(model: Any, monkeypatch: pytest.Monkey
     with pytest.raises(EffpassError, match="no room on cpu for 2 sequences of 12 tokens") as caught:
         model.generate(input_ids=IDS, max_new_tokens=4)
     assert "lower the batch, max_new_tokens" in str(caught.value)
-    assert not model._effpass_engine._free
+    assert not model.effpass_engine._free
 
 
 def test_models_that_have_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

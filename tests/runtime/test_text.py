@@ -50,7 +50,7 @@ def test_closing_a_stream_ends_the_generation(loaded: Any, monkeypatch: pytest.M
     stream.close()
     assert threading.active_count() == before
     assert 0 < steps < 199
-    assert len(model._effpass_engine._free) == 1  # the buffers are back
+    assert len(model.effpass_engine._free) == 1  # the buffers are back
     assert model.config._attn_implementation == "sdpa"
 
 
