@@ -11,9 +11,6 @@ and nobody reads a slot that this launch writes.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.running_softmax import update
 
 __all__ = ["MOST_ROWS", "cached_attention", "rope_cached_attention", "supported"]
 
@@ -114,8 +112,9 @@ def _launch(
     device = query.device
     key_positions, query_positions = _last_contiguous(key_positions), _last_contiguous(query_positions)
     rows = tokens * (heads // groups)
-    shape = tile_shape(rows, tokens, key_size, value_size, query.element_size())
-    splits = split_count(batch * groups, triton.cdiv(slots, shape["BLOCK_N"]) + (key is not None), device)
+    shape = tile_shape(rows, tokens, key_size, value_size, query.element_size(), batch * groups, device)
+    num_warps, tiles = shape.pop("num_warps"), triton.cdiv(slots, shape["BLOCK_N"]) + (key is not None)
+    splits = split_count(batch * groups, tiles, num_warps, device)
     out = query.new_empty((batch, tokens, heads, value_size))
     parts = sums = done = None
     if splits > 1:
@@ -133,93 +132,87 @@ def _launch(
         key_positions.stride(0),
         query_positions.stride(0),
     )
-    options = launch_options(device, shape.pop("num_warps"))
+    options = launch_options(device, num_warps)
     _attend[(splits, batch * groups)](
-        query, key, value, cos, sin, query_norm, key_norm, keys, values, key_positions, query_positions, start, out, parts, sums, done, *strides, tokens, slots, norm_eps, norm_offset,
-        scale, softcap, window, GROUPS=groups, REPEAT=heads // groups, KEY=key_size, VALUE=value_size,
-        ROTATED=0 if cos is None else cos.shape[-1], SPLITS=splits, SOFTCAP=softcap != 0, WINDOW=window != 0,
-        PDL=overlaps(device), **shape, **options,
+        query, key, value, cos, sin, query_norm, key_norm, keys, values, key_positions, query_positions, start, out,
+        parts, sums, done, *strides, tokens, slots, norm_eps, norm_offset, scale, softcap, window, GROUPS=groups,
+        REPEAT=heads // groups, KEY=key_size, VALUE=value_size, ROTATED=0 if cos is None else cos.shape[-1],
+        SPLITS=splits, SOFTCAP=softcap != 0, WINDOW=window != 0, PDL=overlaps(device), **shape, **options,
     )  # fmt: skip
     return out
 
 
-def tile_shape(rows: int, tokens: int, key_size: int, value_size: int, element_size: int) -> dict[str, int]:
+def tile_shape(
+    rows: int, tokens: int, key_size: int, value_size: int, element_size: int, heads: int, device: torch.device
+) -> dict[str, int]:
     """Tile of one program. Keys and values of two tiles stay in registers, which bounds the slots of one."""
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
     live = triton.next_power_of_2(rows)
+    block_n, num_warps = 64 if widest <= 256 else 32 if widest <= 512 else 16, 4 if rows <= 16 else 8
+    if widest <= 128 and rows <= 16 and 2 * heads > multiprocessors(device):
+        block_n, num_warps = 256, 8  # heads enough, and small: no parts to merge
     return {
         "BLOCK_R": max(16, live),
         "LIVE": live,
         "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
-        "BLOCK_N": 64 if widest <= 256 else 32 if widest <= 512 else 16,
+        "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
         "BLOCK_S": max(1, min(32, 8192 // (live * block_v))),
-        "num_warps": 4 if rows <= 16 else 8,
+        "num_warps": num_warps,
     }
 
 
-def split_count(heads: int, tiles: int, device: torch.device) -> int:
-    """Programs a key-value head: two programs of all run on each multiprocessor, in as few rounds as can be."""
-    room = 2 * multiprocessors(device)
-    if heads * 4 <= room:
-        return max(1, min(room // heads, tiles))
-    best = min(range(1, 9), key=lambda splits: math.ceil(heads * splits / room) / splits + 0.02 * splits)
-    return max(1, min(best, tiles))
+def split_count(heads: int, tiles: int, num_warps: int, device: torch.device) -> int:
+    """Programs a key-value head: with 8 warps one runs on each multiprocessor, with 4 two; all at once."""
+    return max(1, min(multiprocessors(device) * 8 // num_warps // heads, tiles))
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _update(
-    q, k, v, of_keys, of_queries, best, total, out, scale, softcap, window, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr
-):
-    """One tile of slots into the running softmax, whose scores are in powers of two."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
-    else:
-        score = score * (scale * 1.4426950408889634)
-    visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
-    if WINDOW:
-        visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
-    score = tl.where(visible, score, float("-inf"))
-    higher = tl.maximum(best, tl.max(score, 1))
-    weight = tl.exp2(score - higher[:, None])
-    fade = tl.exp2(best - higher)
-    total = total * fade + tl.sum(weight, 1)
-    out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
-    return higher, total, out
-
-
-@triton.jit
 def _rotated(
-    x, rows, inside, norm, cos, sin, of_angles, eps, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROTATED: tl.constexpr,
+    x, rows, inside, scale, scale_against, cos, sin, of_angles, eps, offset, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Rows of heads after their norm and rotary embedding, in float32.
 
     The feature that each one is rotated against is loaded once more: registers can't be shuffled.
     """
-    d = tl.arange(0, BLOCK)
-    half: tl.constexpr = ROTATED // 2
-    other = tl.where(d < half, d + half, tl.where(d < ROTATED, d - half, d))
+    d, other = tl.arange(0, BLOCK), _partner(BLOCK, ROTATED)
     here = inside[:, None] & (d < WIDTH)[None, :]
     value = tl.load(x + rows[:, None] + d[None, :], mask=here, other=0).to(tl.float32)
     against = tl.load(x + rows[:, None] + other[None, :], mask=here, other=0).to(tl.float32)
-    if norm is not None:
+    if NORM:
         factor = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)[:, None]
-        scale = offset + tl.load(norm + d, mask=d < WIDTH, other=0).to(tl.float32)
-        scale_against = offset + tl.load(norm + other, mask=d < WIDTH, other=0).to(tl.float32)
-        value *= factor * scale[None, :]
-        against *= factor * scale_against[None, :]
+        value *= factor * (offset + scale.to(tl.float32))[None, :]
+        against *= factor * (offset + scale_against.to(tl.float32))[None, :]
     turning = inside[:, None] & (d < ROTATED)[None, :]
     c = tl.load(cos + of_angles[:, None] + d[None, :], mask=turning, other=1).to(tl.float32)
     s = tl.load(sin + of_angles[:, None] + d[None, :], mask=turning, other=0).to(tl.float32)
-    return value * c + tl.where(d < half, -against, against) * s
+    return value * c + tl.where(d < ROTATED // 2, -against, against) * s
+
+
+@triton.jit
+def _partner(BLOCK: tl.constexpr, ROTATED: tl.constexpr):
+    """The feature that each one is rotated against."""
+    d = tl.arange(0, BLOCK)
+    return tl.where(d < ROTATED // 2, d + ROTATED // 2, tl.where(d < ROTATED, d - ROTATED // 2, d))
+
+
+@triton.jit
+def _scales(norm, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROTATED: tl.constexpr):
+    """The norm's weights, and those of the features that each one is rotated against."""
+    d = tl.arange(0, BLOCK)
+    if norm is None:
+        return d, d
+    else:
+        return (
+            tl.load(norm + d, mask=d < WIDTH, other=0),
+            tl.load(norm + _partner(BLOCK, ROTATED), mask=d < WIDTH, other=0),
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "window"])
@@ -260,6 +253,8 @@ def _attend(
         reach = reach & (of_keys > earliest)
     k = tl.load(keys + slot[:, None] * keys_s + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0)
     v = tl.load(values + slot[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0)
+    query_scales = _scales(query_norm, KEY, BLOCK_K, ROTATED)
+    key_scales = _scales(key_norm, KEY, BLOCK_K, ROTATED)
     if PDL:
         if key is not None:
             gdc_wait()
@@ -271,19 +266,18 @@ def _attend(
             t = tl.arange(0, BLOCK_T)
             new = (t < tokens) & owner
             of_value = b * value_b + t * value_t + group * value_h
-            new_v = tl.load(
-                value + of_value[:, None] + dv[None, :], mask=new[:, None] & (dv < VALUE)[None, :], other=0
-            )
+            new_v = tl.load(value + of_value[:, None] + dv[None, :], mask=new[:, None] & (dv < VALUE)[None, :], other=0)
             new_k = _rotated(
-                key, b * key_b + t * key_t + group * key_h, new, key_norm, cos, sin, b * angles_b + t * ROTATED, eps,
-                offset, KEY, BLOCK_K, ROTATED,
+                key, b * key_b + t * key_t + group * key_h, new, key_scales[0], key_scales[1], cos, sin,
+                b * angles_b + t * ROTATED, eps, offset, key_norm is not None, KEY, BLOCK_K, ROTATED,
             ).to(keys.dtype.element_ty)  # fmt: skip
             place = (end + t).to(tl.int64)
             new = new & (place < slots)
             of_new = tl.load(key_positions + place, mask=new, other=-1)
             of_angles = b * angles_b + token * ROTATED
             q = _rotated(
-                query, of_rows, live, query_norm, cos, sin, of_angles, eps, offset, KEY, BLOCK_K, ROTATED
+                query, of_rows, live, query_scales[0], query_scales[1], cos, sin, of_angles, eps, offset,
+                query_norm is not None, KEY, BLOCK_K, ROTATED,
             ).to(keys.dtype.element_ty)  # fmt: skip
         else:
             inside = live[:, None] & (dk < KEY)[None, :]
@@ -309,20 +303,20 @@ def _attend(
             )
             after = slot + active * BLOCK_N
             of_after = tl.load(key_positions + after, mask=after < end, other=-1)
-            best, total, sum_v = _update(
-                q, k, v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, SOFTCAP, WINDOW
+            best, total, sum_v = update(
+                q, tl.trans(k), v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, True, SOFTCAP,
+                WINDOW,
             )  # fmt: skip
             k, v, of_keys, of_next = next_k, next_v, of_next, of_after
-        if key is not None:
+        if key is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
             if owner:
-                tl.store(
-                    keys + place[:, None] * keys_s + dk[None, :], new_k, mask=new[:, None] & (dk < KEY)[None, :]
-                )
+                tl.store(keys + place[:, None] * keys_s + dk[None, :], new_k, mask=new[:, None] & (dk < KEY)[None, :])
                 tl.store(
                     values + place[:, None] * values_s + dv[None, :], new_v, mask=new[:, None] & (dv < VALUE)[None, :]
                 )
-                best, total, sum_v = _update(
-                    q, new_k, new_v, of_new, of_queries, best, total, sum_v, scale, softcap, window, SOFTCAP, WINDOW
+                best, total, sum_v = update(
+                    q, tl.trans(new_k), new_v, of_new, of_queries, best, total, sum_v, scale, softcap, window, True,
+                    SOFTCAP, WINDOW,
                 )  # fmt: skip
         heads: tl.constexpr = GROUPS * REPEAT
         if SPLITS == 1:

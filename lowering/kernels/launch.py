@@ -1,9 +1,14 @@
 """What the kernels share: programmatic dependent launch, counters of programs that finished, and the size of a GPU.
 
-*Programmatic dependent launch* (compute capability 9.0 on) starts a kernel before the one in front of it has ended. Each
-kernel here first loads what no kernel in front of it writes, its weights, then waits (`gdc_wait`), and only then lets the
-next one start (`gdc_launch_dependents`). With this order at most two kernels overlap, and whatever a kernel loads before
-its wait may have been written by any launch but the one right in front of it.
+*Programmatic dependent launch* (compute capability 9.0 on) starts a kernel before the one in front of it has ended, so
+that it loads while that one computes, and waits (`gdc_wait`) before it touches anything that was just written. What is
+loaded before the wait:
+
+* linears: weights, biases and norms, so that no launch right in front may write them. They let the next kernel start
+  (`gdc_launch_dependents`) at once.
+* attention: norms, positions, and slots that the cache held before the call. It lets the next kernel start only after
+  its own wait, and a step begins with launches that know nothing of all this (an embedding, say) and wait for all that
+  went before. So whatever an earlier step wrote has been written.
 
 *Counters* tell a program that it is the last of several to finish, so that it can combine what they left. They are zero
 between launches: the last program writes the zero back.
@@ -18,26 +23,27 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "counters", "launch_options", "multiprocessors", "overlaps"]
+__all__ = ["counters", "launch_options", "multiprocessors", "overlaps"]
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # Launches take counters in turn, so that launches of different streams and graphs do not share them.
 _COUNTERS = 1 << 20
-_arenas: dict[torch.device, Tensor] = {}
 _taken: dict[torch.device, int] = {}
+
+
+@functools.cache
+def _all_counters(device: torch.device) -> Tensor:
+    return torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """`count` int32 zeros that belong to one launch."""
-    arena = _arenas.get(device)
-    if arena is None:
-        arena = _arenas[device] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
     first = _taken.get(device, 0)
     if first + count > _COUNTERS:
         first = 0
     _taken[device] = first + triton.cdiv(count, 4) * 4  # all at 16 bytes, or Triton compiles a kernel twice
-    return arena[first : first + count]
+    return _all_counters(device)[first : first + count]
 
 
 @functools.cache
@@ -48,8 +54,9 @@ def overlaps(device: torch.device) -> bool:
 
 def launch_options(device: torch.device, num_warps: int, num_stages: int = 1) -> dict[str, Any]:
     """Keyword arguments of a launch; none for Triton's interpreter."""
-    if INTERPRETED:
+    if _INTERPRETED:
         return {}
+    _all_counters(device)  # from the first launch on, which is no graph's: a graph would own their memory
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
     return {**options, "launch_pdl": True} if overlaps(device) else options
 

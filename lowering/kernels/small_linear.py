@@ -4,9 +4,9 @@ One row is a sum of products in float32, each program a few outputs; several row
 through the tensor cores, the weights as the tall operand. A program starts loading its weights before it waits for the
 launch in front (:mod:`effpass.lowering.kernels.launch`).
 
-RMSNorm costs no pass of its own: y = (Σ_k W_k w_k x_k) / √(mean(x²) + ε), both sums in one loop. Where there are too few
-outputs to keep a GPU busy, the inner dimension is split, and the last program of a tile adds the parts in their order,
-so that results do not depend on which one that was.
+RMSNorm costs no pass of its own: y = (Σ_k W_k w_k x_k) / √(mean(x²) + ε), both sums in one loop. Where there are too
+few outputs to keep a GPU busy, the inner dimension is split, and the last program of a tile adds the parts in their
+order, so that results do not depend on which one that was.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from effpass.lowering.kernels.launch import counters, launch_options, multiproce
 __all__ = ["MOST_ROWS", "fused_linear", "gated_linear", "supported"]
 
 MOST_ROWS = 64
-BYWARP1 = False
 
 
 def supported(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    norm_weight: Tensor | None,
     residual: Tensor | None,
 ) -> bool:
-    """Whether there is a kernel: up to 64 rows, up to three contiguous weights of x's type, inner size in 16 bytes."""
+    """Whether there is a kernel: up to 64 rows, up to three contiguous weights of x's type, inner size in 16 bytes.
+
+    In float16 with several rows a norm is for the caller to apply: the product with its weight alone, which is rounded
+    before the statistics are, may leave the type's range.
+    """
     rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     same = [*weights, *(bias for bias in biases if bias is not None), *([] if residual is None else [residual])]
     return (
@@ -46,8 +48,6 @@ def supported(
         and all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in same)
         and all(weight.is_contiguous() and 0 < weight.numel() < 2**31 for weight in weights)
         and all(weight.data_ptr() % 16 == 0 for weight in weights)
-        # A product with the norm's weight, before the statistics, may leave float16's range.
-        and not (norm_weight is not None and rows > 1 and x.dtype == torch.float16)
     )
 
 
@@ -70,7 +70,13 @@ def fused_linear(
 
 
 def gated_linear(
-    x: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_eps: float, norm_offset: float, activation: str
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    activation: str,
 ) -> Tensor:
     """`effpass::gated_linear` where :func:`supported`."""
     rows = x.reshape(-1, x.shape[-1])
@@ -97,18 +103,13 @@ def _launch(
     tensors = (x, *weights, *padding, *biases, *padding, norm_weight, residual, *outputs, *(None,) * (3 - len(outputs)))
     numbers = (*sizes, *(0,) * (3 - len(sizes)), inner, eps, offset)
     common: dict[str, Any] = {"ACTIVATION": activation, "PDL": overlaps(x.device)}
-    if rows == 1 and not BYWARP1:
+    if rows == 1:
         shape = one_row_shape(inner, sum(sizes), gated, x.device)
         grid = (sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes),)
         options = launch_options(x.device, shape.pop("num_warps"))
         _one_row[grid](*tensors, *numbers, **shape, **common, **options)
         return
     shape = few_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device)
-    if "SLICES" in shape:
-        grid = (sum(triton.cdiv(size, shape["WARPS"] * shape["REPEAT"]) for size in sizes),)
-        options = launch_options(x.device, shape["WARPS"])
-        _by_warp[grid](*tensors, rows, *numbers, **shape, **common, **options)
-        return
     tiles, splits = sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes), shape["SPLITS"]
     parts = done = None
     if splits > 1:
@@ -120,32 +121,40 @@ def _launch(
 
 
 def one_row_shape(inner: int, outputs: int, gated: bool, device: torch.device) -> dict[str, int]:
-    """Tile of one program for one row: all of the inner dimension where it is short, 8 elements a thread and output."""
+    """Tile of one program for one row: few outputs, and for each thread one or two loads of 16 bytes an output."""
     if inner <= 1024:
         block_n, block_k = 8 if outputs > 64 * multiprocessors(device) else 4, triton.next_power_of_2(inner)
     elif gated:
-        block_n, block_k = 2, 4096 if inner >= 4096 else 1024
+        block_n, block_k = 2, 1024 if inner < 4096 else 4096
     else:
-        block_n, block_k = 2, 1024 if inner % 2048 == 0 and inner <= 2048 else 2048
-    return {"BLOCK_N": max(1, block_n // 2) if gated else block_n, "BLOCK_K": block_k, "num_warps": max(1, min(block_k // 256, 8))}
+        block_n, block_k = 2, 1024 if inner == 2048 else 2048
+    block_n //= 2 if gated else 1  # of each of both weights
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(1, min(block_k // 256, 8))}
 
 
 def few_rows_shape(
     rows: int, inner: int, sizes: Sequence[int], gated: bool, element_size: int, device: torch.device
 ) -> dict[str, int]:
-    """Tile of one program for several rows, and in how many parts the inner dimension is split."""
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    tiles = sum(triton.cdiv(size, 64) for size in sizes)
-    block_k, stages = (256, 2) if gated and tiles >= 64 else (128, 4)
+    """Tile of one program for several rows, and in how many parts the inner dimension is split.
+
+    Two programs fit on a multiprocessor at once, and adding parts costs microseconds: parts are made for as many
+    programs as that, and gated products are left whole earlier.
+    """
+    tiles, room = sum(triton.cdiv(size, 64) for size in sizes), multiprocessors(device)
+    whole = tiles >= (room // 2 if gated else 2 * room)
+    block_k, stages = (256, 2) if (gated and whole) or inner >= 8192 else (128, 4)
+    if gated and rows > 32:
+        block_k, stages = 128, 3  # what fits into shared memory
+    if whole and (inner % 128 or (gated and rows > 16 and tiles > room)):
+        block_k, stages = 64, 6
     block_k = min(block_k * 2 // element_size, triton.next_power_of_2(inner))
-    splits = max(1, min(2 * multiprocessors(device) // tiles, triton.cdiv(inner, block_k)))
-    if gated and tiles >= 64:
-        splits = 1
+    steps = triton.cdiv(inner, block_k)
+    wanted = 1 if whole else max(1, min(round(2 * room / tiles), inner // block_k))
     return {
-        "BLOCK_M": block_m,
+        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
         "BLOCK_N": 64,
         "BLOCK_K": block_k,
-        "SPLITS": splits,
+        "SPLITS": triton.cdiv(steps, triton.cdiv(steps, wanted)),
         "num_warps": 4,
         "num_stages": stages,
     }
@@ -195,7 +204,7 @@ def _tile_of(tile, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, ACTIVATION: t
                 w, y, size, first = w1, y1, n1, (tile - before) * BLOCK_N
                 if tile < both:
                     bias = _bias(b1, first + span, n1, BLOCK_N)
-            if w2 is not None:
+            if w2 is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
                 if tile >= both:
                     w, y, size, first = w2, y2, n2, (tile - both) * BLOCK_N
                     bias = _bias(b2, first + span, n2, BLOCK_N)
@@ -217,16 +226,19 @@ def _one_row(
     gated: tl.constexpr = ACTIVATION != ""
     even: tl.constexpr = inner % BLOCK_K == 0
     inside = columns < inner
-    if PDL == 2:
+    if PDL:
         gdc_launch_dependents()
     weight = tl.load(w + offsets) if even else tl.load(w + offsets, mask=inside[None, :], other=0)
     if gated:
         weight_up = tl.load(w1 + offsets) if even else tl.load(w1 + offsets, mask=inside[None, :], other=0)
+    if norm is not None:
+        scale = tl.load(norm + columns, mask=inside, other=0)
     if PDL:
         gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
     value = tl.load(x + columns) if even else tl.load(x + columns, mask=inside, other=0)
+    added = bias
+    if residual is not None:  # here, where nothing waits for it yet
+        added += tl.load(residual + rows, mask=rows < size, other=0).to(tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -239,14 +251,15 @@ def _one_row(
             next_up = tl.load(w1 + offsets + k, mask=following[None, :], other=0)
         wide = value.to(tl.float32)
         if norm is not None:
+            next_scale = tl.load(norm + columns + k, mask=following, other=0)
             squares += wide * wide
-            here = columns + k - BLOCK_K
-            wide *= offset + tl.load(norm + here, mask=here < inner, other=0).to(tl.float32)
+            wide *= offset + scale.to(tl.float32)
+            scale = next_scale
         total += weight.to(tl.float32) * wide[None, :]
-        weight, value = next_weight, next_value
         if gated:
             total_up += weight_up.to(tl.float32) * wide[None, :]
             weight_up = next_up
+        weight, value = next_weight, next_value
     result = tl.sum(total, 1)
     factor = 1.0
     if norm is not None:
@@ -254,9 +267,7 @@ def _one_row(
     if gated:
         result = _activate(result * factor, ACTIVATION) * (tl.sum(total_up, 1) * factor)
     else:
-        result = result * factor + bias
-        if residual is not None:
-            result += tl.load(residual + rows, mask=rows < size, other=0).to(tl.float32)
+        result = result * factor + added
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=rows < size)
 
 
@@ -276,17 +287,19 @@ def _few_rows(
     rows, tokens, span = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     of_weight = tl.minimum(rows, size - 1)[:, None] * inner + span[None, :]
     of_x = tl.minimum(tokens, count - 1)[:, None] * inner + span[None, :]
-    if PDL == 2:
-        gdc_launch_dependents()
     if PDL:
+        gdc_launch_dependents()
         starts = tl.minimum(rows, size - 1) * inner + split * share
         per_line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
         _prefetch(w, starts, size * inner, share // per_line, per_line)
         if gated:
             _prefetch(w1, starts, size * inner, share // per_line, per_line)
         gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
+    places = tokens[None, :] * size + rows[:, None]
+    inside_y = (tokens < count)[None, :] & (rows < size)[:, None]
+    added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) + bias[:, None]
+    if residual is not None:  # here, where nothing waits for it yet
+        added += tl.load(residual + places, mask=inside_y, other=0).to(tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     square = tl.zeros([BLOCK_M], tl.float32)
@@ -305,10 +318,7 @@ def _few_rows(
             weight_up = tl.load(w1 + of_weight + k, mask=inside, other=0)
             total_up = tl.dot(weight_up, tl.trans(value), total_up, input_precision="ieee")
     if SPLITS == 1:
-        _finish(
-            total, total_up, square, bias, residual, y, rows, tokens, size, count, inner, eps, norm is not None,
-            ACTIVATION,
-        )  # fmt: skip
+        _finish(total, total_up, square, added, y, places, inside_y, inner, eps, norm is not None, ACTIVATION)
     else:
         words: tl.constexpr = BLOCK_N * BLOCK_M
         part: tl.constexpr = words * (2 if gated else 1) + BLOCK_M
@@ -332,95 +342,14 @@ def _few_rows(
                     total_up += tl.load(theirs + words + of_part, cache_modifier=".cg")
                 if norm is not None:
                     square += tl.load(theirs + part - BLOCK_M + tokens, cache_modifier=".cg")
-            _finish(
-                total, total_up, square, bias, residual, y, rows, tokens, size, count, inner, eps, norm is not None,
-                ACTIVATION,
-            )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["count", "n0", "n1", "n2"])
-def _by_warp(
-    x, w0, w1, w2, b0, b1, b2, norm, residual, y0, y1, y2, count, n0, n1, n2, inner: tl.constexpr, eps, offset,
-    BLOCK_M: tl.constexpr, WARPS: tl.constexpr, REPEAT: tl.constexpr, SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    w, y, size, first, bias = _tile_of(
-        tl.program_id(0), w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, ACTIVATION, WARPS * REPEAT
-    )  # fmt: skip
-    gated: tl.constexpr = ACTIVATION != ""
-    block: tl.constexpr = SLICES * 256
-    even: tl.constexpr = inner % block == 0
-    tokens = tl.arange(0, BLOCK_M)
-    rows = first + tl.arange(0, WARPS)[:, None] * REPEAT + tl.arange(0, REPEAT)[None, :]
-    # Lanes, warps, (rows,) slices, neighbours. A warp has outputs of its own and all of the inner dimension, so that no
-    # sum crosses warps. The compiler hands threads to dimensions in the order last, first, second, ...
-    k = (
-        tl.arange(0, 32)[:, None, None, None] * 8
-        + tl.zeros([1, WARPS, 1, 1], tl.int32)
-        + tl.arange(0, SLICES)[None, None, :, None] * 256
-        + tl.arange(0, 8)[None, None, None, :]
-    )
-    of_weight = tl.minimum(rows, size - 1)[None, :, :, None, None] * inner + k[:, :, None]
-    inside = (k < inner)[:, :, None]
-    if PDL == 2:
-        gdc_launch_dependents()
-    weight = tl.load(w + of_weight) if even else tl.load(w + of_weight, mask=inside, other=0)
-    if gated:
-        weight_up = tl.load(w1 + of_weight) if even else tl.load(w1 + of_weight, mask=inside, other=0)
-    if PDL:
-        gdc_wait()
-    if PDL == 1:
-        gdc_launch_dependents()
-    total = tl.zeros([32, WARPS, REPEAT, BLOCK_M], tl.float32)
-    total_up = tl.zeros([32, WARPS, REPEAT, BLOCK_M], tl.float32)
-    square = tl.zeros([32, WARPS, 1, BLOCK_M], tl.float32)
-    for start in range(0, inner, block):
-        # The next tile is on its way while this one is used.
-        inside = (k + start + block < inner)[:, :, None]
-        next_weight = tl.load(w + of_weight + start + block, mask=inside, other=0)
-        wide = weight.to(tl.float32)
-        if gated:
-            next_up = tl.load(w1 + of_weight + start + block, mask=inside, other=0)
-            wide_up = weight_up.to(tl.float32)
-        if norm is not None:
-            scale = offset + tl.load(norm + start + k, mask=k + start < inner, other=0).to(tl.float32)
-        for token in tl.static_range(BLOCK_M):
-            of_x = tl.minimum(token, count - 1) * inner + start + k
-            value = tl.load(x + of_x, mask=k + start < inner, other=0).to(tl.float32)
-            here = (tokens == token)[None, None, None, :]  # known to the compiler: no selection is left
-            if norm is not None:
-                square = tl.where(here, square + tl.sum(tl.sum(value * value, 3), 2)[:, :, None, None], square)
-                value *= scale
-            value = value[:, :, None]
-            total = tl.where(here, total + tl.sum(tl.sum(wide * value, 4), 3)[:, :, :, None], total)
-            if gated:
-                total_up = tl.where(here, total_up + tl.sum(tl.sum(wide_up * value, 4), 3)[:, :, :, None], total_up)
-        weight = next_weight
-        if gated:
-            weight_up = next_up
-    result = tl.sum(total, 0)
-    factor = tl.full([1, 1, 1], 1, tl.float32)
-    if norm is not None:
-        factor = tl.rsqrt(tl.sum(square, 0) / inner + eps)
-    places = tokens[None, None, :] * size + rows[:, :, None]
-    inside = (tokens < count)[None, None, :] & (rows < size)[:, :, None]
-    if gated:
-        result = _activate(result * factor, ACTIVATION) * (tl.sum(total_up, 0) * factor)
-    else:
-        result = result * factor + tl.reshape(bias, [WARPS, REPEAT])[:, :, None]
-        if residual is not None:
-            result += tl.load(residual + places, mask=inside, other=0).to(tl.float32)
-    tl.store(y + places, result.to(y.dtype.element_ty), mask=inside)
+            _finish(total, total_up, square, added, y, places, inside_y, inner, eps, norm is not None, ACTIVATION)
 
 
 @triton.jit
 def _finish(
-    total, total_up, square, bias, residual, y, rows, tokens, size, count, inner, eps, NORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    total, total_up, square, added, y, places, inside, inner, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """Statistics, activation or bias and residual, and the store of one tile."""
-    places = tokens[None, :] * size + rows[:, None]
-    inside = (tokens < count)[None, :] & (rows < size)[:, None]
     if NORM:
         factor = tl.rsqrt(square / inner + eps)[None, :]
         total *= factor
@@ -428,9 +357,7 @@ def _finish(
     if ACTIVATION != "":
         total = _activate(total, ACTIVATION) * total_up
     else:
-        total += bias[:, None]
-        if residual is not None:
-            total += tl.load(residual + places, mask=inside, other=0).to(tl.float32)
+        total += added
     tl.store(y + places, total.to(y.dtype.element_ty), mask=inside)
 
 

@@ -62,9 +62,18 @@ def cache_write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
         start: int32 [1].
 
     Raises:
-        EffpassError: on the CPU, when the slots end before the tokens. On a GPU nothing may wait for `start`: the caller
-            answers for it, and tokens without a slot are not written.
+        EffpassError: on the CPU, when the slots end before the tokens. On a GPU nothing may wait for `start`, and the
+            caller answers for it.
     """
+    _write(keys, values, new_keys, new_values, start)
+
+
+def _write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, start: Tensor) -> None:
+    if keys.is_cuda:
+        places = start.long() + torch.arange(new_keys.shape[2], device=start.device)
+        keys.index_copy_(2, places, new_keys.to(keys.dtype))
+        values.index_copy_(2, places, new_values.to(values.dtype))
+        return
     first, tokens, slots = int(start), new_keys.shape[2], keys.shape[2]
     if first < 0 or first + tokens > slots:
         raise EffpassError(
@@ -78,13 +87,6 @@ def cache_write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
 @cache_write.register_fake
 def _(keys, values, new_keys, new_values, start):  # type: ignore[no-untyped-def]
     return None
-
-
-@cache_write.register_kernel("cuda")
-def _(keys, values, new_keys, new_values, start):  # type: ignore[no-untyped-def]
-    slots = start.long() + torch.arange(new_keys.shape[2], device=start.device)
-    keys.index_copy_(2, slots, new_keys.to(keys.dtype))
-    values.index_copy_(2, slots, new_values.to(values.dtype))
 
 
 @register_flop_formula(torch.ops.effpass.cache_write)
@@ -106,10 +108,10 @@ def _cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    (batch, heads, tokens, key_size), groups = query.shape, keys.shape[1]
+    (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).reshape(batch, groups, heads // groups * tokens, key_size)
-    scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, tokens, -1) * scale
+    scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, tokens, slots) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     of_keys, of_queries = key_positions[:, None, None, :], query_positions[:, None, :, None]
@@ -118,8 +120,8 @@ def _cached_attention(
         visible = visible & (of_queries - of_keys < window)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0)
-    out = weights.view(batch, groups, heads // groups * tokens, -1) @ values.to(wide)
-    return out.view(batch, heads, tokens, -1).transpose(1, 2).to(query.dtype).contiguous()
+    out = weights.view(batch, groups, heads // groups * tokens, slots) @ values.to(wide)
+    return out.view(batch, heads, tokens, value_size).transpose(1, 2).to(query.dtype).contiguous()
 
 
 @torch.library.custom_op(
@@ -158,19 +160,31 @@ def cached_attention(
     Raises:
         EffpassError: H is no multiple of G, or sizes don't match.
     """
+    return _attend(query, keys, values, key_positions, query_positions, filled, scale, window, softcap)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_positions: Tensor,
+    query_positions: Tensor,
+    filled: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
     _check(query.shape[1], query.shape[2], query.shape[3], keys, values, key_positions, query_positions)
+    if query.is_cuda:
+        arguments = (query, keys, values, key_positions, query_positions, filled, scale, window, softcap)
+        for name in ("decode_attention", "prefill_attention"):
+            kernels = triton_kernels(name)
+            if kernels and kernels.supported(query, keys, values):
+                return kernels.cached_attention(*arguments)
+        return _cached_attention(*arguments)
     end = min(max(int(filled), 0), keys.shape[2])  # the empty slots of a large cache would be most of the work
-    return _cached_attention(
-        query,
-        keys[:, :, :end],
-        values[:, :, :end],
-        key_positions[:, :end],
-        query_positions,
-        filled,
-        scale,
-        window,
-        softcap,
-    )
+    slots = (keys[:, :, :end], values[:, :, :end], key_positions[:, :end])
+    return _cached_attention(query, *slots, query_positions, filled, scale, window, softcap)
 
 
 def _check(
@@ -196,17 +210,6 @@ def _(query, keys, values, key_positions, query_positions, filled, scale, window
     batch, heads, tokens, key_size = query.shape
     _check(heads, tokens, key_size, keys, values, key_positions, query_positions)
     return query.new_empty((batch, tokens, heads, values.shape[-1]))
-
-
-@cached_attention.register_kernel("cuda")
-def _(query, keys, values, key_positions, query_positions, filled, scale, window, softcap):  # type: ignore[no-untyped-def]
-    _check(query.shape[1], query.shape[2], query.shape[3], keys, values, key_positions, query_positions)
-    arguments = (query, keys, values, key_positions, query_positions, filled, scale, window, softcap)
-    for name in ("decode_attention", "prefill_attention"):
-        kernels = triton_kernels(name)
-        if kernels and kernels.supported(query, keys, values):
-            return kernels.cached_attention(*arguments)
-    return _cached_attention(*arguments)
 
 
 differentiate_by_reference(cached_attention, _cached_attention)
@@ -289,10 +292,16 @@ def rope_cached_attention(
         EffpassError: as `cached_attention` and `cache_write`.
     """
     _check(query.shape[2], query.shape[1], query.shape[3], keys, values, key_positions, query_positions)
+    kernels = triton_kernels("decode_attention") if query.is_cuda else None
+    if kernels and kernels.supported(query.transpose(1, 2), keys, values):
+        return kernels.rope_cached_attention(
+            query, key, value, cos, sin, query_norm, key_norm, norm_eps, norm_offset, keys, values, key_positions,
+            query_positions, start, scale, window, softcap,
+        )  # fmt: skip
     rotated, new_keys = _normed_and_rotated(query, key, cos, sin, query_norm, key_norm, norm_eps, norm_offset)
-    cache_write(keys, values, new_keys.transpose(1, 2), value.transpose(1, 2), start)
+    _write(keys, values, new_keys.transpose(1, 2), value.transpose(1, 2), start)
     filled = start + query.shape[1]
-    return cached_attention(
+    return _attend(
         rotated.transpose(1, 2), keys, values, key_positions, query_positions, filled, scale, window, softcap
     )
 
@@ -322,26 +331,8 @@ def _(query, key, value, cos, sin, query_norm, key_norm, norm_eps, norm_offset, 
     return query.new_empty((batch, tokens, heads, values.shape[-1]))
 
 
-@rope_cached_attention.register_kernel("cuda")
-def _(query, key, value, cos, sin, query_norm, key_norm, norm_eps, norm_offset, keys, values, key_positions,  # type: ignore[no-untyped-def]
-      query_positions, start, scale, window, softcap):  # fmt: skip
-    _check(query.shape[2], query.shape[1], query.shape[3], keys, values, key_positions, query_positions)
-    kernels = triton_kernels("decode_attention")
-    if kernels and kernels.supported(query.transpose(1, 2), keys, values):
-        return kernels.rope_cached_attention(
-            query, key, value, cos, sin, query_norm, key_norm, norm_eps, norm_offset, keys, values, key_positions,
-            query_positions, start, scale, window, softcap,
-        )  # fmt: skip
-    rotated, new_keys = _normed_and_rotated(query, key, cos, sin, query_norm, key_norm, norm_eps, norm_offset)
-    cache_write(keys, values, new_keys.transpose(1, 2), value.transpose(1, 2), start)
-    filled = start + query.shape[1]
-    return cached_attention(
-        rotated.transpose(1, 2), keys, values, key_positions, query_positions, filled, scale, window, softcap
-    )
-
-
 @register_flop_formula(torch.ops.effpass.rope_cached_attention)
-def _(query: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+def _(query: Any, key: Any, value: Any, cos: Any, sin: Any, query_norm: Any, key_norm: Any, norm_eps: Any,
+      norm_offset: Any, keys: Any, values: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:  # fmt: skip
     batch, tokens, heads, key_size = query
-    keys, values = args[8], args[9]
     return 2 * batch * tokens * heads * keys[2] * (key_size + values[3])

@@ -139,10 +139,20 @@ def _(x, weights, biases, norm_weight, norm_eps, norm_offset, residual):  # type
 @fused_linear.register_kernel("cuda")
 def _(x, weights, biases, norm_weight, norm_eps, norm_offset, residual):  # type: ignore[no-untyped-def]
     _check(x, weights, biases, residual)
+    x, norm_weight = _within_range(x, norm_weight, norm_eps, norm_offset)
     kernels = triton_kernels("small_linear")
-    if kernels and kernels.supported(x, weights, biases, norm_weight, residual):
+    if kernels and kernels.supported(x, weights, biases, residual):
         return kernels.fused_linear(x, weights, biases, norm_weight, norm_eps, norm_offset, residual)
     return _fused_linear(x, weights, biases, norm_weight, norm_eps, norm_offset, residual)
+
+
+def _within_range(
+    x: Tensor, norm_weight: Tensor | None, norm_eps: float, norm_offset: float
+) -> tuple[Tensor, Tensor | None]:
+    """In float16 the norm stays out of the kernel for several rows, which rounds x · weight before the statistics."""
+    if norm_weight is None or x.dtype != torch.float16 or x.numel() == x.shape[-1]:
+        return x, norm_weight
+    return rms_norm(x, norm_weight, norm_eps, norm_offset), None
 
 
 differentiate_by_reference(fused_linear, _fused_linear)
@@ -157,7 +167,13 @@ def _(x_shape: Any, weights: Any, *args: Any, out_val: Any = None, **kwargs: Any
 
 
 def _gated_linear(
-    x: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_eps: float, norm_offset: float, activation: str
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    activation: str,
 ) -> Tensor:
     normal = x if norm_weight is None else rms_norm(x, norm_weight, norm_eps, norm_offset)
     return ACTIVATIONS[activation](F.linear(normal, gate)) * F.linear(normal, up)
@@ -170,7 +186,13 @@ def _gated_linear(
     "str activation) -> Tensor",
 )
 def gated_linear(
-    x: Tensor, gate: Tensor, up: Tensor, norm_weight: Tensor | None, norm_eps: float, norm_offset: float, activation: str
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    activation: str,
 ) -> Tensor:
     """The first half of a gated feed-forward layer.
 
@@ -212,8 +234,9 @@ def _(x, gate, up, norm_weight, norm_eps, norm_offset, activation):  # type: ign
 @gated_linear.register_kernel("cuda")
 def _(x, gate, up, norm_weight, norm_eps, norm_offset, activation):  # type: ignore[no-untyped-def]
     _check_gated(x, gate, up, activation)
+    x, norm_weight = _within_range(x, norm_weight, norm_eps, norm_offset)
     kernels = triton_kernels("small_linear")
-    if kernels and kernels.supported(x, [gate, up], [None, None], norm_weight, None):
+    if kernels and kernels.supported(x, [gate, up], [None, None], None):
         return kernels.gated_linear(x, gate, up, norm_weight, norm_eps, norm_offset, activation)
     return _gated_linear(x, gate, up, norm_weight, norm_eps, norm_offset, activation)
 

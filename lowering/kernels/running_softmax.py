@@ -1,0 +1,45 @@
+"""One tile of slots into a running softmax: the step that both attention kernels repeat."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["update"]
+
+
+@triton.jit
+def update(
+    q, k, v, of_keys, of_queries, best, total, out, scale, softcap, window, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Highest score, sum of weights and weighted sum of values of each row, with one more tile of slots.
+
+    Scores are in powers of two. `best` starts at a finite number, so that rows that see nothing stay free of NaN.
+
+    Args:
+        q: [R, K].
+        k: [K, N].
+        v: [N, V].
+        of_keys: positions [N], read where MASKED.
+        of_queries: positions [R], read where MASKED.
+        best: [R], the highest score so far.
+        total: [R], the sum of weights so far.
+        out: [R, V], the weighted sum of values so far.
+    """
+    score = tl.dot(q, k, input_precision="ieee")
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
+    else:
+        score = score * (scale * 1.4426950408889634)
+    if MASKED:
+        visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
+        if WINDOW:
+            visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
+        score = tl.where(visible, score, float("-inf"))
+    higher = tl.maximum(best, tl.max(score, 1))
+    weight = tl.exp2(score - higher[:, None])
+    fade = tl.exp2(best - higher)
+    total = total * fade + tl.sum(weight, 1)
+    return higher, total, tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
