@@ -106,11 +106,13 @@ def _versions() -> dict[str, str]:
 @cache
 def _commit() -> str:
     here = Path(__file__).parent
+    marked = here.parent / ".commit"  # a copy of the tree without its history
+    if marked.exists():
+        return marked.read_text().strip()
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
     )
-    marked = here.parent / ".commit"  # a copy of the tree without its history
-    return done.stdout.strip() or (marked.read_text().strip() if marked.exists() else "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ whose cache was handed to the user (`return_dict_in_generate=True`) is the user'
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,7 @@ class Engine:
     def release(self) -> None:
         """Free the buffers and graphs that are kept for the next call."""
         self._free.clear()
+        gc.collect()  # what Dynamo made of a step is a knot of references
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -30,7 +30,8 @@ from effpass.runtime.session import Session
 
 __all__ = ["generate"]
 
-_IN_FLIGHT = 8
+_LOOK_EVERY = 4  # steps
+_IN_FLIGHT = 2  # looks; what runs beyond the end is cut off, and was for nothing
 _SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
 _TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
@@ -113,6 +114,8 @@ class _Choice:
     Attributes:
         tokens: int64 `[rows]`: the step's, and the session's next input.
         unfinished: int64 `[rows]`: 1 for sequences that go on.
+        goes_on: bool: whether any does.
+        lasted: int64: the number of steps after which any did.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class _Choice:
         self.tokens = session.tokens[:rows, 0]
         self.unfinished = prompt.new_ones(rows)
         self.goes_on = torch.ones((), dtype=torch.bool, device=prompt.device)
+        can_end = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
+        self.lasted = torch.full((), 0 if can_end else new, device=prompt.device)
         kept = config.return_dict_in_generate
         self.scores: list[Tensor] | None = [] if kept and config.output_scores else None
         self.logits: list[Tensor] | None = [] if kept and config.output_logits else None
@@ -175,42 +180,44 @@ class _Choice:
         self.ids.index_copy_(1, self._column, self.tokens[:, None])
         self._column.add_(1)
         # The largest length is the loop's own business: a criterion for it would be burned into the graph.
-        for criterion in self.criteria:
-            if not isinstance(criterion, MaxLengthCriteria):
-                self._end(criterion(self.tokens[:, None], None))  # type: ignore[arg-type]
+        asked = StoppingCriteriaList(c for c in self.criteria if not isinstance(c, MaxLengthCriteria))
+        if asked:
+            self._end(asked(self.tokens[:, None], None))  # type: ignore[arg-type]
 
     def _choose(self, seen: Tensor) -> None:
-        rows = len(self.tokens)
-        logits = self.session.logits[:rows]
-        scores = self.processors(seen, logits.clone()) if self.processors else logits  # type: ignore[arg-type]
+        logits = self.session.logits[: len(self.tokens)]
+        if self.samples or self.processors or self.scores is not None or self.logits is not None:
+            logits = logits.to(torch.float32, copy=True)
+        if self.logits is not None:
+            self.logits.append(logits.clone())
+        scores = self.processors(seen, logits) if self.processors else logits  # type: ignore[arg-type]
+        if self.scores is not None:
+            self.scores.append(scores)
         if self.samples:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
         if self.pad is not None:
             tokens = torch.where(self.unfinished == 1, tokens, self.pad)
-        if self.scores is not None:
-            self.scores.append(scores.clone())
-        if self.logits is not None:
-            self.logits.append(logits.clone())
         self.tokens.copy_(tokens)
 
     def _end(self, ended: Tensor) -> None:
         self.unfinished &= ~ended
         torch.any(self.unfinished, out=self.goes_on)
+        self.lasted += self.goes_on
 
 
 # -- what the host learns, and when --------------------------------------------------------------------------------
 
 
 class _Watch:
-    """Learns from the device, without stopping it, which step was the last."""
+    """Learns from the device, without stopping it, that all sequences have ended; hands tokens to the streamer."""
 
     def __init__(self, choice: _Choice, streamer: Any) -> None:
         self.choice = choice
         self.streamer = streamer
-        self.steps = 0
         self.has_ended = False
+        self._steps = 0
         self._is_cuda = choice.tokens.is_cuda
         self._waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
         self._free: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
@@ -218,8 +225,11 @@ class _Watch:
     def look(self) -> None:
         """Take note of the step that was just queued, and read what has arrived of earlier ones."""
         choice = self.choice
+        self._steps += 1
         if not self._is_cuda:
             self._take(choice.tokens, choice.goes_on)
+            return
+        if self.streamer is None and self._steps % _LOOK_EVERY:
             return
         tokens, goes_on, arrived = self._free.pop() if self._free else self._pinned()
         if self.streamer is not None:
@@ -231,12 +241,12 @@ class _Watch:
             self._arrive()
 
     def finish(self) -> int:
-        """Read what is still on its way; returns the number of steps until all sequences had ended."""
+        """Wait for the device; returns the number of steps until all sequences had ended."""
         while self._waiting:
             self._arrive()
         if self.streamer is not None:
             self.streamer.end()
-        return self.steps
+        return min(self._steps, int(self.choice.lasted) + 1)
 
     def _pinned(self) -> tuple[Tensor, Tensor, torch.cuda.Event]:
         like = (self.choice.tokens, self.choice.goes_on)
@@ -250,12 +260,9 @@ class _Watch:
         self._free.append((tokens, goes_on, arrived))
 
     def _take(self, tokens: Tensor, goes_on: Tensor) -> None:
-        if self.has_ended:
-            return
-        self.steps += 1
-        self.has_ended = not bool(goes_on)
-        if self.streamer is not None:
+        if self.streamer is not None and not self.has_ended:
             self.streamer.put(tokens.clone())
+        self.has_ended = self.has_ended or not bool(goes_on)
 
 
 # -- what is refused before anything runs --------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Session:
 
     Attributes:
         tokens: int64 `[B, 1]`: the next step's input.
-        logits: float32 `[B, vocab]`: the last step's or prompt's output; there after the first prompt.
+        logits: `[B, vocab]`: the last step's or prompt's output; there after the first prompt.
         rows: sequences in use.
         length: tokens of each sequence that are in the cache, padding included (*logical length*).
         is_given: the user holds the cache.
@@ -54,6 +54,7 @@ class Session:
         self._keeps_one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         # An empty row's position stays -1: its tokens are padding, they read nothing and nobody reads them.
         self._position = torch.full((batch, 1), -1, dtype=torch.int32, device=device)
+        self._index = torch.zeros_like(self._position)  # the same for the model, which may look it up in a table
         self._moves = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._compiled: list[Callable[..., Any]] = []
@@ -73,6 +74,7 @@ class Session:
         self.rows = rows
         self.length = 0
         self._position.fill_(-1)
+        self._index.zero_()
         self._moves.zero_()
         self._moves[:rows] = 1
 
@@ -97,16 +99,18 @@ class Session:
             for slots in self.cache.distinct_slots():
                 slots.is_dense &= is_token is None
             self._enter(part)
-            logits = self._call(self.model, ids, part)
+            logits = self._call(self.model, ids, part.clamp(min=0))
             if not hasattr(self, "logits"):
-                self.logits = logits.new_zeros(self.batch, logits.shape[1], dtype=torch.float32)
+                self.logits = logits.new_zeros(self.batch, logits.shape[1])
             self.logits[:rows].copy_(logits)
         before.copy_(positions.amax(1, keepdim=True).maximum(before))
+        torch.clamp(self._position, min=0, out=self._index)
 
     def step(self) -> None:
         """Run :attr:`tokens`; their logits are in :attr:`logits`."""
         if self.model.device.type != "cuda":
-            self._enter_next()
+            self._move()
+            self._enter(self._position)
             self._forward(self.model)
             return
         if self._graph is None:
@@ -126,6 +130,7 @@ class Session:
             self.cache.crop(-removed)
             self.length = length
             self._position[: self.rows] -= removed
+            torch.clamp(self._position, min=0, out=self._index)
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -134,15 +139,14 @@ class Session:
         self.cache.advance(positions.shape[1])
         self.length += positions.shape[1]
 
-    def _enter_next(self) -> None:
-        self._position.add_(self._moves)
-        self._enter(self._position)
+    def _move(self) -> None:
+        torch._foreach_add_([self._position, self._index], [self._moves, self._moves])
 
-    def _call(self, model: Callable[..., Any], input_ids: Tensor, positions: Tensor) -> Tensor:
+    def _call(self, model: Callable[..., Any], input_ids: Tensor, index: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of the last tokens."""
         output = model(
             input_ids=input_ids,
-            position_ids=positions.clamp(min=0),
+            position_ids=index,
             past_key_values=self.cache,
             effpass_cache=self.cache,
             use_cache=True,
@@ -152,7 +156,7 @@ class Session:
         return output.logits[:, -1]
 
     def _forward(self, model: Callable[..., Any]) -> None:
-        self.logits.copy_(self._call(model, self.tokens, self._position))
+        self.logits.copy_(self._call(model, self.tokens, self._index))
 
     # -- the CUDA graph -------------------------------------------------------------------------------------------
 
@@ -160,11 +164,15 @@ class Session:
         """Record a step as a CUDA graph, with the device's state left as it was."""
         self._compiled.clear()
         model = self._compile() if self.backend is not None else self.model
-        device_state = [self._position, *(t for s in self.cache.distinct_slots() for t in (s.positions, s.filled))]
+        device_state = [
+            self._position,
+            self._index,
+            *(t for s in self.cache.distinct_slots() for t in (s.positions, s.filled)),
+        ]
         saved = [t.clone() for t in device_state]
 
         def step() -> None:
-            self._position.add_(self._moves)
+            self._move()
             self.cache.append(self._position)
             self._forward(model)
 
@@ -197,13 +205,13 @@ class Session:
     def _compile(self) -> Callable[..., Any]:
         """The model compiled for this session alone."""
 
-        def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            assert self.backend is not None
-            compiled = self.backend(gm, inputs)
-            self._compiled.append(compiled)
-            return compiled
+        # Nothing here refers to the session: its buffers go when it goes, not when garbage is collected.
+        compile_graph, kept, forward = self.backend, self._compiled, self.model.forward
+        assert compile_graph is not None
 
-        forward = self.model.forward
+        def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            kept.append(compile_graph(gm, inputs))
+            return kept[-1]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)

@@ -16,7 +16,7 @@ from effpass.runtime.session import Session
 def recorded_step(session: Session, compiled: Callable[..., Any]) -> None:
     """What a CUDA graph would hold, run now."""
     with session._recording():
-        session._position.add_(session._moves)
+        session._move()
         session.cache.append(session._position)
         session._forward(compiled)
     session.cache.advance(1)
