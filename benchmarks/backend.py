@@ -124,16 +124,35 @@ def merged_adapter(device: str, smoke: bool) -> Iterator[Row]:
             bound=_weight_bytes(base) / bandwidth(device) * 1e3, runs=runs,
             note=f"largest logit difference {difference:.2g}")
     )  # fmt: skip
+    yield _check_of_derived(hits, ours, device)
+
+
+def derived_check(device: str, smoke: bool) -> Iterator[Row]:
+    """What the wrapper looks at in each call when no weight changed, for more and more adapters: work of the host."""
+    from peft import LoraConfig, get_peft_model
+
+    for layers in (4,) if smoke else (4, 14, 42):
+        base = random_model("tiny", "cpu", torch.float32, num_hidden_layers=layers)
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=modules, init_lora_weights=False)).eval()
+        model.requires_grad_(False)
+        options = {"passes": [{"merge_lora": {"require": True}}], "inner": "aot_eager"}
+        step = _decode_step(model, "cpu", _compile(model, "cpu", backend="effpass", options=options))
+        step()
+        yield _check_of_derived(len(modules) * layers, step, "cpu")
+        _free("cpu")
+
+
+def _check_of_derived(count: int, step: Callable[[], Any], device: str) -> Row:
+    """The row of a compiled `step` with `count` derived weights."""
     from effpass.core.derived_arguments import DerivedArguments
 
-    (arguments,) = [a for a in DerivedArguments.live if len(a.specs) == hits]
-    call = _arguments_of_a_call(arguments, ours)
+    (arguments,) = [a for a in DerivedArguments.live if len(a.specs) == count]
+    call = _arguments_of_a_call(arguments, step)
     check = measure(lambda: arguments.values(call), "cpu", warmup=20, runs=50, inner=20)
     originals = len(arguments.positions)
-    yield (
-        row(AREA, f"{hits} derived weights of {originals} originals, nothing stepped", "derived_check",
-            check.median * 1e6, "us a call", device=device, runs=50)
-    )  # fmt: skip
+    return row(AREA, f"{count} derived weights of {originals} originals, nothing stepped", "derived_check",
+               check.median * 1e6, "us a call", device=device, runs=50)  # fmt: skip
 
 
 def _arguments_of_a_call(arguments: Any, call: Callable[[], Any]) -> list[Any]:
@@ -272,6 +291,7 @@ def pass_time(device: str, smoke: bool) -> Iterator[Row]:
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "no_pass": no_pass,
     "merged_adapter": merged_adapter,
+    "derived_check": derived_check,
     "compile_time": compile_time,
     "compilations": compilations,
     "pass_time": pass_time,

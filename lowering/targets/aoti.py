@@ -1,4 +1,4 @@
-"""AOTInductor: the decode graph as native code for the CPU of this machine, a ``.pt2`` package.
+"""AOTInductor: the decode graph as native code for the CPU or the GPU of this machine, a ``.pt2`` package.
 
 The package runs without Python too (``AOTIModelPackageLoader``). It is a zip archive whose shared library holds code
 and weights: to load one is to run it. The library checks neither sizes nor strides; :func:`effpass.load_exported` does.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,10 +17,11 @@ import torch
 from effpass.core.errors import ExportError
 from effpass.lowering.targets import zip_file
 from effpass.lowering.targets.assumptions import any_size
-from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.decode_graph import CPU, DEVICES, DecodeGraph, Step, plain_attention
+from effpass.lowering.targets.gpu import describe_gpu
 from effpass.lowering.targets.limits import Limits
 from effpass.lowering.targets.target import Target, compile_error, first_words
-from effpass.lowering.targets.tolerance import require_cpp_compiler
+from effpass.lowering.targets.tolerance import require_cpp_compiler, require_triton
 
 __all__ = ["AotiTarget"]
 
@@ -33,26 +35,29 @@ class AotiTarget(Target):
 
     name: ClassVar[str] = "aoti"
     suffix: ClassVar[str] = ".pt2"
+    devices: ClassVar[tuple[str, ...]] = DEVICES
     native: ClassVar[bool] = True
-    checked_by: ClassVar[str] = "AOTInductor's runtime on the CPU"
+    checked_by: ClassVar[str] = "AOTInductor's runtime"
 
-    def require(self) -> None:
-        require_cpp_compiler(self.name)
+    def require_installed(self, device: str) -> None:
+        require_cpp_compiler(self.name)  # what calls a GPU's kernels is C++ too
+        require_triton(self.name, device)
 
-    def machine(self) -> dict[str, str]:
-        return {
+    def machine(self, device: torch.device = CPU) -> dict[str, str]:
+        host = {
             "system": platform.system(),
             "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "torch": torch.__version__.split("+")[0],
         }
+        return host if device.type == "cpu" else host | describe_gpu(device)
 
     def memory(self, dtype: torch.dtype) -> float:
         return 2.3
 
-    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
         try:
-            with any_size(graph.program, "AOTInductor"):
+            with any_size(graph.program, "AOTInductor") as indices, plain_attention(graph.device):
                 torch._inductor.aoti_compile_and_package(
                     graph.program, package_path=str(file), inductor_configs=_WEIGHTS_APPENDED
                 )
@@ -60,10 +65,15 @@ class AotiTarget(Target):
             raise
         except Exception as error:  # Inductor raises whatever its parts do
             raise compile_error("AOTInductor", error) from error
+        return replace(limits, indices=tuple(indices))
 
-    def load(self, file: Path) -> Step:
+    def load(self, file: Path, device: torch.device) -> Step:
+        # The locks of several threads are events on a GPU, which no CUDA graph can hold.
+        one_thread = device.type != "cpu"
         try:
-            return torch._inductor.aoti_load_package(str(file))
+            return torch._inductor.aoti_load_package(
+                str(file), run_single_threaded=one_thread, device_index=-1 if device.index is None else device.index
+            )
         except Exception as error:  # so does its loader
             raise ExportError(f"AOTInductor's runtime can't load {file.name}: {first_words(error)}") from error
 

@@ -1,7 +1,8 @@
 """Sizes that a compiler took for granted: found after it ran, since compiled code checks none of them when called.
 
 Inductor may choose code by the sizes of the example it compiles for, and notes the condition as a guard.
-`torch.compile` checks guards at each call; ahead-of-time compilation drops them.
+`torch.compile` checks guards at each call; ahead-of-time compilation drops them. On GPUs it counts the elements of
+small tensors with 32 bits: that they stay small is a guard too, and becomes a limit of the file.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
 from effpass.core.errors import ExportError
 from effpass.lowering.targets.decode_graph import sizes_stay_free
+from effpass.lowering.targets.limits import LARGEST_INDEX, Elements
 
 __all__ = ["any_size"]
 
@@ -25,12 +28,15 @@ _PROBES = (2, 3, 5, 8, 64, 1000, 100_003)
 
 
 @contextmanager
-def any_size(program: ExportedProgram, compiler: str) -> Iterator[None]:
+def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]]:
     """Compile `program` inside; raises when the code would be right for some sizes only.
 
     Args:
         program: a decode graph.
         compiler: its name, for messages.
+
+    Yields:
+        A list: afterwards it holds the tensors that the code counts through with 32 bits.
 
     Raises:
         ExportError: names the condition.
@@ -40,8 +46,9 @@ def any_size(program: ExportedProgram, compiler: str) -> Iterator[None]:
     ids, mask, positions, *past = (values[str(name)] for name in specs)
     environment = ids.fake_mode.shape_env
     known = len(environment.guards)
+    counted: list[Elements] = []
     with sizes_stay_free():
-        yield
+        yield counted
     roles: dict[Any, int] = {}
     for tensor, dims in [
         (ids, {0: 0, 1: 1}),
@@ -57,9 +64,44 @@ def any_size(program: ExportedProgram, compiler: str) -> Iterator[None]:
         condition = guard.expr
         if not condition.free_symbols <= roles.keys():
             raise _assumed(compiler, condition)
+        if (elements := _counted(condition, roles)) is not None:
+            if not any(_covers(other, elements) for other in counted):
+                counted[:] = [*(other for other in counted if not _covers(elements, other)), elements]
+            continue
         for sizes in itertools.product(_PROBES, repeat=3):
             if not condition.subs({symbol: sizes[roles[symbol]] for symbol in condition.free_symbols}):
                 raise _assumed(compiler, condition)
+
+
+def _counted(condition: Any, roles: dict[Any, int]) -> Elements | None:
+    """The elements whose number `condition` holds below 2³¹; None for a condition of another kind.
+
+    What the condition takes away from them is left out: the limit is a little narrower then.
+    """
+    if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    symbols = [symbol for symbol in roles if symbol.is_Symbol]
+    difference = sympy.expand(condition.lts - condition.gts)
+    if not difference.is_polynomial(*symbols):
+        return None
+    factors: dict[tuple[int, int, int], int] = {}
+    for exponents, factor in sympy.Poly(difference, *symbols).terms():
+        by_role = [0, 0, 0]
+        for symbol, exponent in zip(symbols, exponents, strict=True):
+            by_role[roles[symbol]] += exponent
+        place = (by_role[0], by_role[1], by_role[2])
+        factors[place] = factors.get(place, 0) + int(sympy.ceiling(factor))
+    allowed = -factors.pop((0, 0, 0), 0) - isinstance(condition, (sympy.Lt, sympy.Gt))
+    if allowed <= 2**30:
+        return None
+    factors[0, 0, 0] = max(0, LARGEST_INDEX - allowed)
+    return tuple((factor, *place) for place, factor in factors.items() if factor > 0)
+
+
+def _covers(one: Elements, other: Elements) -> bool:
+    """Whether `one` is at least `other` at all sizes, term by term."""
+    factors = {tuple(exponents): factor for factor, *exponents in one}
+    return all(factors.get(tuple(exponents), 0) >= factor for factor, *exponents in other)
 
 
 def _assumed(compiler: str, condition: Any) -> ExportError:

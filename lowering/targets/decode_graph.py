@@ -17,23 +17,28 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effpass.core.errors import ExportError
 
 __all__ = [
+    "CPU",
+    "DEVICES",
     "CacheLayer",
     "DecodeGraph",
     "Step",
     "cache_layers",
     "check_exportable",
     "export_decode_graph",
+    "model_device",
+    "plain_attention",
     "relate_sizes",
     "sizes_stay_free",
     "trace",
@@ -41,6 +46,10 @@ __all__ = [
 
 # (input_ids, attention_mask, position_ids, *past) → (logits, *present)
 Step = Callable[..., Sequence[Tensor]]
+
+# What files are made for.
+DEVICES = ("cpu", "cuda")
+CPU = torch.device("cpu")
 
 _ATTENTION = "effpass_decode_graph"
 _STOCK_ATTENTION = ("sdpa", "eager", "flash_attention", "flex_attention")
@@ -64,11 +73,13 @@ class DecodeGraph:
             the model's own names.
         layers: one entry per layer of the cache.
         dtype: of logits and cache.
+        device: of weights, inputs and outputs.
     """
 
     program: ExportedProgram
     layers: tuple[CacheLayer, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def input_names(self) -> list[str]:
@@ -110,7 +121,7 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
 
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
-        ids = torch.zeros(1, 2, dtype=torch.long)
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model_device(model))
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     layers = []
     for index, layer in enumerate(cache.layers):
@@ -126,48 +137,69 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
     return tuple(layers)
 
 
-def check_exportable(model: Any) -> None:
-    """Raise an :class:`ExportError` when `model` is in training mode, or not on the CPU."""
+def model_device(model: Any) -> torch.device:
+    """The device that all weights and buffers of `model` are on.
+
+    Raises:
+        ExportError: they are on several, or on one that no file runs on.
+    """
     name = type(model).__name__
+    places = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
+    if len(places) > 1:
+        raise ExportError(
+            f"{name} is spread over {', '.join(places)}, and an exported file runs on one device",
+            hint="load it without device_map, or move it: model.to('cpu')",
+        )
+    device = torch.device(*places)
+    if device.type not in DEVICES:
+        raise ExportError(f"{name} has weights on {device}", hint="move it: model.to('cpu')")
+    return device
+
+
+def check_exportable(model: Any) -> None:
+    """Raise an :class:`ExportError` when `model` is in training mode, or not on one CPU or GPU."""
     if model.training:
-        raise ExportError(f"{name} is in training mode", hint="call model.eval() first")
-    places = {p.device.type for p in model.parameters()}
-    if places != {"cpu"}:
-        raise ExportError(f"{name} has weights on {', '.join(sorted(places))}", hint="move it: model.to('cpu')")
+        raise ExportError(f"{type(model).__name__} is in training mode", hint="call model.eval() first")
+    model_device(model)
 
 
 def export_decode_graph(model: Any) -> DecodeGraph:
     """Capture `model`.
 
     Args:
-        model: a transformers causal LM or PeftModel in `eval()` mode, on the CPU. It is not changed.
+        model: a transformers causal LM or PeftModel in `eval()` mode, on the CPU or one GPU. It is not changed.
 
     Raises:
-        ExportError: the model is in training mode, not on the CPU, or can't be captured as one graph; names the
+        ExportError: the model is in training mode, on several devices, or can't be captured as one graph; names the
             operation and the line of the model's code.
     """
     check_exportable(model)
     name = type(model).__name__
     layers = cache_layers(model)
-    dtype = model.dtype
+    dtype, device = model.dtype, model_device(model)
     with _flat_forward(model, layers) as names:
         try:
-            program = trace(model, names, layers, dtype)
+            program = trace(model, names, layers, dtype, device)
         except Exception as error:  # torch.export raises whatever the model's code does
             raise _capture_error(error, name) from error
-    return DecodeGraph(program, layers, dtype)
+    return DecodeGraph(program, layers, dtype, device)
 
 
 def trace(
-    module: torch.nn.Module, names: Sequence[str], layers: Sequence[CacheLayer], dtype: torch.dtype
+    module: torch.nn.Module,
+    names: Sequence[str],
+    layers: Sequence[CacheLayer],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> ExportedProgram:
     """Capture a module that takes and returns this graph's tensors, for all B, T and P.
 
     Args:
-        module: on the CPU.
+        module: on `device`.
         names: of its arguments.
         layers: shapes of the cache.
         dtype: of the cache.
+        device: of the arguments.
     """
     # Sizes of 0 and 1 would be burned in; the graph is exported at others and run at 0 and 1 when it is validated.
     batch, tokens, past = 2, 3, 4
@@ -180,9 +212,12 @@ def trace(
     at_least_0, at_least_1 = torch.export.Dim.DYNAMIC(min=0), torch.export.Dim.DYNAMIC(min=1)
     two = {0: at_least_1, 1: at_least_1}
     shapes = (two, two, two, *({0: at_least_1, 2: at_least_0} for _ in args[3:]))
-    with torch.no_grad(), sizes_stay_free():
+    with torch.no_grad(), sizes_stay_free(), plain_attention(device):
         return torch.export.export(
-            module, tuple(args), dynamic_shapes=dict(zip(names, shapes, strict=True)), strict=False
+            module,
+            tuple(t.to(device) for t in args),
+            dynamic_shapes=dict(zip(names, shapes, strict=True)),
+            strict=False,
         )
 
 
@@ -191,6 +226,16 @@ def sizes_stay_free() -> Any:
     import torch.fx.experimental._config as symbolic_shapes_config
 
     return symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def plain_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """A context for tracing, compiling and running this graph: on a GPU attention is two matrix products and a softmax.
+
+    PyTorch's fused kernels for GPUs are chosen by sizes, and each is for some: one pads the mask to multiples of 16,
+    another refuses one key, none that takes a mask shares keys among query heads. The choice is made when a graph is
+    traced, and this graph is for all sizes.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def relate_sizes(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> None:

@@ -15,7 +15,8 @@ from effpass.core.errors import ExportError, PassRefusedError
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager, Planned
 from effpass.core.report import Report
-from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph
+from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph, model_device
+from effpass.lowering.targets.gpu import require_current
 from effpass.lowering.targets.host_memory import check_memory
 from effpass.lowering.targets.limits import Limits, check_limits, limited
 from effpass.lowering.targets.manifest import Manifest, reference_of, seal
@@ -110,8 +111,8 @@ def export_decoder(
     """Rewrite `model`, export it with its cache (:mod:`effpass.lowering.targets.decode_graph`) and validate the file.
 
     Args:
-        model: a transformers causal LM or PeftModel in `eval()` mode on the CPU. Passes with a first hand change it in
-            place, after every check that can be made beforehand.
+        model: a transformers causal LM or PeftModel in `eval()` mode on the CPU or, for targets that take it, on one
+            GPU. Passes with a first hand change it in place, after every check that can be made beforehand.
         recipe: what `planned` was built from; its text goes into the file.
         planned: the passes.
         out: the file to write; nothing appears there unless it validates.
@@ -128,10 +129,12 @@ def export_decoder(
     """
     say = progress or (lambda line: None)
     out = Path(out).absolute()
-    target.require()
     check_output(out, target, overwrite=overwrite)
     check_passes(planned)
     check_exportable(model)
+    device = model_device(model)
+    target.require(device.type)
+    require_current(device)
     if model.dtype not in target.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in target.dtypes)
         raise ExportError(
@@ -142,7 +145,7 @@ def export_decoder(
     limits = target.limits(model, max_batch, max_length)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     check_room(out, weights)
-    check_memory(target, weights, model.dtype)
+    check_memory(target, weights, model.dtype, device)
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]
     for p in second:
@@ -160,17 +163,17 @@ def export_decoder(
     reports.append(PassManager(second).run(program))
     graph = replace(graph, program=to_exported(program))
     say("running the rewritten model")
-    rewritten = record_step(graph.module(), graph.layers, graph.dtype, cases)
+    rewritten = record_step(graph.module(), graph.layers, graph.dtype, cases, device)
 
     with published(out, target) as file:
         say(f"writing for {target.name}")
-        target.write(graph, file, limits)  # before the tolerance: most of what a target can't hold shows here
+        limits = target.write(graph, file, limits)  # before the tolerance: most of what a target can't hold shows here
         say("measuring the tolerance")
         tolerance = measure_tolerance(graph, cases, rewritten)
         say(f"checking with {target.checked_by}")
         # Limits are for callers; the cases are what they are.
-        step = limited(target.load_written(file), graph.layers, graph.dtype, Limits(), out.name)
-        exported = record_step(step, graph.layers, graph.dtype, cases)
+        step = limited(target.load_written(file, device), graph.layers, graph.dtype, Limits(), out.name, device)
+        exported = record_step(step, graph.layers, graph.dtype, cases, device)
         del step
         checks = compare(cases, exported, rewritten, original, tolerance)
         require_ok(checks, out.name)
@@ -183,12 +186,13 @@ def export_decoder(
             recipe="" if recipe is None else recipe.to_yaml(),
             dtype=graph.dtype,
             layers=graph.layers,
+            device=device.type,
             limits=limits,
             tolerance=tolerance,
             checks=checks,
             executed=target.executes,
             reference=[reference_of(case, recording) for case, recording in zip(cases, rewritten, strict=True)],
-            machine=target.machine(),
+            machine=target.machine(device),
         )
         target.stamp(file, seal(manifest.to_metadata(), target.digest(file)))
     size = sum(p.stat().st_size for p in (out, *target.beside(out)) if p.exists())

@@ -159,7 +159,7 @@ def _to_json(node: fx.Node, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.device):
-        return {"device": str(value)}
+        return {"device": value.type}  # of several GPUs, the one that is current where the file is loaded
     for kind, cls in _CONSTANTS.items():
         if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}

@@ -1,4 +1,4 @@
-"""Host memory: what an export takes is known before it starts."""
+"""Memory: what an export takes is known before it starts, and before a model is loaded for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from effpass.core.errors import ExportError
+from effpass.lowering.targets.decode_graph import CPU
+from effpass.lowering.targets.gpu import available_gpu_memory
 from effpass.lowering.targets.target import Target
 
 __all__ = ["available_memory", "check_memory"]
@@ -14,23 +16,38 @@ __all__ = ["available_memory", "check_memory"]
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
+# Memory of a GPU, as a multiple of the weights: the model's and the file's, and what is computed while it is checked.
+_ON_GPU = 2.2
 
-def check_memory(target: Target, weights: int, dtype: torch.dtype) -> None:
-    """Raise an :class:`ExportError` when the export of a loaded model would run out of host memory.
+
+def check_memory(
+    target: Target, weights: int, dtype: torch.dtype, device: torch.device = CPU, *, loaded: bool = True
+) -> None:
+    """Raise an :class:`ExportError` when an export would run out of memory.
 
     Args:
         target: says how many times the weights an export holds, the model's own included.
-        weights: bytes of the model's weights, which are in memory already.
+        weights: bytes of the model's weights.
         dtype: of the model.
+        device: that it is on, or will be. On a GPU the file's weights stand beside the model's when it is checked; in
+            host memory, the copy that is written takes the place of the model.
+        loaded: whether the model is in memory already.
     """
     times = target.memory(dtype)
-    needed = int((times - 1) * weights)
-    available = available_memory()
+    held = loaded and device.type == "cpu"
+    _check(target, times, int((times - held) * weights), available_memory(), "host memory",
+           "inductor needs least, and onnx where the model is in float32")  # fmt: skip
+    if device.type != "cpu":
+        _check(target, _ON_GPU, int((_ON_GPU - loaded) * weights), available_gpu_memory(device), f"memory of {device}",
+               "free memory there, or load the model in a smaller dtype")  # fmt: skip
+
+
+def _check(target: Target, times: float, needed: int, available: int | None, where: str, hint: str) -> None:
     if available is not None and available < needed:
         raise ExportError(
-            f"exporting to {target.name} takes {times:g} times the weights' memory: {needed / 1e9:.1f} GB "
-            f"more, and {available / 1e9:.1f} GB are available",
-            hint="inductor needs least, and onnx where the model is in float32",
+            f"exporting to {target.name} takes {times:g} times the weights in {where}: {needed / 1e9:.1f} GB more than "
+            f"now, and {available / 1e9:.1f} GB are available",
+            hint=hint,
         )
 
 

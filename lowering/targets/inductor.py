@@ -15,18 +15,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 
 from effpass.core.errors import ArtifactError, ExportError
 from effpass.core.strict_json import parse_json
 from effpass.core.tensor_file import check_safetensors, read_safetensors
 from effpass.lowering.targets.assumptions import any_size
-from effpass.lowering.targets.decode_graph import CacheLayer, DecodeGraph, Step, relate_sizes, trace
+from effpass.lowering.targets.decode_graph import (
+    DEVICES,
+    CacheLayer,
+    DecodeGraph,
+    Step,
+    plain_attention,
+    relate_sizes,
+    trace,
+)
 from effpass.lowering.targets.graph_text import graph_from_text, graph_to_text
-from effpass.lowering.targets.limits import Limits
+from effpass.lowering.targets.limits import Limits, check_indices
 from effpass.lowering.targets.manifest import PREFIX, digest_of
 from effpass.lowering.targets.publish import sha256
 from effpass.lowering.targets.target import Target, compile_error
-from effpass.lowering.targets.tolerance import require_cpp_compiler
+from effpass.lowering.targets.tolerance import require_cpp_compiler, require_triton
 
 __all__ = ["InductorTarget"]
 
@@ -38,15 +47,18 @@ class InductorTarget(Target):
 
     name: ClassVar[str] = "inductor"
     suffix: ClassVar[str] = ".safetensors"
-    checked_by: ClassVar[str] = "Inductor on the CPU"
+    devices: ClassVar[tuple[str, ...]] = DEVICES
+    checked_by: ClassVar[str] = "Inductor"
 
-    def require(self) -> None:
-        require_cpp_compiler(self.name)
+    def require_installed(self, device: str) -> None:
+        if device == "cpu":
+            require_cpp_compiler(self.name)
+        require_triton(self.name, device)
 
     def memory(self, dtype: torch.dtype) -> float:
         return 1.3
 
-    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
         from safetensors.torch import save_file
 
         text, tensors = graph_to_text(graph.program)
@@ -54,14 +66,15 @@ class InductorTarget(Target):
         text["dtype"] = str(graph.dtype).removeprefix("torch.")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, file, metadata={_GRAPH: json.dumps(text)})
+        return limits  # what the kernels can count to is known when they are compiled: in load
 
-    def load(self, file: Path) -> Step:
+    def load(self, file: Path, device: torch.device) -> Step:
         """See :meth:`Target.load`. Compiles: seconds for a small model, minutes for a large one."""
         metadata = _header(file)[0]
         if _GRAPH not in metadata:
             raise ExportError(f"{file.name} holds weights only, no graph", hint="`effpass export` writes both")
         try:
-            tensors = read_safetensors(file)
+            tensors = {name: tensor.to(device) for name, tensor in read_safetensors(file).items()}
             text = parse_json(metadata[_GRAPH].encode())
             layers = [CacheLayer(*map(int, sizes)) for sizes in text["cache"]]
             dtype = getattr(torch, text["dtype"])
@@ -69,7 +82,7 @@ class InductorTarget(Target):
         except (ArtifactError, ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{file.name}: its graph can't be read: {error}") from error
         try:
-            return _compiled(module, text["inputs"], layers, dtype)
+            return _compiled(module, text["inputs"], layers, dtype, device, file.name)
         except ExportError:
             raise
         except Exception as error:  # Inductor raises whatever its parts do
@@ -113,7 +126,14 @@ def _header(file: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     return header.setdefault("__metadata__", {}), header, start
 
 
-def _compiled(module: torch.nn.Module, names: Sequence[str], layers: Sequence[CacheLayer], dtype: torch.dtype) -> Step:
+def _compiled(
+    module: torch.nn.Module,
+    names: Sequence[str],
+    layers: Sequence[CacheLayer],
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+) -> Step:
     """One compilation for all sizes, where `torch.compile` makes one for each size of 0 and 1."""
 
     def forward(*inputs: Tensor) -> Any:
@@ -123,17 +143,23 @@ def _compiled(module: torch.nn.Module, names: Sequence[str], layers: Sequence[Ca
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
     module.forward = forward  # type: ignore[assignment]
-    program = trace(module, names, layers, dtype)
+    program = trace(module, names, layers, dtype, device)
     weights = [
         program.state_dict.get(str(spec.target), program.constants.get(str(spec.target)))
         for spec in program.graph_signature.input_specs
         if spec.target is not None
     ]
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), any_size(program, "Inductor"):
-        compiled = torch._inductor.standalone_compile(program.graph_module, values)
+    # By default the sizes of an exported graph become other symbols, and what is taken for granted of them goes unseen.
+    same_sizes = tracing(TracingContext(values[0].fake_mode))
+    with torch.no_grad(), any_size(program, "Inductor") as indices, plain_attention(device), same_sizes:
+        compiled = torch._inductor.standalone_compile(
+            program.graph_module, values, dynamic_shapes="from_tracing_context"
+        )
 
     def step(*inputs: Tensor) -> Sequence[Tensor]:
+        (batch, tokens), past = inputs[0].shape, inputs[3].shape[2]
+        check_indices(indices, batch, tokens, past, what)
         with torch.no_grad():
             return compiled(*weights, *inputs)
 

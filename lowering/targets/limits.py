@@ -1,6 +1,7 @@
 """The sizes that an exported file takes, and a wrapper that refuses all others.
 
-Compiled code checks nothing: called with other sizes, dtypes or strides than it was made for it returns wrong numbers.
+Compiled code checks nothing: called with other sizes, dtypes, strides or devices than it was made for it returns wrong
+numbers.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import torch
 from torch import Tensor
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CacheLayer, Step
+from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step
 
-__all__ = ["Limits", "check_limits", "limited", "model_length"]
+__all__ = ["LARGEST_INDEX", "Elements", "Limits", "check_indices", "check_limits", "limited", "model_length"]
+
+# How many elements of a tensor B, T and P make: the sum over (coefficient, exponents of B, T and P).
+Elements = tuple[tuple[int, int, int, int], ...]
+
+LARGEST_INDEX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,13 @@ class Limits:
     Attributes:
         batch: largest B.
         length: largest P + T, past and new tokens together.
+        indices: tensors that the code counts through with 32 bits, and that must not outgrow them; see
+            :func:`check_indices`.
     """
 
     batch: int | None = None
     length: int | None = None
+    indices: tuple[Elements, ...] = ()
 
 
 def model_length(model: Any) -> int | None:
@@ -52,8 +61,35 @@ def check_limits(model: Any, max_batch: int | None, max_length: int | None) -> N
         )
 
 
-def limited(step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, limits: Limits, what: str) -> Step:
-    """`step`, called with contiguous tensors of the right sizes and dtypes only.
+def check_indices(indices: Sequence[Elements], batch: int, tokens: int, past: int, what: str) -> None:
+    """Raise an :class:`ExportError` when a tensor has more elements than its kernel can count.
+
+    Args:
+        indices: the tensors.
+        batch: B of a call.
+        tokens: its T.
+        past: its P.
+        what: the file's name, for messages.
+    """
+    for elements in indices:
+        count = sum(factor * batch**b * tokens**t * past**p for factor, b, t, p in elements)
+        if count > LARGEST_INDEX:
+            raise ExportError(
+                f"{what}: {batch} x {tokens} tokens on a past of {past} make a tensor of {count:,} elements, "
+                "and its kernels count to 2³¹ - 1",
+                hint="feed a long prompt in parts, each on the past of those before, or fewer sequences",
+            )
+
+
+def limited(
+    step: Step,
+    layers: Sequence[CacheLayer],
+    dtype: torch.dtype,
+    limits: Limits,
+    what: str,
+    device: torch.device = CPU,
+) -> Step:
+    """`step`, called with contiguous tensors of the right sizes and dtypes, on the right device, only.
 
     Args:
         step: an exported file as a function.
@@ -61,6 +97,7 @@ def limited(step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, limits
         dtype: of its cache.
         limits: the sizes that it takes.
         what: the file's name, for messages.
+        device: that it runs on.
     """
     sizes: list[tuple[int, int]] = [(y.heads, size) for y in layers for size in (y.key_size, y.value_size)]
 
@@ -83,12 +120,18 @@ def limited(step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, limits
                     f"{what}: {_name(index)} is {_shown(tensor.dtype)}{list(tensor.shape)}; "
                     f"with these input_ids and this past it must be {_shown(kind)}{list(shape)}"
                 )
+            if tensor.device != device:
+                raise ExportError(
+                    f"{what} runs on {device}, and {_name(index)} is on {tensor.device}",
+                    hint=f"make all of its tensors with device={str(device)!r}",
+                )
         for name, value, most in (("batch", batch, limits.batch), ("length", length + tokens, limits.length)):
             if most is not None and value > most:
                 raise ExportError(
                     f"{what}: a {name} of {value} is outside its range, 1 to {most}",
                     hint=f"export it again with max_{name} (--max-{name}) of {value}",
                 )
+        check_indices(limits.indices, batch, tokens, length, what)
         return step(*(t.contiguous() for t in inputs))
 
     return checked

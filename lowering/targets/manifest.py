@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effpass.core.errors import ExportError
 from effpass.core.strict_json import parse_json
-from effpass.lowering.targets.decode_graph import CacheLayer
+from effpass.lowering.targets.decode_graph import DEVICES, CacheLayer
 from effpass.lowering.targets.limits import Limits
 from effpass.lowering.targets.validation import Check, DecodeCase, Recording, Tolerance
 
@@ -67,6 +67,7 @@ class Manifest:
         recipe: the recipe's text; empty where there was none.
         dtype: of logits and cache.
         layers: shapes of the cache.
+        device: what it runs on, ``"cpu"`` or ``"cuda"``.
         limits: the sizes that the file takes.
         tolerance: by case.
         checks: what was measured when the file was written.
@@ -80,6 +81,7 @@ class Manifest:
     recipe: str
     dtype: torch.dtype
     layers: tuple[CacheLayer, ...]
+    device: str
     limits: Limits
     tolerance: Tolerance
     checks: list[Check]
@@ -98,7 +100,7 @@ class Manifest:
             "reference": [_reference_to_json(r) for r in self.reference],
             "machine": self.machine,
         }
-        text = {"version": self.version, "target": self.target, "recipe": self.recipe}
+        text = {"version": self.version, "target": self.target, "recipe": self.recipe, "device": self.device}
         return {PREFIX + k: v for k, v in text.items()} | {PREFIX + k: json.dumps(v) for k, v in values.items()}
 
     @classmethod
@@ -114,6 +116,8 @@ class Manifest:
         dtype = getattr(torch, v["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{v['dtype']!r} is no dtype")
+        if text["device"] not in DEVICES:
+            raise ValueError(f"{text['device']!r} is no device that files run on")
         for check in v["validation"]:
             del check["ok"]
         return cls(
@@ -122,13 +126,19 @@ class Manifest:
             recipe=text["recipe"],
             dtype=dtype,
             layers=tuple(CacheLayer(*map(int, sizes)) for sizes in v["cache"]),
-            limits=Limits(**v["limits"]),
+            device=text["device"],
+            limits=_limits_from_json(v["limits"]),
             tolerance=Tolerance(**v["tolerance"]),
             checks=[Check(**check) for check in v["validation"]],
             executed=bool(v["executed"]),
             reference=[_reference_from_json(entry) for entry in v["reference"]],
             machine={str(k): str(x) for k, x in v["machine"].items()},
         )
+
+
+def _limits_from_json(entry: Mapping[str, Any]) -> Limits:
+    indices = tuple(tuple((int(f), int(b), int(t), int(p)) for f, b, t, p in elements) for elements in entry["indices"])
+    return Limits(entry["batch"], entry["length"], indices)
 
 
 def _reference_to_json(reference: Reference) -> dict[str, Any]:

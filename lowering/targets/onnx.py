@@ -49,7 +49,7 @@ class OnnxTarget(Target):
         # onnxruntime's CPU kernels for float16 are few: it computes with copies in float32.
         return 1.3 if dtype == torch.float32 else 3.5
 
-    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
         write_onnx(
             graph.program,
             file,
@@ -57,8 +57,9 @@ class OnnxTarget(Target):
             output_names=graph.output_names,
             axes=graph.axes,
         )
+        return limits
 
-    def load_written(self, file: Path) -> Step:
+    def load_written(self, file: Path, device: torch.device) -> Step:
         """The file while its weights still stand beside it: onnxruntime maps them into memory and copies none."""
         return onnx_step(file, as_stored=True)
 
@@ -72,7 +73,7 @@ class OnnxTarget(Target):
 
         onnx_file.append_metadata(file, metadata)
 
-    def load(self, file: Path) -> Step:
+    def load(self, file: Path, device: torch.device) -> Step:
         return onnx_step(file)
 
     def read(self, file: Path) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +20,10 @@ __all__ = ["check_output", "check_room", "published", "sha256"]
 
 
 def check_output(path: Path, target: Target, *, overwrite: bool = False) -> None:
-    """Raise an :class:`ExportError` unless `path` can be written. Its folder is made where it is missing."""
+    """Raise an :class:`ExportError` unless `path` can be written.
+
+    Its folder is made where it is missing, and what exports of dead processes left of this file is removed.
+    """
     if path.is_dir():
         raise ExportError(f"{path} is a folder", hint=f"name the file: {path / f'model{target.suffix}'}")
     if path.suffix != target.suffix:
@@ -36,6 +41,7 @@ def check_output(path: Path, target: Target, *, overwrite: bool = False) -> None
         raise ExportError(
             f"the folder {path.parent} can't be written: {error.strerror}", hint="choose a folder that you can write"
         ) from error
+    _remove_leftovers(path)
 
 
 def check_room(path: Path, size: int) -> None:
@@ -52,12 +58,13 @@ def check_room(path: Path, size: int) -> None:
 def published(path: Path, target: Target) -> Iterator[Path]:
     """Where to write the file that will be `path`; it and what stands beside it appear when the block ends well.
 
-    A process that is killed leaves a folder ``.{name}.*.tmp``, never a file at `path`.
+    A process that is killed leaves a folder ``.{name}.*.tmp``, never a file at `path`; the next export to `path`
+    removes it.
 
     Raises:
         ExportError: the disk can't hold the file.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_working_name(path)}{os.getpid()}.", suffix=".tmp", dir=path.parent))
     try:
         file = temporary / path.name
         yield file
@@ -75,6 +82,29 @@ def published(path: Path, target: Target) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _working_name(path: Path) -> str:
+    """How names of folders begin in which this machine writes `path`; the process comes next."""
+    return f".{path.name}.{platform.node()}-"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the folders in which processes of this machine, dead by now, were writing `path`."""
+    pattern = re.compile(re.escape(_working_name(path)) + r"(\d+)\.\w+\.tmp")
+    for folder in path.parent.iterdir():
+        if (found := pattern.fullmatch(folder.name)) and not _is_alive(int(found[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
 
 
 def _to_disk(file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from effpass.core.errors import ExportError, did_you_mean
-from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.decode_graph import CPU, DecodeGraph, Step
 from effpass.lowering.targets.limits import Limits, model_length
 
 __all__ = ["TARGETS", "Target", "compile_error", "find_target", "first_words", "target_of_file"]
@@ -39,6 +39,7 @@ class Target(ABC):
         packages: what must be installed to write one.
         extra: the extra of effpass that installs them.
         dtypes: of the models that it can hold.
+        devices: that a model may be on; its files run there.
         native: whether loading a file runs machine code from it.
         executes: whether the file itself is run when it is checked; :attr:`checked_by` says what is.
         checked_by: what runs, for messages.
@@ -49,14 +50,28 @@ class Target(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str] = ""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float16, torch.bfloat16)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
     native: ClassVar[bool] = False
     executes: ClassVar[bool] = True
     checked_by: ClassVar[str]
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def require(self) -> None:
-        """Raise an :class:`ExportError` when something that the export needs is missing on this machine."""
+    def require(self, device: str = "cpu") -> None:
+        """Raise an :class:`ExportError` when something that the export needs is missing on this machine.
+
+        Args:
+            device: type of the device that the model is on.
+        """
+        if device not in self.devices:
+            raise ExportError(
+                f"{self.name} files are written from a model on {' or '.join(self.devices)}, not on {device}",
+                hint="move the model: model.to('cpu') (--device cpu)",
+            )
+        self.require_installed(device)
+
+    def require_installed(self, device: str) -> None:
+        """The part of :meth:`require` that a target may have its own of."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise ExportError(
@@ -73,7 +88,7 @@ class Target(ABC):
         """Host memory of an export as a multiple of the weights, the model's own included (docs/targets.md)."""
 
     @abstractmethod
-    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
         """Write what can be checked by running it.
 
         Args:
@@ -81,14 +96,17 @@ class Target(ABC):
             file: in a folder of its own, which is thrown away when anything fails.
             limits: the sizes that it must take.
 
+        Returns:
+            The sizes that it takes: `limits`, and those under which its indices hold.
+
         Raises:
             ExportError: the target can't hold the graph.
             OSError: the disk can't hold the file.
         """
 
-    def load_written(self, file: Path) -> Step:
+    def load_written(self, file: Path, device: torch.device) -> Step:
         """What :meth:`write` wrote, as a function to check. The default is :meth:`load`."""
-        return self.load(file)
+        return self.load(file, device)
 
     def finish(self, file: Path, limits: Limits) -> None:  # noqa: B027 (most formats are finished when written)
         """Complete the file after its check."""
@@ -97,15 +115,19 @@ class Target(ABC):
     def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:
         """Put `metadata` into the file."""
 
-    def machine(self) -> dict[str, str]:
+    def machine(self, device: torch.device = CPU) -> dict[str, str]:
         """What the files need of the machine that runs them; empty when they hold no native code."""
         return {}
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def load(self, file: Path) -> Step:
+    def load(self, file: Path, device: torch.device) -> Step:
         """The file, a function of contiguous tensors, ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+
+        Args:
+            file: what :meth:`write` wrote.
+            device: that it is for.
 
         Raises:
             ExportError: the file can't be run here.

@@ -27,7 +27,7 @@ import torch
 
 from effpass.core.errors import ExportError
 from effpass.core.strict_json import parse_json
-from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.decode_graph import CPU, DecodeGraph, Step
 from effpass.lowering.targets.limits import Limits, model_length
 from effpass.lowering.targets.onnx import OnnxTarget
 from effpass.lowering.targets.publish import sha256
@@ -57,7 +57,7 @@ class TensorRTTarget(Target):
     executes: ClassVar[bool] = False
     checked_by: ClassVar[str] = "onnxruntime, as the ONNX file that the engine is built from; the engine is not run"
 
-    def require(self) -> None:
+    def require_installed(self, device: str) -> None:
         if not any(find_spec(name) for name in _MODULES):
             raise ExportError(
                 "exporting to tensorrt needs tensorrt or tensorrt_rtx, not installed here",
@@ -68,7 +68,7 @@ class TensorRTTarget(Target):
     def limits(self, model: Any, max_batch: int | None, max_length: int | None) -> Limits:
         return Limits(max_batch or _BATCH, max_length or min(_LENGTH, model_length(model) or _LENGTH))
 
-    def machine(self) -> dict[str, str]:
+    def machine(self, device: torch.device = CPU) -> dict[str, str]:
         trt = _tensorrt()
         capabilities = ",".join(_CAPABILITIES) if _for_rtx(trt) else "of the building machine"
         return {trt.__name__.removesuffix("_bindings"): trt.__version__, "compute capabilities": capabilities}
@@ -76,18 +76,18 @@ class TensorRTTarget(Target):
     def memory(self, dtype: torch.dtype) -> float:
         return OnnxTarget().memory(dtype) + 2.2
 
-    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> None:
-        OnnxTarget().write(graph, _source(file), limits)
+    def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
+        return OnnxTarget().write(graph, _source(file), limits)
 
-    def load_written(self, file: Path) -> Step:
-        return OnnxTarget().load_written(_source(file))
+    def load_written(self, file: Path, device: torch.device) -> Step:
+        return OnnxTarget().load_written(_source(file), device)
 
     def finish(self, file: Path, limits: Limits) -> None:
         engine = build_engine(_source(file), limits)
         with file.open("wb") as out:
             out.write(engine)
 
-    def load(self, file: Path) -> Step:
+    def load(self, file: Path, device: torch.device) -> Step:
         raise ExportError(
             f"effpass does not run TensorRT engines such as {file.name}",
             hint="run it with TensorRT on a GPU of a compute capability that it was built for",

@@ -7,12 +7,11 @@ batch:
 * PyTorch's operators, all tokens at once;
 * PyTorch's operators, one token at a time;
 * Inductor's kernels, all tokens at once. Inductor compiles the program layer by layer: layers that are alike are
-  compiled once and run in turn, so that thirty layers cost the compilation of one. For SmolLM2 that is 17 s, where the
-  program as a whole takes 97 s. What is lost is fusion across the border of two layers.
+  compiled once and run in turn, so that thirty layers cost the compilation of one. What is lost is fusion across the
+  border of two layers.
 
 The first two are there because Inductor and PyTorch call the same matrix product and share its roundings; other
-runtimes do not. And the spread is each case's own because a model amplifies roundings at some tokens: in SmolLM2
-PyTorch stands 4e-3 from float64 at one of twenty random tokens, and 5e-5 at the others.
+runtimes do not. And the spread is each case's own because a model amplifies roundings at some tokens and not at others.
 
 The tolerance lies between two bounds. *At least* :data:`FLOOR` roundings a layer: the spread of a small model may be 0
 by chance. *At most* :data:`~effpass.lowering.targets.validation.TOLERANCE`: a spread above a quarter of it does not
@@ -25,13 +24,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import DecodeGraph
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
 from effpass.lowering.targets.validation import (
     TOLERANCE,
     DecodeCase,
@@ -42,7 +42,15 @@ from effpass.lowering.targets.validation import (
     record_step,
 )
 
-__all__ = ["FACTOR", "FLOOR", "layers_compiled", "measure_tolerance", "one_batch", "require_cpp_compiler"]
+__all__ = [
+    "FACTOR",
+    "FLOOR",
+    "layers_compiled",
+    "measure_tolerance",
+    "one_batch",
+    "require_cpp_compiler",
+    "require_triton",
+]
 
 FACTOR = 4
 
@@ -81,13 +89,17 @@ def _other_evaluations(graph: DecodeGraph, cases: Sequence[DecodeCase]) -> tuple
     at_once = one_batch(cases)
     one_by_one = replace(at_once, chunks=(1,) * sum(at_once.chunks))
     eager = graph.module()
-    found = [record_step(eager, graph.layers, graph.dtype, [case])[0] for case in (at_once, one_by_one)]
+
+    def record(step: Step, case: DecodeCase) -> Recording:
+        return record_step(step, graph.layers, graph.dtype, [case], graph.device)[0]
+
+    found = [record(eager, case) for case in (at_once, one_by_one)]
     missing = ""
-    if not has_cpp_compiler():
+    if graph.device.type == "cpu" and not has_cpp_compiler():
         missing = "; without Inductor: there is no C++ compiler"
     else:
         try:
-            found += record_step(layers_compiled(eager), graph.layers, graph.dtype, [at_once])
+            found.append(record(layers_compiled(eager), at_once))
         except Exception as error:  # Inductor raises whatever its parts do
             missing = f"; without Inductor, which can't compile the program: {type(error).__name__}"
     sizes = [int(case.attention_mask.sum()) for case in cases]
@@ -112,11 +124,20 @@ def one_batch(cases: Sequence[DecodeCase]) -> DecodeCase:
 
 
 def require_cpp_compiler(target: str) -> None:
-    """Raise an :class:`ExportError` when there is no compiler for the CPU kernels of `target`."""
+    """Raise an :class:`ExportError` when there is no compiler for the C++ that Inductor writes for `target`."""
     if not has_cpp_compiler():
         raise ExportError(
             f"exporting to {target} needs a C++ compiler, and Inductor finds none here",
             hint="install g++ or clang, or name one in the environment variable CXX",
+        )
+
+
+def require_triton(target: str, device: str) -> None:
+    """Raise an :class:`ExportError` when `device` is a GPU and Triton, which compiles its kernels, is missing."""
+    if device != "cpu" and find_spec("triton") is None:
+        raise ExportError(
+            f"exporting to {target} on a GPU needs triton, not installed here",
+            hint="pip install triton, the version that this version of torch asks for; or --device cpu",
         )
 
 

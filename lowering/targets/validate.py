@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import Step
+from effpass.lowering.targets.decode_graph import CPU, Step
+from effpass.lowering.targets.gpu import check_gpu, device_here
 from effpass.lowering.targets.limits import Limits, limited
 from effpass.lowering.targets.manifest import Manifest, unseal
 from effpass.lowering.targets.target import Target, target_of_file
@@ -73,20 +74,23 @@ class Validation:
 
 
 def open_exported(path: Path, *, allow_native: bool = False) -> tuple[Step, Manifest]:
-    """The file as a function on CPU tensors that refuses sizes outside its range, and what it says about itself.
+    """The file as a function that refuses sizes outside its range, and what it says about itself.
+
+    Its tensors are on the CPU, or on PyTorch's current GPU where it was exported on one.
 
     Args:
         path: what an export wrote.
         allow_native: run machine code from the file; needed for native formats.
 
     Raises:
-        ExportError: not an exported file, altered, of a kind that is not run here, or native and not allowed.
+        ExportError: not an exported file, altered, of a kind that is not run here, for a device that is not here, or
+            native and not allowed.
     """
     target, manifest = _read(path)
     if not target.executes:
-        target.load(path)  # says why not
-    _check_native(target, path, manifest, allow_native)
-    return limited(target.load(path), manifest.layers, manifest.dtype, manifest.limits, path.name), manifest
+        target.load(path, CPU)  # says why not
+    step, device = _load(target, path, manifest, allow_native)
+    return limited(step, manifest.layers, manifest.dtype, manifest.limits, path.name, device), manifest
 
 
 def validate_file(
@@ -110,12 +114,12 @@ def validate_file(
     target, manifest = _read(path)
     cases: list[CaseError] = []
     if target.executes:
-        _check_native(target, path, manifest, allow_native)
         say(f"running it with {target.checked_by}")
-        step = limited(target.load(path), manifest.layers, manifest.dtype, Limits(), path.name)
+        loaded, device = _load(target, path, manifest, allow_native)
+        step = limited(loaded, manifest.layers, manifest.dtype, Limits(), path.name, device)
         for reference, tolerance in zip(manifest.reference, manifest.tolerance.logits, strict=True):
             case = reference.case
-            (recording,) = record_step(step, manifest.layers, manifest.dtype, [case])
+            (recording,) = record_step(step, manifest.layers, manifest.dtype, [case], device)
             last = case.attention_mask.sum(1).cumsum(0) - 1
             differences = (recording.logits[last].gather(1, reference.picked) - reference.logits).abs()
             error = math.nan if bool(differences.isnan().any()) else float(differences.max())
@@ -132,15 +136,26 @@ def _read(path: Path) -> tuple[Target, Manifest]:
     return target, manifest
 
 
-def _check_native(target: Target, path: Path, manifest: Manifest, allowed: bool) -> None:
-    if not target.native:
-        return
-    if not allowed:
+def _load(target: Target, path: Path, manifest: Manifest, allow_native: bool) -> tuple[Step, torch.device]:
+    """The file as a function, and the device of this machine that it runs on."""
+    _check_allowed(target, path, allow_native)
+    device = device_here(manifest.device, str(path))
+    if target.native:
+        _check_cpu(path, manifest.machine)
+        if device != CPU:
+            check_gpu(manifest.machine, device, str(path))
+    return target.load(path, device), device
+
+
+def _check_allowed(target: Target, path: Path, allowed: bool) -> None:
+    if target.native and not allowed:
         raise ExportError(
             f"{path} holds native code for {target.name}, and to load it is to run it",
             hint="if you trust where it comes from, pass allow_native=True (--allow-native)",
         )
-    made = manifest.machine
+
+
+def _check_cpu(path: Path, made: Mapping[str, str]) -> None:
     here = {"system": platform.system(), "machine": platform.machine()}
     cpu, ours = made.get("cpu", ""), torch.backends.cpu.get_cpu_capability()
     other = [f"{made[k]} instead of {v}" for k, v in here.items() if made.get(k, v) != v]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CacheLayer, Step
+from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step, plain_attention
 
 __all__ = [
     "TOLERANCE",
@@ -70,18 +70,19 @@ class DecodeCase:
     attention_mask: Tensor
     chunks: tuple[int, ...]
 
-    def calls(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Ids `[B, T]`, mask `[B, P + T]` and positions `[B, T]` of each call."""
-        positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    def calls(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Ids `[B, T]`, mask `[B, P + T]` and positions `[B, T]` of each call, on `device`."""
+        ids, mask = self.input_ids.to(device), self.attention_mask.to(device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
         stop = 0
         for tokens in self.chunks:
             start, stop = stop, stop + tokens
-            yield self.input_ids[:, start:stop], self.attention_mask[:, :stop], positions[:, start:stop]
+            yield ids[:, start:stop], mask[:, :stop], positions[:, start:stop]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What one implementation answered to one case, at positions that are not padding.
+    """What one implementation answered to one case, at positions that are not padding; kept in host memory.
 
     Attributes:
         logits: `[positions, vocab]`.
@@ -151,7 +152,7 @@ def record_model(model: Any, cases: Sequence[DecodeCase]) -> list[Recording]:
     for case in cases:
         cache = DynamicCache(config=model.config)
         logits = []
-        for ids, mask, positions in case.calls():
+        for ids, mask, positions in case.calls(model.device):
             out = model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -162,7 +163,11 @@ def record_model(model: Any, cases: Sequence[DecodeCase]) -> list[Recording]:
 
 @torch.no_grad()
 def record_step(
-    step: Step, layers: Sequence[CacheLayer], dtype: torch.dtype, cases: Sequence[DecodeCase]
+    step: Step,
+    layers: Sequence[CacheLayer],
+    dtype: torch.dtype,
+    cases: Sequence[DecodeCase],
+    device: torch.device = CPU,
 ) -> list[Recording]:
     """Run a decode graph on `cases`: a captured program, or a file behind a function of the same arguments.
 
@@ -171,17 +176,21 @@ def record_step(
         layers: shapes of the cache, to start with an empty one.
         dtype: of the cache.
         cases: what to run.
+        device: that `step` runs on.
     """
     recordings = []
     for case in cases:
         batch = len(case.input_ids)
         past: list[Tensor] = [
-            torch.zeros(batch, y.heads, 0, size, dtype=dtype) for y in layers for size in (y.key_size, y.value_size)
+            torch.zeros(batch, y.heads, 0, size, dtype=dtype, device=device)
+            for y in layers
+            for size in (y.key_size, y.value_size)
         ]
         logits = []
-        for ids, mask, positions in case.calls():
-            out, *past = step(ids, mask, positions, *past)
-            logits.append(out)
+        with plain_attention(device):
+            for ids, mask, positions in case.calls(device):
+                out, *past = step(ids, mask, positions, *past)
+                logits.append(out)
         cache = [_attended(t.transpose(1, 2), case) for t in past]
         recordings.append(Recording(_attended(torch.cat(logits, 1), case), cache))
     return recordings
@@ -249,7 +258,7 @@ def _ratio(error: float, tolerance: float) -> float:
 
 def _attended(values: Tensor, case: DecodeCase) -> Tensor:
     """Rows of `values` `[B, N, ...]` at positions that are not padding; what stands at padding has no meaning."""
-    return values[case.attention_mask.bool()].float()
+    return values.cpu()[case.attention_mask.bool()].float()
 
 
 def largest_value(tensors: Sequence[Tensor]) -> float:

@@ -345,7 +345,8 @@ class Untouchable:
 def test_missing_packages_are_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "find_spec", lambda name: None if name == "onnxruntime" else object())
     with pytest.raises(ExportError, match=r"needs onnxruntime, not installed here\n.*pip install 'effpass\[onnx\]'"):
-        export_decoder(Untouchable(), None, [], tmp_path / "m.onnx")
+        export_decoder(small(), None, [], tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_file_is_refused_before_any_work(tmp_path: Path) -> None:
