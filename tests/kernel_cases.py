@@ -173,6 +173,26 @@ def rope_errors(
     }
 
 
+def table_errors(kernels: Any, B: int, T: int, half: int, scaling: float, **of: Any) -> dict[str, float]:
+    """Errors of `rotary_table` at angles of up to some thousand turns."""
+    torch.manual_seed(half)
+    angles = torch.rand(B, T, half, device=of["device"]) * 9000
+    expected = angles.double().repeat(1, 1, 2)
+    cos, sin = kernels.rotary_table(angles, scaling, of["dtype"])
+    return {"cos": error(cos, expected.cos() * scaling), "sin": error(sin, expected.sin() * scaling)}
+
+
+def append_errors(kernels: Any, B: int, rows: int, S: int, filled: int, **of: Any) -> dict[str, float]:
+    """What differs in the table, and in the two counters, after `append_positions` of one token."""
+    slots, _, end = cache(B, S, 1, filled, 2, of["device"])
+    new, start = torch.arange(rows, device=of["device"], dtype=torch.int32)[:, None] - 1, torch.full_like(end, -5)
+    expected = slots.clone()
+    for row in range(rows):
+        expected[row, filled] = new[row, 0]
+    kernels.append_positions(slots, start, end, new)
+    return {"table": float((slots != expected).sum()), "counters": float(start != filled) + float(end != filled + 1)}
+
+
 LINEARS = {
     "one row": (1, 72, False, 0.0),
     "one row, Gemma's norm": (1, 576, True, 1.0),
@@ -195,6 +215,10 @@ PREFILLS = {
     "padding, window": (2, 2, 1, 150, 260, 24, 16, 250, 50, 0.0, 90),
     "softcap, no order": (1, 2, 2, 70, 300, 16, 16, 300, 0, 10.0, 0, True),
 }
+# B, T, R / 2, scaling
+TABLES = {"one token": (1, 1, 32, 1.0), "odd sizes": (3, 5, 7, 0.7)}
+# B, rows, S, filled
+APPENDS = {"first slot": (1, 1, 9, 0), "some rows": (40, 37, 9, 8)}
 # rotated, norm
 ROTATIONS = {"one token": (32, False), "8 heads a group, 3 tokens": (16, True), "padding, window, softcap": (24, True)}
 
@@ -210,6 +234,10 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[ModuleType], dict[str, flo
     for name, more in ROTATIONS.items():
         arguments = (*ATTENTIONS[name], *more)
         yield f"rope: {name}", lambda kernels, a=arguments: rope_errors(kernels, *a, **of), "decode_attention"
+    for name, case in TABLES.items():
+        yield f"table: {name}", lambda kernels, case=case: table_errors(kernels, *case, **of), "rotary_table"
+    for name, case in APPENDS.items():
+        yield f"append: {name}", lambda kernels, case=case: append_errors(kernels, *case, **of), "append_positions"
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -267,10 +295,11 @@ def compile_all() -> dict[str, int]:
 
     driver.set_active(NoDevice())
     shared: dict[str, int] = {}
-    launch, linear, decode, prefill = map(_kernels, ("launch", "small_linear", "decode_attention", "prefill_attention"))
-    for module in (launch, linear, decode, prefill):
+    names = ("launch", "small_linear", "decode_attention", "prefill_attention", "rotary_table", "append_positions")
+    launch, linear, decode, prefill, table, append = map(_kernels, names)
+    for module in (launch, linear, decode, prefill, table, append):
         for name, value in vars(module).copy().items():
-            if name in ("_one_row", "_few_rows", "_attend", "_spans"):
+            if name in ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append"):
                 setattr(module, name, Compiled(f"{module.__name__.rpartition('.')[2]}.{name}", value))
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
@@ -297,6 +326,8 @@ def compile_all() -> dict[str, int]:
     for module, tokens in ((decode, 1), (prefill, 300)):
         cached = some(1, 8, 1024, 128), some(1, 8, 1024, 128), numbers(1, 1024), numbers(1, tokens), numbers(1)
         module.cached_attention(some(1, 32, tokens, 128), *cached, 0.1, 512, 30.0)
+    table.rotary_table(some(1, 1, 64, dtype=torch.float32), 1.0, torch.bfloat16)
+    append.append_positions(numbers(4, 1024), numbers(1), numbers(1), numbers(3, 1))
     return shared
 
 

@@ -32,6 +32,7 @@ STEP_KEYS = ("require", "verify")
 BUILTIN = {
     "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
     "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
+    "fuse_rotary_table": "effpass.passes.graph.fuse_rotary_table:FuseRotaryTable",
     "merge_lora": "effpass.passes.weights.merge_lora:MergeLora",
     "structured_pruning": "effpass.passes.weights.structured_pruning:StructuredPruning",
 }

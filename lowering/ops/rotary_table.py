@@ -1,0 +1,66 @@
+"""Cosines and sines of rotary embedding from the angles, in one launch.
+
+    cos, sin = scaling · cos(a, a), scaling · sin(a, a)         a: the angles of the first half of the features, twice
+
+Computed in float32 and rounded once, as transformers does. Source: https://arxiv.org/abs/2104.09864.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effpass.lowering.ops.kernel_choice import triton_kernels
+
+__all__ = ["TOLERANCE", "has_kernel", "rotary_table"]
+
+#: What an output of the kernel may differ from the reference: a last bit of the float32 cosine, which may round to the
+#: other neighbour in a shorter type.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a GPU kernel takes `rows` positions."""
+    return device.type == "cuda" and dtype == torch.float32 and triton_kernels("rotary_table") is not None
+
+
+@torch.library.custom_op(
+    "effpass::rotary_table",
+    mutates_args=(),
+    schema="(Tensor angles, float scaling, ScalarType dtype) -> (Tensor, Tensor)",
+)
+def rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The table for some positions.
+
+    Args:
+        angles: float32 [B, T, R / 2], position times frequency.
+        scaling: factor of both.
+        dtype: of the results.
+
+    Returns:
+        Cosines and sines [B, T, R].
+    """
+    both = torch.cat((angles, angles), dim=-1)
+    return (both.cos() * scaling).to(dtype), (both.sin() * scaling).to(dtype)
+
+
+@rotary_table.register_fake
+def _(angles, scaling, dtype):  # type: ignore[no-untyped-def]
+    shape = (*angles.shape[:-1], 2 * angles.shape[-1])
+    return angles.new_empty(shape, dtype=dtype), angles.new_empty(shape, dtype=dtype)
+
+
+@rotary_table.register_kernel("cuda")
+def _(angles, scaling, dtype):  # type: ignore[no-untyped-def]
+    kernels = triton_kernels("rotary_table")
+    if kernels and angles.dtype == torch.float32:
+        return kernels.rotary_table(angles, scaling, dtype)
+    return rotary_table._init_fn(angles, scaling, dtype)
+
+
+@register_flop_formula(torch.ops.effpass.rotary_table)
+def _(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 0

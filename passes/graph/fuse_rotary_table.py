@@ -1,0 +1,104 @@
+"""The table of cosines and sines of rotary embedding becomes one launch.
+
+    cos, sin = (cat(a, a).cos() · s).to(type), (cat(a, a).sin() · s).to(type)
+
+transformers computes it once a forward with seven operators, which at one token a step take as long as two layers of a
+small model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from effpass.core.matching import Surroundings
+from effpass.core.pass_ import GraphPass, Match
+from effpass.core.pattern import erase_unread
+from effpass.core.program import Program
+from effpass.core.report import Refusal
+from effpass.lowering.ops import rotary_table as operators
+from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
+from effpass.passes.graph.same_value import readers, source
+
+__all__ = ["FuseRotaryTable"]
+
+aten = torch.ops.aten
+
+
+class FuseRotaryTable(GraphPass):
+    """Makes the cosines and sines of rotary embedding one launch, at few tokens."""
+
+    name = "fuse_rotary_table"
+    exact = True
+
+    def could_act(self, weight_names: Sequence[str]) -> bool:
+        return torch.cuda.is_available()
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        tables = [table for node in program.graph.nodes if (table := _table_at(node)) is not None]
+        if tables and (refusal := why_not_program(program)):
+            yield refusal
+            return
+        surroundings = Surroundings.of(program)
+        for angles, scaling, cos, sin, inner in tables:
+            anchor = min(cos, sin, key=lambda node: surroundings.position[node])
+            reason = why_no_kernel(angles, angles.meta["val"].shape[:-1], (), operators.has_kernel)
+            if reason is None and (why := why_not_here(surroundings, inner, anchor)):
+                reason = (why, "")
+            if reason is not None:
+                yield Refusal(anchor.name, *reason)
+            else:
+                yield Match(anchor, {"angles": angles, "scaling": scaling, "cos": cos, "sin": sin})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        angles, scaling, *old = (match.nodes[name] for name in ("angles", "scaling", "cos", "sin"))
+        dtype = old[0].meta["val"].dtype
+        with program.graph.inserting_before(match.anchor):
+            table = program.graph.call_function(torch.ops.effpass.rotary_table.default, (angles, scaling, dtype))
+            table.meta["val"] = tuple(node.meta["val"] for node in old)
+            new = [program.graph.call_function(operator.getitem, (table, place)) for place in range(2)]
+        for before, after in zip(old, new, strict=True):
+            after.meta["val"] = before.meta["val"]
+            before.replace_all_uses_with(after)
+            erase_unread(program, before)
+
+
+def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
+    """Angles, scaling, the two results and the nodes between, where `node` doubles angles that nobody else doubles."""
+    if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
+        return None
+    first, second = (source(part) for part in node.args[0])  # type: ignore[union-attr]
+    last = node.meta["val"].dim() - 1
+    if first is not second or node.args[1:] not in ((-1,), (last,)) or node.meta["val"].dtype != torch.float32:
+        return None
+    by_target = {reader.target: reader for reader in readers(node)}
+    if set(by_target) != {aten.cos.default, aten.sin.default} or len(readers(node)) != 2:
+        return None
+    ends = [_scaled_and_cast(by_target[target]) for target in (aten.cos.default, aten.sin.default)]
+    (scaling, cos, of_cos), (other, sin, of_sin) = ends
+    if scaling != other or cos.meta["val"].dtype != sin.meta["val"].dtype:
+        return None
+    return first, scaling, cos, sin, [node, *of_cos, *of_sin]
+
+
+def _scaled_and_cast(node: Node) -> tuple[float, Node, list[Node]]:
+    """Through one product with a number and one cast: the number, the end, and the nodes on the way, it included."""
+    inner, scaling = [node], 1.0
+    follower = _only_reader(node)
+    if follower is not None and follower.target is aten.mul.Tensor and isinstance(follower.args[1], (int, float)):
+        scaling, node = float(follower.args[1]), follower
+        inner.append(node)
+        follower = _only_reader(node)
+    if follower is not None and follower.target is aten.to.dtype and len(follower.args) == 2 and not follower.kwargs:
+        node = follower
+        inner.append(node)
+    return scaling, node, inner
+
+
+def _only_reader(node: Node) -> Any:
+    found = readers(node)
+    return found[0] if len(found) == 1 else None
