@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
-AREAS = ("backend", "cost", "decode", "export")
+AREAS = ("backend", "cost", "decode", "export", "optimizer", "quality")
 
 
 def main() -> int:
@@ -17,7 +18,13 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny models and few repetitions: does it run at all")
     parser.add_argument("--json", type=Path, help="append rows to this file, one JSON object a line")
     parser.add_argument("--case", action="append", help="only these cases")
+    parser.add_argument("--model", action="append", help="area quality: a folder, or a name under models/")
+    parser.add_argument("--data", type=Path, help="area quality: folder of texts (environment variable EFFPASS_DATA)")
     arguments = parser.parse_args()
+    if arguments.model:
+        os.environ["EFFPASS_MODEL"] = ",".join(arguments.model)
+    if arguments.data:
+        os.environ["EFFPASS_DATA"] = str(arguments.data)
 
     from benchmarks.rows import write
 

@@ -275,7 +275,9 @@ def custom_generate(
     token_streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The decode engine for a model that was not prepared: ``model.generate(..., custom_generate=effpass.custom_generate)``.
+    """The decode engine for one call of a model that was not prepared.
+
+    ``model.generate(..., custom_generate=effpass.custom_generate)``
 
     Args:
         model: a transformers causal LM; its engine is made at the first call, and kept on it.

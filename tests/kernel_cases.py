@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton_interpreter import allow_new_numpy
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -251,16 +252,7 @@ def _kernels(name: str) -> Any:
 
 def interpret() -> dict[str, dict[str, float]]:
     """Errors of all cases in float32; outputs and buffers start as NaN."""
-    import triton.runtime.interpreter as interpreter
-
-    # Triton 3.6 takes the int of an array of one element, which NumPy 2.4 no longer gives.
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
-
-    interpreter._patch_lang_tensor = patched
+    allow_new_numpy()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     of = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -1,1 +1,25 @@
-"""Trainers that learn what the passes apply."""
+"""Trainers that learn what the passes apply, and the optimiser they share."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effpass.trainers.mona import MONA
+
+_HOME = {"MONA": "effpass.trainers.mona"}
+
+__all__ = ["MONA"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'effpass.trainers' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

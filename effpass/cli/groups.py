@@ -17,10 +17,15 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from effpass import __version__
 from effpass.cli.console import stdout
 from effpass.core.errors import PluginError
 
-__all__ = ["group"]
+__all__ = ["BUILTIN", "group"]
+
+# effpass's own commands. They are read from here and not from installed metadata, so that a checkout that was never
+# installed, or was installed before a command was added, has them. pyproject.toml repeats this table for other tools.
+BUILTIN = {"effpass.train": {"lm": "effpass.cli.train_lm:lm"}}
 
 _HELP = {
     "train": "Learn what a pass applies: one command per trainer.",
@@ -33,10 +38,10 @@ def group(name: str, entry_group: str) -> typer.Typer:
 
     class Plugins(TyperGroup):
         def list_commands(self, ctx: Any) -> list[str]:
-            return sorted({entry_point.name for entry_point in entry_points(group=entry_group)})
+            return sorted({claim.name for claim in _claims(entry_group)})
 
         def get_command(self, ctx: Any, cmd_name: str) -> Any:
-            claims = [entry_point for entry_point in entry_points(group=entry_group) if entry_point.name == cmd_name]
+            claims = [claim for claim in _claims(entry_group) if claim.name == cmd_name]
             return _command(claims, name) if claims else None
 
     app = typer.Typer(cls=Plugins, help=_HELP[name], invoke_without_command=True)
@@ -46,7 +51,7 @@ def group(name: str, entry_group: str) -> typer.Typer:
         if ctx.invoked_subcommand is not None:
             return
         console = stdout()
-        claims = sorted(entry_points(group=entry_group), key=lambda entry_point: entry_point.name)
+        claims = sorted(_claims(entry_group), key=lambda claim: claim.name)
         for claim in claims:
             console.print(f"{claim.name}  [dim]from {_from(claim)}[/dim]")
         if not claims:
@@ -57,6 +62,13 @@ def group(name: str, entry_group: str) -> typer.Typer:
             )
 
     return app
+
+
+def _claims(entry_group: str) -> list[EntryPoint]:
+    """effpass's own commands of a group, and those of other distributions."""
+    own = [EntryPoint(name, value, entry_group) for name, value in BUILTIN.get(entry_group, {}).items()]
+    others = [e for e in entry_points(group=entry_group) if e.dist is None or e.dist.name != "effpass"]
+    return own + others
 
 
 def _command(claims: list[EntryPoint], name: str) -> Any:
@@ -101,4 +113,4 @@ def _single(function: Any, name: str, text: str | None) -> Any:
 
 
 def _from(claim: EntryPoint) -> str:
-    return f"{claim.dist.name} {claim.dist.version}" if claim.dist is not None else claim.value
+    return f"{claim.dist.name} {claim.dist.version}" if claim.dist is not None else f"effpass {__version__}"

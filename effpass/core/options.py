@@ -146,9 +146,11 @@ def _type_faults(hint: Any, value: object, error: Any, where: str) -> list[str]:
     faults = []
     for fault in error.errors(include_url=False):
         place = where + "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in fault["loc"])
-        if fault["loc"]:
-            reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        if fault["loc"] and fault["type"] != "value_error":
+            reason = fault["msg"].removeprefix("Input ")
             faults.append(f"{place}: got {shown(fault['input'])}: {reason}")
+        elif fault["type"] == "value_error":  # the words of the dataclass itself
+            faults.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}")
         elif fault["type"].endswith(("_type", "_error", "_from_float")):
             suggestion = did_you_mean(value, get_args(hint)) if _is_choice(hint) and isinstance(value, str) else ""
             suggestion = suggestion if "did you mean" in suggestion else ""

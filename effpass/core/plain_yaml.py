@@ -63,14 +63,22 @@ for _name, _pattern, _first in _SCALARS:
     _Dumper.add_implicit_resolver(_tag, _regexp, _first)
 
 
-def read_yaml(data: str | bytes, source: str) -> dict[str, Any]:
+def read_yaml(
+    data: str | bytes, source: str, what: str = "recipe", keys: str = "`version:` and `passes:`"
+) -> dict[str, Any]:
     """Parse one YAML mapping with string keys.
+
+    Args:
+        data: the text.
+        source: what to call it in messages.
+        what: the kind of file, for messages.
+        keys: what it begins with, for messages.
 
     Raises:
         RecipeError: too large, not UTF-8, not YAML, a key given twice, an alias bomb, or not such a mapping.
     """
     if len(data) > MAX_BYTES:
-        raise RecipeError(f"{source}: larger than {MAX_BYTES >> 20} MiB, which no recipe is")
+        raise RecipeError(f"{source}: larger than {MAX_BYTES >> 20} MiB, which no {what} is")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
@@ -82,7 +90,7 @@ def read_yaml(data: str | bytes, source: str) -> dict[str, Any]:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
-            raise RecipeError(f"{source}: the recipe is empty", hint="begin it with `version: 1` and `passes:`")
+            raise RecipeError(f"{source}: the {what} is empty", hint=f"begin it with {keys}")
         _check_node(node, {})
         content = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -97,7 +105,7 @@ def read_yaml(data: str | bytes, source: str) -> dict[str, Any]:
         if loader is not None:
             loader.dispose()
     if not isinstance(content, dict):
-        raise RecipeError(f"{source}: got {shown(content)}, expected `version:` and `passes:`")
+        raise RecipeError(f"{source}: got {shown(content)}, expected {keys}")
     return content
 
 

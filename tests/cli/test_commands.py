@@ -223,11 +223,15 @@ def test_plugin_commands_are_listed_and_run(run, monkeypatch, tmp_path, command)
     (tmp_path / "toy-1.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.2\n")
     points = "fit = toy_trainers:fit\nmany = toy_trainers:app\nbroken = no_such_module:x\nodd = os:sep\n"
     (tmp_path / "toy-1.2.dist-info" / "entry_points.txt").write_text(f"[effpass.{command}]\n{points}")
-    assert run(command).stdout.startswith(f"Nothing is registered under `effpass {command}`.")
+    own = {"train": ["lm  from effpass 0.1.0"], "calibrate": []}[command]
+    if not own:
+        assert run(command).stdout.startswith(f"Nothing is registered under `effpass {command}`.")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy_trainers", raising=False)
     listed = run(command).stdout
-    assert listed.splitlines() == [f"{name}  from toy 1.2" for name in ("broken", "fit", "many", "odd")]
+    assert listed.splitlines() == sorted(
+        [*own, *(f"{name}  from toy 1.2" for name in ("broken", "fit", "many", "odd"))]
+    )
     assert run(command, "fit", "--steps", 5).stdout == "fitted 5\n"
     assert run(command, "many", "two").stdout == "two\n"
     helped = run(command, "--help").stdout

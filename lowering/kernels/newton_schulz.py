@@ -1,0 +1,176 @@
+"""Symmetric products for Hopper: the tiles on and above the diagonal are computed, the rest is their mirror.
+
+Tiles arrive through the tensor memory accelerator, the product runs on wgmma with the sum in float32, the epilogue adds
+β·D and γ·I, and a tile above the diagonal is written twice, the second time transposed. Tiles are twice as wide as
+high: square ones of 128 ask more of the L2 cache than it gives. Each multiprocessor runs one program over many tiles,
+whose stores are under way while the next tile is computed. What it computes is
+`effpass.lowering.ops.symmetric_product`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+__all__ = ["launch"]
+
+HEIGHT, WIDTH, DEPTH = 128, 256, 64
+WARPS, STAGES = 8, 3
+
+
+def launch(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    tall: bool,
+    dtype: torch.dtype,
+    *,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    depth: int = DEPTH,
+    warps: int = WARPS,
+    stages: int = STAGES,
+    programs: int | None = None,
+) -> Tensor:
+    """C_i = α · A_i B_iᵀ + β · D_i + γ · I; arguments as `symmetric_product` takes them, on one device."""
+    a, b = a.contiguous(), b.contiguous()
+    batch = a.shape[0]
+    m, k = (a.shape[2], a.shape[1]) if tall else (a.shape[1], a.shape[2])
+    c = torch.empty((batch, m, m), dtype=dtype, device=a.device)
+    if c.numel() == 0:
+        return c
+    use_d = d is not None and beta != 0.0
+    left = [1, depth, height] if tall else [1, height, depth]
+    right = [1, depth, width] if tall else [1, width, depth]
+    tile = [1, height, width // 4]
+    c_tiles = TensorDescriptor.from_tensor(c, tile)
+    columns, rows = triton.cdiv(m, width), triton.cdiv(m, height)
+    ratio = width // height
+    # All rows of tiles but those of the last column of tiles come in groups of `ratio`.
+    tiles = ratio * (columns * (columns + 1) // 2 - 1) + rows - ratio * (columns - 1)
+    if programs is None:
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+    _symmetric[(min(programs, tiles * batch),)](
+        TensorDescriptor.from_tensor(a, left),
+        TensorDescriptor.from_tensor(b, right),
+        TensorDescriptor.from_tensor(d.contiguous(), tile) if use_d and d is not None else c_tiles,
+        c_tiles,
+        TensorDescriptor.from_tensor(c, [1, width // 4, height]),
+        tiles,
+        tiles * batch,
+        columns,
+        k,
+        float(alpha),
+        float(beta),
+        float(gamma),
+        TALL=tall,
+        USE_D=use_d,
+        USE_I=gamma != 0.0,
+        HEIGHT=height,
+        WIDTH=width,
+        DEPTH=depth,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return c
+
+
+@triton.jit
+def _symmetric(
+    a_tiles,
+    b_tiles,
+    d_tiles,
+    c_tiles,
+    mirrored_tiles,
+    tiles,
+    total_tiles,
+    columns,
+    k,
+    alpha,
+    beta,
+    gamma,
+    TALL: tl.constexpr,
+    USE_D: tl.constexpr,
+    USE_I: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    RATIO: tl.constexpr = WIDTH // HEIGHT
+    for work in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0)):
+        matrix = work // tiles
+        number = work % tiles
+        # Group s of RATIO rows has columns − s tiles a row, and starts at RATIO · (s·columns − s(s−1)/2). The root may
+        # be off by one; the next lines mend it.
+        n = number // RATIO
+        root = tl.sqrt(((2 * columns + 1) * (2 * columns + 1) - 8 * n).to(tl.float32))
+        s = ((2 * columns + 1 - root) / 2).to(tl.int32)
+        s = tl.where(s * columns - s * (s - 1) // 2 > n, s - 1, s)
+        s = tl.where((s + 1) * columns - (s + 1) * s // 2 <= n, s + 1, s)
+        rest = number - RATIO * (s * columns - s * (s - 1) // 2)
+        row = (s * RATIO + rest // (columns - s)) * HEIGHT
+        column = (s + rest % (columns - s)) * WIDTH
+
+        total = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
+        for start in range(0, k, DEPTH):
+            if TALL:
+                left = tl.trans(a_tiles.load([matrix, start, row]).reshape(DEPTH, HEIGHT))
+                right = b_tiles.load([matrix, start, column]).reshape(DEPTH, WIDTH)
+            else:
+                left = a_tiles.load([matrix, row, start]).reshape(HEIGHT, DEPTH)
+                right = tl.trans(b_tiles.load([matrix, column, start]).reshape(WIDTH, DEPTH))
+            total = tl.dot(left, right, total)
+        # Tiles that touch the diagonal come whole from the rows of their group, and are nobody's mirror: theirs goes
+        # past the matrix's end, where stores are dropped. (An `if` here would end the overlap of stores.)
+        mirror = tl.where(column >= (s + 1) * WIDTH, column, columns * WIDTH)
+        # In quarters, so that the shared memory for stores stays small beside that for loads.
+        left_half, right_half = _halves(total)
+        first, second = _halves(left_half)
+        third, fourth = _halves(right_half)
+        for part in tl.static_range(4):
+            quarter = first if part == 0 else second if part == 1 else third if part == 2 else fourth
+            _finish(
+                quarter, matrix, row, column + part * WIDTH // 4, mirror + part * WIDTH // 4,
+                d_tiles, c_tiles, mirrored_tiles, alpha, beta, gamma, USE_D, USE_I, HEIGHT, WIDTH // 4,
+            )  # fmt: skip
+
+
+@triton.jit
+def _halves(tile):
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def _finish(
+    total,
+    matrix,
+    row,
+    column,
+    mirror,
+    d_tiles,
+    c_tiles,
+    mirrored_tiles,
+    alpha,
+    beta,
+    gamma,
+    USE_D: tl.constexpr,
+    USE_I: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    total *= alpha
+    if USE_D:
+        total += beta * d_tiles.load([matrix, row, column]).reshape(HEIGHT, WIDTH).to(tl.float32)
+    if USE_I:
+        i = row + tl.arange(0, HEIGHT)
+        j = column + tl.arange(0, WIDTH)
+        total += tl.where(i[:, None] == j[None, :], gamma, 0.0)
+    out = total.to(c_tiles.dtype)
+    c_tiles.store([matrix, row, column], out.reshape(1, HEIGHT, WIDTH))
+    mirrored_tiles.store([matrix, mirror, row], tl.trans(out).reshape(1, WIDTH, HEIGHT))

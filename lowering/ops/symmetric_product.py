@@ -1,0 +1,114 @@
+"""Products of matrices whose result is symmetric, for a batch, and their Triton kernel where it is ahead.
+
+    C_i = α · A_i B_iᵀ + β · D_i + γ · I        A, B [B, M, K];  C, D [B, M, M] symmetric
+
+The caller promises symmetry: B = A, or A and B are polynomials of one symmetric matrix. Then half of the tiles are
+enough. ``tall=True`` takes A and B as [B, K, M] and multiplies A_iᵀ B_i.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["has_kernel", "reference", "symmetric_product"]
+
+# The smallest M for which half of the tiles beats cuBLAS's whole square; below, the launch is what counts.
+SMALLEST = 1024
+
+
+def symmetric_product(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    tall: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """C of the equation above.
+
+    Args:
+        a: [B, M, K], or [B, K, M] where `tall`.
+        b: like `a`, with the product symmetric.
+        d: [B, M, M]; needed where ``beta != 0``.
+        dtype: of the result; that of `a` by default.
+    """
+    dtype = a.dtype if dtype is None else dtype
+    if has_kernel(a, tall):
+        if torch.compiler.is_compiling():
+            return torch.ops.effpass.symmetric_product(a, b, d, alpha, beta, gamma, tall, dtype)
+        from effpass.lowering.kernels.newton_schulz import launch
+
+        return launch(a, b, d, alpha, beta, gamma, tall, dtype)
+    return reference(a, b, d, alpha, beta, gamma, tall, dtype)
+
+
+def reference(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    tall: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The meaning, in torch's own products; the fallback on every device."""
+    left, right = (a.mT, b) if tall else (a, b.mT)
+    if d is None or beta == 0.0:
+        c = torch.bmm(left, right)
+        c = c if alpha == 1.0 else c.mul_(alpha)
+    else:
+        c = torch.baddbmm(d.to(a.dtype), left, right, beta=beta, alpha=alpha)
+    if gamma:
+        c.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return c.to(dtype)
+
+
+def has_kernel(a: Tensor, tall: bool) -> bool:
+    """Whether the Triton kernel takes this product: Hopper, half precision, large, rows of whole 16 bytes."""
+    m, k = (a.shape[-1], a.shape[-2]) if tall else (a.shape[-2], a.shape[-1])
+    return (
+        a.is_cuda
+        and a.dtype in (torch.float16, torch.bfloat16)
+        and m >= SMALLEST
+        and m % 8 == 0
+        and k % 8 == 0
+        and torch.cuda.get_device_capability(a.device)[0] == 9
+    )
+
+
+@torch.library.custom_op("effpass::symmetric_product", mutates_args=())
+def _operator(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    tall: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    if has_kernel(a, tall):
+        from effpass.lowering.kernels.newton_schulz import launch
+
+        return launch(a, b, d, alpha, beta, gamma, tall, dtype)
+    return reference(a, b, d, alpha, beta, gamma, tall, dtype).clone()
+
+
+@_operator.register_fake
+def _fake(
+    a: Tensor,
+    b: Tensor,
+    d: Tensor | None,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    tall: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    m = a.shape[-1] if tall else a.shape[-2]
+    return a.new_empty((a.shape[0], m, m), dtype=dtype)

@@ -1,0 +1,265 @@
+"""The config of a pretraining run: strict YAML, validated whole before work starts.
+
+::
+
+    version: 1
+    model: {model_type: llama, hidden_size: 256, num_hidden_layers: 8, num_attention_heads: 4}
+    data:
+      - {text: ["$CORPUS/*.txt"], weight: 3}
+      - {task: needle, weight: 1, options: {keys: 8}}
+    stages:
+      - {steps: 1000, sequence_length: 1024, batch: 64}
+    optimizer: {name: adamw, lr: 2e-3}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from effpass.core.errors import EffpassError, did_you_mean
+from effpass.core.options import read_options, shown
+from effpass.core.plain_yaml import MAX_BYTES, read_yaml
+
+__all__ = ["Config", "OptimizerConfig", "Schedule", "Source", "Stage", "load_config"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where sequences come from: text files, or a synthetic task.
+
+    Attributes:
+        text: file patterns, relative to the config's folder; `$NAME` stands for an environment variable, and `$STDLIB`
+            for the folder of the running interpreter's standard library. A `.jsonl` file holds one document a line.
+        task: name of a task in `effpass.trainers.lm.tasks`.
+        weight: share of the sequences, relative to the other sources'.
+        options: of the task.
+    """
+
+    text: list[str] | None = None
+    task: str | None = None
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.task is None):
+            raise ValueError("a source has either 'text' or 'task'")
+        if self.text is not None and self.options:
+            raise ValueError("'options' are a task's; text has none")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight: got {self.weight}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with one sequence length; most steps are short, the last ones long.
+
+    Attributes:
+        steps: optimiser steps.
+        sequence_length: tokens T of a sequence.
+        batch: sequences of an optimiser step, over all processes.
+        accumulate: micro-batches that a process runs for one step; all stages have the same number.
+    """
+
+    steps: int
+    sequence_length: int
+    batch: int
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length: got {self.sequence_length}, expected at least 2")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} sequences can't be cut into {self.accumulate} micro-batches")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """
+    Attributes:
+        name: `mona` and `muon` orthogonalise the update of hidden matrices and leave the rest to AdamW.
+        lr: the largest learning rate; scaled so that AdamW's rates carry over to the others.
+        weight_decay: decoupled; none on vectors.
+        betas: AdamW's.
+        clip: largest norm of the gradient; 0 for no clipping.
+        options: further arguments of the optimiser's constructor.
+    """
+
+    lr: float
+    name: Literal["adamw", "muon", "mona"] = "mona"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr: got {self.lr}, expected a positive number")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {list(self.betas)}, expected numbers from 0 to below 1")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over the steps of all stages.
+
+    Attributes:
+        warmup: steps of linear growth from 0.
+        kind: `cosine`; `wsd` (constant, then linear decay); `constant`.
+        final: the last rate as a share of `lr`.
+        decay: with `wsd`, the share of the steps that decay.
+    """
+
+    warmup: int = 100
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    final: float = 0.1
+    decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise ValueError(f"warmup: got {self.warmup}, expected at least 0")
+        for name in ("final", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run.
+
+    Attributes:
+        model: a transformers config with its `model_type`, or `{from: FOLDER}` to go on from a checkpoint's weights.
+        data: the sources.
+        stages: run one after the other.
+        optimizer: which, and its rates.
+        version: of this format.
+        tokenizer: `bytes`, or a folder with a tokenizer.
+        held_out: share of the text that is kept for evaluation.
+        schedule: of the learning rate.
+        dtype: of computation and of the saved model; master weights and optimiser state are float32.
+        compile: compile each decoder layer with Inductor.
+        fsdp: shard the model over the processes that torchrun started (FSDP2); otherwise each holds a copy (DDP).
+        seed: of weights, order of the text and tasks.
+        log_every: steps between two lines of metrics.
+        evaluate_every: steps between evaluations; 0 for one at the end.
+        save_every: steps between checkpoints, a multiple of `log_every`; 0 for none.
+    """
+
+    model: dict[str, Any]
+    data: list[Source]
+    stages: list[Stage]
+    optimizer: OptimizerConfig
+    version: Literal[1] = 1
+    tokenizer: str = "bytes"
+    held_out: float = 0.01
+    schedule: Schedule = field(default_factory=Schedule)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    fsdp: bool = False
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 0
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data or not self.stages:
+            raise ValueError(f"'{'stages' if self.data else 'data'}' is empty")
+        if len({stage.accumulate for stage in self.stages}) > 1:
+            raise ValueError("all stages have the same 'accumulate'; give a stage of longer sequences a smaller batch")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: got {self.held_out}, expected a share from 0 to below 1")
+        if self.log_every < 1 or min(self.evaluate_every, self.save_every, self.seed) < 0:
+            raise ValueError("log_every is at least 1; evaluate_every, save_every and seed are at least 0")
+        if self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every: got {self.save_every}, expected a multiple of log_every ({self.log_every}): a run that"
+                " goes on from a checkpoint would lose the losses since the last line of metrics"
+            )
+        if self.schedule.warmup >= self.steps:
+            raise ValueError(f"schedule.warmup: got {self.schedule.warmup} of {self.steps} steps")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def accumulate(self) -> int:
+        return self.stages[0].accumulate
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read a config file.
+
+    Raises:
+        RecipeError: not readable as YAML.
+        EffpassError: names every fault with its path, ``"c.yaml: optimizer.lrr: unknown option, did you mean 'lr'?"``.
+    """
+    path = Path(path).expanduser()
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    given = read_yaml(data, str(path), "config", "`version:`, `model:`, `data:`, `stages:` and `optimizer:`")
+    if "version" not in given:
+        raise EffpassError(f"{path}: 'version' is missing", hint="begin the config with `version: 1`")
+    config, faults = read_options(Config, given, base=path.absolute().parent, where=str(path))
+    faults += [] if config is None else _more_faults(config, str(path))
+    if faults:
+        # A fault of the file's own keys reads "c.yaml.stepps"; recipes write "c.yaml: stepps".
+        faults = [fault.replace(f"{path}.", f"{path}: ", 1) for fault in faults]
+        raise EffpassError(
+            faults[0] if len(faults) == 1 else "\n  ".join([f"{path}: {len(faults)} faults", *faults]),
+            hint="docs/training-lm.md lists the keys",
+        )
+    return _resolved(config, path.absolute().parent)
+
+
+def _more_faults(config: Config, where: str) -> list[str]:
+    """Faults that need tables from other modules."""
+    from effpass.trainers.lm.optimizers import option_faults
+    from effpass.trainers.lm.tasks import TASKS, shortest, task_faults
+
+    faults = [f"{where}.optimizer.options.{fault}" for fault in option_faults(config.optimizer)]
+    for i, source in enumerate(config.data):
+        place = f"{where}.data[{i}]"
+        if source.task is None:
+            continue
+        if source.task not in TASKS:
+            faults.append(f"{place}.task: unknown task {source.task!r}{did_you_mean(source.task, TASKS)}")
+            continue
+        wrong = task_faults(source.task, source.options)
+        faults += [f"{place}.options.{fault}" for fault in wrong]
+        if config.tokenizer != "bytes":
+            faults.append(f"{place}: tasks fill sequences byte by byte and need `tokenizer: bytes`")
+        given = min(stage.sequence_length for stage in config.stages)
+        needed = 0 if wrong else shortest(source.task, source.options) + 1  # and the end token
+        if given < needed:
+            faults.append(f"{place}: {source.task} needs {needed} tokens, and a stage has sequences of {given}")
+    if "from" in config.model and len(config.model) > 1:
+        others = sorted(set(config.model) - {"from"})
+        faults.append(f"{where}.model: 'from' takes the config of the checkpoint; remove {', '.join(others)}")
+    elif not isinstance(config.model.get("from", config.model.get("model_type")), str):
+        faults.append(f"{where}.model: got {shown(config.model)}, expected 'model_type' or 'from'")
+    return faults
+
+
+def _resolved(config: Config, base: Path) -> Config:
+    """The config with the paths of model and tokenizer absolute."""
+    from dataclasses import replace
+
+    def absolute(text: str) -> str:
+        return os.fspath(base / Path(text).expanduser())
+
+    model: Mapping[str, Any] = config.model
+    if "from" in model:
+        model = {"from": absolute(model["from"])}
+    tokenizer = config.tokenizer if config.tokenizer == "bytes" else absolute(config.tokenizer)
+    return replace(config, model=dict(model), tokenizer=tokenizer)

@@ -1,0 +1,208 @@
+"""transformers' Trainer with our data, loss, optimisers and metrics."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from effpass.core.errors import EffpassError
+from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, make_loader, source_names
+from effpass.trainers.lm.config import Config
+from effpass.trainers.lm.optimizers import make_optimizer, rate
+
+__all__ = ["Pretrainer", "training_arguments"]
+
+_MOST_WORKERS = 14
+
+
+def training_arguments(config: Config, folder: Path) -> TrainingArguments:
+    """What the Trainer is told; making it starts the process group where torchrun started several processes."""
+    every = config.evaluate_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        gradient_accumulation_steps=config.accumulate,
+        max_grad_norm=config.optimizer.clip,
+        bf16=config.dtype == "bfloat16",
+        seed=config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device at every micro-batch
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=2,
+        ignore_data_skip=True,  # our loader begins where the checkpoint ended
+        fsdp=config.fsdp or None,  # type: ignore[arg-type]  # its annotation is that of the older, textual option
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if config.fsdp else None,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class Pretrainer(Trainer):
+    """The loop.
+
+    Args:
+        config: of the run.
+        model: in float32.
+        args: of :func:`training_arguments`.
+        batches: micro-batches of this process.
+        first_step: how many steps are done already.
+        metrics: JSON-lines file that the first process appends to.
+        say: gets a line for people now and then, in the first process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        args: TrainingArguments,
+        batches: MicroBatches,
+        first_step: int,
+        metrics: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over sequences: micro-batches count alike
+        self.run_config = config
+        self.batches = batches
+        self.first_step = first_step
+        self.metrics = metrics
+        self.say = say
+        self.names = source_names(config)
+        # A mixture of experts is told to return its router's loss here, and not by the config that is saved.
+        self._balance: float = getattr(model.config, "router_aux_loss_coef", 0.0)
+        has_router = "output_router_logits" in inspect.signature(model.forward).parameters
+        self._asks_router = {"output_router_logits": True} if has_router else {}
+        self._started = time.perf_counter()
+        self._losses = torch.zeros(2, len(self.names), device=args.device)  # sums and counts, since the last line
+
+    # -- what the Trainer asks for --------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.device.type == "cpu":  # accelerate shards on GPUs alone
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        is_cuda = self.args.device.type == "cuda"
+        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        workers = min(_MOST_WORKERS, cores - 2) if is_cuda else 0
+        return make_loader(self.batches, self.first_step * self.run_config.accumulate, max(0, workers), is_cuda)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            assert model is not None
+            is_copied = self.args.world_size > 1 and not self.run_config.fsdp
+            replicas = torch.distributed.group.WORLD if is_copied else None
+            self.optimizer = make_optimizer(self.run_config.optimizer, model, replicas)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            if self.run_config.fsdp:  # made before the model was sharded, it knows the parameters that were
+                assert self.model is not None
+                self.optimizer.optimizer = make_optimizer(self.run_config.optimizer, self.model)  # type: ignore[union-attr]
+            factor = rate(self.run_config.schedule, num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """The mean over sequences of each sequence's weighted loss, plus the router's where the model has one."""
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **self._asks_router)
+        losses = _sequence_losses(outputs.logits, inputs)
+        self._losses.index_add_(1, inputs["source"], torch.stack([losses.detach(), torch.ones_like(losses)]))
+        loss = losses.mean()
+        balance = getattr(outputs, "aux_loss", None)
+        if balance is not None:
+            loss = loss + self._balance * balance
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the Trainer's estimate would count attention as nothing
+
+    # -- metrics --------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._log_losses(logs)
+        super().log(logs, start_time)
+        if "loss" in logs or any(key.startswith("eval_") for key in logs):
+            self._write({key: value for key, value in logs.items() if key != "epoch"})
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Held-out loss of each source, nats for a graded token, and each task's share of answers right to the last."""
+        model, config = self.model, self.run_config
+        assert model is not None
+        stage = config.stages[self.batches.stage_of(max(0, min(self.state.global_step, config.steps) - 1))[0]]
+        sums = torch.zeros(3, len(self.names), device=self.args.device)
+        model.eval()
+        # Compiled layers would be compiled once more for every shape that occurs here.
+        with torch.no_grad(), self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            for batch in evaluation_batches(config, self.batches.corpora, stage):
+                batch = self._prepare_inputs(batch)
+                logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+                is_wrong = (logits[:, :-1].argmax(-1) != batch["input_ids"][:, 1:]) & (batch["weights"][:, 1:] > 0)
+                is_right = ~is_wrong.any(1)
+                losses = _sequence_losses(logits, batch)
+                sums.index_add_(1, batch["source"], torch.stack([losses, is_right.float(), torch.ones_like(losses)]))
+        model.train()
+        metrics: dict[str, float] = {"eval_sequence_length": stage.sequence_length}
+        for name, source, (loss, right, count) in zip(self.names, config.data, sums.T.tolist(), strict=True):
+            if count:
+                metrics[f"eval_loss_{name}"] = loss / count
+                metrics |= {} if source.task is None else {f"eval_accuracy_{name}": right / count}
+        self.log(metrics)
+        return metrics
+
+    def _log_losses(self, logs: dict[str, float]) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(self._losses)
+        sums, counts = self._losses.tolist()
+        self._losses.zero_()
+        logs |= {f"loss_{name}": s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n}
+        if not math.isfinite(logs["loss"]):
+            raise EffpassError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}",
+                hint="lower optimizer.lr or lengthen schedule.warmup; the last checkpoint stays",
+            )
+
+    def _write(self, line: dict[str, float]) -> None:
+        if not self.args.should_save:
+            return
+        seconds = time.perf_counter() - self._started
+        line = {"step": self.state.global_step, **line, "seconds": round(seconds, 3)}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {"loss", *(key for key in line if key.startswith(("loss_", "eval_")))}
+        values = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key in shown)
+        self.say(f"step {line['step']}/{self.run_config.steps}  {seconds:.0f} s  {values}")
+
+
+def _sequence_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The weighted loss of each sequence: float32 `[B]` of logits `[B, T, vocab]`."""
+    ids, weights = batch["input_ids"][:, 1:], batch["weights"][:, 1:]
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids.flatten(), reduction="none")
+    return (losses.view_as(weights) * weights).sum(1)

@@ -1,0 +1,272 @@
+"""A pretraining run from its config to a folder that holds everything it was made of.
+
+While it runs, its checkpoints, metrics and tokens stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from effpass.core.errors import EffpassError
+from effpass.trainers.lm.batches import MicroBatches, source_names
+from effpass.trainers.lm.config import Config, load_config
+from effpass.trainers.lm.corpus import Corpus, TextFile, find_files, read_corpus, write_corpus
+from effpass.trainers.lm.loop import Pretrainer, training_arguments
+from effpass.trainers.lm.memory import check_memory, estimate
+from effpass.trainers.lm.model import decoder_layers, make_model, model_config, set_experts
+from effpass.trainers.lm.plots import plot_losses
+from effpass.trainers.lm.tokenizer import load_tokenizer
+
+__all__ = ["train"]
+
+_METRICS, _RUN = "metrics.jsonl", "run.json"
+
+
+def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str], None] = print) -> Path:
+    """Pretrain as the config at `path` says.
+
+    Args:
+        path: the config.
+        folder: where the model goes; must not exist.
+        resume: go on from the last checkpoint in ``FOLDER.training``.
+        say: gets lines for people, in the first process only.
+
+    Returns:
+        `folder`: a stock checkpoint with its tokenizer, ``training.yaml`` (the config), ``training.json`` (seed, files
+        with their hashes, curves, final losses, hash of the weights), ``metrics.jsonl`` and ``loss.png``.
+
+    Raises:
+        EffpassError: a fault of the config or its data, no room on the device, something in the way of the output.
+    """
+    work = folder.with_name(f"{folder.name}.training")
+    config = load_config(path)
+    _check_places(folder, work, resume)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EffpassError("loss plots need matplotlib, which is not installed", hint="pip install 'effpass[train]'")
+    tokenizer = load_tokenizer(config.tokenizer)
+    longest = max(stage.sequence_length for stage in config.stages)
+    architecture = model_config(config.model, tokenizer, longest)
+    files = {
+        i: find_files(source.text, path.absolute().parent, f"data[{i}]")
+        for i, source in enumerate(config.data)
+        if source.text is not None
+    }
+    run = {"config": _plain(config), "data": {str(i): [asdict(f) for f in found] for i, found in files.items()}}
+    if resume:
+        _check_same(run, work)
+    args = training_arguments(config, work / "checkpoints")
+    if config.fsdp and args.world_size == 1:
+        raise EffpassError(
+            "fsdp: one process has nothing to share", hint="torchrun --nproc-per-node N -m effpass train lm …"
+        )
+    if config.fsdp and config.optimizer.name == "muon":
+        raise EffpassError("torch.optim.Muon does not know sharded parameters", hint="optimizer: {name: mona, …}")
+    say = say if args.should_save else lambda line: None
+    found = estimate(config, architecture, args.device, args.world_size)
+    say(str(found))
+    check_memory(found)
+    with args.main_process_first(local=False, desc="tokenizing"):
+        if args.process_index == 0 and not resume:
+            _prepare(work, run, config, files, tokenizer)
+    corpora = {i: read_corpus(work / "data" / str(i)) for i in files}
+    batches = MicroBatches(config, corpora, args.process_index, args.world_size)
+    checkpoint, first_step = _last_checkpoint(work) if resume else (None, 0)
+    if args.process_index == 0:
+        _cut_metrics(work / _METRICS, first_step)
+    model = make_model(architecture, config.model.get("from"), config.seed)
+    set_experts(model)
+    if config.compile:
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=False)
+    trainer = Pretrainer(config, model, args, batches, first_step, work / _METRICS, say)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise EffpassError(
+            f"no memory left on {args.device} at step {trainer.state.global_step}; estimated: {found}",
+            hint="raise 'accumulate', or lower 'batch'; the last checkpoint stays",
+        ) from error
+    if not config.evaluate_every:  # the Trainer evaluates after the last step too
+        trainer.evaluate()
+    state = _gathered(trainer.accelerator.unwrap_model(trainer.model))
+    if args.process_index == 0:
+        record = _record(config, files, corpora, args)
+        _publish(folder, work, path, architecture, state, tokenizer, config, record)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+# -- before -------------------------------------------------------------------------------------------------------
+
+
+def _check_places(folder: Path, work: Path, resume: bool) -> None:
+    if folder.exists():
+        raise EffpassError(f"{folder} exists", hint="give another folder, or remove it")
+    if resume and not (work / _RUN).exists():
+        raise EffpassError(f"{work} holds no run to go on with", hint="leave out --resume")
+    if not resume and work.exists():
+        raise EffpassError(f"{work} holds a run that did not end", hint="go on with --resume, or remove it")
+
+
+def _check_same(run: dict[str, Any], work: Path) -> None:
+    """Raise when config or data are not those that the run began with."""
+    before = json.loads((work / _RUN).read_text())
+    changed = [key for key in run["config"] if before["config"].get(key) != run["config"][key]]
+    if changed:
+        raise EffpassError(
+            f"the config is not the one that the run in {work} began with: {', '.join(changed)} changed",
+            hint="go on with the old config, or start anew in another folder",
+        )
+    for source, files in run["data"].items():
+        old = {f["name"]: f["sha256"] for f in before["data"][source]}
+        new = {f["name"]: f["sha256"] for f in files}
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                what = "is new" if name not in old else "is gone" if name not in new else "has changed"
+                raise EffpassError(f"data[{source}]: {name} {what} since the run in {work} began")
+
+
+def _prepare(work: Path, run: dict[str, Any], config: Config, files: dict[int, list[TextFile]], tokenizer: Any) -> None:
+    try:
+        for i, found in files.items():
+            words = None if config.tokenizer == "bytes" else tokenizer
+            write_corpus(work / "data" / str(i), found, words, config.held_out, config.seed, f"data[{i}]")
+        MicroBatches(config, {i: read_corpus(work / "data" / str(i)) for i in files})
+        (work / "checkpoints").mkdir(parents=True)
+        (work / _RUN).write_text(json.dumps(run, indent=2))
+    except EffpassError:
+        shutil.rmtree(work, ignore_errors=True)  # nothing was trained
+        raise
+
+
+def _last_checkpoint(work: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that was written to its end, and its step; the Trainer writes its state last."""
+    whole = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in (work / "checkpoints").glob("checkpoint-*/trainer_state.json")
+        if _is_json(path)
+    }
+    return (whole[max(whole)], max(whole)) if whole else (None, 0)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Forget what was measured after the checkpoint: it will be measured again."""
+    if path.exists():
+        kept = [json.dumps(line) for line in _read_metrics(path) if line["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    lines = path.read_text().splitlines()
+    if lines and not lines[-1].endswith("}"):
+        lines.pop()  # the process was killed while it wrote it
+    return [json.loads(line) for line in lines]
+
+
+# -- after --------------------------------------------------------------------------------------------------------
+
+
+def _record(config: Config, files: dict[int, list[TextFile]], corpora: dict[int, Corpus], args: Any) -> dict[str, Any]:
+    names = source_names(config)
+    data = []
+    for i, source in enumerate(config.data):
+        entry: dict[str, Any] = {"name": names[i], "weight": source.weight}
+        if i in corpora:
+            corpus = corpora[i]
+            entry |= {"tokens": len(corpus.training), "held_out_tokens": len(corpus.held_out)}
+            entry["files"] = [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in files[i]]
+        else:
+            entry |= {"task": source.task, "options": source.options}
+        data.append(entry)
+    is_cuda = args.device.type == "cuda"
+    return {
+        "seed": config.seed,
+        "steps": config.steps,
+        "tokens": sum(s.steps * s.batch * s.sequence_length for s in config.stages),
+        "optimizer": config.optimizer.name,
+        "data": data,
+        "processes": args.world_size,
+        "device": torch.cuda.get_device_name() if is_cuda else platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")},
+        },
+    }
+
+
+def _publish(
+    folder: Path,
+    work: Path,
+    path: Path,
+    architecture: Any,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    config: Config,
+    record: dict[str, Any],
+) -> None:
+    """Write the folder beside its place, then give it its name."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        model = make_model(architecture, None, 0)
+        _load(model, state)
+        model.to(getattr(torch, config.dtype))
+        model.save_pretrained(temporary)  # type: ignore[operator]
+        tokenizer.save_pretrained(temporary)
+        shutil.copyfile(path, temporary / "training.yaml")
+        shutil.copyfile(work / _METRICS, temporary / _METRICS)
+        lines = _read_metrics(work / _METRICS)
+        plot_losses(lines, temporary / "loss.png")
+        weights = sorted(temporary.glob("*.safetensors"))
+        record["weights_sha256"] = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in weights}
+        record["parameters"] = sum(p.numel() for p in model.parameters())
+        final = {key: value for line in lines for key, value in line.items() if key not in ("step", "seconds")}
+        record["final"] = final
+        record["curves"] = lines
+        (temporary / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(work)
+
+
+def _gathered(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights on the host, put together from all processes where they are sharded; called by all of them."""
+    state = model.state_dict()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in state.items()}
+
+
+def _load(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        n for n, _ in model.named_parameters()
+    }
+    if unexpected or set(missing) - tied:
+        raise EffpassError(f"the trained weights don't fit the model: {[*unexpected, *missing][:4]}")
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """What has to stay the same for a run to go on; where it logs and evaluates may change."""
+    free = ("log_every", "evaluate_every", "save_every", "version")
+    return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key not in free}))
