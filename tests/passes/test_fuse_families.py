@@ -158,4 +158,6 @@ def test_a_layer_of_llama_is_five_launches():
 
 def test_by_default_they_run_behind_passes_that_change_weights():
     """An adapter is merged in the products that the model wrote, which are gone afterwards."""
-    assert [planned.pass_.name for planned in default_passes()] == ["merge_lora", "fuse_linears", "fuse_rope_attention"]
+    first, *others = [planned.pass_.name for planned in default_passes()]
+    assert first == "merge_lora"
+    assert others == ["fuse_linears", "fuse_rope_attention", "fuse_rotary_table"]
