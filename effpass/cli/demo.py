@@ -274,8 +274,8 @@ def _conclude(story: _Story, seconds: dict[str, float]) -> None:
         story.say(f"Fastest on this CPU: {best}, [bold]{gain:.1f} times[/bold] the speed of the unrewritten model.")
     story.say(
         "Time per token is the median from one token to the next, prefill left out.\n"
-        'Needs a GPU, and was not measured here: CUDA graphs around the decode step (mode="reduce-overhead"), and'
-        " weights in bfloat16.",
+        "Needs a GPU, and was not measured here: the decode engine's CUDA graphs and fused kernels, and weights in"
+        " bfloat16.",
         style="dim",
     )
     minutes, rest = divmod(round(time.perf_counter() - story.started), 60)
