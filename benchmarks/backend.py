@@ -21,7 +21,7 @@ import torch
 
 import benchmarks.identity
 from benchmarks.rows import Row, bandwidth, measure, measure_pair, row
-from benchmarks.shapes import random_model
+from benchmarks.shapes import head_dim, random_model
 
 AREA = "backend"
 RETRACED = {"passes": ["identity"]}
@@ -43,8 +43,7 @@ def _decode_step(model: Any, device: str, compiled: Callable[..., Any]) -> Calla
     config = model.config if not hasattr(model, "get_base_model") else model.get_base_model().config
     cache = StaticCache(config, max_cache_len=1024)
     # Made beforehand: a first call that makes the cache would be a graph of its own.
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head_dim, _dtype(device), torch.device(device))
+    cache.early_initialization(1, config.num_key_value_heads, head_dim(config), _dtype(device), torch.device(device))
     ids = torch.full((1, 1), 5, device=device)
     positions = torch.full((1, 1), 512, device=device)
 

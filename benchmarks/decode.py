@@ -21,8 +21,8 @@ from torch import Tensor
 
 import effpass
 from benchmarks.backend import _compile, _decode_step, _dtype, _free, _weight_bytes
-from benchmarks.rows import Row, bandwidth, measure, row
-from benchmarks.shapes import random_model
+from benchmarks.rows import Row, _sync, bandwidth, measure, row
+from benchmarks.shapes import head_dim, random_model
 
 AREA = "decode"
 PROMPT, SLOTS = 512, 1024
@@ -50,11 +50,6 @@ def _seconds_a_token(generate: Callable[[int], Any], short: int, long: int, runs
     return median(seconds)
 
 
-def _sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def _generate(model: Any, ids: Tensor) -> Callable[[int], Any]:
     return lambda new: model.generate(
         input_ids=ids, min_new_tokens=new, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -63,9 +58,8 @@ def _generate(model: Any, ids: Tensor) -> Callable[[int], Any]:
 
 def _cache_bytes(model: Any, positions: int) -> int:
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     element = next(model.parameters()).element_size()
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * element * positions
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * element * positions
 
 
 def _greedy(model: Any, rows: int, smoke: bool, device: str) -> tuple[float, float, float]:
@@ -156,9 +150,8 @@ def prefill(device: str, smoke: bool) -> Iterator[Row]:
         one = {"input_ids": ids, "max_new_tokens": 1, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         ours = measure(lambda one=one: model.generate(**one), device, warmup=1, runs=3)
         peer = measure(lambda one=one: own(model, **one), device, warmup=1, runs=3)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         q, k, v = (
-            torch.randn(1, heads, length, head_dim, device=device, dtype=_dtype(device))
+            torch.randn(1, heads, length, head_dim(config), device=device, dtype=_dtype(device))
             for heads in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         )
         attention = measure(lambda q=q, k=k, v=v: _cudnn(q, k, v), device, warmup=2, runs=5)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SHAPES", "random_model"]
+__all__ = ["SHAPES", "head_dim", "random_model"]
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2-135m": (
@@ -30,6 +30,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
          "num_attention_heads": 4, "num_key_value_heads": 2},
     ),
 }  # fmt: skip
+
+
+def head_dim(config: Any) -> int:
+    """Size of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype, **overrides: Any) -> Any:

@@ -81,12 +81,28 @@ def memory_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headline_rows(document: Path) -> str:
+    """Decoding against its peers: the committed rows of areas `decode` and `export` that a user meets first."""
+    lines = ["| what | effpass | peer | times as fast | device |", "|---|--:|--:|--:|---|"]
+    for area, metrics in (("decode", ("greedy, a token",)), ("export", ("throughput, prefill included",))):
+        for text in (ROOT / "benchmarks" / "results" / f"{area}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(text)
+            if row["metric"] in metrics and row["peer"] is not None:
+                ours, peer = (f"{row[side]:.3g}" for side in ("ours", "peer"))
+                lines.append(
+                    f"| {row['case']}: {row['metric']} | {ours} {row['unit']} | {peer} ({row['peer_name']}) |"
+                    f" {row['ratio']:.2f} | {row['device']} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
     "backend": lambda document: measured_rows("backend"),
     "export": lambda document: measured_rows("export"),
     "decode": lambda document: measured_rows("decode"),
     "cost": cost_rows,
+    "headline": headline_rows,
     "memory": memory_rows,
 }
 DOCUMENTS = (

@@ -32,7 +32,7 @@ def generate(
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate text, written as it comes. Sampling follows the model's own generation config."""
+    """Generate text on the decode engine, written as it comes. Sampling follows the model's own generation config."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise EffpassError("the prompt is empty", hint="effpass generate MODEL --prompt 'some text'")

@@ -28,7 +28,7 @@ __all__ = ["BUILTIN", "group"]
 BUILTIN = {"effpass.train": {"lm": "effpass.cli.train_lm:lm"}}
 
 _HELP = {
-    "train": "Learn what a pass applies: one command per trainer.",
+    "train": "Train a model, or learn what a pass applies: one command per trainer.",
     "calibrate": "Measure what a pass needs to know of a model.",
 }
 

@@ -16,6 +16,14 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 __all__ = ["append_positions"]
 
 
+def _append_positions(positions: Tensor, start: Tensor, filled: Tensor, new: Tensor) -> None:
+    rows, tokens = new.shape
+    start.copy_(filled)
+    slots = start + torch.arange(tokens, dtype=torch.int32, device=new.device)
+    positions[:rows].index_copy_(1, slots.long(), new)
+    filled.add_(tokens)
+
+
 @torch.library.custom_op(
     "effpass::append_positions",
     mutates_args=("positions", "start", "filled"),
@@ -31,11 +39,7 @@ def append_positions(positions: Tensor, start: Tensor, filled: Tensor, new: Tens
         new: int32 [rows, T] with rows ≤ B; -1 for padding. The rows behind stay as they are. The caller answers for
             filled + T ≤ S.
     """
-    rows, tokens = new.shape
-    start.copy_(filled)
-    slots = start + torch.arange(tokens, dtype=torch.int32, device=new.device)
-    positions[:rows].index_copy_(1, slots.long(), new)
-    filled.add_(tokens)
+    _append_positions(positions, start, filled, new)
 
 
 @append_positions.register_fake
@@ -49,7 +53,7 @@ def _(positions, start, filled, new):  # type: ignore[no-untyped-def]
     if kernels and kernels.supported(positions, new):
         kernels.append_positions(positions, start, filled, new)
     else:
-        append_positions._init_fn(positions, start, filled, new)
+        _append_positions(positions, start, filled, new)
 
 
 @register_flop_formula(torch.ops.effpass.append_positions)

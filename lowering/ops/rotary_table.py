@@ -27,6 +27,11 @@ def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     return device.type == "cuda" and dtype == torch.float32 and triton_kernels("rotary_table") is not None
 
 
+def _rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    both = torch.cat((angles, angles), dim=-1)
+    return (both.cos() * scaling).to(dtype), (both.sin() * scaling).to(dtype)
+
+
 @torch.library.custom_op(
     "effpass::rotary_table",
     mutates_args=(),
@@ -43,8 +48,7 @@ def rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Te
     Returns:
         Cosines and sines [B, T, R].
     """
-    both = torch.cat((angles, angles), dim=-1)
-    return (both.cos() * scaling).to(dtype), (both.sin() * scaling).to(dtype)
+    return _rotary_table(angles, scaling, dtype)
 
 
 @rotary_table.register_fake
@@ -58,7 +62,7 @@ def _(angles, scaling, dtype):  # type: ignore[no-untyped-def]
     kernels = triton_kernels("rotary_table")
     if kernels and angles.dtype == torch.float32:
         return kernels.rotary_table(angles, scaling, dtype)
-    return rotary_table._init_fn(angles, scaling, dtype)
+    return _rotary_table(angles, scaling, dtype)
 
 
 @register_flop_formula(torch.ops.effpass.rotary_table)

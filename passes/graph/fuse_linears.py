@@ -4,7 +4,7 @@
     y = W n(x) + b + r                               one product, with what is added to it
     y = act(W_gate n(x)) · W_up n(x)                 the first half of a gated feed-forward layer
 
-At one token a step a decoder layer is some twenty launches of a few microseconds; these leave four beside attention.
+At one token a step a decoder layer is some twenty launches; these leave four beside attention.
 """
 
 from __future__ import annotations

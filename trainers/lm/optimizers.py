@@ -132,12 +132,9 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def _hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of linear layers inside the model, and all other parameters: embeddings, head, norms, stacked experts."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inner = {
-        id(module.weight)
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head and module.weight.requires_grad
-    }
+    """The matrices that MONA would take, and all others: embeddings, head, routers, norms, stacked experts."""
+    from effpass.trainers.mona import choose
+
+    inner = {id(c.parameter) for c in choose(model) if c.algorithm == "mona" and c.parameter.ndim == 2}
     wanted = [p for p in model.parameters() if p.requires_grad]
     return [p for p in wanted if id(p) in inner], [p for p in wanted if id(p) not in inner]
