@@ -21,6 +21,7 @@ from torch import Tensor
 
 import effpass
 from benchmarks.backend import _compile, _decode_step, _dtype, _free, _weight_bytes
+from benchmarks.decode_chain import chain
 from benchmarks.rows import Row, _sync, bandwidth, measure, row
 from benchmarks.shapes import head_dim, random_model
 
@@ -209,6 +210,7 @@ def first_token(device: str, smoke: bool) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "floor": floor,
+    "chain": chain,
     "batch1": batch1,
     "batches": batches,
     "dynamic": dynamic,

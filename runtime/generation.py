@@ -12,28 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from effpass.core.errors import EffpassError
 from effpass.runtime.cache import DecodeCache
-from effpass.runtime.cuda_graph import record
+from effpass.runtime.choice import Choice
 from effpass.runtime.engine import Engine
-from effpass.runtime.session import Session
 
 __all__ = ["generate"]
 
 _LOOK_EVERY = 4  # steps
 _IN_FLIGHT = 2  # looks; what runs beyond the end is cut off, and was for nothing
-_SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-_SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
 _TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
 
 
@@ -84,15 +74,15 @@ def generate(
         session.prefill(
             ids[:, known:], None if is_token is None else is_token[:, known:], max(1, engine.prefill_tokens // rows)
         )
-        choice = _Choice(session, ids, new, logits_processor, stopping_criteria, generation_config)
+        choice = Choice(session, ids, new, logits_processor, stopping_criteria, generation_config)
         watch = _Watch(choice, streamer)
-        for step in range(new):
-            if step:
-                session.step()
-            choice()
-            watch.look()
+        choice.first()
+        watch.look()
+        for _ in range(1, new):
             if watch.has_ended:
                 break
+            choice.next()
+            watch.look()
         done = watch.finish()
         result = choice.output(length + done)
         if generation_config.return_dict_in_generate:
@@ -102,118 +92,13 @@ def generate(
     return result["sequences"]
 
 
-# -- one step's choice ---------------------------------------------------------------------------------------------
-
-
-class _Choice:
-    """Chooses each step's tokens from the session's logits, and says which sequences go on.
-
-    Processors that look at scores alone and criteria that look at the last token alone do the same to fixed buffers at
-    every step, which on a GPU is one more CUDA graph. Others see all tokens so far, and run as they are.
-
-    Attributes:
-        tokens: int64 `[rows]`: the step's, and the session's next input.
-        unfinished: int64 `[rows]`: 1 for sequences that go on.
-        goes_on: bool: whether any does.
-        lasted: int64: the number of steps after which any did.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        prompt: Tensor,
-        new: int,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: Any,
-    ) -> None:
-        rows, length = prompt.shape
-        self.session = session
-        self.processors, self.criteria = processors, criteria
-        self.samples = config.do_sample
-        ends = any(hasattr(c, "eos_token_id") for c in criteria)  # as transformers decides it
-        self.pad = config._pad_token_tensor if ends else None
-        self.ids = prompt.new_zeros(rows, length + new)
-        self.ids[:, :length] = prompt
-        self.length = length
-        self.tokens = session.tokens[:rows, 0]
-        self.unfinished = prompt.new_ones(rows)
-        self.goes_on = torch.ones((), dtype=torch.bool, device=prompt.device)
-        can_end = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
-        self.lasted = torch.full((), 0 if can_end else new, device=prompt.device)
-        kept = config.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if kept and config.output_scores else None
-        self.logits: list[Tensor] | None = [] if kept and config.output_logits else None
-        self._column = torch.full((1,), length, device=prompt.device)
-        self._is_fixed = (
-            all(type(p) in _SEES_SCORES for p in processors)
-            and all(type(c) in _SEES_LAST_TOKEN for c in criteria)
-            and self.scores is None
-            and self.logits is None
-        )
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        """Choose; the result is in :attr:`tokens` and :attr:`unfinished`."""
-        if not self._is_fixed:
-            self._choose(self.ids[:, : self.length])
-            self.ids[:, self.length] = self.tokens
-            given = None if self.scores is None else tuple(self.scores)
-            self._end(self.criteria(self.ids[:, : self.length + 1], given))
-        elif self._graph is not None:
-            self._graph.replay()
-        else:
-            self._fixed()
-            if self.ids.is_cuda:
-                self._graph = record(self._fixed)
-        self.length += 1
-
-    def output(self, length: int) -> dict[str, Any]:
-        """Of what was generated, the first `length` positions."""
-        dropped = self.length - length
-        kept = {"scores": self.scores, "logits": self.logits}
-        steps = {k: None if v is None else tuple(v[: len(v) - dropped]) for k, v in kept.items()}
-        return {"sequences": self.ids[:, :length].clone(), **steps}
-
-    def _fixed(self) -> None:
-        self._choose(self.tokens[:, None])
-        self.ids.index_copy_(1, self._column, self.tokens[:, None])
-        self._column.add_(1)
-        # The largest length is the loop's own business: a criterion for it would be burned into the graph.
-        asked = StoppingCriteriaList(c for c in self.criteria if not isinstance(c, MaxLengthCriteria))
-        if asked:
-            self._end(asked(self.tokens[:, None], None))  # type: ignore[arg-type]
-
-    def _choose(self, seen: Tensor) -> None:
-        logits = self.session.logits[: len(self.tokens)]
-        if self.samples or self.processors or self.scores is not None or self.logits is not None:
-            logits = logits.to(torch.float32, copy=True)
-        if self.logits is not None:
-            self.logits.append(logits.clone())
-        scores = self.processors(seen, logits) if self.processors else logits  # type: ignore[arg-type]
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.samples:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
-        if self.pad is not None:
-            tokens = torch.where(self.unfinished == 1, tokens, self.pad)
-        self.tokens.copy_(tokens)
-
-    def _end(self, ended: Tensor) -> None:
-        self.unfinished &= ~ended
-        torch.any(self.unfinished, out=self.goes_on)
-        self.lasted += self.goes_on
-
-
 # -- what the host learns, and when --------------------------------------------------------------------------------
 
 
 class _Watch:
     """Learns from the device, without stopping it, that all sequences have ended; hands tokens to the streamer."""
 
-    def __init__(self, choice: _Choice, streamer: Any) -> None:
+    def __init__(self, choice: Choice, streamer: Any) -> None:
         self.choice = choice
         self.streamer = streamer
         self.has_ended = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,60 @@ from effpass.core.derived_arguments import DerivedArguments
 from effpass.runtime.cache import DecodeCache
 from effpass.runtime.cuda_graph import record
 
-__all__ = ["Session"]
+__all__ = ["ENDS", "Answer", "Session", "Tail"]
 
 Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+ENDS = 16  # tokens that end a sequence, at most, where a step is to notice them by itself
+
+
+class Tail(NamedTuple):
+    """What is done with a step's logits, recorded with the step; tails of equal keys do the same."""
+
+    key: tuple[Any, ...]
+    run: Callable[[Tensor], None]
+
+
+class Answer:
+    """What a generation has come to, in buffers that a CUDA graph can hold.
+
+    Attributes:
+        ids: int64 `[B, capacity]`: prompt and answer.
+        column: int64 `[1]`: where the next token goes.
+        unfinished: int64 `[B]`: 1 for sequences that go on.
+        goes_on: bool `[]`: whether any does.
+        lasted: int64 `[]`: the number of steps after which any did.
+        ends: int64 `[ENDS]`: tokens that end a sequence, then -1.
+        pad: int64 `[]`: what follows the end.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        of: dict[str, Any] = {"dtype": torch.long, "device": device}
+        self.ids = torch.zeros(batch, capacity, **of)
+        self.column = torch.zeros(1, **of)
+        self.unfinished = torch.zeros(batch, **of)
+        self.goes_on = torch.ones((), dtype=torch.bool, device=device)
+        self.lasted = torch.zeros((), **of)
+        self.ends = torch.full((ENDS,), -1, **of)
+        self.pad = torch.zeros((), **of)
+
+    def begin(self, prompt: Tensor, pad: Tensor | None, ends: Sequence[Tensor], lasted: int) -> None:
+        """Start behind `prompt`, int64 `[rows, T]`; of `ends`, the first :data:`ENDS` tokens are kept."""
+        rows, length = prompt.shape
+        self.ids[:rows, :length] = prompt
+        self.column.fill_(length)
+        self.unfinished.zero_()
+        self.unfinished[:rows] = 1
+        self.goes_on.fill_(True)
+        self.lasted.fill_(lasted)
+        self.ends.fill_(-1)
+        if ends:
+            tokens = torch.cat(list(ends))[:ENDS]
+            self.ends[: len(tokens)].copy_(tokens)
+        if pad is None:
+            self.pad.zero_()
+        else:
+            self.pad.copy_(pad)
 
 
 class Session:
@@ -34,7 +85,8 @@ class Session:
 
     Attributes:
         tokens: int64 `[B, 1]`: the next step's input.
-        logits: `[B, vocab]`: the last step's or prompt's output; there after the first prompt.
+        logits: `[B, vocab]`: output of the prompt, or of the last step that had no tail; there after the first prompt.
+        answer: what was generated.
         rows: sequences in use.
         length: tokens of each sequence that are in the cache, padding included (*logical length*).
         is_given: the user holds the cache.
@@ -47,6 +99,7 @@ class Session:
         self.model = model
         self.backend = backend
         self.cache = DecodeCache(model.config, batch, capacity, device)
+        self.answer = Answer(batch, capacity, device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.rows = batch
         self.length = 0
@@ -57,6 +110,8 @@ class Session:
         self._index = torch.zeros_like(self._position)  # the same for the model, which may look it up in a table
         self._moves = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._key: tuple[Any, ...] | None = None  # of the tail in the graph
+        self._model: Callable[..., Any] | None = None  # as the graph runs it
         self._compiled: list[Callable[..., Any]] = []
         self._weights: tuple[int, ...] = ()
 
@@ -86,7 +141,9 @@ class Session:
             is_token: bool `[rows, T]`, False for padding; None when nothing is.
             chunk: tokens of each sequence to run at once.
         """
-        if self._weights != self._weight_addresses() or any(isinstance(c, DerivedArguments) for c in self._compiled):
+        if self._weights != self._weight_addresses():
+            self._graph = self._model = None
+        if any(isinstance(c, DerivedArguments) for c in self._compiled):
             self._graph = None  # derived weights are looked at by what calls the compiled code, and a graph does not
         rows, tokens = input_ids.shape
         before = self._position[:rows]
@@ -106,15 +163,15 @@ class Session:
         before.copy_(positions.amax(1, keepdim=True).maximum(before))
         torch.clamp(self._position, min=0, out=self._index)
 
-    def step(self) -> None:
-        """Run :attr:`tokens`; their logits are in :attr:`logits`."""
+    def step(self, tail: Tail | None = None) -> None:
+        """Run :attr:`tokens`; `tail` gets their logits, or they are in :attr:`logits`."""
         if self.model.device.type != "cuda":
             self._move()
             self._enter(self._position)
-            self._forward(self.model)
+            self._forward(self.model, tail)
             return
-        if self._graph is None:
-            self._record()
+        if self._graph is None or self._key != (tail and tail.key):
+            self._record(tail)
         assert self._graph is not None
         self.cache.advance(1)
         self.length += 1
@@ -155,15 +212,21 @@ class Session:
         )
         return output.logits[:, -1]
 
-    def _forward(self, model: Callable[..., Any]) -> None:
-        self.logits.copy_(self._call(model, self.tokens, self._index))
+    def _forward(self, model: Callable[..., Any], tail: Tail | None) -> None:
+        logits = self._call(model, self.tokens, self._index)
+        if tail is None:
+            self.logits.copy_(logits)
+        else:
+            tail.run(logits)
 
     # -- the CUDA graph -------------------------------------------------------------------------------------------
 
-    def _record(self) -> None:
+    def _record(self, tail: Tail | None) -> None:
         """Record a step as a CUDA graph, with the device's state left as it was."""
-        self._compiled.clear()
-        model = self._compile() if self.backend is not None else self.model
+        if self._model is None:
+            self._compiled.clear()
+            self._model = self._compile() if self.backend is not None else self.model
+        model = self._model
         device_state = [
             self._position,
             self._index,
@@ -171,19 +234,21 @@ class Session:
         ]
         saved = [t.clone() for t in device_state]
 
-        def step() -> None:
+        def step(tail: Tail | None) -> None:
             self._move()
             self.cache.append(self._position)
-            self._forward(model)
+            self._forward(model, tail)
 
         def try_out() -> None:
             for _ in range(2):
-                step()
+                step(None)  # a tail has run after the prompt, and may draw random numbers
                 for tensor, value in zip(device_state, saved, strict=True):
                     tensor.copy_(value)
 
         with self._recording():
-            self._graph = record(step, warm_up=try_out)
+            self._graph = None  # its memory goes first
+            self._graph = record(lambda: step(tail), warm_up=try_out)
+        self._key = tail and tail.key
         self._weights = self._weight_addresses()
 
     @contextmanager

@@ -194,6 +194,30 @@ def append_errors(kernels: Any, B: int, rows: int, S: int, filled: int, **of: An
     return {"table": float((slots != expected).sum()), "counters": float(start != filled) + float(end != filled + 1)}
 
 
+def greedy_errors(kernels: Any, rows: int, vocabulary: int, **of: Any) -> dict[str, float]:
+    """Rows that differ after two steps of `greedy_tokens`; half of the rows end with the first."""
+    torch.manual_seed(rows)
+    logits = torch.randint(-9, 9, (rows, vocabulary), device=of["device"]).to(of["dtype"])
+    best = torch.tensor([row.index(max(row)) for row in logits.tolist()], device=of["device"])
+    ends, pad = torch.full((4,), -1, device=of["device"]), torch.tensor(vocabulary, device=of["device"])
+    ends[1] = best[0]
+    tokens, ids, column = (
+        torch.zeros_like(best),
+        torch.zeros(rows, 5, dtype=torch.long, device=of["device"]),
+        pad * 0 + 3,
+    )
+    unfinished, lasted, goes_on = torch.ones_like(best), pad.new_zeros(()), pad.new_zeros((), dtype=torch.bool)
+    for _ in range(2):
+        kernels.greedy_tokens(logits, ends, pad, tokens, ids, column, unfinished, goes_on, lasted)
+    goes = best != best[0]
+    return {
+        "first": float((ids[:, 3] != best).sum()),
+        "second": float((ids[:, 4] != torch.where(goes, best, pad)).sum() + (tokens != ids[:, 4]).sum()),
+        "others": float(ids[:, :3].abs().sum() + (column != 5).sum()),
+        "ends": float((unfinished != goes.long()).sum() + (goes_on != goes.any()) + (lasted != 2 * int(goes.any()))),
+    }
+
+
 LINEARS = {
     "one row": (1, 72, False, 0.0),
     "one row, Gemma's norm": (1, 576, True, 1.0),
@@ -218,6 +242,8 @@ PREFILLS = {
 }
 # B, T, R / 2, scaling
 TABLES = {"one token": (1, 1, 32, 1.0), "odd sizes": (3, 5, 7, 0.7)}
+# rows, vocabulary
+GREEDY = {"one row": (1, 5000), "odd sizes": (5, 2049), "64 rows": (64, 130)}
 # B, rows, S, filled
 APPENDS = {"first slot": (1, 1, 9, 0), "some rows": (40, 37, 9, 8)}
 # rotated, norm
@@ -239,6 +265,8 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[ModuleType], dict[str, flo
         yield f"table: {name}", lambda kernels, case=case: table_errors(kernels, *case, **of), "rotary_table"
     for name, case in APPENDS.items():
         yield f"append: {name}", lambda kernels, case=case: append_errors(kernels, *case, **of), "append_positions"
+    for name, case in GREEDY.items():
+        yield f"greedy: {name}", lambda kernels, case=case: greedy_errors(kernels, *case, **of), "greedy_tokens"
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -288,10 +316,10 @@ def compile_all() -> dict[str, int]:
     driver.set_active(NoDevice())
     shared: dict[str, int] = {}
     names = ("launch", "small_linear", "decode_attention", "prefill_attention", "rotary_table", "append_positions")
-    launch, linear, decode, prefill, table, append = map(_kernels, names)
-    for module in (launch, linear, decode, prefill, table, append):
+    launch, linear, decode, prefill, table, append, greedy = map(_kernels, (*names, "greedy_tokens"))
+    for module in (launch, linear, decode, prefill, table, append, greedy):
         for name, value in vars(module).copy().items():
-            if name in ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append"):
+            if name in ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append", "_best"):
                 setattr(module, name, Compiled(f"{module.__name__.rpartition('.')[2]}.{name}", value))
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
@@ -320,6 +348,10 @@ def compile_all() -> dict[str, int]:
         module.cached_attention(some(1, 32, tokens, 128), *cached, 0.1, 512, 30.0)
     table.rotary_table(some(1, 1, 64, dtype=torch.float32), 1.0, torch.bfloat16)
     append.append_positions(numbers(4, 1024), numbers(1), numbers(1), numbers(3, 1))
+    long = torch.zeros(2, dtype=torch.long)
+    greedy.greedy_tokens(
+        some(2, 49152), long, long[0], long, long[:, None], long[:1], long, torch.ones((), dtype=torch.bool), long[0]
+    )
     return shared
 
 

@@ -69,6 +69,19 @@ def test_sampling_follows_the_seed(how: dict[str, Any]) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
+def test_each_way_to_choose_records_its_own_step() -> None:
+    ready, given = effpass.prepare(make("llama"), NO_PASSES), inputs()
+
+    def generate(**how: Any) -> Tensor:
+        torch.manual_seed(0)
+        return ready.generate(**given, max_new_tokens=16, eos_token_id=None, **how)
+
+    ways = [{}, {"do_sample": True}, {"do_sample": True, "temperature": 0.3}, {"repetition_penalty": 1.5}]
+    once = [generate(**how) for how in ways]
+    assert all(torch.equal(a, generate(**how)) for a, how in zip(once, ways, strict=True))
+    assert all(not torch.equal(a, once[0]) for a in once[1:])
+
+
 def test_sampled_tokens_have_the_model_s_distribution() -> None:
     model = make("llama", vocab_size=97)
     ids = families.batch(7)["input_ids"][1:].cuda()
@@ -107,6 +120,7 @@ def test_steps_do_not_wait_for_the_device() -> None:
     ready, given = effpass.prepare(make("llama"), NO_PASSES), inputs()
     ready.generate(**given, max_new_tokens=8, eos_token_id=None)
     session = ready.effpass_engine._free[2]
+    session.step()  # records it without the choice of a token
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):

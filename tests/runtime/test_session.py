@@ -18,7 +18,7 @@ def recorded_step(session: Session, compiled: Callable[..., Any]) -> None:
     with session._recording():
         session._move()
         session.cache.append(session._position)
-        session._forward(compiled)
+        session._forward(compiled, None)
     session.cache.advance(1)
 
 

@@ -35,11 +35,11 @@ def test_closing_a_stream_ends_the_generation(loaded: Any, monkeypatch: pytest.M
     steps = 0
     step = Session.step
 
-    def slow(session: Session) -> None:
+    def slow(session: Session, tail: Any = None) -> None:
         nonlocal steps
         steps += 1
         time.sleep(0.01)
-        step(session)
+        step(session, tail)
 
     monkeypatch.setattr(Session, "step", slow)
     before = threading.active_count()

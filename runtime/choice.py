@@ -1,0 +1,148 @@
+"""One step's choice: from logits to tokens, and which sequences go on.
+
+Processors that look at scores alone, and criteria that look at the last token alone, do the same at every step to
+buffers that stay where they are: on a GPU they are part of the step's CUDA graph. Others see all tokens so far, and run
+as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from effpass.lowering.ops.greedy_tokens import greedy_tokens
+from effpass.runtime.session import ENDS, Session, Tail
+
+__all__ = ["Choice"]
+
+_SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
+
+
+class Choice:
+    """Chooses tokens from a session's logits, with transformers' processors and criteria.
+
+    Args:
+        session: after the prompt.
+        prompt: int64 `[rows, T]`.
+        new: how many tokens are chosen at most.
+        processors, criteria, config: as transformers prepared them.
+
+    Attributes:
+        tokens: int64 `[rows]`: the step's, and the session's next input.
+        goes_on: bool: whether any sequence does.
+        lasted: int64: the number of steps after which any did.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: Tensor,
+        new: int,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: Any,
+    ) -> None:
+        rows, self._length = prompt.shape
+        self._session = session
+        self._processors, self._criteria = processors, criteria
+        self._samples = config.do_sample
+        self.tokens = session.tokens[:rows, 0]
+        answer = session.answer
+        self.goes_on, self.lasted = answer.goes_on, answer.lasted
+        self._ids, self._unfinished = answer.ids[:rows], answer.unfinished[:rows]
+        self._pads = any(hasattr(c, "eos_token_id") for c in criteria)  # as transformers decides it
+        ends = [c.eos_token_id.flatten() for c in criteria if isinstance(c, EosTokenCriteria)]
+        count = sum(map(len, ends))
+        can_end = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
+        kept = config.return_dict_in_generate
+        self._scores: list[Tensor] | None = [] if kept and config.output_scores else None
+        self._logits: list[Tensor] | None = [] if kept and config.output_logits else None
+        answer.begin(prompt, config._pad_token_tensor if self._pads else None, ends, 0 if can_end else new)
+        is_fixed = (
+            all(type(p) in _SEES_SCORES for p in processors)
+            and all(type(c) in _SEES_LAST_TOKEN for c in criteria)
+            and count <= ENDS
+            and self._scores is None
+            and self._logits is None
+        )
+        self._tail = Tail(self._key(rows), self._fixed) if is_fixed else None
+
+    def first(self) -> None:
+        """Choose from the prompt's logits."""
+        self._choose(self._session.logits)
+
+    def next(self) -> None:
+        """Run a step, and choose."""
+        self._session.step(self._tail)
+        if self._tail is None:
+            self._choose(self._session.logits)
+        else:
+            self._length += 1
+
+    def output(self, length: int) -> dict[str, Any]:
+        """Of what was generated, the first `length` positions."""
+        dropped = self._length - length
+        kept = {"scores": self._scores, "logits": self._logits}
+        steps = {k: None if v is None else tuple(v[: len(v) - dropped]) for k, v in kept.items()}
+        return {"sequences": self._ids[:, :length].clone(), **steps}
+
+    def _choose(self, logits: Tensor) -> None:
+        if self._tail is not None:
+            self._tail.run(logits)
+        else:
+            self._choose_from(logits, self._ids[:, : self._length])
+            self._ids[:, self._length] = self.tokens
+            given = None if self._scores is None else tuple(self._scores)
+            self._end(self._criteria(self._ids[:, : self._length + 1], given))
+        self._length += 1
+
+    # -- the same at every step ----------------------------------------------------------------------------------------
+
+    def _key(self, rows: int) -> tuple[Any, ...]:
+        """What `_fixed` does, apart from what stands in buffers."""
+        processors = tuple((type(p).__name__, *sorted(vars(p).items())) for p in self._processors)
+        return rows, self._samples, processors
+
+    def _fixed(self, logits: Tensor) -> None:
+        answer, rows = self._session.answer, len(self.tokens)
+        if not self._samples and not self._processors:
+            greedy_tokens(
+                logits[:rows], answer.ends, answer.pad, self.tokens, self._ids, answer.column, self._unfinished,
+                self.goes_on, self.lasted,
+            )  # fmt: skip
+            return
+        self._choose_from(logits, self.tokens[:, None])
+        self._ids.index_copy_(1, answer.column, self.tokens[:, None])
+        answer.column.add_(1)
+        self._end(torch.isin(self.tokens, answer.ends))
+
+    def _choose_from(self, logits: Tensor, seen: Tensor) -> None:
+        logits = logits[: len(self.tokens)].to(torch.float32, copy=True)
+        if self._logits is not None:
+            self._logits.append(logits.clone())
+        scores = self._processors(seen, logits) if self._processors else logits  # type: ignore[arg-type]
+        if self._scores is not None:
+            self._scores.append(scores)
+        if self._samples:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self._pads:
+            tokens = torch.where(self._unfinished == 1, tokens, self._session.answer.pad)
+        self.tokens.copy_(tokens)
+
+    def _end(self, ended: Tensor) -> None:
+        self._unfinished.mul_(~ended)
+        torch.any(self._unfinished, out=self.goes_on)
+        self.lasted.add_(self.goes_on)
