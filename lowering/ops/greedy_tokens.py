@@ -21,7 +21,7 @@ def _greedy_tokens(
     tokens.copy_(torch.where(goes, logits.argmax(-1), pad))
     ids.index_copy_(1, column, tokens[:, None])
     column.add_(1)
-    unfinished.mul_(~torch.isin(tokens, ends))
+    unfinished.mul_((tokens[:, None] != ends).all(1))
     goes_on.copy_(unfinished.any())
     lasted.add_(goes_on)
 

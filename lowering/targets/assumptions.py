@@ -26,6 +26,9 @@ __all__ = ["any_size"]
 # and the cases that every file is checked with (validation.py) have a batch, tokens and a past of 1, and a past of 0.
 _PROBES = (2, 3, 5, 8, 64, 1000, 100_003)
 
+# B, T and P.
+_SIZES = sympy.symbols("batch tokens past", integer=True, nonnegative=True)
+
 
 @contextmanager
 def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]]:
@@ -49,48 +52,46 @@ def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]
     counted: list[Elements] = []
     with sizes_stay_free():
         yield counted
-    roles: dict[Any, int] = {}
+    rows, new, held = _SIZES
+    meanings: dict[sympy.Symbol, sympy.Expr] = {}
     for tensor, dims in [
-        (ids, {0: 0, 1: 1}),
-        (mask, {0: 0}),
-        (positions, {0: 0, 1: 1}),
-        *((t, {0: 0, 2: 2}) for t in past),
+        (ids, {0: rows, 1: new}),
+        (positions, {0: rows, 1: new}),
+        *((t, {0: rows, 2: held}) for t in past),
+        (mask, {0: rows, 1: new + held}),  # a symbol of its own in some versions
     ]:
-        for dim, role in dims.items():
+        for dim, meaning in dims.items():
             size = tensor.shape[dim]
             if isinstance(size, torch.SymInt):
-                roles[size.node._expr] = roles[size.node.expr] = role
+                for name in (size.node._expr, size.node.expr):
+                    if isinstance(name, sympy.Symbol):
+                        meanings.setdefault(name, meaning)
     for guard in environment.guards[known:]:
-        condition = guard.expr
-        if not condition.free_symbols <= roles.keys():
-            raise _assumed(compiler, condition)
-        if (elements := _counted(condition, roles)) is not None:
+        condition = guard.expr.xreplace(meanings)
+        if not condition.free_symbols <= set(_SIZES):
+            raise _assumed(compiler, guard.expr)
+        if (elements := _counted(condition)) is not None:
             if not any(_covers(other, elements) for other in counted):
                 counted[:] = [*(other for other in counted if not _covers(elements, other)), elements]
             continue
         for sizes in itertools.product(_PROBES, repeat=3):
-            if not condition.subs({symbol: sizes[roles[symbol]] for symbol in condition.free_symbols}):
-                raise _assumed(compiler, condition)
+            if not condition.subs(dict(zip(_SIZES, sizes, strict=True))):
+                raise _assumed(compiler, guard.expr)
 
 
-def _counted(condition: Any, roles: dict[Any, int]) -> Elements | None:
+def _counted(condition: Any) -> Elements | None:
     """The elements whose number `condition` holds below 2³¹; None for a condition of another kind.
 
     What the condition takes away from them is left out: the limit is a little narrower then.
     """
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
-    symbols = [symbol for symbol in roles if symbol.is_Symbol]
     difference = sympy.expand(condition.lts - condition.gts)
-    if not difference.is_polynomial(*symbols):
+    if not difference.is_polynomial(*_SIZES):
         return None
     factors: dict[tuple[int, int, int], int] = {}
-    for exponents, factor in sympy.Poly(difference, *symbols).terms():
-        by_role = [0, 0, 0]
-        for symbol, exponent in zip(symbols, exponents, strict=True):
-            by_role[roles[symbol]] += exponent
-        place = (by_role[0], by_role[1], by_role[2])
-        factors[place] = factors.get(place, 0) + int(sympy.ceiling(factor))
+    for (b, t, p), factor in sympy.Poly(difference, *_SIZES).terms():
+        factors[b, t, p] = int(sympy.ceiling(factor))
     allowed = -factors.pop((0, 0, 0), 0) - isinstance(condition, (sympy.Lt, sympy.Gt))
     if allowed <= 2**30:
         return None

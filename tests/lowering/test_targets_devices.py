@@ -265,6 +265,19 @@ def test_what_a_compiler_counts_with_32_bits_becomes_a_limit() -> None:
         assert batch * tokens * 97 <= 2**30  # a condition of another kind
 
 
+def test_a_mask_with_a_size_of_its_own_counts_as_past_and_tokens() -> None:
+    from torch._dynamo.source import ConstantSource
+
+    graph = export_decode_graph(small())
+    batch, *_ = sizes(graph)
+    (mask,) = [n for n in graph.program.graph.nodes if n.op == "placeholder" and n.name == "attention_mask"]
+    mode = mask.meta["val"].fake_mode
+    mask.meta["val"] = own = mode.from_tensor(torch.zeros(7, 9), source=ConstantSource("own"), static_shapes=False)
+    with any_size(graph.program, "Inductor") as counted:
+        assert batch * own.shape[1] <= 2**31 - 1
+    assert [sorted(elements) for elements in counted] == [[(1, 1, 0, 1), (1, 1, 1, 0)]]
+
+
 def test_inductor_takes_things_for_granted_where_they_are_seen(
     graph: DecodeGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,24 @@ def empty(batch: int, past: int = 0, dtype: torch.dtype = torch.float32) -> list
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, torch.dtype], Path]]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, torch.dtype], Path]:
     """Export the one-layer Llama, once each; the tolerance is measured."""
+    from effpass.lowering.targets.tolerance import measure_tolerance
+
     folder = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        from effpass.lowering.targets.tolerance import measure_tolerance
 
-        patch.setattr(export, "measure_tolerance", measure_tolerance)
-
-        def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
-            target = find_target(name)
-            out = folder / f"{str(dtype).removeprefix('torch.')}{target.suffix}"
-            if not out.exists():
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        target = find_target(name)
+        out = folder / f"{str(dtype).removeprefix('torch.')}{target.suffix}"
+        if not out.exists():
+            with pytest.MonkeyPatch.context() as patch:  # here: the fixed one is set before each test
+                patch.setattr(export, "measure_tolerance", measure_tolerance)
                 result = export.export_decoder(small(dtype), None, [], out, target=target, max_length=LENGTH)
                 assert max(c.export_error for c in result.checks) < ROUNDING[dtype]
                 assert "without" not in result.tolerance.why
-            return out
+        return out
 
-        yield make
+    return make
 
 
 FILES = [("aoti", torch.float32), ("aoti", torch.bfloat16), ("inductor", torch.float32)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import effpass
+from effpass.runtime.attention import reading_cache
 
 pytestmark = pytest.mark.gpu
 
@@ -120,13 +121,14 @@ def test_steps_do_not_wait_for_the_device() -> None:
     ready, given = effpass.prepare(make("llama"), NO_PASSES), inputs()
     ready.generate(**given, max_new_tokens=8, eos_token_id=None)
     session = ready.effpass_engine._free[2]
-    session.step()  # records it without the choice of a token
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(4):
-            session.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with torch.no_grad(), reading_cache(ready):
+        session.step()  # records it without the choice of a token
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                session.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_stream_gets_every_token_in_order() -> None:

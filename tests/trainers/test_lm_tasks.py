@@ -74,6 +74,13 @@ def test_an_example_fills_its_length_at_every_length(task, questions):
         assert found.text.isascii()
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_shortest_example_can_be_made_from_every_seed(task):
+    least = shortest(task, {})
+    for seed in range(200):
+        assert len(make_example(task, np.random.default_rng(seed), least, 1, {}).text) == least
+
+
 def test_the_first_question_about_variables_goes_over_all_hops_and_no_answer_comes_twice():
     for seed in range(20):
         found = example("variables", 1000, 8, seed, hops=3, chains=4)

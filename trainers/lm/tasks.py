@@ -157,8 +157,7 @@ def frequent(rng: np.random.Generator, length: int, questions: int, *, words: in
     count = (length - len(question) - 2 * (1 + _NAME)) // (1 + _NAME)
     shares = np.where(np.arange(words) == 0, 2, 1) / (words + 1)
     counts = rng.multinomial(count, shares)
-    surplus = max(0, counts[1:].max(initial=0) + 1 - counts[0])
-    for _ in range(surplus):  # a draw without a winner: take from the others
+    while counts[0] <= counts[1:].max():  # a draw without a winner: take from the others
         counts[1 + counts[1:].argmax()] -= 1
         counts[0] += 1
     listed = b" " + b" ".join(rng.permutation(np.repeat(names, counts)))
