@@ -39,6 +39,19 @@ def chain(device: str, smoke: bool) -> Iterator[Row]:
 
         return changed
 
+    tile, count = decode_attention.tile_shape, decode_attention.split_count
+
+    @contextmanager
+    def attending(slots: int, warps: int, most: int) -> Iterator[None]:
+        def tiled(*args: Any) -> dict[str, int]:
+            return {**tile(*args), "BLOCK_N": slots, "num_warps": warps}
+
+        with (
+            patch.object(decode_attention, "tile_shape", tiled),
+            patch.object(decode_attention, "split_count", lambda *args: min(most, count(*args))),
+        ):
+            yield
+
     @contextmanager
     def one_after_the_other() -> Iterator[None]:
         with (
@@ -55,6 +68,10 @@ def chain(device: str, smoke: bool) -> Iterator[Row]:
         "linears with twice the outputs a program": patch.object(small_linear, "one_row_shape", shaped(2, 1)),
         "linears with twice the warps": patch.object(small_linear, "one_row_shape", shaped(1, 2)),
         "linears with half the warps": patch.object(small_linear, "one_row_shape", shaped(1, 0.5)),
+        "attention by one program a head, tiles of 128 slots": attending(128, 8, 1),
+        "attention by one program a head, tiles of 256 slots": attending(256, 8, 1),
+        "attention by at most 3 programs a head, tiles of 256 slots": attending(256, 8, 3),
+        "attention by at most 5 programs a head, tiles of 128 slots": attending(128, 4, 5),
     }
     layers = [_Layer() for _ in range(2 if smoke else LAYERS)]
     read = sum(layer.bytes for layer in layers)

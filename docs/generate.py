@@ -101,6 +101,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "backend": lambda document: measured_rows("backend"),
     "export": lambda document: measured_rows("export"),
     "decode": lambda document: measured_rows("decode"),
+    "optimizer": lambda document: measured_rows("optimizer"),
+    "quality": lambda document: measured_rows("quality"),
     "cost": cost_rows,
     "headline": headline_rows,
     "memory": memory_rows,

@@ -82,6 +82,8 @@ def finished(tmp_path_factory) -> Path:
 
 def test_the_result_is_a_stock_checkpoint_with_its_history(finished):
     model = AutoModelForCausalLM.from_pretrained(finished)
+    assert model.config.use_cache
+    assert model.generation_config.use_cache is not False
     assert model.config.model_type == "llama"
     assert len(AutoTokenizer.from_pretrained(finished)) == 259
     assert (finished / "training.yaml").read_text() == (finished.parent / "c.yaml").read_text()

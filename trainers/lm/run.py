@@ -229,6 +229,7 @@ def _publish(
     """Write the folder beside its place, then give it its name."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        architecture.use_cache = True  # the Trainer has set it to False
         model = make_model(architecture, None, 0)
         _load(model, state)
         model.to(getattr(torch, config.dtype))
