@@ -1,5 +1,8 @@
 """Area `optimizer`: one step of MONA over the hidden matrices of a model, in turn with other optimisers.
 
+gram-newton-schulz and dion take part where they can be imported. pip finds no distribution of dion: its authors publish
+it as a source repository alone (github.com/microsoft/dion), to be installed from a checkout.
+
 Parameters and gradients are bfloat16 and shared by all; states are each optimiser's own defaults. The bound is the
 floating-point work of the Newton-Schulz form that we use, each symmetric product counted once, at the rate of a large
 bfloat16 product measured in the same run.
@@ -63,34 +66,43 @@ def matmul_rate(device: str) -> float:
 
 
 def in_turn(functions: dict[str, Step], device: str, warmup: int, runs: int) -> dict[str, float]:
-    """Median seconds of each, measured round by round so that a drift of the machine meets all alike."""
+    """Median seconds of each, measured round by round so that a drift of the machine meets all alike.
+
+    Each round begins with another one: a chip at its power limit is slower after some steps than after others, and
+    nobody shall always follow the same one.
+    """
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     for function in functions.values():
         for _ in range(warmup):
             function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(runs):
-        for name, function in functions.items():
+    names = list(functions)
+    for turn in range(runs):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             sync()
             started = time.perf_counter()
-            function()
+            functions[name]()
             sync()
             seconds[name].append(time.perf_counter() - started)
     return {name: median(values) for name, values in seconds.items()}
 
 
 def peers(matrices: list[torch.nn.Parameter]) -> Iterator[tuple[str, Step]]:
-    """Steps of the other packages that can be imported here, each with its own defaults."""
-    for package, module in (("gram-newton-schulz", "gram_newton_schulz.muon"), ("dion", "dion")):
-        options: dict[str, Any] = {}
-        if package == "gram-newton-schulz" and not all(map(importlib.util.find_spec, ("quack", "cutlass"))):
-            options, name = {"ns_use_kernels": False}, f"{package} without its kernels"
-        else:
-            name = package
+    """Steps of the other packages that can be imported here, with their own defaults, and dion's kernels too."""
+    found: list[tuple[str, str, dict[str, Any]]] = [
+        ("gram-newton-schulz", "gram_newton_schulz.muon", {}),
+        ("dion", "dion", {}),
+        ("dion with its Triton kernels", "dion", {"use_triton": True}),
+    ]
+    if not all(map(importlib.util.find_spec, ("quack", "cutlass"))):
+        found[0] = ("gram-newton-schulz without its kernels", found[0][1], {"ns_use_kernels": False})
+    for name, module, options in found:
         try:
             step = importlib.import_module(module).Muon(matrices, lr=1e-5, **options).step
-        except ImportError as error:
-            print(f"{AREA} | {package} is left out: {error}", flush=True)
+            step()
+        except (ImportError, RuntimeError) as error:
+            print(f"{AREA} | {name} is left out: {str(error).splitlines()[0]}", flush=True)
             continue
         yield name, step
 
@@ -101,7 +113,7 @@ def steps(name: str, device: str, smoke: bool) -> Iterator[Row]:
 
     matrices = parameters(name, device)
     case = f"{name}: {sum(p.numel() for p in matrices) / 1e6:.0f} M parameters in {len(matrices)} matrices"
-    warmup, runs = (1, 2) if smoke else (3, 15)
+    warmup, runs = (1, 2) if smoke else (3, 16)
     bound = work(name) / matmul_rate(device) * 1e3
 
     started = time.perf_counter()

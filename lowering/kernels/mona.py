@@ -90,10 +90,10 @@ def finite(table: Tensor, grad_dtype: torch.dtype, size: int, flag: Tensor, *, b
     )
 
 
-def normalize(x: Tensor, inverse: Tensor, out: Tensor, *, block: int = BLOCK) -> None:
-    """out_i = x_i · inverse_i; x and out [N, M, N'], inverse [N] float32."""
+def normalize(x: Tensor, squared_norm: Tensor, out: Tensor, eps: float, *, block: int = BLOCK) -> None:
+    """out_i = x_i / max(‖x_i‖, eps); x and out [N, M, N'], squared_norm [N] float32."""
     size = x[0].numel()
-    _normalize[(triton.cdiv(size, block), x.shape[0])](x, inverse, out, size, BLOCK=block, num_warps=8)
+    _normalize[(triton.cdiv(size, block), x.shape[0])](x, squared_norm, out, size, float(eps), BLOCK=block, num_warps=8)
 
 
 @triton.jit
@@ -106,11 +106,12 @@ def _finite(table, flag, count, size, GRAD: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalize(x, inverse, out, size, BLOCK: tl.constexpr):
+def _normalize(x, squared_norm, out, size, eps, BLOCK: tl.constexpr):
     matrix = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + matrix * size + at, mask=inside, other=0.0).to(tl.float32) * tl.load(inverse + matrix)
+    inverse = 1.0 / tl.maximum(tl.sqrt(tl.load(squared_norm + matrix)), eps)
+    value = tl.load(x + matrix * size + at, mask=inside, other=0.0).to(tl.float32) * inverse
     tl.store(out + matrix * size + at, value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -9,16 +9,54 @@ whose stores are under way while the next tile is computed. What it computes is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["launch"]
+__all__ = ["TILING", "TILINGS", "Tiling", "launch"]
 
-HEIGHT, WIDTH, DEPTH = 128, 256, 64
-WARPS, STAGES = 8, 3
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut.
+
+    Attributes:
+        height, width, depth: of a tile, and of the slices of K that it is summed from.
+        warps, stages: of a program, and of its loads.
+        parts: 2 or 4, in which a tile is written.
+        flat: the loops over tiles and slices are one, so that a tile's first loads, and those of D, are under way while
+            the tile before it is written.
+        programs: on one multiprocessor, side by side.
+    """
+
+    height: int = 128
+    width: int = 256
+    depth: int = 64
+    warps: int = 8
+    stages: int = 3
+    parts: int = 4
+    flat: bool = False
+    programs: int = 1
+
+
+# All fit the shared memory and the registers of a Hopper multiprocessor, without spills.
+TILINGS = {
+    "wide": Tiling(),
+    "wide, 4 stages": Tiling(stages=4),
+    "wide, halves": Tiling(parts=2),
+    "wide, halves, 4 stages": Tiling(parts=2, stages=4),
+    "wide, deep": Tiling(depth=128, stages=2),
+    "flat": Tiling(flat=True),
+    "flat, halves": Tiling(flat=True, parts=2),
+    "flat, shallow": Tiling(flat=True, depth=32, stages=6),
+    "square, two programs": Tiling(width=128, warps=4, programs=2),
+    "square, flat": Tiling(width=128, warps=4, stages=4, flat=True),
+}
+TILING = TILINGS["wide"]
 
 
 def launch(
@@ -30,13 +68,7 @@ def launch(
     gamma: float,
     tall: bool,
     dtype: torch.dtype,
-    *,
-    height: int = HEIGHT,
-    width: int = WIDTH,
-    depth: int = DEPTH,
-    warps: int = WARPS,
-    stages: int = STAGES,
-    programs: int | None = None,
+    tiling: Tiling = TILING,
 ) -> Tensor:
     """C_i = α · A_i B_iᵀ + β · D_i + γ · I; arguments as `symmetric_product` takes them, on one device."""
     a, b = a.contiguous(), b.contiguous()
@@ -45,23 +77,24 @@ def launch(
     c = torch.empty((batch, m, m), dtype=dtype, device=a.device)
     if c.numel() == 0:
         return c
+    height, width, depth = tiling.height, tiling.width, tiling.depth
     use_d = d is not None and beta != 0.0
     left = [1, depth, height] if tall else [1, height, depth]
     right = [1, depth, width] if tall else [1, width, depth]
-    tile = [1, height, width // 4]
+    tile = [1, height, width // tiling.parts]
     c_tiles = TensorDescriptor.from_tensor(c, tile)
     columns, rows = triton.cdiv(m, width), triton.cdiv(m, height)
     ratio = width // height
     # All rows of tiles but those of the last column of tiles come in groups of `ratio`.
     tiles = ratio * (columns * (columns + 1) // 2 - 1) + rows - ratio * (columns - 1)
-    if programs is None:
-        programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
+    programs = processors * tiling.programs
     _symmetric[(min(programs, tiles * batch),)](
         TensorDescriptor.from_tensor(a, left),
         TensorDescriptor.from_tensor(b, right),
         TensorDescriptor.from_tensor(d.contiguous(), tile) if use_d and d is not None else c_tiles,
         c_tiles,
-        TensorDescriptor.from_tensor(c, [1, width // 4, height]),
+        TensorDescriptor.from_tensor(c, [1, width // tiling.parts, height]),
         tiles,
         tiles * batch,
         columns,
@@ -75,8 +108,10 @@ def launch(
         HEIGHT=height,
         WIDTH=width,
         DEPTH=depth,
-        num_warps=warps,
-        num_stages=stages,
+        PARTS=tiling.parts,
+        FLAT=tiling.flat,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
     return c
 
@@ -101,9 +136,11 @@ def _symmetric(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     RATIO: tl.constexpr = WIDTH // HEIGHT
-    for work in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0)):
+    for work in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLAT):
         matrix = work // tiles
         number = work % tiles
         # Group s of RATIO rows has columns − s tiles a row, and starts at RATIO · (s·columns − s(s−1)/2). The root may
@@ -129,16 +166,27 @@ def _symmetric(
         # Tiles that touch the diagonal come whole from the rows of their group, and are nobody's mirror: theirs goes
         # past the matrix's end, where stores are dropped. (An `if` here would end the overlap of stores.)
         mirror = tl.where(column >= (s + 1) * WIDTH, column, columns * WIDTH)
-        # In quarters, so that the shared memory for stores stays small beside that for loads.
+        # In parts, so that the shared memory for stores stays small beside that for loads.
+        PART: tl.constexpr = WIDTH // PARTS
         left_half, right_half = _halves(total)
-        first, second = _halves(left_half)
-        third, fourth = _halves(right_half)
-        for part in tl.static_range(4):
-            quarter = first if part == 0 else second if part == 1 else third if part == 2 else fourth
-            _finish(
-                quarter, matrix, row, column + part * WIDTH // 4, mirror + part * WIDTH // 4,
-                d_tiles, c_tiles, mirrored_tiles, alpha, beta, gamma, USE_D, USE_I, HEIGHT, WIDTH // 4,
-            )  # fmt: skip
+        for side in tl.static_range(2):
+            half = left_half if side == 0 else right_half
+            at, to = column + side * WIDTH // 2, mirror + side * WIDTH // 2
+            if PARTS == 2:
+                _finish(
+                    half, matrix, row, at, to, d_tiles, c_tiles, mirrored_tiles, alpha, beta, gamma, USE_D, USE_I,
+                    HEIGHT, PART,
+                )  # fmt: skip
+            else:
+                first, second = _halves(half)
+                _finish(
+                    first, matrix, row, at, to, d_tiles, c_tiles, mirrored_tiles, alpha, beta, gamma, USE_D, USE_I,
+                    HEIGHT, PART,
+                )  # fmt: skip
+                _finish(
+                    second, matrix, row, at + PART, to + PART, d_tiles, c_tiles, mirrored_tiles, alpha, beta, gamma,
+                    USE_D, USE_I, HEIGHT, PART,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -9,6 +9,13 @@ from effpass.lowering.kernels import mona, newton_schulz
 from effpass.lowering.ops.symmetric_product import reference
 from effpass.trainers.mona.update import advance, augment_exact
 
+# Wide and square tiles, written in quarters and in halves, in two loops and in one.
+TILINGS = [
+    newton_schulz.Tiling(height=16, width=64, depth=16),
+    newton_schulz.Tiling(height=16, width=64, depth=16, parts=2, flat=True),
+    newton_schulz.Tiling(height=32, width=32, depth=32, flat=True, programs=3),
+]
+
 
 def symmetric_products() -> None:
     # Sizes below, at and beside whole tiles of 16 × 64, one and several columns of tiles.
@@ -16,9 +23,13 @@ def symmetric_products() -> None:
         x = torch.randn(2, *((k, m) if tall else (m, k)))
         d = torch.randn(2, m, m)
         d = d + d.mT
-        for arguments in ((x, x, d, 0.7, 0.3, 2.0), (x, x, None, 1.0, 0.0, 0.0)):
-            found = newton_schulz.launch(*arguments, tall, torch.float32, height=16, width=64, depth=16)
+        arguments = (x, x, d, 0.7, 0.3, 2.0)
+        for tiling in TILINGS:
+            found = newton_schulz.launch(*arguments, tall, torch.float32, tiling)
             torch.testing.assert_close(found, reference(*arguments, tall, torch.float32), rtol=1e-5, atol=1e-4)
+        plain = (x, x, None, 1.0, 0.0, 0.0)
+        found = newton_schulz.launch(*plain, tall, torch.float32, TILINGS[0])
+        torch.testing.assert_close(found, reference(*plain, tall, torch.float32), rtol=1e-5, atol=1e-4)
 
 
 def element_wise() -> None:
@@ -41,8 +52,10 @@ def element_wise() -> None:
         torch.testing.assert_close(norms, expected.square().sum((1, 2)))
         for found, wanted in zip((*momenta, *averages), (*expected_m, *expected_a), strict=True):
             torch.testing.assert_close(found, wanted)
-    mona.normalize(out, norms.rsqrt(), scaled := torch.empty_like(out), block=64)
+    mona.normalize(out, norms, scaled := torch.empty_like(out), 1e-7, block=64)
     torch.testing.assert_close(scaled, out / torch.linalg.matrix_norm(out)[:, None, None])
+    mona.normalize(torch.zeros_like(out), torch.zeros(count), scaled, 1e-7, block=64)
+    assert not scaled.any()
     for cautious in (False, True):
         before = [t.clone() for t in weights]
         mona.apply(

@@ -195,8 +195,9 @@ def agree(flags: dict[torch.device, Tensor], parameters: Sequence[Any], replicas
     found = None
     for flag in flags.values():
         found = flag if found is None else found & flag.to(found.device)
-    spread = replicas is not None or any(getattr(p, "device_mesh", None) is not None for p in parameters)
-    if not spread or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return found
+    if replicas is None and all(getattr(p, "device_mesh", None) is None for p in parameters):
         return found
     device = found.device if found is not None else local(parameters[0]).device
     count = torch.ones((), device=device) if found is None else found.to(torch.float32)

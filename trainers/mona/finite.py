@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from effpass.trainers.mona.distributed import agree
 from effpass.trainers.mona.fused import Plan
 from effpass.trainers.mona.sharding import local, local_grad
 
-__all__ = ["all_finite", "not_finite"]
+__all__ = ["all_finite", "asked", "not_finite"]
 
 
 def all_finite(
@@ -35,6 +35,21 @@ def all_finite(
             largest = torch.stack(torch._foreach_norm(filled, float("inf"))).isfinite().all()
             flags[kind[0]] = flags[kind[0]] & largest if kind[0] in flags else largest
     return agree(flags, everything, replicas)
+
+
+def asked(finite: Tensor) -> Callable[[], bool]:
+    """Send for the answer now, and wait for it when the result is called: not for what is queued in between."""
+    if not finite.is_cuda:
+        return lambda: bool(finite)
+    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+    answer.copy_(finite, non_blocking=True)
+    arrived = torch.cuda.current_stream(finite.device).record_event()
+
+    def wait() -> bool:
+        arrived.synchronize()
+        return bool(answer)
+
+    return wait
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -58,26 +58,50 @@ def _has_triton() -> bool:
 
 @dataclass
 class Bucket:
-    """Equal matrices of equal dtypes on one device: each one's member by number, and its offset in that one."""
+    """Equal matrices of equal dtypes on one device; `table` holds the addresses of the last step, [4, N] there."""
 
     m: int
     n: int
     dtypes: tuple[torch.dtype | None, ...]
     device: torch.device
-    index: Tensor
-    elements: Tensor
-    # Of the last step: addresses on the host (pinned, read again by each replay of a captured copy) and on the device.
-    host: Tensor | None = None
+    # Each matrix's member by number, and its offset in that one.
+    numbers: list[int] = field(default_factory=list)
+    elements: list[int] = field(default_factory=list)
     table: Tensor | None = None
 
-    def addresses(self, pointers: Tensor) -> Tensor:
-        """[4, N] on the device, uploaded when an address has changed; `pointers` [4, members]."""
-        sizes = torch.tensor([0 if dtype is None else dtype.itemsize for dtype in self.dtypes])
-        found = pointers[:, self.index] + sizes[:, None] * self.elements
-        if self.table is None or self.host is None or not torch.equal(found, self.host):
-            self.host = found.pin_memory()
-            self.table = self.host.to(self.device, non_blocking=True)
-        return self.table
+
+class Upload:
+    """The tables of all buckets on one device, which go there in one copy.
+
+    Args:
+        buckets: on one device.
+        members: of the plan.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], members: int) -> None:
+        self.device = buckets[0].device
+        self.buckets = buckets
+        places, offsets = [], []
+        for bucket in buckets:
+            numbers, elements = torch.tensor(bucket.numbers), torch.tensor(bucket.elements)
+            for row, dtype in enumerate(bucket.dtypes):
+                places.append(row * members + numbers)
+                offsets.append(elements * (0 if dtype is None else dtype.itemsize))
+        self.places, self.offsets = torch.cat(places), torch.cat(offsets)
+        self.host: Tensor | None = None  # pinned, and read again by each replay of a captured copy
+
+    def __call__(self, addresses: Tensor) -> None:
+        """Upload; `addresses` int64 [4 · members], those of a row one after the other."""
+        self.host = (addresses[self.places] + self.offsets).pin_memory()
+        tables = self.host.to(self.device, non_blocking=True)
+        for bucket, table in zip(self.buckets, tables.split([4 * len(b.numbers) for b in self.buckets]), strict=True):
+            bucket.table = table.view(4, -1)
+
+
+def _on(lr: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor):
+        return lr.to(device, torch.float32)
+    return torch.full((), lr, dtype=torch.float32, device=device)
 
 
 class Plan:
@@ -85,24 +109,35 @@ class Plan:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
-        places: dict[Any, tuple[list[int], list[int]]] = {}
+        found: dict[Any, Bucket] = {}
         for number, member in enumerate(self.members):
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in member.rows())
             row = member.parameter[0].numel()
             for part in member.parts:
                 count, m, n = part.matrices
                 key = (m, n, dtypes, member.parameter.device)
-                index, elements = places.setdefault(key, ([], []))
-                index += [number] * count
-                elements += [part.start * row + i * m * n for i in range(count)]
-        self.buckets = [Bucket(*key, *map(torch.tensor, place)) for key, place in places.items()]
+                bucket = found.setdefault(key, Bucket(*key))
+                bucket.numbers += [number] * count
+                bucket.elements += [part.start * row + i * m * n for i in range(count)]
+        self.buckets = list(found.values())
+        self._uploads = [
+            Upload([bucket for bucket in self.buckets if bucket.device == device], len(self.members))
+            for device in dict.fromkeys(bucket.device for bucket in self.buckets)
+        ]
+        # All but the gradients; for an average that is not kept, and not read, the parameter stands in.
+        rows = [(m.momentum, m.parameter if m.average is None else m.average, m.parameter) for m in self.members]
+        self._kept = [tensor for row in zip(*rows, strict=True) for tensor in row]
+        self._pointers: list[int] = []
 
     def upload(self) -> None:
         """Bring the tables to the devices; before every step, since gradients move."""
-        rows = zip(*(member.rows() for member in self.members), strict=True)
-        pointers = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows])
-        for bucket in self.buckets:
-            bucket.addresses(pointers)
+        pointers = [member.parameter.grad.data_ptr() for member in self.members]  # type: ignore[union-attr]
+        pointers += map(Tensor.data_ptr, self._kept)
+        if pointers != self._pointers:
+            self._pointers = pointers
+            addresses = torch.tensor(pointers)
+            for upload in self._uploads:
+                upload(addresses)
 
     def check_finite(self, flags: dict[torch.device, Tensor]) -> None:
         """Set the flag of a device to false where a gradient there is not finite."""
@@ -111,13 +146,16 @@ class Plan:
         for bucket in self.buckets:
             assert bucket.table is not None
             assert bucket.dtypes[0] is not None
-            flag = flags.setdefault(bucket.device, torch.ones((), dtype=torch.bool, device=bucket.device))
-            mona.finite(bucket.table, bucket.dtypes[0], bucket.m * bucket.n, flag)
+            if bucket.device not in flags:
+                flags[bucket.device] = torch.ones((), dtype=torch.bool, device=bucket.device)
+            mona.finite(bucket.table, bucket.dtypes[0], bucket.m * bucket.n, flags[bucket.device])
 
-    def step(self, group: dict[str, Any], newton_schulz: NewtonSchulz, finite: Tensor | None) -> None:
+    def step(self, group: dict[str, Any], newton_schulz: NewtonSchulz, finite: Tensor) -> None:
         """One step with the hyper-parameters of `group`; nothing is written where `finite` is false."""
         from effpass.lowering.kernels import mona
 
+        rates = {upload.device: _on(group["lr"], upload.device) for upload in self._uploads}
+        flags = {upload.device: finite.to(upload.device) for upload in self._uploads}
         for bucket in self.buckets:
             table, (grad, momentum, average, parameter) = bucket.table, bucket.dtypes
             assert table is not None
@@ -131,16 +169,11 @@ class Plan:
             squared_norm = mona.advance(
                 table, x, grad, momentum, average,
                 momentum=group["momentum"], beta=group["beta_a"], gain=group["alpha"] * (1 - group["beta_a"]),
-                nesterov=group["nesterov"], finite=finite,
+                nesterov=group["nesterov"], finite=flags[bucket.device],
             )  # fmt: skip
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                lr = lr.to(bucket.device, torch.float32)
-            else:
-                lr = torch.full((), lr, dtype=torch.float32, device=bucket.device)
             for start, update in newton_schulz.parts(x, squared_norm):
                 mona.apply(
-                    table[:, start : start + len(update)].contiguous(), update, parameter, lr,
+                    table[:, start : start + len(update)].contiguous(), update, parameter, rates[bucket.device],
                     scale=scale_of(group["scale"], bucket.m, bucket.n), weight_decay=group["weight_decay"],
-                    cautious=group["cautious"], finite=finite,
+                    cautious=group["cautious"], finite=flags[bucket.device],
                 )  # fmt: skip

@@ -105,7 +105,7 @@ class NewtonSchulz:
         if squared_norm is not None and x.is_cuda and not torch.compiler.is_compiling():
             from effpass.lowering.kernels.mona import normalize
 
-            normalize(x, squared_norm.sqrt().clamp(min=self.eps).reciprocal(), out := torch.empty_like(x, dtype=dtype))
+            normalize(x, squared_norm, out := torch.empty_like(x, dtype=dtype), self.eps)
             return out
         x = x.float() if dtype == torch.float16 else x.to(dtype)  # float16 has not the range for what is not normalised
         if squared_norm is None:

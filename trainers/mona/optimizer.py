@@ -14,7 +14,7 @@ from effpass.trainers.mona import checkpoint, fused, plain
 from effpass.trainers.mona.arguments import check_group, check_nan_policy, check_parameter
 from effpass.trainers.mona.describe import describe
 from effpass.trainers.mona.distributed import Exchange
-from effpass.trainers.mona.finite import all_finite, not_finite
+from effpass.trainers.mona.finite import all_finite, asked, not_finite
 from effpass.trainers.mona.groups import ADAMW, Choice, Override, choose, choose_named
 from effpass.trainers.mona.groups import MONA as MATRICES
 from effpass.trainers.mona.layout import Part
@@ -216,17 +216,19 @@ class MONA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for _, own in work:
-            for parameter in own:
-                if parameter.grad.layout != torch.strided:
-                    name = self._choices[parameter].name
-                    raise ModelError(f"the gradient of {name} is sparse", hint="nn.Embedding(sparse=False)")
-        # All that the host has to prepare comes before it waits for the gradients.
+        for parameter in [p for _, own in work for p in own if p.grad.layout != torch.strided]:
+            name = self._choices[parameter].name
+            raise ModelError(f"the gradient of {name} is sparse", hint="nn.Embedding(sparse=False)")
         plans = [self._plan(group, own) if group["algorithm"] == MATRICES else None for group, own in work]
         parameters = [parameter for _, own in work for parameter in own]
         others = [p for (_, own), plan in zip(work, plans, strict=True) for p in (own if plan is None else plan[1])]
         finite = all_finite([plan[0] for plan in plans if plan is not None], others, parameters, self.replicas)
-        if not self.capturable and finite is not None and not bool(finite):
+        is_finite = None if self.capturable or finite is None else asked(finite)
+        # The kernels look at the flag themselves: they are queued before the host waits for it, behind the backward.
+        for (group, _), plan in zip(work, plans, strict=True):
+            if plan is not None and finite is not None:
+                plan[0].step(group, self.newton_schulz, finite)
+        if is_finite is not None and not is_finite():
             if self.nan_policy == "raise":
                 where = not_finite((self._choices[parameter].name, parameter) for parameter in parameters)
                 raise EffpassError(
@@ -238,7 +240,6 @@ class MONA(torch.optim.Optimizer):
         guard = finite if self.capturable else None
         for (group, own), plan in zip(work, plans, strict=True):
             if plan is not None:
-                plan[0].step(group, self.newton_schulz, guard)
                 members = [
                     plain.Member(p, self._state_of(p, group), self._choices[p].layout, self._parts[p]) for p in plan[1]
                 ]
@@ -251,7 +252,16 @@ class MONA(torch.optim.Optimizer):
     def _plan(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[fused.Plan, list[Tensor]]:
         """What the kernels take, tables on the device, and the parameters that they don't."""
         compiling = torch.compiler.is_compiling()
-        signature = (group["form"], group["alpha"] == 0, compiling, *map(_looks, parameters))
+        # What a plan rests on, as plain lists: comparing them is what a step costs where nothing has changed.
+        grads = [parameter.grad for parameter in parameters]
+        signature = (
+            group["form"], group["alpha"] == 0, compiling,
+            [id(parameter) for parameter in parameters],
+            [parameter.dtype for parameter in parameters],
+            [parameter.device for parameter in parameters],
+            [grad.dtype for grad in grads],  # type: ignore[union-attr]
+            [grad.is_contiguous() for grad in grads],  # type: ignore[union-attr]
+        )  # fmt: skip
         kept = self._plans.get(id(group))
         if kept is None or kept[0] != signature:
             members, others = [], []
@@ -293,10 +303,3 @@ class MONA(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _looks(parameter: Tensor) -> tuple[Any, ...]:
-    """What a plan rests on."""
-    grad = parameter.grad
-    assert grad is not None
-    return id(parameter), parameter.dtype, parameter.device, grad.dtype, grad.is_contiguous(), grad.layout
