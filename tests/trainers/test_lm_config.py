@@ -55,8 +55,11 @@ def test_the_default_optimizer_is_mona(tmp_path):
             r"c\.yaml: optimizer\.options\.epz: unknown option, did you mean 'eps'\?",
         ),
         ({"data": []}, r"'data' is empty"),
-        ({"data": [{"weight": 1.0}]}, r"c\.yaml: data\[0\]: .*either 'text' or 'task'"),
-        ({"data": [{"text": ["a"], "options": {"keys": 1}}]}, r"data\[0\]: .*'options' are a task's; text has none"),
+        ({"data": [{"weight": 1.0}]}, r"c\.yaml: data\[0\]: .*either 'text' or 'task' or 'pictures'"),
+        (
+            {"data": [{"text": ["a"], "options": {"keys": 1}}]},
+            r"data\[0\]: .*'options' are a task's; text and pictures have none",
+        ),
         ({"data": [{"task": "needles"}]}, r"c\.yaml: data\[0\]\.task: unknown task 'needles', did you mean 'needle'\?"),
         (
             {"data": [{"task": "needle", "options": {"key": 1}}]},
@@ -74,7 +77,7 @@ def test_the_default_optimizer_is_mona(tmp_path):
         ),
         ({"save_every": 15}, r"save_every: got 15, expected a multiple of log_every \(10\)"),
         ({"schedule": {"warmup": 200}}, r"schedule\.warmup: got 200 of 200 steps"),
-        ({"tokenizer": "t"}, r"data\[1\]: tasks fill sequences byte by byte and need `tokenizer: bytes`"),
+        ({"tokenizer": "t"}, r"data\[1\]: tasks and pictures fill sequences byte by byte and need `tokenizer: bytes`"),
         ({"model": {"hidden_size": 32}}, r"model: got .*, expected 'model_type' or 'from'"),
         ({"model": {"from": "x", "hidden_size": 1}}, r"model: 'from' takes the config .*; remove hidden_size"),
         ({"version": None}, r"'version' is missing"),
@@ -186,4 +189,4 @@ def test_reference_models_have_at_most_15_megabytes(path):
     with torch.device("meta"):
         model = make_model(architecture, None, 0)
     assert 2 * sum(p.numel() for p in model.parameters()) < 15e6
-    assert architecture.max_position_embeddings == longest
+    assert architecture.get_text_config().max_position_embeddings == longest

@@ -212,6 +212,17 @@ def test_each_optimizer_learns_and_resumes(name, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_model_that_is_saved_under_other_names_resumes(tmp_path):
+    """Qwen3-MoE's stacked experts are one tensor in memory and many in a checkpoint."""
+    given = {**MODEL, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 16, "head_dim": 16, "tie_word_embeddings": False}  # fmt: skip
+    path = write(tmp_path, model=given, stages=GOOD["stages"][:1])
+    whole = train(path, tmp_path / "whole", say=quiet)
+    with pytest.raises(ZeroDivisionError):
+        train(path, tmp_path / "out", say=lambda line: 1 / 0 if line.startswith("step 5/") else None)
+    assert lines(train(path, tmp_path / "out", resume=True, say=quiet)) == lines(whole)
+
+
 def test_muon_takes_the_hidden_matrices_alone():
     from effpass.trainers.lm.config import OptimizerConfig
     from effpass.trainers.lm.model import make_model

@@ -1,7 +1,7 @@
 """Micro-batches as a pure function of their number: however a run is cut or interrupted, it reads the same data.
 
 Which source a sequence comes from is drawn once for the whole run. A sequence is then the source's next: of text by the
-corpus's own order, of a task by a generator seeded with the sequence's number.
+corpus's own order, of a task or of pictures by a generator seeded with the sequence's number.
 
 Each token has a *weight* in the loss, and the weights of a sequence sum to 1, so that a sequence of a task, with few
 graded tokens, counts as much as one of text, where every token is graded. The loss of a batch is the mean over its
@@ -11,6 +11,7 @@ sequences, which makes it the same however the batch is cut.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from effpass.core.errors import EffpassError
 from effpass.trainers.lm.config import Config, Source, Stage
 from effpass.trainers.lm.corpus import Corpus
+from effpass.trainers.lm.pictures import ROOM, make_picture
+from effpass.trainers.lm.pictures_input import PictureInput
 from effpass.trainers.lm.tasks import make_example, shortest
-from effpass.trainers.lm.tokenizer import END, byte_ids
+from effpass.trainers.lm.tokenizer import END, PAD, byte_ids
 
-__all__ = ["MicroBatches", "evaluation_batches", "make_loader", "source_names"]
+__all__ = ["MicroBatches", "evaluation_batches", "make_loader", "most_pictures", "source_names"]
 
 # Questions about one context in training.
 _QUESTIONS = 32
@@ -33,9 +36,18 @@ _EVALUATION_KEY = 1
 
 
 def source_names(config: Config) -> list[str]:
-    """A name for each source: the task's, or `text`, with a number where there are several."""
-    plain = [source.task or "text" for source in config.data]
+    """A name for each source: of the task, of the pictures, or `text`, with a number where there are several."""
+    plain = [source.task or source.pictures or "text" for source in config.data]
     return [name if plain.count(name) == 1 else f"{name}{plain[:i].count(name) + 1}" for i, name in enumerate(plain)]
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens `[T]`, their weights float32 `[T]`, and the pictures uint8 `[H, W, 3]` that stand among them."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    pictures: tuple[np.ndarray, ...] = ()
 
 
 class MicroBatches(Dataset[dict[str, torch.Tensor]]):
@@ -46,26 +58,32 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
         corpora: source number → its text.
         rank: this process.
         world: processes; each runs its share of every step's batch.
+        pictures: how the model takes pictures; needed where a source has any.
 
     Raises:
         EffpassError: a batch can't be shared out, or a text is shorter than a sequence.
     """
 
-    def __init__(self, config: Config, corpora: dict[int, Corpus], rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpora: dict[int, Corpus],
+        rank: int = 0,
+        world: int = 1,
+        pictures: PictureInput | None = None,
+    ) -> None:
         self.config = config
         self.corpora = corpora
+        self.pictures = pictures
         self.rank, self.world = rank, world
         for stage in config.stages:
             _check(stage, corpora, world)
-        counts = [stage.steps * stage.batch for stage in config.stages]
-        weights = np.array([source.weight for source in config.data])
         # A stage's sequences: their source, and their number among the source's sequences in the stage.
         self._sources, self._numbers = [], []
-        for index, count in enumerate(counts):
-            rng = np.random.default_rng((config.seed, index))
-            drawn = rng.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int16)
-            numbers = np.empty(count, dtype=np.int64)
-            for source in range(len(weights)):
+        for index in range(len(config.stages)):
+            drawn = _drawn_sources(config, index)
+            numbers = np.empty(len(drawn), dtype=np.int64)
+            for source in range(len(config.data)):
                 numbers[drawn == source] = np.arange(np.count_nonzero(drawn == source))
             self._sources.append(drawn)
             self._numbers.append(numbers)
@@ -86,7 +104,7 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
 
         Returns:
             ``input_ids`` int64 `[B, T]`; ``weights`` float32 `[B, T]`, of predicting each token from those before;
-            ``source`` int64 `[B]`.
+            ``source`` int64 `[B]`; ``pixels`` uint8 `[N, H, W, 3]` of the pictures in their order, where there are any.
         """
         step, part = divmod(micro, self.config.accumulate)
         index, step = self.stage_of(step)
@@ -97,13 +115,27 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
         sources = self._sources[index][first : first + size]
         return _stack([self._sequence(index, row, stage.sequence_length) for row in rows], sources)
 
-    def _sequence(self, stage: int, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sequence(self, stage: int, row: int, length: int) -> _Sequence:
         number = int(self._sources[stage][row])
         key = (self.config.seed, stage, number)
         index, source = int(self._numbers[stage][row]), self.config.data[number]
         if number in self.corpora:
             return _graded_whole(self.corpora[number].sequence(index, length, key))
-        return _task_sequence(source, np.random.default_rng((*key, index)), length)
+        rng = np.random.default_rng((*key, index))
+        if source.pictures is not None:
+            assert self.pictures is not None
+            return _picture_sequence(source.pictures, rng, length, self.pictures)
+        return _task_sequence(source, rng, length)
+
+
+def most_pictures(config: Config, index: int, world: int, pictures: PictureInput | None) -> int:
+    """The pictures of the micro-batch in stage `index` that has most of them."""
+    if pictures is None:
+        return 0
+    stage = config.stages[index]
+    has_pictures = np.array([source.pictures is not None for source in config.data])[_drawn_sources(config, index)]
+    rows = has_pictures.reshape(-1, stage.batch // (stage.accumulate * world)).sum(1).max()
+    return int(rows) * _pictures_of(stage.sequence_length, pictures)
 
 
 def make_loader(batches: MicroBatches, first: int, workers: int, pin: bool) -> DataLoader[Any]:
@@ -114,14 +146,15 @@ def make_loader(batches: MicroBatches, first: int, workers: int, pin: bool) -> D
         sampler=_From(first, len(batches)),
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
         # `fork` shares the corpora and starts at once; nothing in a worker touches a GPU.
         multiprocessing_context="fork" if workers else None,
     )
 
 
-def evaluation_batches(config: Config, corpora: dict[int, Corpus], stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-    """Held-out sequences of each source, with one source in a batch; tasks ask one question about each context."""
+def evaluation_batches(
+    config: Config, corpora: dict[int, Corpus], stage: Stage, pictures: PictureInput | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Held-out sequences of each source, with one source in a batch; one question about each context or picture."""
     length = stage.sequence_length
     size = max(1, stage.batch // stage.accumulate)
     count = min(64, max(8, _EVALUATION_TOKENS // length))
@@ -131,7 +164,11 @@ def evaluation_batches(config: Config, corpora: dict[int, Corpus], stage: Stage)
             rows = [_graded_whole(kept[i * length : (i + 1) * length]) for i in range(min(count, len(kept) // length))]
         else:
             rngs = [np.random.default_rng((config.seed, _EVALUATION_KEY, number, i, length)) for i in range(count)]
-            rows = [_task_sequence(source, rng, length, questions=1, is_packed=False) for rng in rngs]
+            if source.pictures is not None:
+                assert pictures is not None
+                rows = [_picture_sequence(source.pictures, rng, length, pictures, questions=1) for rng in rngs]
+            else:
+                rows = [_task_sequence(source, rng, length, questions=1, is_packed=False) for rng in rngs]
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             yield _stack(part, np.full(len(part), number))
@@ -167,15 +204,23 @@ def _check(stage: Stage, corpora: dict[int, Corpus], world: int) -> None:
                 )
 
 
-def _graded_whole(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _drawn_sources(config: Config, index: int) -> np.ndarray:
+    """The source of each sequence of a stage: int16 `[steps * batch]`."""
+    weights = np.array([source.weight for source in config.data])
+    count = config.stages[index].steps * config.stages[index].batch
+    rng = np.random.default_rng((config.seed, index))
+    return rng.choice(len(weights), size=count, p=weights / weights.sum()).astype(np.int16)
+
+
+def _graded_whole(tokens: np.ndarray) -> _Sequence:
     weights = np.full(len(tokens), 1 / (len(tokens) - 1), dtype=np.float32)
     weights[0] = 0
-    return tokens, weights
+    return _Sequence(tokens, weights)
 
 
 def _task_sequence(
     source: Source, rng: np.random.Generator, length: int, *, questions: int = _QUESTIONS, is_packed: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+) -> _Sequence:
     """Examples of a task, each with an end token behind, that fill `length` tokens.
 
     One example of the whole length, or as often several of all lengths: short ones are learned first, and have more
@@ -203,12 +248,46 @@ def _task_sequence(
             graded[place : place + len(answer)] = 1
             place += len(answer)
         at += size
-    return tokens, graded / graded.sum()
+    return _Sequence(tokens, graded / graded.sum())
 
 
-def _stack(rows: list[tuple[np.ndarray, np.ndarray]], sources: np.ndarray) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64)),
-        "weights": torch.from_numpy(np.stack([weights for _, weights in rows])),
+def _pictures_of(length: int, pictures: PictureInput) -> int:
+    """How many pictures a sequence of `length` tokens holds: as many as have room for their text."""
+    return length // (pictures.tokens + ROOM)
+
+
+def _picture_sequence(
+    kind: str, rng: np.random.Generator, length: int, pictures: PictureInput, *, questions: int | None = None
+) -> _Sequence:
+    """Pictures in equal shares of `length` tokens, each with its questions behind, as many as fit, and padding.
+
+    Args:
+        questions: at most so many, about one picture; None for all that fit, about as many pictures as fit.
+    """
+    count = _pictures_of(length, pictures) if questions is None else 1
+    tokens = np.full(length, PAD, dtype=np.uint16)
+    graded = np.zeros(length, dtype=np.float32)
+    drawn = [make_picture(kind, rng, pictures.size) for _ in range(count)]
+    for number, picture in enumerate(drawn):
+        at, end = number * (length // count), (number + 1) * (length // count)
+        tokens[at : at + pictures.tokens] = pictures.token
+        at += pictures.tokens
+        for question, answer in picture.pairs[:questions]:
+            middle, last = at + len(question), at + len(question) + len(answer)
+            if last >= end:
+                break
+            tokens[at:last] = byte_ids(question + answer)
+            tokens[last] = END
+            graded[middle : last + 1] = 1
+            at = last + 1
+    return _Sequence(tokens, graded / graded.sum(), tuple(picture.pixels for picture in drawn))
+
+
+def _stack(rows: list[_Sequence], sources: np.ndarray) -> dict[str, torch.Tensor]:
+    batch = {
+        "input_ids": torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64)),
+        "weights": torch.from_numpy(np.stack([row.weights for row in rows])),
         "source": torch.from_numpy(sources.astype(np.int64)),
     }
+    pixels = [picture for row in rows for picture in row.pictures]
+    return {**batch, "pixels": torch.from_numpy(np.stack(pixels))} if pixels else batch

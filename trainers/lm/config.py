@@ -29,26 +29,28 @@ __all__ = ["Config", "OptimizerConfig", "Schedule", "Source", "Stage", "load_con
 
 @dataclass(frozen=True)
 class Source:
-    """Where sequences come from: text files, or a synthetic task.
+    """Where sequences come from: text files, a synthetic task, or rendered pictures.
 
     Attributes:
         text: file patterns, relative to the config's folder; `$NAME` stands for an environment variable, and `$STDLIB`
             for the folder of the running interpreter's standard library. A `.jsonl` file holds one document a line.
         task: name of a task in `effpass.trainers.lm.tasks`.
+        pictures: what is asked of pictures, a name in `effpass.trainers.lm.pictures`; for models that read pictures.
         weight: share of the sequences, relative to the other sources'.
         options: of the task.
     """
 
     text: list[str] | None = None
     task: str | None = None
+    pictures: str | None = None
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.text is None) == (self.task is None):
-            raise ValueError("a source has either 'text' or 'task'")
-        if self.text is not None and self.options:
-            raise ValueError("'options' are a task's; text has none")
+        if [self.text, self.task, self.pictures].count(None) != 2:
+            raise ValueError("a source has either 'text' or 'task' or 'pictures'")
+        if self.task is None and self.options:
+            raise ValueError("'options' are a task's; text and pictures have none")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight: got {self.weight}, expected a positive number")
 
@@ -225,11 +227,16 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 def _more_faults(config: Config, where: str) -> list[str]:
     """Faults that need tables from other modules."""
     from effpass.trainers.lm.optimizers import option_faults
+    from effpass.trainers.lm.pictures import PICTURES
     from effpass.trainers.lm.tasks import TASKS, shortest, task_faults
 
     faults = [f"{where}.optimizer.options.{fault}" for fault in option_faults(config.optimizer)]
     for i, source in enumerate(config.data):
         place = f"{where}.data[{i}]"
+        if source.text is None and config.tokenizer != "bytes":
+            faults.append(f"{place}: tasks and pictures fill sequences byte by byte and need `tokenizer: bytes`")
+        if source.pictures is not None and source.pictures not in PICTURES:
+            faults.append(f"{place}.pictures: unknown {source.pictures!r}{did_you_mean(source.pictures, PICTURES)}")
         if source.task is None:
             continue
         if source.task not in TASKS:
@@ -237,8 +244,6 @@ def _more_faults(config: Config, where: str) -> list[str]:
             continue
         wrong = task_faults(source.task, source.options)
         faults += [f"{place}.options.{fault}" for fault in wrong]
-        if config.tokenizer != "bytes":
-            faults.append(f"{place}: tasks fill sequences byte by byte and need `tokenizer: bytes`")
         given = min(stage.sequence_length for stage in config.stages)
         needed = 0 if wrong else shortest(source.task, source.options) + 1  # and the end token
         if given < needed:

@@ -23,6 +23,7 @@ from effpass.core.errors import EffpassError
 from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, make_loader, source_names
 from effpass.trainers.lm.config import Config
 from effpass.trainers.lm.optimizers import make_optimizer, rate
+from effpass.trainers.lm.pictures_input import model_inputs
 
 __all__ = ["Pretrainer", "training_arguments"]
 
@@ -129,9 +130,23 @@ class Pretrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, but of every kind of model: some are saved under other names than they have in memory."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        mine: Any = self.model
+        saved, found = type(mine).from_pretrained(
+            resume_from_checkpoint, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        lacking = sorted(found["missing_keys"])
+        if lacking:
+            raise EffpassError(f"{resume_from_checkpoint} lacks {', '.join(lacking[:4])}", hint="start anew")
+        mine.load_state_dict(saved.state_dict())
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The mean over sequences of each sequence's weighted loss, plus the router's where the model has one."""
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **self._asks_router)
+        outputs = model(**model_inputs(inputs), use_cache=False, **self._asks_router)
         losses = _sequence_losses(outputs.logits, inputs)
         self._losses.index_add_(1, inputs["source"], torch.stack([losses.detach(), torch.ones_like(losses)]))
         loss = losses.mean()
@@ -153,7 +168,7 @@ class Pretrainer(Trainer):
             self._write({key: value for key, value in logs.items() if key != "epoch"})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out loss of each source, nats for a graded token, and each task's share of answers right to the last."""
+        """Held-out loss of each source, nats for a graded token; of tasks and pictures the share of right answers."""
         model, config = self.model, self.run_config
         assert model is not None
         stage = config.stages[self.batches.stage_of(max(0, min(self.state.global_step, config.steps) - 1))[0]]
@@ -161,9 +176,9 @@ class Pretrainer(Trainer):
         model.eval()
         # Compiled layers would be compiled once more for every shape that occurs here.
         with torch.no_grad(), self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-            for batch in evaluation_batches(config, self.batches.corpora, stage):
+            for batch in evaluation_batches(config, self.batches.corpora, stage, self.batches.pictures):
                 batch = self._prepare_inputs(batch)
-                logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+                logits = model(**model_inputs(batch), use_cache=False).logits
                 is_wrong = (logits[:, :-1].argmax(-1) != batch["input_ids"][:, 1:]) & (batch["weights"][:, 1:] > 0)
                 is_right = ~is_wrong.any(1)
                 losses = _sequence_losses(logits, batch)
@@ -173,7 +188,7 @@ class Pretrainer(Trainer):
         for name, source, (loss, right, count) in zip(self.names, config.data, sums.T.tolist(), strict=True):
             if count:
                 metrics[f"eval_loss_{name}"] = loss / count
-                metrics |= {} if source.task is None else {f"eval_accuracy_{name}": right / count}
+                metrics |= {} if source.text is not None else {f"eval_accuracy_{name}": right / count}
         self.log(metrics)
         return metrics
 

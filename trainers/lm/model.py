@@ -11,8 +11,17 @@ from torch.func import functional_call
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from effpass.core.errors import EffpassError, ModelError, did_you_mean
+from effpass.trainers.lm.tokenizer import PICTURE
 
-__all__ = ["decoder_layers", "make_model", "model_config", "set_experts"]
+__all__ = [
+    "auto_class",
+    "compile_layers",
+    "decoder_layers",
+    "make_model",
+    "model_config",
+    "reads_pictures",
+    "set_experts",
+]
 
 _EXPERTS = "effpass_autocast"
 
@@ -41,14 +50,28 @@ def model_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:
             raise ModelError(f"model.from: {given['from']}: {' '.join(str(error).split())[:200]}") from error
     else:
         config = _new_config(given, tokenizer, longest)
-    if config.vocab_size < len(tokenizer):
-        raise EffpassError(f"model.vocab_size: got {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens")
-    if getattr(config, "max_position_embeddings", longest) < longest:
+    text = config.get_text_config(decoder=True)
+    place = "model" if text is config else "model.text_config"
+    if text.vocab_size < len(tokenizer):
+        raise EffpassError(f"{place}.vocab_size: got {text.vocab_size}, and the tokenizer has {len(tokenizer)} tokens")
+    if getattr(text, "max_position_embeddings", longest) < longest:
         raise EffpassError(
-            f"model.max_position_embeddings: got {config.max_position_embeddings}, and a stage has sequences of"
+            f"{place}.max_position_embeddings: got {text.max_position_embeddings}, and a stage has sequences of"
             f" {longest}"
         )
     return config
+
+
+def reads_pictures(config: Any) -> bool:
+    """Whether a transformers config is of the one kind of model that is trained on pictures: LLaVA's."""
+    return config.model_type == "llava"
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes the model of a config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
 
 
 def make_model(config: Any, source: str | None, seed: int) -> nn.Module:
@@ -57,14 +80,13 @@ def make_model(config: Any, source: str | None, seed: int) -> nn.Module:
     Raises:
         ModelError: the architecture has no causal language model, or the checkpoint is not one of it.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
+    auto = auto_class(config)
     try:
         if source is not None:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+            return auto.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         config.dtype = torch.float32
-        return AutoModelForCausalLM.from_config(config)
+        return auto.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {' '.join(str(error).split())[:300]}") from error
 
@@ -74,6 +96,17 @@ def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     yield from (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each repeated block, those of the language model once for each stage."""
+    vision = set(model.model.vision_tower.modules()) if reads_pictures(model.config) else set()
+    for layer in decoder_layers(model):
+        if layer in vision:
+            # The number of pictures varies. Hooks that pick hidden states stay outside: compiled, they do nothing.
+            layer.forward = torch.compile(layer.forward)
+        else:
+            layer.compile(dynamic=False)
 
 
 def set_experts(model: Any) -> None:
@@ -92,20 +125,20 @@ def _autocast_experts(module: nn.Module, *args: Any) -> Tensor:
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args)
 
 
-def _new_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:
+def _new_config(given: dict[str, Any], tokenizer: Any, longest: int, place: str = "model") -> Any:
     from transformers import CONFIG_MAPPING
 
-    kind = given["model_type"]
-    if kind not in CONFIG_MAPPING:
+    kind = given.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise EffpassError(
-            f"model.model_type: unknown {kind!r}{_close(kind, set(CONFIG_MAPPING))}",
+            f"{place}.model_type: unknown {kind!r}{_close(str(kind), set(CONFIG_MAPPING))}",
             hint="transformers' names: llama, qwen3, qwen3_moe, deepseek_v3, …",
         )
     config_class = CONFIG_MAPPING[kind]
     known = {*config_class().to_dict(), *getattr(config_class, "attribute_map", {}), "model_type", *_READ_BY_MODELS}
     unknown = [name for name in given if name not in known]
     if unknown:  # transformers would keep it as an attribute that nothing reads
-        raise EffpassError(f"model.{unknown[0]}: unknown key of {kind}{_close(unknown[0], known)}")
+        raise EffpassError(f"{place}.{unknown[0]}: unknown key of {kind}{_close(unknown[0], known)}")
     defaults = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -114,11 +147,33 @@ def _new_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:
         "max_position_embeddings": longest,
         "use_cache": True,
     }
+    if kind == "llava":
+        defaults |= _parts(given, tokenizer, longest)
+        given = {name: value for name, value in given.items() if name not in ("text_config", "vision_config")}
     settings = {name: value for name, value in {**defaults, **given}.items() if name in known - {"model_type"}}
     try:
         return config_class(**settings)
     except Exception as error:  # transformers' own validation, of several types
-        raise EffpassError(f"model: {kind} refuses it: {' '.join(str(error).split())[:300]}") from error
+        raise EffpassError(f"{place}: {kind} refuses it: {' '.join(str(error).split())[:300]}") from error
+
+
+def _parts(given: dict[str, Any], tokenizer: Any, longest: int) -> dict[str, Any]:
+    """The configs of a vision-language model's parts, and what of its own follows from them."""
+    for name in ("text_config", "vision_config"):
+        if not isinstance(given.get(name), dict):
+            raise EffpassError(f"model.{name}: got {given.get(name)!r}, expected a mapping with its model_type")
+    text = _new_config(given["text_config"], tokenizer, longest, "model.text_config")
+    vision = _new_config(given["vision_config"], tokenizer, longest, "model.vision_config")
+    token = tokenizer.convert_tokens_to_ids(PICTURE)
+    if token is None or token == tokenizer.unk_token_id:
+        raise EffpassError(f"llava reads pictures, and the tokenizer has no token {PICTURE}", hint="tokenizer: bytes")
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": token,
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
 
 
 def _close(name: str, known: set[str]) -> str:

@@ -27,7 +27,8 @@ from effpass.trainers.lm.config import Config, load_config
 from effpass.trainers.lm.corpus import Corpus, TextFile, find_files, read_corpus, write_corpus
 from effpass.trainers.lm.loop import Pretrainer, training_arguments
 from effpass.trainers.lm.memory import check_memory, estimate
-from effpass.trainers.lm.model import decoder_layers, make_model, model_config, set_experts
+from effpass.trainers.lm.model import compile_layers, make_model, model_config, set_experts
+from effpass.trainers.lm.pictures_input import check_pictures, make_processor, picture_input
 from effpass.trainers.lm.plots import plot_losses
 from effpass.trainers.lm.tokenizer import load_tokenizer
 
@@ -46,8 +47,8 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
         say: gets lines for people, in the first process only.
 
     Returns:
-        `folder`: a stock checkpoint with its tokenizer, ``training.yaml`` (the config), ``training.json`` (seed, files
-        with their hashes, curves, final losses, hash of the weights), ``metrics.jsonl`` and ``loss.png``.
+        `folder`: a stock checkpoint with its tokenizer or processor, ``training.yaml`` (the config), ``training.json``
+        (seed, files with their hashes, curves, final losses, hash of the weights), ``metrics.jsonl`` and ``loss.png``.
 
     Raises:
         EffpassError: a fault of the config or its data, no room on the device, something in the way of the output.
@@ -60,6 +61,8 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     tokenizer = load_tokenizer(config.tokenizer)
     longest = max(stage.sequence_length for stage in config.stages)
     architecture = model_config(config.model, tokenizer, longest)
+    pictures = picture_input(architecture)
+    check_pictures(config, pictures)
     files = {
         i: find_files(source.text, path.absolute().parent, f"data[{i}]")
         for i, source in enumerate(config.data)
@@ -76,22 +79,21 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     if config.fsdp and config.optimizer.name == "muon":
         raise EffpassError("torch.optim.Muon does not know sharded parameters", hint="optimizer: {name: mona, …}")
     say = say if args.should_save else lambda line: None
-    found = estimate(config, architecture, args.device, args.world_size)
+    found = estimate(config, architecture, args.device, args.world_size, pictures)
     say(str(found))
     check_memory(found)
     with args.main_process_first(local=False, desc="tokenizing"):
         if args.process_index == 0 and not resume:
             _prepare(work, run, config, files, tokenizer)
     corpora = {i: read_corpus(work / "data" / str(i)) for i in files}
-    batches = MicroBatches(config, corpora, args.process_index, args.world_size)
+    batches = MicroBatches(config, corpora, args.process_index, args.world_size, pictures)
     checkpoint, first_step = _last_checkpoint(work) if resume else (None, 0)
     if args.process_index == 0:
         _cut_metrics(work / _METRICS, first_step)
     model = make_model(architecture, config.model.get("from"), config.seed)
     set_experts(model)
     if config.compile:
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=False)
+        compile_layers(model)
     trainer = Pretrainer(config, model, args, batches, first_step, work / _METRICS, say)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -105,7 +107,8 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     state = _gathered(trainer.accelerator.unwrap_model(trainer.model))
     if args.process_index == 0:
         record = _record(config, files, corpora, args)
-        _publish(folder, work, path, architecture, state, tokenizer, config, record)
+        processor = tokenizer if pictures is None else make_processor(pictures, architecture, tokenizer)
+        _publish(folder, work, path, architecture, state, processor, config, record)
     trainer.accelerator.wait_for_everyone()
     return folder
 
@@ -197,8 +200,10 @@ def _record(config: Config, files: dict[int, list[TextFile]], corpora: dict[int,
             corpus = corpora[i]
             entry |= {"tokens": len(corpus.training), "held_out_tokens": len(corpus.held_out)}
             entry["files"] = [{"name": f.name, "sha256": f.sha256, "bytes": f.bytes} for f in files[i]]
-        else:
+        elif source.task is not None:
             entry |= {"task": source.task, "options": source.options}
+        else:
+            entry |= {"pictures": source.pictures}
         data.append(entry)
     is_cuda = args.device.type == "cuda"
     return {
@@ -222,7 +227,7 @@ def _publish(
     path: Path,
     architecture: Any,
     state: dict[str, torch.Tensor],
-    tokenizer: Any,
+    processor: Any,
     config: Config,
     record: dict[str, Any],
 ) -> None:
@@ -234,7 +239,7 @@ def _publish(
         _load(model, state)
         model.to(getattr(torch, config.dtype))
         model.save_pretrained(temporary)  # type: ignore[operator]
-        tokenizer.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
         shutil.copyfile(path, temporary / "training.yaml")
         shutil.copyfile(work / _METRICS, temporary / _METRICS)
         lines = _read_metrics(work / _METRICS)

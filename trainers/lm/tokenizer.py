@@ -9,11 +9,12 @@ import numpy as np
 
 from effpass.core.errors import ModelError
 
-__all__ = ["END", "SPECIAL", "byte_ids", "byte_tokenizer", "load_tokenizer"]
+__all__ = ["END", "PAD", "PICTURE", "SPECIAL", "byte_ids", "byte_tokenizer", "load_tokenizer"]
 
 # Bytes are tokens 0 to 255, in their own order; these follow.
-SPECIAL = ("<end>", "<pad>", "<image>")
-END = 256
+PICTURE = "<image>"
+SPECIAL = ("<end>", "<pad>", PICTURE)
+END, PAD = 256, 257
 
 
 def byte_tokenizer() -> Any:
