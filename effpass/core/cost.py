@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -251,17 +251,19 @@ def _bytes_read(node: Node, argument: Node, size: Reading) -> Size:
     if (is_first and (packet in _SCATTERS or packet in _OVERWRITES)) or packet in _EMPTY:
         return 0
     if is_grouped_product(packet) and argument is node.args[1]:
-        return _experts_read(node, values[0], size)
+        return _experts_read(values_of(node.args[0])[0].shape[:-1], values[0], size)  # type: ignore[arg-type]
+    if str(packet) == "effpass.moe_ffn" and argument in (node.args[3], node.args[5]):
+        return _experts_read(values_of(node.args[1])[0].shape, values[0], size)  # type: ignore[arg-type]
     return sum(_bytes(v, size) for v in values)
 
 
-def _experts_read(node: Node, experts: torch.Tensor, size: Reading) -> Size:
-    """A grouped product over few rows reads only the experts that have a row: at most one for each."""
-    rows = values_of(node.args[0])[0]  # type: ignore[arg-type]
+def _experts_read(rows: Sequence[Any], experts: torch.Tensor, size: Reading) -> Size:
+    """A product of `rows` rows (a product of sizes) reads only the experts that have a row: at most one for each."""
     whole = _bytes(experts, size)
-    if experts.dim() != 3 or rows.dim() != 2:
+    if experts.dim() != 3 or not rows:
         return whole
-    return smaller(size(rows.shape[0]), size(experts.shape[0])) * (whole // size(experts.shape[0]))
+    count = functools.reduce(operator.mul, (size(d) for d in rows), 1)
+    return smaller(count, size(experts.shape[0])) * (whole // size(experts.shape[0]))
 
 
 def _bytes_written(node: Node, outputs: list[torch.Tensor], size: Reading) -> Size:

@@ -1,0 +1,239 @@
+"""Experts of any number of tokens: grouped products of rows sorted by expert, kernels of `effpass::moe_ffn`.
+
+Four launches that wait for nobody on the host: which rows are whose (:mod:`effpass.lowering.kernels.moe_route`); the
+first product, which gathers its rows and applies the gate; the second, which puts its rows back in the order of pairs;
+the weighted sum. Programs find their tiles from where each expert's rows begin, so that one recorded graph serves every
+routing.
+
+Few rows an expert: the weights are the tall operand of the tensor cores, a tile has 16 or 32 rows, and everything waits
+for the weights. Many: rows are the tall operand. Weights arrive through the tensor memory accelerator where they are
+stored [E, N, K], gathered rows through ordinary loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.moe_gate import gate
+from effpass.lowering.kernels.moe_route import combine, route
+
+__all__ = ["TILES", "Tile", "moe_ffn"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one grouped product is cut.
+
+    Attributes:
+        rows: of a tile.
+        columns: of a tile; of gate and up each in the first product.
+        depth: of one step along the inner dimension.
+        warps: of a program.
+        stages: steps that are on their way at once.
+        resident: programs of a multiprocessor that stay for many tiles; 0: one program a tile.
+        tall_weights: whether the weights are the tall operand.
+        tma: whether tiles of weights arrive through the tensor memory accelerator.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    resident: int = 0
+    tall_weights: bool = False
+    tma: bool = True
+
+
+#: By rows of a tile: the first product's tile, and the second's.
+TILES: dict[int, tuple[Tile, Tile]] = {
+    16: (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True)),
+    32: (Tile(32, 64, 128, 4, 3, tall_weights=True), Tile(32, 128, 128, 4, 3, tall_weights=True)),
+    64: (Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
+    128: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+}
+
+
+def moe_ffn(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    interleaved: bool,
+    tiles: tuple[Tile, Tile],
+) -> Tensor:
+    """`effpass::moe_ffn` without the projection.
+
+    All tensors but `gate_up` and `down` are contiguous; of those either of the last two strides is 1.
+    """
+    (tokens, width), each, (count, _, inner) = x.shape, experts.shape[1], down.shape
+    pairs = tokens * each
+    order, starts = route(experts, count)
+    hidden, outputs = x.new_empty(pairs, inner), x.new_empty(pairs, width)
+    first, second = tiles
+    of_gate = {"alpha": alpha, "limit": limit, "offset": offset, "ACTIVATION": activation, "LIMITED": limit != 0,
+               "INTERLEAVED": interleaved}  # fmt: skip
+    of_none = {"alpha": 0.0, "limit": 0.0, "offset": 0.0, "ACTIVATION": "", "LIMITED": False, "INTERLEAVED": False}
+    _launch(x, gate_up, gate_up_bias, hidden, order, starts, each, inner, first, of_gate)
+    _launch(hidden, down, down_bias, outputs, order, starts, each, width, second, of_none)
+    return combine(outputs, experts, weights, count, x.new_empty(x.shape))
+
+
+def _launch(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    each: int,
+    columns: int,
+    tile: Tile,
+    of_gate: dict[str, Any],
+) -> None:
+    """One grouped product: of gathered rows with a gate behind it, or of sorted rows."""
+    if rows.element_size() == 4:
+        tile = _without_tensor_cores(tile)
+    count, depth, pairs = weight.shape[0], weight.shape[2], order.shape[0]
+    across = triton.cdiv(columns, tile.columns)
+    # Every expert with rows has one tile that may not be full.
+    most = (min(pairs, count) + pairs // tile.rows) * across
+    programs = min(most, tile.resident * multiprocessors(rows.device)) if tile.resident else most
+    block_k = min(tile.depth * 2 // rows.element_size(), max(16, triton.next_power_of_2(depth)))
+    gated = of_gate["ACTIVATION"] != ""
+    wide = tile.columns * (2 if of_gate["INTERLEAVED"] else 1)
+    transposed = weight.stride(2) != 1
+    tiles = of_rows = None
+    if tile.tma and _reachable(weight):
+        stored, block = (weight.mT, [1, block_k, wide]) if transposed else (weight, [1, wide, block_k])
+        tiles = TensorDescriptor.from_tensor(stored, block)
+    if tile.tma and not gated and _reachable(rows):
+        of_rows = TensorDescriptor.from_tensor(rows, [tile.rows, block_k])
+    _grouped[(programs,)](
+        rows, weight, tiles, of_rows, bias, out, order, starts, *weight.stride(), each, **of_gate, COUNT=count,
+        SLOTS=triton.next_power_of_2(count), DEPTH=depth, COLUMNS=columns, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        BLOCK_K=block_k, TALL_WEIGHTS=tile.tall_weights, TRANSPOSED=transposed, PDL=overlaps(rows.device),
+        **launch_options(rows.device, tile.warps, tile.stages),
+    )  # fmt: skip
+
+
+def _without_tensor_cores(tile: Tile) -> Tile:
+    """What fits into registers where every thread multiplies by itself: float32."""
+    return replace(tile, rows=min(tile.rows, 64), columns=32, depth=64, stages=2, tall_weights=False)
+
+
+def _reachable(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read it: whole, as it is stored, each row at 16 bytes."""
+    stored = tensor if tensor.stride(-1) == 1 else tensor.mT
+    row = stored.shape[-1] * stored.element_size()
+    return stored.is_contiguous() and row % 16 == 0 and stored.data_ptr() % 16 == 0
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["each"])
+def _grouped(
+    rows, weight, weight_tiles, row_tiles, bias, out, order, starts, stride_e, stride_n, stride_k, each, alpha, limit,
+    offset, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, COUNT: tl.constexpr,
+    SLOTS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TALL_WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    gated: tl.constexpr = ACTIVATION != ""
+    across: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    every: tl.constexpr = 2 * COLUMNS if gated else COLUMNS  # rows of an expert's weight
+    even: tl.constexpr = DEPTH % BLOCK_K == 0
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    slot, m, k = tl.arange(0, SLOTS), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    begin = tl.load(starts + slot, mask=slot < COUNT, other=0)
+    end = tl.load(starts + slot + 1, mask=slot < COUNT, other=0)
+    upto = tl.cumsum((end - begin + BLOCK_M - 1) // BLOCK_M, 0) * across
+    for tile in range(tl.program_id(0), tl.max(upto, 0), tl.num_programs(0)):
+        done = upto <= tile
+        expert = tl.sum(done.to(tl.int32), 0)
+        local = tile - tl.max(tl.where(done, upto, 0), 0)
+        first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
+        down = (last - first + BLOCK_M - 1) // BLOCK_M
+        row, column = first + local % down * BLOCK_M, local // down * BLOCK_N  # neighbours share weights
+        place = tl.minimum(row + m, last - 1)
+        pair = tl.load(order + place)
+        of_row = rows + (pair // each if gated else place).to(tl.int64)[:, None] * DEPTH + k[None, :]
+        n = column * (2 if INTERLEAVED else 1) + tl.arange(0, wide)
+        limit_n: tl.constexpr = every if INTERLEAVED or not gated else COLUMNS
+        of_n = weight + expert.to(tl.int64) * stride_e + tl.minimum(n, limit_n - 1)[:, None] * stride_n
+        of_weight = of_n + k[None, :] * stride_k
+        first_n = column * (2 if INTERLEAVED else 1)
+        total = tl.zeros([wide, BLOCK_M] if TALL_WEIGHTS else [BLOCK_M, wide], tl.float32)
+        total_up = tl.zeros([wide, BLOCK_M] if TALL_WEIGHTS else [BLOCK_M, wide], tl.float32)
+        for at in range(0, DEPTH, BLOCK_K):
+            inside = (at + k < DEPTH)[None, :]
+            if row_tiles is not None:
+                value = row_tiles.load([row, at])
+            else:
+                value = tl.load(of_row + at) if even else tl.load(of_row + at, mask=inside, other=0)
+            if weight_tiles is not None:
+                w = _tile(weight_tiles, expert, first_n, at, wide, BLOCK_K, TRANSPOSED)
+            else:
+                w = (
+                    tl.load(of_weight + at * stride_k)
+                    if even
+                    else tl.load(of_weight + at * stride_k, mask=inside, other=0)
+                )
+            total = _dot(w, value, total, TALL_WEIGHTS)
+            if gated and not INTERLEAVED:
+                if weight_tiles is not None:
+                    w_up = _tile(weight_tiles, expert, first_n + COLUMNS, at, wide, BLOCK_K, TRANSPOSED)
+                else:
+                    of_up = of_weight + COLUMNS * stride_n + at * stride_k
+                    w_up = tl.load(of_up) if even else tl.load(of_up, mask=inside, other=0)
+                total_up = _dot(w_up, value, total_up, TALL_WEIGHTS)
+        if TALL_WEIGHTS:
+            total, total_up = tl.trans(total), tl.trans(total_up)
+        if INTERLEAVED:
+            total, total_up = tl.split(total.reshape(BLOCK_M, BLOCK_N, 2))
+        feature = column + tl.arange(0, BLOCK_N)
+        live = (row + m < last)[:, None] & (feature < COLUMNS)[None, :]
+        if bias is not None:
+            of_bias = bias + expert.to(tl.int64) * every + tl.minimum(feature, COLUMNS - 1) * (2 if INTERLEAVED else 1)
+            total += tl.load(of_bias).to(tl.float32)[None, :]
+            if gated:
+                total_up += tl.load(of_bias + (1 if INTERLEAVED else COLUMNS)).to(tl.float32)[None, :]
+        if gated:
+            total = gate(total, total_up, alpha, limit, offset, ACTIVATION, LIMITED)
+        to = (place if gated else pair).to(tl.int64)[:, None] * COLUMNS + feature[None, :]
+        tl.store(out + to, total.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _tile(tiles, expert, n, k, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[WIDE, BLOCK_K] of one expert's weight; zeros beyond its end."""
+    if TRANSPOSED:
+        return tl.trans(tiles.load([expert, k, n]).reshape(BLOCK_K, WIDE))
+    else:
+        return tiles.load([expert, n, k]).reshape(WIDE, BLOCK_K)
+
+
+@triton.jit
+def _dot(weight, rows, total, TALL_WEIGHTS: tl.constexpr):
+    if TALL_WEIGHTS:
+        return tl.dot(weight, tl.trans(rows), total, input_precision="ieee")
+    else:
+        return tl.dot(rows, tl.trans(weight), total, input_precision="ieee")

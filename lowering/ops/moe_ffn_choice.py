@@ -1,0 +1,164 @@
+"""Which kernel runs a layer of experts: by its number of tokens, from a model fitted to the device.
+
+The choice is made inside the operator, on the host, from sizes alone: no graph break, no wait for the device.
+What `effpass calibrate moe` fitted is kept on disk for each device and type. A device that nobody fitted uses constants
+that were estimated for an H100, and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.gguf import cache_dir
+from effpass.core.roofline import device_name
+from effpass.lowering.ops.kernel_choice import triton_kernels
+from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, best
+
+__all__ = ["DEFAULT", "available", "fitted", "keep", "run", "run_kernel"]
+
+log = logging.getLogger("effpass")
+
+#: Estimated for an H100 from its ceilings; no timings stand behind it.
+DEFAULT = Fit(
+    device="NVIDIA H100 80GB HBM3",
+    dtype="bfloat16",
+    torch="2.11.0+cu130",
+    multiprocessors=132,
+    kernels={
+        "rows": Constants(start=4e-6, call=1e-8, bandwidth=2.7e12, rate=2e13),
+        "grouped16": Constants(start=12e-6, call=1e-8, bandwidth=2.7e12, rate=1.6e14),
+        "grouped32": Constants(start=12e-6, call=1e-8, bandwidth=2.7e12, rate=2.8e14),
+        "grouped64": Constants(start=12e-6, call=1e-8, bandwidth=2.6e12, rate=4.2e14),
+        "grouped128": Constants(start=14e-6, call=1e-8, bandwidth=2.4e12, rate=5.5e14),
+        "library": Constants(start=25e-6, call=1e-7, bandwidth=2.0e12, rate=5.5e14),
+        "by_expert": Constants(start=60e-6, call=10e-6, bandwidth=2.4e12, rate=6.8e14),
+    },
+)
+
+
+def run(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *gate: Any,
+) -> Tensor | None:
+    """`effpass::moe_ffn` by the kernel that should be best; None where there is none for these tensors."""
+    names = available(x, gate_up, down)
+    if not names or x.shape[0] == 0 or experts.shape[1] == 0:
+        return None
+    shape = Shape(experts.shape[1], down.shape[0], down.shape[1], down.shape[2], x.element_size())
+    name = _chosen(x.shape[0], shape, x.device, x.dtype, names)
+    return run_kernel(name, x, experts, weights, gate_up, gate_up_bias, down, down_bias, *gate)
+
+
+def available(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[str, ...]:
+    """The kernels that take these tensors now; one that waits for the device is none while a CUDA graph is recorded."""
+    kernels = triton_kernels("moe_grouped")
+    plain = (torch.bfloat16, torch.float16, torch.float32)
+    if kernels is None or x.dtype not in plain or not all(1 in t.stride()[1:] for t in (gate_up, down)):
+        return ()
+    names = [name for name in KERNELS if name not in ("library", "by_expert")]
+    library = triton_kernels("moe_library")
+    if library is not None and library.supported(x, gate_up, down):
+        names.append("library")
+    if not torch.cuda.is_current_stream_capturing():
+        names.append("by_expert")
+    return tuple(names)
+
+
+def run_kernel(
+    name: str,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *gate: Any,
+) -> Tensor:
+    """`effpass::moe_ffn` without the projection, by a kernel of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS`."""
+    biases = [None if b is None else b.contiguous() for b in (gate_up_bias, down_bias)]
+    arguments = (x.contiguous(), experts.contiguous(), weights.contiguous(), gate_up, biases[0], down, biases[1], *gate)
+    if name == "rows":
+        return triton_kernels("moe_rows").moe_ffn(*arguments)  # type: ignore[union-attr]
+    if name in ("library", "by_expert"):
+        return triton_kernels("moe_library").moe_ffn(*arguments, by_expert=name == "by_expert")  # type: ignore[union-attr]
+    kernels = triton_kernels("moe_grouped")
+    return kernels.moe_ffn(*arguments, kernels.TILES[int(name.removeprefix("grouped"))])  # type: ignore[union-attr]
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> str:
+    return best(tokens, shape, fitted(device, dtype), names)
+
+
+# -- what was fitted --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
+    """What was fitted to `device`, from the cache on disk; :data:`DEFAULT` where nothing was."""
+    name, kind = device_name(device), str(dtype).removeprefix("torch.")
+    found = _read(_file(name, kind))
+    if found is not None and (found.device, found.dtype) == (name, kind):
+        return found
+    log.warning(
+        "effpass: kernels of experts on %s in %s are chosen by constants estimated for %s in %s;"
+        " `effpass calibrate moe` fits this device",
+        name, kind, DEFAULT.device, DEFAULT.dtype,
+    )  # fmt: skip
+    return DEFAULT
+
+
+def keep(fit: Fit) -> Path | None:
+    """Keep `fit` for later processes, whole or not at all; None without a writable cache."""
+    file = _file(fit.device, fit.dtype)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        log.warning("what was fitted can't be kept in %s: %s", file.parent, error.strerror)
+        with suppress(OSError):
+            temporary.unlink()
+        return None
+    fitted.cache_clear()
+    _chosen.cache_clear()
+    return file
+
+
+def _file(device: str, dtype: str) -> Path:
+    key = sha256("\n".join((device, dtype)).encode()).hexdigest()[:16]
+    return cache_dir() / "experts" / f"{key}.json"
+
+
+def _read(file: Path) -> Fit | None:
+    """None for a file that is not there, or that another version of effpass wrote."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kernels = {name: Constants(**constants) for name, constants in found.pop("kernels").items()}
+        fit = Fit(**found, kernels=kernels)
+        numbers = [fit.multiprocessors, *(value for c in kernels.values() for value in asdict(c).values())]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    if set(kernels) != set(KERNELS) or not all(isinstance(n, (int, float)) and n > 0 for n in numbers):
+        return None
+    return fit

@@ -1,0 +1,185 @@
+"""How long each kernel of a layer of experts should take: waves of tiles under a roof of memory, fitted to a device.
+
+    t(kernel) = start + call · A + max( bytes / bandwidth, Σ over both products of waves · tile FLOPs · S / rate )
+    waves = ⌈tiles / S⌉,  tiles = A · max(1, P / (A · rows) + ½) · ⌈columns / tile columns⌉,  A = E · (1 - (1 - k / E)ᵀ)
+
+A is how many of E experts T tokens with k each are expected to meet where all are alike (EPS-MoE,
+https://arxiv.org/abs/2410.12247, section 3), P = T·k. A tile costs the same however many of its rows are real, and the
+last wave as much as a full one. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
+
+Shapes: T tokens, k experts a token, E experts, D model width, F expert width, S multiprocessors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy
+
+from effpass.core.errors import EffpassError
+
+__all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "seconds", "thresholds"]
+
+#: Rows and columns of a tile in both products, by kernel. None: the kernel reads weights for each pair, or a library's.
+KERNELS: dict[str, tuple[int, int, int] | None] = {
+    "rows": None,
+    "grouped16": (16, 64, 128),
+    "grouped32": (32, 64, 128),
+    "grouped64": (64, 64, 128),
+    "grouped128": (128, 128, 256),
+    "library": (128, 256, 256),
+    "by_expert": (128, 256, 256),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of experts.
+
+    Attributes:
+        each: experts a token, k.
+        experts: E.
+        width: D.
+        inner: F.
+        element_size: bytes of a number.
+    """
+
+    each: int
+    experts: int
+    width: int
+    inner: int
+    element_size: int = 2
+
+
+@dataclass(frozen=True)
+class Constants:
+    """One kernel on one device: seconds to start, seconds for each expert met, bytes/s, FLOP/s."""
+
+    start: float
+    call: float
+    bandwidth: float
+    rate: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted to a device.
+
+    Attributes:
+        device: as the driver names it.
+        dtype: of the layer.
+        torch: version of torch that measured.
+        multiprocessors: S.
+        kernels: by name of :data:`KERNELS`.
+    """
+
+    device: str
+    dtype: str
+    torch: str
+    multiprocessors: int
+    kernels: Mapping[str, Constants]
+
+
+_T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
+_START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
+_ARGUMENTS = (_T, _K, _E, _D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
+
+
+@functools.cache
+def seconds(kernel: str) -> sympy.Expr:
+    """The model of a kernel, over the symbols T, k, E, D, F, b (bytes of a number), S and its constants."""
+    pairs = _T * _K
+    met = _E * (1 - (1 - _K / _E) ** _T)
+    expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
+    tile = KERNELS[kernel]
+    if tile is None:  # nothing is shared, and a row of a tile is all there is
+        return _START + _CALL * met + sympy.Max(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
+    rows, of_first, of_second = tile
+    high = met * sympy.Max(1, pairs / (met * rows) + sympy.Rational(1, 2))
+    # Gate and up are both computed by the first product's tiles.
+    products = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
+    waves = sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
+    if kernel in ("library", "by_expert"):  # rows and both projections are written and read again
+        activations = pairs * (6 * _D + 8 * _F) * _B
+    return _START + _CALL * met + sympy.Max((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
+
+
+@functools.cache
+def _function(kernel: str) -> Callable[..., float]:
+    return sympy.lambdify(_ARGUMENTS, seconds(kernel), modules=[{"Max": max, "ceiling": math.ceil}, "math"])
+
+
+def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multiprocessors: int) -> float:
+    """Seconds of a layer of `tokens` tokens, where every expert is as likely as any other."""
+    each = min(shape.each, shape.experts)
+    return float(
+        _function(kernel)(
+            tokens, each, shape.experts, shape.width, shape.inner, shape.element_size, multiprocessors,
+            constants.start, constants.call, constants.bandwidth, constants.rate,
+        )
+    )  # fmt: skip
+
+
+def best(tokens: int, shape: Shape, fitted: Fit, among: Iterable[str]) -> str:
+    """The kernel of `among` that should take least time."""
+    return min(
+        (name for name in among if name in fitted.kernels),
+        key=lambda name: predict(name, tokens, shape, fitted.kernels[name], fitted.multiprocessors),
+    )
+
+
+def thresholds(shape: Shape, fitted: Fit, among: Sequence[str], most: int = 1 << 16) -> list[tuple[int, str]]:
+    """From how many tokens on which kernel is best: (1, kernel), (tokens, next kernel), … up to `most` tokens.
+
+    A wave more can make a kernel worse and the next one better for a few tokens, so that a kernel may come twice.
+    """
+    sizes = sorted({round(2 ** (step / 8)) for step in range(8 * most.bit_length())})
+    found: list[tuple[int, str]] = []
+    before = 0
+    for tokens in (n for n in sizes if n <= most):
+        name = best(tokens, shape, fitted, among)
+        if not found or found[-1][1] != name:
+            low, high = before, tokens  # solve for the change between two sizes
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if best(middle, shape, fitted, among) == name else (middle, high)
+            found.append((high, name))
+        before = tokens
+    return found
+
+
+def fit(kernel: str, timings: Sequence[tuple[int, Shape, float]], multiprocessors: int, start: Constants) -> Constants:
+    """The constants of a kernel that come closest to `timings`, in the mean square of relative differences.
+
+    Args:
+        kernel: a name of :data:`KERNELS`.
+        timings: tokens, layer and measured seconds; at least as many as constants.
+        multiprocessors: S.
+        start: where to look first.
+
+    Raises:
+        EffpassError: fewer timings than constants, or one that is not positive.
+    """
+    if len(timings) < 4 or any(not t > 0 for _, _, t in timings):
+        raise EffpassError(
+            f"{len(timings)} timings of {kernel} with a least of {min((t for *_, t in timings), default=0)} s",
+            hint="give at least four, all positive",
+        )
+
+    def loss(constants: Constants) -> float:
+        return sum(math.log(predict(kernel, n, s, constants, multiprocessors) / t) ** 2 for n, s, t in timings)
+
+    # One constant after the other, in steps that become finer: the model is monotone in each.
+    found, least, step = start, loss(start), 1.0
+    while step > 1e-3:
+        moved = False
+        for name in ("start", "call", "bandwidth", "rate"):
+            for factor in (math.exp(step), math.exp(-step)):
+                other = replace(found, **{name: getattr(found, name) * factor})
+                if (value := loss(other)) < least:
+                    found, least, moved = other, value, True
+        step = step if moved else step / 2
+    return found

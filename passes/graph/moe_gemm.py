@@ -1,0 +1,195 @@
+"""A layer of experts becomes one operator, which runs the kernel that fits its load.
+
+    out[t] = Σ_j weights[t, j] · W_down h(W_gate_up x[t])            of expert experts[t, j]; `effpass::moe_ffn`
+
+What the layer was written as does not matter afterwards: products of sorted rows wait for nobody, and those of a copy
+of its expert for each row copy nothing. The kernel is chosen by the number of tokens (EPS-MoE,
+https://arxiv.org/abs/2410.12247) from a model of the device (:mod:`effpass.lowering.ops.moe_ffn_choice`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
+from effpass.core.inline import program_values
+from effpass.core.matching import Surroundings
+from effpass.core.pass_ import GraphPass, Match
+from effpass.core.program import Program
+from effpass.core.report import Refusal
+from effpass.passes.graph.moe_gemm_gate import Gate
+from effpass.passes.graph.moe_gemm_inside import Miss
+from effpass.passes.graph.moe_gemm_layer import Layer, Product, layer_of, product_at
+from effpass.passes.graph.moe_gemm_loop import Loop, accumulators, loop_of
+
+__all__ = ["MoeGemm"]
+
+aten = torch.ops.aten
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+
+
+class MoeGemm(GraphPass):
+    """Makes each layer of experts one operator, with the kernel that fits its load."""
+
+    name = "moe_gemm"
+    exact = True
+
+    def could_act(self, weight_names: Sequence[str]) -> bool:
+        return any("expert" in name for name in weight_names)
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        products = {p.node: p for node in program.graph.nodes if (p := product_at(node)) is not None}
+        loops = accumulators(program.graph)
+        if not products and not loops:
+            return
+        surroundings = Surroundings.of(program)
+        matches: list[Match] = []
+        misses: dict[Product, Miss] = {}
+        for product in products.values():
+            try:
+                layer = layer_of(product, products, surroundings)
+                weights = (layer.first.weight, layer.first_bias, layer.second.weight, layer.second_bias)
+                _check(layer.anchor, layer.inner, layer.x, weights, surroundings)
+                matches.append(Match(layer.anchor, {"layer": layer}))
+            except Miss as miss:
+                misses[product] = miss
+        taken = {p.node for match in matches for p in (match.nodes["layer"].first, match.nodes["layer"].second)}
+        feeding = {p.node for p in products.values() if any(_feeds(p, other) for other in misses)}
+        for product, reason in misses.items():
+            if product.node not in taken and product.node not in feeding:
+                yield Refusal(reason.node.name, reason.reason)
+        for total, additions in loops:
+            try:
+                loop = loop_of(total, additions, surroundings)
+                _check(loop.anchor, loop.inner, loop.x, (*_nodes(loop.gate_up), *_nodes(loop.down)), surroundings)
+            except Miss as miss:
+                yield Refusal(miss.node.name, miss.reason)
+            else:
+                own = [n for w in (loop.gate_up, loop.down) if not isinstance(w, Node) for n in _nodes(w)]
+                if own and program.home_of(own) != "module":
+                    held = "its experts have weights of their own, of which a stacked copy would be held"
+                    yield Refusal(loop.anchor.name, held, "export the model, which holds the stacked ones alone")
+                    continue
+                matches.append(Match(loop.anchor, {"loop": loop}))
+        # Last first: x may be what an earlier layer computes, which must still be there.
+        yield from sorted(matches, key=lambda match: -surroundings.position[match.anchor])
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        if "loop" in match.nodes:
+            _rewrite_loop(program, match.nodes["loop"])
+            return
+        layer: Layer = match.nodes["layer"]
+        with program.graph.inserting_before(layer.anchor):
+            gate_up, down = (_stored(program, p, layer.anchor) for p in (layer.first, layer.second))
+            tensors = (layer.x, layer.experts, layer.weights, gate_up, layer.first_bias, down, layer.second_bias)
+            out = _experts(program, tensors, layer.gate, layer.anchor)
+        layer.anchor.replace_all_uses_with(out)
+        _erase(program, layer.inner)
+
+
+def _rewrite_loop(program: Program, loop: Loop) -> None:
+    gate_up, down = loop.gate_up, loop.down
+    if not isinstance(gate_up, Node):
+        gate_up = _stack(program, gate_up)
+    if not isinstance(down, Node):
+        down = _stack(program, down)
+    with program.graph.inserting_before(loop.anchor):
+        tensors = (loop.x, loop.experts, loop.weights, gate_up, None, down, None)
+        out = _experts(program, tensors, loop.gate, loop.anchor)
+    for node in (loop.total, *(n for n in loop.inner if n.target is aten.index_add_.default)):
+        node.replace_all_uses_with(out, delete_user_cb=lambda user: user not in loop.inner)
+    _erase(program, loop.inner)
+
+
+def _stack(program: Program, weights: tuple[tuple[Node, ...], ...]) -> Node:
+    """[E, …] of the weights of each expert, gate above up."""
+    parts, flat = len(weights[0]), [node for each in weights for node in each]
+
+    def stacked(*tensors: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.cat(tensors[at : at + parts]) for at in range(0, len(tensors), parts)])
+
+    weight = program.weight_of(flat[0])
+    return program.derive(f"moe_gemm:{weight.name if weight is not None else flat[0].name}", flat, stacked)
+
+
+def _experts(program: Program, tensors: tuple[Node | None, ...], gate: Gate, old: Node) -> Node:
+    """The operator and its output, in the place of `old`."""
+    keep = program.grad_enabled and any(n is not None and n.meta["val"].requires_grad for n in tensors)
+    numbers = (gate.activation, gate.alpha, gate.limit, gate.offset, gate.interleaved, keep)
+    both = _call(program, torch.ops.effpass.moe_ffn.default, (*tensors, *numbers), old)
+    with program_values(program):
+        x, experts, gate_up = (n.meta["val"] for n in (tensors[0], tensors[1], tensors[3]))  # type: ignore[union-attr]
+        kept = x.new_empty((experts.shape[0] * experts.shape[1], gate_up.shape[1]) if keep else (0,))
+    both.meta["val"] = (old.meta["val"], kept)
+    out = _call(program, operator.getitem, (both, 0), old)
+    out.meta["val"] = old.meta["val"]
+    return out
+
+
+def _erase(program: Program, nodes: frozenset[Node]) -> None:
+    for node in reversed(program.graph.nodes):
+        if node in nodes:
+            program.graph.erase_node(node)
+
+
+def _nodes(weight: Node | tuple[tuple[Node, ...], ...]) -> list[Node]:
+    return [weight] if isinstance(weight, Node) else [node for each in weight for node in each]
+
+
+def _feeds(product: Product, other: Product) -> bool:
+    """Whether `other`'s rows are computed from `product`, and so by the same layer."""
+    waiting, seen = [other.rows], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is product.node:
+            return True
+        if node not in seen and node.op == "call_function" and len(seen) < 32:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
+def _check(
+    anchor: Node, inner: frozenset[Node], x: Node, weights: Iterable[Node | None], surroundings: Surroundings
+) -> None:
+    """Raise a :class:`Miss` where the operator can't stand in the layer's place."""
+    epochs = {node: surroundings.epochs.get(node, {}) for node in inner}
+    # What the layer writes into itself goes with it.
+    outer = {node: {root: seen for root, seen in of.items() if root not in inner} for node, of in epochs.items()}
+    reason = replace(surroundings, epochs=outer).why_not_late(set(inner), anchor)
+    if reason is not None:
+        raise Miss(anchor, reason)
+    if x.meta["val"].device.type == "cuda":
+        raise Miss(anchor, "its kernels for GPUs have been compiled and interpreted, and not yet run on one")
+    dtype = x.meta["val"].dtype
+    for node in weights:
+        value = None if node is None else node.meta["val"]
+        if value is not None and type(value) is not FakeTensor:
+            raise Miss(anchor, f"{node} is a {type(value).__name__}")
+        if value is not None and value.dtype != dtype:
+            raise Miss(anchor, f"{node} is {value.dtype} and {x.name} {dtype}")
+
+
+def _stored(program: Program, product: Product, old: Node) -> Node:
+    """The weight as [E, N, K], a view of how it is stored."""
+    if not product.transposed:
+        return product.weight
+    node = _call(program, aten.transpose.int, (product.weight, 1, 2), old)
+    with program_values(program):
+        node.meta["val"] = product.weight.meta["val"].transpose(1, 2)
+    return node
+
+
+def _call(program: Program, target: Any, arguments: tuple[Any, ...], old: Node) -> Node:
+    """A new node; it keeps what is known of the place of `old` in the model."""
+    new = program.graph.call_function(target, arguments)
+    new.meta.update({key: old.meta[key] for key in _KEPT_META if key in old.meta})
+    return new

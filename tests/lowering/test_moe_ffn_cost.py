@@ -1,0 +1,135 @@
+"""The cost model of expert kernels: what it says at known sizes, what it finds in timings, and what is kept of that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops import moe_ffn_choice as choice
+from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, best, fit, predict, seconds, thresholds
+
+QWEN = Shape(8, 128, 2048, 768)
+MIXTRAL = Shape(2, 8, 4096, 14336)
+PERFECT = Constants(start=1e-12, call=1e-12, bandwidth=3e12, rate=1e15)
+
+
+def test_one_token_reads_its_experts_once():
+    """8 experts of 3 · 2048 · 768 numbers in bfloat16; rows and grouped kernels read the same, but for activations."""
+    expected = 8 * 3 * 2048 * 768 * 2 / 3e12
+    assert predict("rows", 1, QWEN, PERFECT, 132) == pytest.approx(expected, rel=1e-6)
+    assert predict("grouped16", 1, QWEN, PERFECT, 132) == pytest.approx(expected, rel=2e-3)
+
+
+def test_experts_that_are_met():
+    """16 tokens meet 128 · (1 - (1 - 8/128)^16) = 82.4 experts; a kernel that reads by pair reads 128."""
+    shared = predict("grouped16", 16, QWEN, PERFECT, 132)
+    assert shared / predict("grouped16", 1, QWEN, PERFECT, 132) == pytest.approx(82.42 / 8, rel=1e-3)
+    assert predict("rows", 16, QWEN, PERFECT, 132) / shared == pytest.approx(128 / 82.42, rel=3e-3)
+
+
+def test_waves_and_padding():
+    """A compute-bound layer: tiles of 128 rows, and 132 multiprocessors that finish together or do not."""
+    shape, constants = Shape(1, 1, 8192, 8192), replace(PERFECT, bandwidth=1e18)
+    tiles = [(128 * n, predict("grouped128", 128 * n, shape, constants, 64)) for n in (1, 2, 3)]
+    # 64 tiles across in the first product, 32 in the second: (1 + ½) · 64 tiles are two waves, and so on.
+    waves = [
+        (4 * 128 * 128 * 2 + 2 * 128 * 256 * 1) * 8192 * 64 / 1e15,
+        (3 * 4 * 128 * 128 + 2 * 2 * 128 * 256) * 8192 * 64 / 1e15,
+    ]
+    assert tiles[0][1] == pytest.approx(waves[0], rel=1e-6)
+    assert tiles[1][1] == pytest.approx(waves[1], rel=1e-6)
+    assert predict("grouped128", 1, shape, constants, 64) == pytest.approx(
+        predict("grouped128", 64, shape, constants, 64)  # both fill one tile
+    )
+
+
+def test_every_kernel_has_a_model_over_the_same_symbols():
+    for name in KERNELS:
+        free = {str(symbol) for symbol in seconds(name).free_symbols}
+        assert {"T", "k", "E", "D", "F", "bandwidth", "rate", "start", "call"} <= free
+
+
+def test_thresholds_are_where_the_best_kernel_changes():
+    found = thresholds(QWEN, choice.DEFAULT, list(KERNELS))
+    assert found[0] == (1, "rows")
+    assert [name for _, name in found][-1] in ("grouped128", "library", "by_expert")
+    for (_, before), (tokens, after) in itertools.pairwise(found):
+        assert best(tokens - 1, QWEN, choice.DEFAULT, KERNELS) == before
+        assert best(tokens, QWEN, choice.DEFAULT, KERNELS) == after
+    assert {name for _, name in thresholds(QWEN, choice.DEFAULT, ["grouped16"])} == {"grouped16"}
+
+
+def test_wide_experts_change_to_large_tiles_at_fewer_tokens():
+    """The paper's crossover falls as the width of an expert grows: what counts is the work of an expert, not tokens."""
+
+    def first(shape: Shape) -> int:
+        return next(tokens for tokens, name in thresholds(shape, choice.DEFAULT, list(KERNELS)) if "128" in name)
+
+    assert first(MIXTRAL) < first(QWEN)
+
+
+def test_a_fit_finds_the_constants_behind_timings():
+    true = Constants(start=9e-6, call=4e-8, bandwidth=2.2e12, rate=3.5e14)
+    loads = [(tokens, shape) for shape in (QWEN, MIXTRAL) for tokens in (1, 4, 16, 64, 256, 1024, 4096)]
+    timings = [
+        (n, s, predict("grouped64", n, s, true, 132) * (1.02 if i % 2 else 0.98)) for i, (n, s) in enumerate(loads)
+    ]
+    found = fit("grouped64", timings, 132, choice.DEFAULT.kernels["grouped64"])
+    assert found.bandwidth == pytest.approx(true.bandwidth, rel=0.03)
+    assert found.rate == pytest.approx(true.rate, rel=0.03)
+    assert all(predict("grouped64", n, s, found, 132) == pytest.approx(t, rel=0.05) for n, s, t in timings)
+
+
+@pytest.mark.parametrize("timings", [[(1, QWEN, 1e-5)] * 3, [(1, QWEN, 1e-5)] * 3 + [(1, QWEN, 0.0)]])
+def test_a_fit_needs_timings(timings):
+    with pytest.raises(EffpassError, match="timings of rows"):
+        fit("rows", timings, 132, PERFECT)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFPASS_CACHE", str(tmp_path))
+    choice.fitted.cache_clear()
+    choice._chosen.cache_clear()
+    yield tmp_path
+    choice.fitted.cache_clear()
+    choice._chosen.cache_clear()
+
+
+def test_a_device_that_nobody_fitted_says_so_once(cache, caplog):
+    with caplog.at_level(logging.WARNING, "effpass"):
+        for _ in range(2):
+            assert choice.fitted(torch.device("cpu"), torch.float32) is choice.DEFAULT
+    assert len(caplog.records) == 1
+    assert "chosen by constants estimated for NVIDIA H100 80GB HBM3 in bfloat16" in caplog.text
+    assert "`effpass calibrate moe`" in caplog.text
+
+
+def test_what_was_fitted_is_kept(cache, monkeypatch):
+    monkeypatch.setattr(choice, "device_name", lambda device: "a GPU")
+    kernels = {name: replace(PERFECT, rate=1e13 * (i + 1)) for i, name in enumerate(KERNELS)}
+    fitted = Fit("a GPU", "bfloat16", torch.__version__, 7, kernels)
+    file = choice.keep(fitted)
+    assert file is not None
+    assert file.parent.parent == cache
+    assert choice.fitted(torch.device("cpu"), torch.bfloat16) == fitted
+    choice.fitted.cache_clear()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "multiprocessors": "seven"}))
+    assert choice.fitted(torch.device("cpu"), torch.bfloat16) is choice.DEFAULT
+
+
+def test_the_command_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from effpass.cli.calibrate_moe import moe
+
+    with pytest.raises(EffpassError, match="no CUDA device"):
+        moe()
+    with pytest.raises(EffpassError, match="did you mean 'bfloat16'"):
+        moe(dtype="bfloat")
