@@ -8,7 +8,18 @@ import os
 import sys
 from pathlib import Path
 
-AREAS = ("backend", "cost", "decode", "export", "optimizer", "quality")
+AREAS = (
+    "backend",
+    "cost",
+    "decode",
+    "export",
+    "moe",
+    "optimizer",
+    "prefix_kv",
+    "quality",
+    "sparse_attention",
+    "training",
+)
 
 
 def main() -> int:
@@ -19,7 +30,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append rows to this file, one JSON object a line")
     parser.add_argument("--case", action="append", help="only these cases")
     parser.add_argument("--model", action="append", help="area quality: a folder, or a name under models/")
-    parser.add_argument("--data", type=Path, help="area quality: folder of texts (environment variable EFFPASS_DATA)")
+    parser.add_argument(
+        "--data", type=Path, help="areas quality and training: folder of texts (environment variable EFFPASS_DATA)"
+    )
     arguments = parser.parse_args()
     if arguments.model:
         os.environ["EFFPASS_MODEL"] = ",".join(arguments.model)

@@ -103,6 +103,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "decode": lambda document: measured_rows("decode"),
     "optimizer": lambda document: measured_rows("optimizer"),
     "quality": lambda document: measured_rows("quality"),
+    "training": lambda document: measured_rows("training"),
     "cost": cost_rows,
     "headline": headline_rows,
     "memory": memory_rows,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
 from effpass.core.model import LoadedModel, load_model
 from effpass.core.options import dump_options
+from effpass.core.prompt import prompt_inputs
 from effpass.core.recipe import Recipe
 from effpass.core.report import Report
 from effpass.core.roofline import ceilings, device_and_dtype, known
@@ -71,7 +72,7 @@ def _planned(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> list[Pla
     return [
         Planned(registry.load(info.name)())
         for info in registry.describe()
-        if info.error is None and info.exact and not info.needs_artifact
+        if info.error is None and info.exact and not info.needs_artifact and info.kind != "runtime"
     ]
 
 
@@ -87,7 +88,8 @@ def prepare(
     Args:
         model: a transformers causal LM, or a PeftModel around one. It is changed in place, after every pass has checked
             that it can act.
-        recipe: path, mapping or :class:`Recipe`; None applies every exact pass that needs no artifact.
+        recipe: path, mapping or :class:`Recipe`; None applies every exact pass on weights and graphs that needs no
+            artifact.
         compile_options: passed to `torch.compile` where the model is compiled.
 
     Returns:
@@ -207,13 +209,23 @@ def inspect(
     return inspect_model(model, planned, at, input_ids=input_ids, **sizes)
 
 
-def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any) -> Iterator[str]:
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    images: Sequence[Any] = (),
+    processor: Any = None,
+    **options: Any,
+) -> Iterator[str]:
     """Generate text, piece by piece as it comes.
 
     Args:
         model: a transformers causal LM, prepared or not.
         tokenizer: its tokenizer. A chat template is applied where it has one.
         prompt: the user's text.
+        images: PIL's, for a vision-language model; they stand before the text.
+        processor: of that model.
         options: passed to the model's `generate` (`max_new_tokens`, `do_sample`, ...).
 
     Yields:
@@ -231,15 +243,7 @@ def generate(model: torch.nn.Module, tokenizer: Any, prompt: str, **options: Any
                 raise _ClosedError
             super().put(value)
 
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise EffpassError("the prompt is empty", hint="give at least one token of text")
+    inputs = prompt_inputs(tokenizer, prompt, images, processor)
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 

@@ -37,7 +37,7 @@ log = logging.getLogger("effpass")
 reports: list[Report] = []
 
 #: What turns a decoder layer into few launches.
-DECODE_PASSES = ("fuse_linears", "fuse_rope_attention", "fuse_rotary_table")
+DECODE_PASSES = ("fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm")
 
 _said: set[str] = set()
 

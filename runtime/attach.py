@@ -28,7 +28,8 @@ def engine_of(model: Any, *, backend: Backend | None = None) -> Engine:
     Raises:
         ModelError: the engine can't run this model.
     """
-    if not isinstance(getattr(model, "effpass_engine", None), Engine):
+    engine = getattr(model, "effpass_engine", None)
+    if not isinstance(engine, Engine) or engine.model is not model:
         model.effpass_engine = Engine(model, backend=backend)
     return model.effpass_engine
 
@@ -42,26 +43,31 @@ def attach(model: Any, *, backend: Backend | None = None) -> Engine:
     Raises:
         ModelError: the engine can't run this model.
     """
-    model.effpass_engine = Engine(model, backend=backend)
+    engine = engine_of(model, backend=backend)  # a pass may have made it, with sessions of its own
+    engine.backend = backend
+    engine.release()
     model.generate = MethodType(generate, model)
-    return model.effpass_engine
+    return engine
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a prepared model; see transformers' for arguments and results."""
+    """`generate` of a prepared model; see transformers' for arguments and results.
+
+    One argument is more: `keep_tokens`, bool `[B, T]`, the tokens that a cache with a budget may not give up.
+    """
     original = type(self).generate
     if any(kwargs.get(name) is not None for name in _THEIRS):
         return original(self, *args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if isinstance(ids, Tensor) and ids.numel() == 0:  # transformers fails on it with an index error
         raise EffpassError(f"the prompt is empty: input_ids is {tuple(ids.shape)}", hint="give at least one token")
-    streamer = kwargs.pop("streamer", None)
+    streamer, keep = kwargs.pop("streamer", None), kwargs.pop("keep_tokens", None)
     kwargs["stopping_criteria"] = _with_stop_strings(self, kwargs)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        return generation.generate(model.effpass_engine, input_ids, streamer=streamer, **prepared)
+        return generation.generate(model.effpass_engine, input_ids, streamer=streamer, keep_tokens=keep, **prepared)
 
     return original(self, *args, custom_generate=loop, **kwargs)
 

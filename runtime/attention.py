@@ -17,11 +17,12 @@ from transformers import AttentionInterface
 
 import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cached_attention)
 from effpass.core.errors import ModelError
-from effpass.runtime.cache import DecodeCache
+from effpass.runtime.cache import BufferedLayer, DecodeCache
+from effpass.runtime.latent_attention import Absorbed
 
-__all__ = ["PREFILL", "cached_attention", "reading_cache"]
+__all__ = ["NAME", "PREFILL", "cached_attention", "reading_cache"]
 
-_NAME = "effpass"
+NAME = "effpass"
 # cuDNN's is the fastest for long prompts on Hopper, and not PyTorch's first choice.
 PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _UNKNOWN = ("position_bias", "s_aux")
@@ -62,7 +63,29 @@ def cached_attention(
         what = unknown[0] if unknown else "an attention mask of its own"
         raise ModelError(f"{type(module).__name__} passes {what} to attention, which the decode engine lacks")
     layer = effpass_cache.buffers(module.layer_idx)
-    slots, scale = layer.slots, scaling or query.shape[-1] ** -0.5
+    scale = scaling or query.shape[-1] ** -0.5
+    has_latents = isinstance(module, Absorbed)
+    if has_latents:
+        absorbs = module.absorbs(query.shape[2])
+        if absorbs:
+            latents = layer.latents
+            whole = torch.cat((key, value), -1) if latents is None else latents[: key.shape[0], :, : key.shape[2]]
+            query, key, value = module.absorb(query), whole, whole[..., : key.shape[-1]]
+        else:
+            key, value = module.expanded(key, value)
+    reader, out = effpass_cache.reader, None
+    if reader is not None:
+        out = reader.attend(effpass_cache, module.layer_idx, query, key, value, scale, softcap or 0.0)
+    if out is None:
+        out = _attend(query, key, value, layer, effpass_cache, scale, softcap or 0.0)
+    effpass_cache.attended(module.layer_idx, query, key, scale, softcap or 0.0)
+    return module.project(out) if has_latents and absorbs else out, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layer: BufferedLayer, cache: DecodeCache, scale: float, softcap: float
+) -> Tensor:
+    slots = layer.slots
     rows, _, tokens, _ = query.shape
     reads, positions = key.shape[2], slots.positions
     sees_all = slots.is_dense and not slots.is_replayed and not 0 < layer.window < reads and not softcap
@@ -71,22 +94,24 @@ def cached_attention(
             out = torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=tokens > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )
-        return out.transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous()
     if (rows, reads) != tuple(positions.shape):
         positions = positions[:rows, :reads]
-    out = torch.ops.effpass.cached_attention(
-        query, key, value, positions, effpass_cache.query_positions, slots.filled, scale, layer.window, softcap or 0.0
+    return torch.ops.effpass.cached_attention(
+        query, key, value, positions, cache.query_positions, slots.filled, scale, layer.window, softcap
     )
-    return out, None
 
 
 @contextmanager
 def reading_cache(model: Any) -> Iterator[None]:
     """Inside, `model` attends through :func:`cached_attention`, and its calls need `effpass_cache`."""
-    AttentionInterface.register(_NAME, cached_attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
+    AttentionInterface.register(NAME, cached_attention)
+    text = model.config.get_text_config(decoder=True)
+    # A vision tower attends as it did: only the language model has a cache.
+    part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
+    before = text._attn_implementation
+    model.set_attn_implementation(NAME if part is None else {part: NAME})
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(before if part is None else {part: before})

@@ -10,8 +10,8 @@ so that padding, eviction and layers of different lengths need no mask, and no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ import effpass.lowering.ops.append_positions
 import effpass.lowering.ops.cached_attention  # noqa: F401  (registers the operators)
 from effpass.core.errors import ModelError
 
-__all__ = ["BufferedLayer", "DecodeCache", "Slots", "attention_windows"]
+__all__ = ["BufferedLayer", "DecodeCache", "Reader", "Slots", "attention_windows"]
 
 
 class Slots:
@@ -33,6 +33,7 @@ class Slots:
         start: int32 `[1]`, on the device: the slot of the current call's first token.
         filled: int32 `[1]`, on the device: slots in use, the current call's included.
         length: the same number on the host (*physical length*).
+        seen: tokens entered, those that gave up their slots included (*logical length*); on the host.
         is_replayed: the call is being recorded in a CUDA graph, and `length` is not what it will be in a replay.
         is_dense: position s stands in slot s of every row, as far as slots are filled; known on the host.
     """
@@ -42,6 +43,7 @@ class Slots:
         self.start = torch.zeros(1, dtype=torch.int32, device=device)
         self.filled = torch.zeros(1, dtype=torch.int32, device=device)
         self.length = 0
+        self.seen = 0
         self.is_replayed = False
         self.is_dense = True
 
@@ -58,6 +60,7 @@ class Slots:
         """Empty all slots from `length` on."""
         self.positions[:, length:] = -1
         self.filled.fill_(length)
+        self.seen = self.seen - self.length + length if length else 0
         self.length = length
         self.is_dense |= length == 0
 
@@ -68,10 +71,14 @@ class BufferedLayer(CacheLayerMixin):
     Args:
         slots: which positions stand in the buffers; shared by layers that hold the same tokens.
         window: sliding window in positions; 0 for full attention.
+
+    Attributes:
+        latents: where the model caches latents (MLA), keys and values side by side `[B, 1, S, K + V]`; they are views.
     """
 
     is_compileable = True
     is_croppable = True
+    latents: Tensor | None = None
 
     def __init__(self, slots: Slots, window: int) -> None:
         super().__init__()
@@ -85,9 +92,14 @@ class BufferedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, capacity = self.slots.positions.shape
         # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
-        self.keys, self.values = (
-            x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
-        )
+        sizes = [key_states.shape[3], value_states.shape[3]]
+        if key_states.shape[1] == 1 and sizes[0] != sizes[1]:  # latents (MLA), whose two parts are read as one key
+            self.latents = key_states.new_zeros(batch, 1, capacity, sum(sizes))
+            self.keys, self.values = self.latents.split(sizes, -1)
+        else:
+            self.keys, self.values = (
+                x.new_zeros(batch, x.shape[1], capacity, x.shape[3]) for x in (key_states, value_states)
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -113,7 +125,7 @@ class BufferedLayer(CacheLayerMixin):
         return (keys, values) if reads == keys.shape[2] else (keys[:, :, :reads], values[:, :, :reads])
 
     def get_seq_length(self) -> int:
-        return self.slots.length
+        return self.slots.seen
 
     def get_max_length(self) -> int:
         return self.slots.positions.shape[1]
@@ -125,6 +137,21 @@ class BufferedLayer(CacheLayerMixin):
         self.slots.crop(0)
 
 
+class Reader(Protocol):
+    """What attends to the layers of a cache in a way of its own; its state is that cache's."""
+
+    def attend(
+        self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
+    ) -> Tensor | None:
+        """`[B, T, H, V]`, or None where the layer is attended to as by default; arguments are those of `attended`."""
+
+    def ready(self, cache: DecodeCache) -> Hashable:
+        """Called before every step, on the host; where the result is another, a step does something else."""
+
+    def forget(self) -> None:
+        """The slots hold other tokens than before."""
+
+
 class DecodeCache(Cache):
     """A transformers cache with fixed buffers for `batch` sequences of up to `capacity` tokens.
 
@@ -133,17 +160,31 @@ class DecodeCache(Cache):
         batch: rows B of the buffers.
         capacity: slots S of the buffers.
         device: where they are.
+        layers: the layers' buffers; by default all of `capacity` slots, which hold the same tokens in every layer.
 
     Attributes:
         query_positions: int32 `[rows, T]`: positions of the current call's tokens.
+        reader: attends in a way of its own; None for none.
 
     Raises:
         ModelError: a layer keeps something other than keys and values.
     """
 
-    def __init__(self, config: Any, batch: int, capacity: int, device: torch.device) -> None:
-        self.slots = Slots(batch, capacity, device)
-        super().__init__(layers=[BufferedLayer(self.slots, window) for window in attention_windows(config)])
+    reader: Reader | None = None
+
+    def __init__(
+        self,
+        config: Any,
+        batch: int,
+        capacity: int,
+        device: torch.device,
+        layers: Sequence[BufferedLayer] | None = None,
+    ) -> None:
+        if layers is None:
+            slots = Slots(batch, capacity, device)
+            layers = [BufferedLayer(slots, window) for window in attention_windows(config)]
+        self.slots = layers[0].slots
+        super().__init__(layers=list(layers))
         self.batch, self.capacity = batch, capacity
         self.query_positions = self.slots.positions[:, :0]
         self.session: object = None  # what decodes into it, where the user holds it
@@ -168,6 +209,18 @@ class DecodeCache(Cache):
         """The same on the host. Both come before the call."""
         for slots in self.distinct_slots():
             slots.length += tokens
+            slots.seen += tokens
+
+    def attended(self, index: int, query: Tensor, keys: Tensor, scale: float, softcap: float) -> None:
+        """Called when layer `index` has attended; a cache that ranks its tokens looks on here.
+
+        Args:
+            index: the layer.
+            query: `[B, H, T, K]`.
+            keys: `[B, G, S, K]` of the slots that were read.
+            scale: factor on the scores.
+            softcap: bound on the scores; 0 for none.
+        """
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens."""
@@ -175,8 +228,18 @@ class DecodeCache(Cache):
             slots.crop(slots.length + min(tokens_to_remove, 0))
 
     def reset(self) -> None:
+        self.changed()
         for slots in self.distinct_slots():
             slots.crop(0)
+
+    def ready(self) -> Hashable:
+        """Called before every decode step; see :class:`Reader`."""
+        return None if self.reader is None else self.reader.ready(self)
+
+    def changed(self) -> None:
+        """Called when slots may hold other tokens than at the last step: after a prompt."""
+        if self.reader is not None:
+            self.reader.forget()
 
 
 def attention_windows(config: Any) -> list[int]:

@@ -7,7 +7,7 @@ whose cache was handed to the user (`return_dict_in_generate=True`) is the user'
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from effpass.runtime.session import Backend, Session
 
 __all__ = ["Engine", "check_decodable"]
 
+NewSession = Callable[[Any, int, int, Backend | None], Session]
+
 _CAPACITY_STEP = 256
 
 
@@ -30,16 +32,26 @@ class Engine:
         model: a transformers causal LM in `eval()` mode, on one device.
         backend: compiles decode steps on a GPU (a `torch.compile` backend); None runs the model's own operators.
         prefill_tokens: tokens of a prompt, over the whole batch, to run at once; bounds the memory of activations.
+        new_session: makes a session from the model, rows, capacity and backend: what a pass replaces that has a cache
+            of its own.
 
     Raises:
         ModelError: the model has no place in the engine: on several devices, an encoder-decoder, recurrent layers.
     """
 
-    def __init__(self, model: Any, *, backend: Backend | None = None, prefill_tokens: int = 32768) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        backend: Backend | None = None,
+        prefill_tokens: int = 32768,
+        new_session: NewSession = Session,
+    ) -> None:
         check_decodable(model)
         self.model = model
         self.backend = backend
         self.prefill_tokens = prefill_tokens
+        self.new_session = new_session
         self._free: dict[int, Session] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +104,7 @@ class Engine:
         if session is None or session.capacity < capacity:
             del session  # before a larger one is made
             capacity += -capacity % _CAPACITY_STEP
-            session = Session(self.model, batch, capacity, self.backend)
+            session = self.new_session(self.model, batch, capacity, self.backend)
         session.begin(rows)
         return session
 

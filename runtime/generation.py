@@ -19,11 +19,14 @@ from effpass.core.errors import EffpassError
 from effpass.runtime.cache import DecodeCache
 from effpass.runtime.choice import Choice
 from effpass.runtime.engine import Engine
+from effpass.runtime.session import Session
 
 __all__ = ["generate"]
 
 _LOOK_EVERY = 4  # steps
 _IN_FLIGHT = 2  # looks; what runs beyond the end is cut off, and was for nothing
+# What vision-language models take beside token ids; the last is what transformers makes of the first two.
+_IMAGES = ("pixel_values", "image_sizes", "mm_encoder_outputs")
 _TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
 
 
@@ -35,6 +38,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     streamer: Any = None,
+    keep_tokens: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy decoding or sampling; what transformers calls with all it has prepared.
@@ -46,7 +50,9 @@ def generate(
         stopping_criteria: with a largest length among them.
         generation_config: as prepared by transformers.
         streamer: gets each step's tokens, int64 `[B]` on the CPU, a few steps late at most.
-        model_kwargs: `attention_mask` `[B, T]`, `past_key_values` of an earlier call.
+        keep_tokens: bool `[B, T]`: tokens that a cache with a budget may not give up.
+        model_kwargs: `attention_mask` `[B, T]`, `past_key_values` of an earlier call, and what a vision-language model
+            takes beside token ids.
 
     Returns:
         int64 `[B, T + new]`, or with `return_dict_in_generate` an output whose `past_key_values` a later call can go
@@ -56,6 +62,7 @@ def generate(
         EffpassError: beam search, an empty prompt, padding on the right, a prompt longer than the model's positions, or
             an argument that the engine has no place for.
     """
+    images = {name: given for name in _IMAGES if (given := model_kwargs.pop(name, None)) is not None and len(given)}
     _check_config(generation_config, model_kwargs)
     ids = input_ids.to(engine.device)
     cache = model_kwargs.get("past_key_values")
@@ -71,9 +78,13 @@ def generate(
                 f"the prompt has {length} tokens, of which past_key_values holds {known}",
                 hint="pass the whole conversation, with at least one token that the cache has not seen",
             )
+        more = {name: x.to(engine.device) if isinstance(x, Tensor) else x for name, x in images.items()}
+        if keep_tokens is not None:
+            more["keep"] = _kept(keep_tokens, ids, session)[:, known:]
         session.prefill(
-            ids[:, known:], None if is_token is None else is_token[:, known:], max(1, engine.prefill_tokens // rows)
-        )
+            ids[:, known:], None if is_token is None else is_token[:, known:], max(1, engine.prefill_tokens // rows),
+            **more,
+        )  # fmt: skip
         choice = Choice(session, ids, new, logits_processor, stopping_criteria, generation_config)
         watch = _Watch(choice, streamer)
         choice.first()
@@ -192,6 +203,21 @@ def _tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
             f"row {right[0]} of the batch is padded on the right", hint="tokenizer.padding_side = 'left'"
         )
     return None if bool(is_token.all()) else is_token
+
+
+def _kept(keep_tokens: Tensor, ids: Tensor, session: Session) -> Tensor:
+    """`keep_tokens` on the device of `ids`."""
+    if not session.gives_up:
+        raise EffpassError(
+            "keep_tokens: this model's cache gives up no tokens",
+            hint="put prefix_kv into the recipe, or leave keep_tokens out",
+        )
+    if keep_tokens.dtype != torch.bool or keep_tokens.shape != ids.shape:
+        raise EffpassError(
+            f"keep_tokens is {keep_tokens.dtype} {tuple(keep_tokens.shape)}, and input_ids {tuple(ids.shape)}",
+            hint="give a bool for every token of the prompt",
+        )
+    return keep_tokens.to(ids.device)
 
 
 def _check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:

@@ -90,15 +90,19 @@ class Session:
         rows: sequences in use.
         length: tokens of each sequence that are in the cache, padding included (*logical length*).
         is_given: the user holds the cache.
+        gives_up: the cache drops tokens, and `prefill` takes `keep`, a mask of those that it may not.
     """
 
     logits: Tensor
+    gives_up = False
 
     def __init__(self, model: Any, batch: int, capacity: int, backend: Backend | None) -> None:
         device = model.device
         self.model = model
         self.backend = backend
-        self.cache = DecodeCache(model.config, batch, capacity, device)
+        self.cache = self._new_cache(batch, capacity)
+        new_reader = getattr(model, "effpass_reader", None)
+        self.cache.reader = None if new_reader is None else new_reader()
         self.answer = Answer(batch, capacity, device)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.rows = batch
@@ -110,10 +114,13 @@ class Session:
         self._index = torch.zeros_like(self._position)  # the same for the model, which may look it up in a table
         self._moves = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._key: tuple[Any, ...] | None = None  # of the tail in the graph
+        self._key: tuple[Any, ...] | None = None  # of the cache's plan and the tail in the graph
         self._model: Callable[..., Any] | None = None  # as the graph runs it
         self._compiled: list[Callable[..., Any]] = []
         self._weights: tuple[int, ...] = ()
+
+    def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
+        return DecodeCache(self.model.config, batch, capacity, self.model.device)
 
     @property
     def batch(self) -> int:
@@ -133,14 +140,27 @@ class Session:
         self._moves.zero_()
         self._moves[:rows] = 1
 
-    def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
+    def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int, **inputs: Any) -> None:
         """Run the next tokens of every sequence; their last logits are in :attr:`logits`.
 
         Args:
             input_ids: int64 `[rows, T]`.
             is_token: bool `[rows, T]`, False for padding; None when nothing is.
-            chunk: tokens of each sequence to run at once.
+            chunk: tokens of each sequence to run at once; with `inputs` all are.
+            inputs: what the model takes beside them, such as `pixel_values`.
         """
+        positions, tokens = self._begin_prompt(input_ids, is_token), input_ids.shape[1]
+        chunk = tokens if inputs else chunk
+        for first in range(0, tokens, chunk):
+            ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
+            for slots in self.cache.distinct_slots():
+                slots.is_dense &= is_token is None
+            self._enter(part)
+            self._keep_logits(self._call(self.model, ids, part.clamp(min=0), **inputs), 0)
+        self._end_prompt(positions)
+
+    def _begin_prompt(self, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
+        """Positions int32 `[rows, T]` of the next tokens, -1 for padding."""
         if self._weights != self._weight_addresses():
             self._graph = self._model = None
         if any(isinstance(c, DerivedArguments) for c in self._compiled):
@@ -151,27 +171,30 @@ class Session:
             positions = before + torch.arange(1, tokens + 1, dtype=torch.int32, device=before.device)
         else:
             positions = torch.where(is_token, before + is_token.cumsum(1, dtype=torch.int32), -1)
-        for first in range(0, tokens, chunk):
-            ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
-            for slots in self.cache.distinct_slots():
-                slots.is_dense &= is_token is None
-            self._enter(part)
-            logits = self._call(self.model, ids, part.clamp(min=0))
-            if not hasattr(self, "logits"):
-                self.logits = logits.new_zeros(self.batch, logits.shape[1])
-            self.logits[:rows].copy_(logits)
+        return positions
+
+    def _keep_logits(self, logits: Tensor, row: int) -> None:
+        if not hasattr(self, "logits"):
+            self.logits = logits.new_zeros(self.batch, logits.shape[1])
+        self.logits[row : row + len(logits)].copy_(logits)
+
+    def _end_prompt(self, positions: Tensor) -> None:
+        before = self._position[: len(positions)]
         before.copy_(positions.amax(1, keepdim=True).maximum(before))
         torch.clamp(self._position, min=0, out=self._index)
+        self.cache.changed()
 
     def step(self, tail: Tail | None = None) -> None:
         """Run :attr:`tokens`; `tail` gets their logits, or they are in :attr:`logits`."""
+        plan = self.cache.ready()
         if self.model.device.type != "cuda":
             self._move()
             self._enter(self._position)
             self._forward(self.model, tail)
             return
-        if self._graph is None or self._key != (tail and tail.key):
+        if self._graph is None or self._key != (plan, tail and tail.key):
             self._record(tail)
+            self._key = (plan, tail and tail.key)
         assert self._graph is not None
         self.cache.advance(1)
         self.length += 1
@@ -199,7 +222,7 @@ class Session:
     def _move(self) -> None:
         torch._foreach_add_([self._position, self._index], [self._moves, self._moves])
 
-    def _call(self, model: Callable[..., Any], input_ids: Tensor, index: Tensor) -> Tensor:
+    def _call(self, model: Callable[..., Any], input_ids: Tensor, index: Tensor, **inputs: Any) -> Tensor:
         """Logits `[rows, vocab]` of the last tokens."""
         output = model(
             input_ids=input_ids,
@@ -209,6 +232,7 @@ class Session:
             use_cache=True,
             return_dict=True,
             **self._keeps_one,
+            **inputs,
         )
         return output.logits[:, -1]
 
@@ -248,7 +272,6 @@ class Session:
         with self._recording():
             self._graph = None  # its memory goes first
             self._graph = record(lambda: step(tail), warm_up=try_out)
-        self._key = tail and tail.key
         self._weights = self._weight_addresses()
 
     @contextmanager

@@ -218,6 +218,28 @@ def greedy_errors(kernels: Any, rows: int, vocabulary: int, **of: Any) -> dict[s
     }
 
 
+def received_errors(
+    kernels: Any, B: int, H: int, G: int, T: int, S: int, K: int, filled: int, softcap: float, padding: int,
+    shuffled: bool = False, **of: Any,
+) -> dict[str, float]:  # fmt: skip
+    """Errors of `received_attention` against a loop over tokens."""
+    torch.manual_seed(S + T)
+    query, keys = torch.randn(B, T, H, K, **of).transpose(1, 2), torch.randn(B, G, S, K, **of)
+    of_keys, of_queries, _ = cache(B, S, T, filled, padding, of["device"])
+    if shuffled:
+        of_keys[:, :filled] = of_keys[:, torch.randperm(filled)]
+    expected = torch.zeros(B, S, dtype=torch.float64, device=of["device"])
+    for b in range(B):
+        for t in range(T):
+            seen = (of_keys[b] >= 0) & (of_keys[b] <= of_queries[b, t])
+            if seen.any():
+                score = query[b, :, t, None].double() @ keys[b].double().repeat_interleave(H // G, 0).mT * K**-0.5
+                score = softcap * torch.tanh(score / softcap) if softcap else score
+                expected[b] += score[:, 0].masked_fill(~seen, float("-inf")).softmax(-1).mean(0)
+    got = kernels.received_attention(query, keys, of_keys, of_queries, K**-0.5, softcap)
+    return {"received": error(got, expected), "unseen": float(got[expected == 0].abs().sum())}
+
+
 LINEARS = {
     "one row": (1, 72, False, 0.0),
     "one row, Gemma's norm": (1, 576, True, 1.0),
@@ -240,6 +262,12 @@ PREFILLS = {
     "padding, window": (2, 2, 1, 150, 260, 24, 16, 250, 50, 0.0, 90),
     "softcap, no order": (1, 2, 2, 70, 300, 16, 16, 300, 0, 10.0, 0, True),
 }
+# B, H, G, T, S, K, filled, softcap, padding
+RECEIVED = {
+    "causal": (1, 2, 1, 150, 200, 32, 180, 0.0, 0),
+    "padding": (2, 4, 2, 70, 140, 24, 130, 0.0, 90),
+    "softcap, no order": (1, 2, 2, 40, 300, 16, 300, 10.0, 0, True),
+}
 # B, T, R / 2, scaling
 TABLES = {"one token": (1, 1, 32, 1.0), "odd sizes": (3, 5, 7, 0.7)}
 # rows, vocabulary
@@ -261,6 +289,12 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[ModuleType], dict[str, flo
     for name, more in ROTATIONS.items():
         arguments = (*ATTENTIONS[name], *more)
         yield f"rope: {name}", lambda kernels, a=arguments: rope_errors(kernels, *a, **of), "decode_attention"
+    for name, case in RECEIVED.items():
+        yield (
+            f"received: {name}",
+            lambda kernels, case=case: received_errors(kernels, *case, **of),
+            "received_attention",
+        )
     for name, case in TABLES.items():
         yield f"table: {name}", lambda kernels, case=case: table_errors(kernels, *case, **of), "rotary_table"
     for name, case in APPENDS.items():
@@ -317,9 +351,19 @@ def compile_all() -> dict[str, int]:
     shared: dict[str, int] = {}
     names = ("launch", "small_linear", "decode_attention", "prefill_attention", "rotary_table", "append_positions")
     launch, linear, decode, prefill, table, append, greedy = map(_kernels, (*names, "greedy_tokens"))
-    for module in (launch, linear, decode, prefill, table, append, greedy):
+    for module in (launch, linear, decode, prefill, table, append, greedy, _kernels("received_attention")):
         for name, value in vars(module).copy().items():
-            if name in ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append", "_best"):
+            if name in (
+                "_one_row",
+                "_few_rows",
+                "_attend",
+                "_spans",
+                "_table",
+                "_append",
+                "_best",
+                "_logsumexp",
+                "_received",
+            ):
                 setattr(module, name, Compiled(f"{module.__name__.rpartition('.')[2]}.{name}", value))
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
@@ -332,6 +376,11 @@ def compile_all() -> dict[str, int]:
     def numbers(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32)
 
+    for size, dtype in ((128, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
+        _kernels("received_attention").received_attention(
+            some(1, 32, 256, size, dtype=dtype), some(1, 8, 512, size, dtype=dtype), numbers(1, 512), numbers(1, 256),
+            0.1, 0.0,
+        )  # fmt: skip
     for rows in (1, 8, 64):
         x, norm = some(rows, 2048), some(2048)
         linear.fused_linear(x, [some(2048, 2048), some(1024, 2048)], [None, some(1024)], norm, 1e-6, 0.0, None)

@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="What effpass keeps between runs.")
 
 # Sub-folders of the cache folder that effpass makes. Only these are removed: EFFPASS_CACHE may name a folder that
 # holds other things.
-KEPT = ("gguf", "ceilings")
+KEPT = ("gguf", "ceilings", "experts")
 
 
 @app.callback()
@@ -25,7 +25,7 @@ def _group() -> None:
 
 @app.command()
 def clear() -> None:
-    """Remove unpacked GGUF checkpoints and measured ceilings. They are made again when they are needed."""
+    """Remove unpacked GGUF checkpoints, measured ceilings and fits; the first two are made again when needed."""
     from effpass.core.gguf import cache_dir
 
     folder = cache_dir()

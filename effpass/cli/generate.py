@@ -11,6 +11,7 @@ import typer
 from effpass.cli.console import step
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load, read_recipe
 from effpass.core.errors import ArtifactError, EffpassError, ModelError
+from effpass.core.prompt import open_image
 
 __all__ = ["generate"]
 
@@ -27,6 +28,10 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Attach this PEFT adapter. A recipe with merge_lora then merges it."),
     ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Show the model this image, before the text; may be given again."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -37,7 +42,8 @@ def generate(
     if not text.strip():
         raise EffpassError("the prompt is empty", hint="effpass generate MODEL --prompt 'some text'")
     parsed = read_recipe(recipe)
-    loaded = load(model, device, dtype, trust_remote_code)
+    images = [open_image(path) for path in image or ()]
+    loaded = load(model, device, dtype, trust_remote_code, images=bool(images))
     if loaded.tokenizer is None:
         raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
     from effpass import api
@@ -45,7 +51,8 @@ def generate(
     ready = loaded.model if adapter is None else _attach(loaded.model, adapter)
     with step("preparing" if parsed is None else "rewriting"):
         ready = api.prepare(ready, parsed or {"version": 1, "passes": []})
-    for piece in api.generate(ready, loaded.tokenizer, text, max_new_tokens=max_new_tokens):
+    shown = {"images": images, "processor": loaded.processor}
+    for piece in api.generate(ready, loaded.tokenizer, text, **shown, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

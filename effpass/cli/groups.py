@@ -25,11 +25,18 @@ __all__ = ["BUILTIN", "group"]
 
 # effpass's own commands. They are read from here and not from installed metadata, so that a checkout that was never
 # installed, or was installed before a command was added, has them. pyproject.toml repeats this table for other tools.
-BUILTIN = {"effpass.train": {"lm": "effpass.cli.train_lm:lm"}}
+BUILTIN = {
+    "effpass.train": {"lm": "effpass.cli.train_lm:lm"},
+    "effpass.calibrate": {
+        "moe": "effpass.cli.calibrate_moe:moe",
+        "prefix-kv": "effpass.cli.calibrate_prefix_kv:prefix_kv",
+        "sparse-attention": "effpass.cli.calibrate_sparse_attention:sparse_attention",
+    },
+}
 
 _HELP = {
     "train": "Train a model, or learn what a pass applies: one command per trainer.",
-    "calibrate": "Measure what a pass needs to know of a model.",
+    "calibrate": "Measure what a pass needs to know of a model or of a device.",
 }
 
 

@@ -36,7 +36,7 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
 
 
-def load(model: str, device: str, dtype: str | None, trust_remote_code: bool) -> LoadedModel:
+def load(model: str, device: str, dtype: str | None, trust_remote_code: bool, *, images: bool = False) -> LoadedModel:
     """Load with a line of progress; only downloads show bars of their own."""
     if model == "smollm2" or Path(model).exists():
         hide_bars()
@@ -56,7 +56,7 @@ def load(model: str, device: str, dtype: str | None, trust_remote_code: bool) ->
                 f"device {device!r} can't be used: {str(error).partition(chr(10))[0]}", hint="use --device cpu"
             ) from error
         device_map = None if device == "cpu" else {"": device}
-        return load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        return load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, images=images)
 
 
 def read_recipe(file: Path | None) -> Recipe | None:

@@ -13,7 +13,7 @@ import torch
 
 from effpass.core.errors import ModelError, did_you_mean
 from effpass.core.gguf import unpacked_checkpoint
-from effpass.core.model_config import check_causal_lm, hub_is_out_of_reach, load_error, read_config
+from effpass.core.model_config import check_causal_lm, check_reads_images, hub_is_out_of_reach, load_error, read_config
 
 __all__ = ["LoadedModel", "load_model", "weights_size"]
 
@@ -29,11 +29,13 @@ class LoadedModel:
         model: a transformers causal LM in evaluation mode.
         tokenizer: its tokenizer; None where the folder holds none.
         name: the source as the user gave it.
+        processor: of a model that was loaded to read images: makes inputs of text and images; None for others.
     """
 
     model: Any
     tokenizer: Any
     name: str
+    processor: Any = None
 
 
 def load_model(
@@ -43,6 +45,7 @@ def load_model(
     device_map: Any = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    images: bool = False,
 ) -> LoadedModel:
     """Load a causal language model. The network is used for a hub id only.
 
@@ -54,10 +57,11 @@ def load_model(
         device_map: as in ``from_pretrained``; spreading over a CPU or a disk besides a device is refused.
         trust_remote_code: run Python code that comes with the model.
         attn_implementation: as in ``from_pretrained``.
+        images: load a vision-language model, with its processor.
 
     Raises:
-        ModelError: no such model, no causal LM, or a checkpoint that can't be read whole; before weights are read
-            where that can be known.
+        ModelError: no such model, no causal LM (with `images`: none that reads them), or a checkpoint that can't be
+            read whole; before weights are read where that can be known.
     """
     name = os.fspath(source)
     dtype = _dtype(dtype)
@@ -68,17 +72,21 @@ def load_model(
     where = folder or name
     local = folder is not None or hub_is_out_of_reach()
     config = read_config(where, name, trust_remote_code=trust_remote_code, local_files_only=local)
-    check_causal_lm(config, name, trust_remote_code=trust_remote_code)
+    if images:
+        check_reads_images(config, name)
+    else:
+        check_causal_lm(config, name, trust_remote_code=trust_remote_code)
     quantised = getattr(config, "quantization_config", None)
     if dtype is None:
         dtype = torch.float32 if quantised is None and _on_cpu(device_map) else "auto"
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     model: Any
     loading: Any
+    auto: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        model, loading = auto.from_pretrained(
             where,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -96,6 +104,9 @@ def load_model(
         )
     _refuse_offloaded(model)
     model.config._name_or_path = name
+    if images:
+        processor = _processor(where, name, local, trust_remote_code)
+        return LoadedModel(model.eval(), processor.tokenizer, name, processor)
     return LoadedModel(model.eval(), _tokenizer(where, name, local, trust_remote_code), name)
 
 
@@ -259,3 +270,17 @@ def _tokenizer(where: str | Path, name: str, local: bool, trust_remote_code: boo
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
     except Exception as error:  # as in load_model
         raise ModelError(f"the tokenizer of {name} can't be loaded: {' '.join(str(error).split())}") from error
+
+
+def _processor(where: str | Path, name: str, local: bool, trust_remote_code: bool) -> Any:
+    from transformers import AutoProcessor
+
+    hint = "a vision-language checkpoint needs its processor: processor.save_pretrained(folder)"
+    try:
+        found = AutoProcessor.from_pretrained(where, trust_remote_code=trust_remote_code, local_files_only=local)
+    except Exception as error:  # as in load_model
+        reason = " ".join(str(error).split())
+        raise ModelError(f"the processor of {name} can't be loaded: {reason}", hint=hint) from error
+    if not hasattr(found, "image_processor") or not hasattr(found, "tokenizer"):
+        raise ModelError(f"{name} has a {type(found).__name__} where a processor of text and images is due", hint=hint)
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from effpass.core.errors import ModelError
 
-__all__ = ["check_causal_lm", "hub_is_out_of_reach", "load_error", "read_config"]
+__all__ = ["check_causal_lm", "check_reads_images", "hub_is_out_of_reach", "load_error", "read_config"]
 
 
 def read_config(where: str | Path, name: str, **options: Any) -> Any:
@@ -41,6 +41,17 @@ def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) 
                 f"{name} ({config.model_type}) reads more than text: its config has a {part}",
                 hint="save its language model as a checkpoint of its own and pass that folder",
             )
+
+
+def check_reads_images(config: Any, name: str) -> None:
+    """Raise a :class:`ModelError` unless `config` is of a model that writes text about text and images."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ModelError(
+            f"{name} has the model type {config.model_type!r}, which reads no images",
+            hint="leave the images out, or pass a vision-language model: LLaVA, ...",
+        )
 
 
 def load_error(error: Exception, name: str, quantised: Any) -> ModelError:

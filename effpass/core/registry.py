@@ -34,6 +34,10 @@ BUILTIN = {
     "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
     "fuse_rotary_table": "effpass.passes.graph.fuse_rotary_table:FuseRotaryTable",
     "merge_lora": "effpass.passes.weights.merge_lora:MergeLora",
+    "mla_absorption": "effpass.passes.runtime.mla_absorption:MLAAbsorption",
+    "moe_gemm": "effpass.passes.graph.moe_gemm:MoeGemm",
+    "prefix_kv": "effpass.passes.runtime.prefix_kv:PrefixKV",
+    "sparse_attention": "effpass.passes.runtime.sparse_attention:SparseAttention",
     "structured_pruning": "effpass.passes.weights.structured_pruning:StructuredPruning",
 }
 

@@ -10,8 +10,9 @@ Shapes: B batch, T new tokens, S slots, H query heads, G key-value heads, K key 
 Every slot holds finite numbers (a new cache is zeros): a masked slot has weight 0, and 0 · NaN is NaN.
 
 The cache is written through `keys` and `values` in place, so these operators have no gradients, except
-`cached_attention`, which only reads. GPU kernels are in :mod:`effpass.lowering.kernels.decode_attention` (few tokens)
-and :mod:`effpass.lowering.kernels.prefill_attention` (many).
+`cached_attention`, which only reads. GPU kernels are in :mod:`effpass.lowering.kernels.decode_attention` (few tokens),
+:mod:`effpass.lowering.kernels.prefill_attention` (many), and :mod:`effpass.lowering.kernels.latent_attention` (one
+token over latents: `values` is a view of the first V channels of `keys`).
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def _attend(
     _check(query.shape[1], query.shape[2], query.shape[3], keys, values, key_positions, query_positions)
     if query.is_cuda:
         arguments = (query, keys, values, key_positions, query_positions, filled, scale, window, softcap)
-        for name in ("decode_attention", "prefill_attention"):
+        names = ("decode_attention", "prefill_attention")
+        for name in names if window else ("latent_attention", *names):
             kernels = triton_kernels(name)
             if kernels and kernels.supported(query, keys, values):
                 return kernels.cached_attention(*arguments)

@@ -32,6 +32,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers' MoE code
     if fallback is not None:
         table[fallback.default] = grouped_mm
+    experts = getattr(torch.ops.effpass, "moe_ffn", None)  # registered by the pass that brings it in
+    if experts is not None:
+        table[experts.default] = moe_ffn
     return table
 
 
@@ -97,6 +100,90 @@ def _grouped_mm(rows: TFloat, weight: TFloat, ends: TInt) -> TFloat:
         group = op.Gather(hit, i)
         picked = op.Range(op.Gather(first, group), op.Gather(last, group), op.Constant(value_int=1))
         product = op.MatMul(op.Gather(rows, picked), op.Gather(weight, group))
+        out = op.ScatterND(out, op.Unsqueeze(picked, [1]), product)
+    return out
+
+
+def moe_ffn(
+    x: Any,
+    experts: Any,
+    weights: Any,
+    gate_up: Any,
+    gate_up_bias: Any,
+    down: Any,
+    down_bias: Any,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    interleaved: bool,
+    keep: bool,
+) -> Any:
+    """`effpass::moe_ffn`: each product is a loop over the experts that a token chose, the gate one piece between."""
+    if keep:
+        raise NotImplementedError("effpass::moe_ffn of a program that records gradients")
+    each, count, width, inner = experts.shape[1], gate_up.shape[0], down.shape[1], down.shape[2]
+    ids = op.Reshape(op.Cast(experts, to=INT64.dtype), op.Constant(value_ints=[-1]))
+    rows = op.Reshape(
+        op.Expand(op.Unsqueeze(x, [1]), op.Constant(value_ints=[1, each, 1])), op.Constant(value_ints=[-1, width])
+    )
+    last = op.Constant(value_int=count - 1)
+    projected = _by_expert(rows, gate_up, ids)
+    if gate_up_bias is not None:
+        projected = op.Add(projected, op.Gather(gate_up_bias, op.Min(ids, last)))
+    hidden = _gate(projected, inner, activation, alpha, limit, offset, interleaved)
+    outputs = _by_expert(hidden, down, ids)
+    if down_bias is not None:
+        outputs = op.Add(outputs, op.Gather(down_bias, op.Min(ids, last)))
+    here = op.Cast(op.LessOrEqual(ids, last), to=ir.DataType.FLOAT)
+    scale = op.Mul(op.Cast(op.Reshape(weights, op.Constant(value_ints=[-1])), to=ir.DataType.FLOAT), here)
+    weighted = op.Mul(op.Cast(outputs, to=ir.DataType.FLOAT), op.Unsqueeze(scale, [1]))
+    total = op.ReduceSum(op.Reshape(weighted, op.Constant(value_ints=[-1, each, width])), [1], keepdims=0)
+    return op.CastLike(total, x), op.CastLike(op.Constant(value_floats=[]), x)
+
+
+def _gate(
+    projected: Any, inner: int, activation: str, alpha: float, limit: float, offset: float, interleaved: bool
+) -> Any:
+    def number(value: float) -> Any:
+        return op.CastLike(op.Constant(value_float=value), projected)
+
+    start, step = (inner, 1) if not interleaved else (1, 2)
+    gate = op.Slice(projected, [0], [2 * inner if interleaved else inner], [1], [step])
+    up = op.Slice(projected, [start], [2 * inner], [1], [step])
+    if limit:
+        gate, up = op.Min(gate, number(limit)), op.Max(op.Min(up, number(limit)), number(-limit))
+    if activation == "silu":
+        active = op.Mul(gate, op.Sigmoid(gate if alpha == 1 else op.Mul(gate, number(alpha))))
+    elif activation == "relu":
+        active = op.Relu(gate)
+    elif activation == "gelu":
+        wide = op.Add(op.Erf(op.Mul(gate, number(0.5**0.5))), number(1.0))
+        active = op.Mul(op.Mul(gate, number(0.5)), wide)
+    else:
+        cube = op.Mul(op.Mul(op.Mul(gate, gate), gate), number(0.044715))
+        tanh = op.Tanh(op.Mul(op.Add(gate, cube), number((2 / np.pi) ** 0.5)))
+        active = op.Mul(op.Mul(gate, number(0.5)), op.Add(tanh, number(1.0)))
+    return op.Mul(active, op.Add(up, number(offset)) if offset else up)
+
+
+@script(default_opset=opset18)
+def _by_expert(rows: TFloat, weight: TFloat, ids: TInt) -> TFloat:
+    """out[r] = W[ids[r]] rows[r] for weight `[E, N, K]`; zeros where the id is not below E."""
+    met, _, _, _ = op.Unique(ids, sorted=1)
+    here = op.Compress(met, op.Less(met, op.Squeeze(op.Shape(weight, start=0, end=1), [0])))
+    count = op.Squeeze(op.Shape(here), [0])
+    out = op.CastLike(
+        op.Expand(
+            op.Constant(value_float=0.0),
+            op.Concat(op.Shape(rows, start=0, end=1), op.Shape(weight, start=1, end=2), axis=0),
+        ),
+        rows,
+    )
+    for i in range(count):
+        expert = op.Gather(here, i)
+        picked = op.Squeeze(op.NonZero(op.Equal(ids, expert)), [0])
+        product = op.Gemm(op.Gather(rows, picked), op.Gather(weight, expert), transB=1)
         out = op.ScatterND(out, op.Unsqueeze(picked, [1]), product)
     return out
 

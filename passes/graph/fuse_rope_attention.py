@@ -3,7 +3,8 @@
     q, k = rotate(n_q(q)), rotate(n_k(k));  cache[start:] = k, v;  out = attention(q, cache)
 
 where n_q and n_k are the norms of each head that some models have. The pass acts on graphs of the decode engine, whose
-caches are written by `effpass::cache_write` and read by `effpass::cached_attention`, at few tokens.
+caches are written by `effpass::cache_write` and read by `effpass::cached_attention`, at few tokens. In front of
+`effpass::two_level_attention`, which has launches of its own, all but attention becomes one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from effpass.core.pattern import erase_unread
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.lowering.ops import cached_attention as operators
+from effpass.lowering.ops import rope_cache_write, two_level_attention  # noqa: F401  (registers the operators)
 from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
 from effpass.passes.graph.rms_norm import RMSNorm, rms_norm_at
 from effpass.passes.graph.rotary import Rotation, rotation_at
@@ -98,7 +100,11 @@ class FuseRopeAttention(GraphPass):
         return torch.cuda.is_available()
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
-        attentions = program.graph.find_nodes(op="call_function", target=ops.cached_attention.default)
+        attentions = [
+            node
+            for target in (ops.cached_attention.default, ops.two_level_attention.default)
+            for node in program.graph.find_nodes(op="call_function", target=target)
+        ]
         if not attentions:
             return
         if refusal := why_not_program(program):
@@ -119,15 +125,26 @@ class FuseRopeAttention(GraphPass):
 
     def rewrite(self, program: Program, match: Match) -> None:
         site: _Site = match.nodes["site"]
-        _, keys, values, key_positions, query_positions, _, *how = site.attention.args
         norm = site.query.norm or site.key.norm
         with program.graph.inserting_before(site.attention):
             arguments = (
                 *(_tokens_first(program, heads) for heads in (site.query, site.key, site.value)),
                 *(site.rotation.cos, site.rotation.sin, site.query.norm_weight, site.key.norm_weight),
                 *((0.0, 0.0) if norm is None else (norm.eps, norm.offset)),
-                *(keys, values, key_positions, query_positions, site.write.args[4], *how),
+                *site.attention.args[1:3],
             )
+            if site.attention.target is ops.two_level_attention.default:
+                new = program.graph.call_function(ops.rope_cache_write.default, (*arguments, site.write.args[4]))
+                query = site.attention.args[0]
+                assert isinstance(query, Node)
+                with program_values(program):
+                    new.meta["val"] = query.meta["val"].contiguous()
+                site.attention.update_arg(0, new)
+                program.replace_write(site.write, new)
+                erase_unread(program, query)
+                return
+            _, _, _, key_positions, query_positions, _, *how = site.attention.args
+            arguments = (*arguments, key_positions, query_positions, site.write.args[4], *how)
             new = program.graph.call_function(ops.rope_cached_attention.default, arguments)
         new.meta.update(site.attention.meta)
         site.attention.replace_all_uses_with(new)

@@ -18,10 +18,15 @@ import torch
 
 from effpass.lowering.ops.cached_attention import TOLERANCE as ATTENTION
 from effpass.lowering.ops.fused_linear import TOLERANCE as LINEAR
+from effpass.lowering.ops.received_attention import TOLERANCE as RECEIVED
 
 CASES = [name for name, _, _ in kernel_cases.cases(device=torch.device("cpu"), dtype=torch.float32)]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have at compute capability 9.0
+
+
+def _tolerances(name: str) -> dict[torch.dtype, float]:
+    return {"linear": LINEAR, "received": RECEIVED}.get(name.partition(":")[0], ATTENTION)
 
 
 def run(mode: str, **environment: str) -> dict:
@@ -39,14 +44,14 @@ def interpreted() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_against_float64(interpreted, name):
-    tolerance = (LINEAR if name.startswith("linear") else ATTENTION)[torch.float32]
+    tolerance = _tolerances(name)[torch.float32]
     assert all(value <= tolerance for value in interpreted[name].values()), interpreted[name]
 
 
 @needs_triton
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path):
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) == 17
+    assert len(shared) == 23
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -64,7 +69,7 @@ def poisoned():
 def test_kernels_against_float64(poisoned, name, dtype):
     of = {"device": torch.device("cuda"), "dtype": dtype}
     (case,) = [case for known, case, _ in kernel_cases.cases(**of) if known == name]
-    tolerance = (LINEAR if name.startswith("linear") else ATTENTION)[dtype]
+    tolerance = _tolerances(name)[dtype]
     found = case(torch.ops.effpass)
     assert all(value <= tolerance for value in found.values()), found
     assert case(torch.ops.effpass) == found  # the same bits

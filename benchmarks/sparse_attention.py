@@ -1,0 +1,319 @@
+"""Area `sparse_attention`: one layer's attention in a decode step, and of a prompt, sparse against dense.
+
+A step is timed in a CUDA graph over several layers' caches in turn, so that no cache of the device holds what the next
+call reads; keeping up the index and choosing are part of it, and shown apart. The dense peer is the fastest that is
+there, and counts only where it reads keys and values at 80 % of the bandwidth that a read-only kernel reaches in this
+run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.backend import _free
+from benchmarks.rows import Row, bandwidth, measure, row
+from effpass.lowering.ops import cached_attention  # noqa: F401  (registers the operator)
+from effpass.lowering.ops.block_sparse_attention import BlockSelection
+from effpass.lowering.ops.two_level_attention import attend
+from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection
+from effpass.runtime.sparse_cost import step_bytes
+
+AREA = "sparse_attention"
+LEVELS = {"both": "two levels", "blocks": "blocks only", "tokens": "tokens only"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one layer: H query heads, G key-value heads, K key size, V value size, C channels of a label."""
+
+    name: str
+    heads: int
+    groups: int
+    key_size: int
+    value_size: int
+    channels: int
+
+    @property
+    def is_latent(self) -> bool:
+        return self.value_size < self.key_size
+
+    def bytes(self, how: Selection, length: int, element: int) -> tuple[int, int]:
+        """Read in a step of one sequence, dense and sparse."""
+        return step_bytes(
+            how, length, self.groups, self.key_size, self.value_size, self.channels, element, self.is_latent
+        )
+
+
+GQA = Shape("GQA 32/8 x 128", 32, 8, 128, 128, 32)
+MLA = Shape("MLA 20 x 512 + 64", 20, 1, 576, 512, 128)
+TINY = {GQA: Shape("GQA 4/2 x 32", 4, 2, 32, 32, 32), MLA: Shape("MLA 4 x 32 + 16", 4, 1, 48, 32, 32)}
+
+
+class Layers:
+    """Full caches of some layers, together larger than what the device keeps of them."""
+
+    def __init__(self, shape: Shape, batch: int, length: int, device: str) -> None:
+        self.shape, self.batch, self.length, self.device = shape, batch, length, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        dense, sparse = shape.bytes(Selection(), length, 2)
+        count = (
+            1
+            if device == "cpu"
+            else max(2, min(16, 200_000_000 // (sparse * batch), 20_000_000_000 // (dense * batch)))
+        )
+        self.caches, self.queries = [], []
+        for _ in range(count):
+            keys = self._some(batch, shape.groups, length, shape.key_size)
+            values = keys[..., : shape.value_size] if shape.is_latent else self._some(*keys.shape[:3], shape.value_size)
+            self.caches.append((keys, values))
+            self.queries.append(self._some(batch, shape.heads, 1, shape.key_size))
+        self.positions = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1).contiguous()
+        self.now = self.positions[:, -1:].contiguous()
+        self.filled = torch.tensor([length], dtype=torch.int32, device=device)
+        self.scale = shape.key_size**-0.5
+
+    def _some(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, device=self.device, dtype=self.dtype)
+
+    def indices(self, how: Selection) -> list[KeyIndex]:
+        groups, size = self.shape.groups, self.shape.key_size
+        channels = torch.stack([torch.randperm(size)[: self.shape.channels] for _ in range(groups)])
+        channels = channels.to(self.device, torch.int32)
+        found = []
+        for keys, _ in self.caches:
+            index = KeyIndex.empty(how, channels, self.batch, self.length, size, self.dtype)
+            index.add(keys, self.positions, torch.zeros_like(self.filled), self.filled, self.length)
+            found.append(index)
+        return found
+
+    def sparse(self, how: Selection) -> Callable[[], None]:
+        indices = self.indices(how)
+
+        def step() -> None:
+            for index, query, (keys, values) in zip(indices, self.queries, self.caches, strict=True):
+                attend(index, query, keys, values, self.positions, self.now, self.filled, self.scale)
+
+        return step
+
+    def dense(self) -> dict[str, Callable[[], None]]:
+        """What attends to everything, by name."""
+
+        def ours() -> None:
+            for query, (keys, values) in zip(self.queries, self.caches, strict=True):
+                torch.ops.effpass.cached_attention(
+                    query, keys, values, self.positions, self.now, self.filled, self.scale, 0, 0.0
+                )
+
+        def sdpa(backend: SDPBackend) -> Callable[[], None]:
+            def step() -> None:
+                with sdpa_kernel([backend]):
+                    for query, (keys, values) in zip(self.queries, self.caches, strict=True):
+                        torch.nn.functional.scaled_dot_product_attention(
+                            query, keys, values, scale=self.scale, enable_gqa=True
+                        )
+
+            return step
+
+        if self.shape.is_latent:
+            return {"absorbed dense, effpass": ours}
+        found = {"effpass dense": ours}
+        if self.device == "cuda":
+            found["SDPA cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION)
+            found["SDPA FlashAttention"] = sdpa(SDPBackend.FLASH_ATTENTION)
+        return found
+
+    def seconds(self, step: Callable[[], None], smoke: bool) -> float:
+        """Of one layer."""
+        if self.device == "cpu":
+            return measure(step, "cpu", warmup=1, runs=1 if smoke else 5).median / len(self.caches)
+        with torch.inference_mode():
+            for _ in range(2):
+                step()
+            torch.cuda.synchronize()
+            graph, repeats = torch.cuda.CUDAGraph(), 4
+            with torch.cuda.graph(graph):
+                for _ in range(repeats):
+                    step()
+        return measure(graph.replay, "cuda", warmup=2, runs=9).median / (repeats * len(self.caches))
+
+
+def _lengths(device: str, smoke: bool) -> list[int]:
+    return [512] if smoke or device == "cpu" else [49152, 65536, 98304]
+
+
+def _kernel_seconds(step: Callable[[], None], layers: int) -> dict[str, float]:
+    """What each kernel of a step takes by itself, a layer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / 1e6 / (3 * layers) for e in profiled.key_averages()}
+
+
+def decode(shape: Shape, device: str, smoke: bool) -> Iterator[Row]:
+    small = smoke or device == "cpu"
+    shape = TINY[shape] if small else shape
+    tokens = 64 if small else 2048
+    for length in _lengths(device, smoke):
+        for batch in (1, 8):
+            layers = Layers(shape, batch, length, device)
+            case, element = f"{shape.name}, {length} tokens, batch {batch}", 2 if device == "cuda" else 4
+            rate = bandwidth(device)
+            read = shape.bytes(Selection(), length, element)[0] * batch
+            dense = {}
+            for name, step in layers.dense().items():
+                try:
+                    dense[name] = layers.seconds(step, smoke)
+                except RuntimeError as error:
+                    print(f"{name}: {str(error).splitlines()[0]}")
+            peer = min(dense, key=dense.__getitem__)
+            counts = read / rate / dense[peer] >= 0.8
+            for name, seconds in dense.items():
+                yield row(AREA, case, f"full: {name}", seconds * 1e6, "us", device=device, bound=read / rate * 1e6,
+                          runs=9, note=f"{read / rate / seconds:.0%} of the bandwidth")  # fmt: skip
+            for levels, what in LEVELS.items():
+                how = Selection(tokens=tokens, blocks=8 if small else 128, block=16 if small else 64, levels=levels)
+                step = layers.sparse(how)
+                seconds = layers.seconds(step, smoke)
+                moved = shape.bytes(how, length, element)[1] * batch
+                note = f"dense reads at {read / rate / dense[peer]:.0%} of the bandwidth"
+                if not counts:
+                    note += f", and does not count: {dense[peer] / seconds:.2f} x"
+                yield row(
+                    AREA, case, f"{what}, {tokens} tokens", seconds * 1e6, "us", device=device,
+                    peer=dense[peer] * 1e6 if counts else None, peer_name=f"full: {peer}", bound=moved / rate * 1e6,
+                    runs=9, note=note,
+                )  # fmt: skip
+                if device == "cuda" and levels == "both":
+                    with torch.inference_mode():
+                        parts = _kernel_seconds(step, len(layers.caches))
+                    of_index = sum(value for name, value in parts.items() if name in ("_score", "_choose"))
+                    told = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in parts.items())
+                    yield row(AREA, case, "two levels: index and choice of blocks", of_index * 1e6, "us", device=device,
+                              runs=3, note=f"kernels one by one: {told}")  # fmt: skip
+            del layers, step
+            _free(device)
+
+
+def decode_gqa(device: str, smoke: bool) -> Iterator[Row]:
+    """A step of grouped-query attention."""
+    yield from decode(GQA, device, smoke)
+
+
+def decode_mla(device: str, smoke: bool) -> Iterator[Row]:
+    """A step over latents, absorbed."""
+    yield from decode(MLA, device, smoke)
+
+
+def break_even(device: str, smoke: bool) -> Iterator[Row]:
+    """From what length on two levels are faster than dense attention, between measured ones."""
+    if device != "cuda":
+        return
+    for shape in (GQA, MLA):
+        for batch in (1, 8):
+            before: tuple[int, float] | None = None
+            crossing, told = None, []
+            for length in (4096, 8192, 16384, 32768, 65536):
+                layers = Layers(shape, batch, length, device)
+                dense = min(layers.seconds(step, smoke) for step in list(layers.dense().values())[:2])
+                gain = dense - layers.seconds(layers.sparse(Selection()), smoke)
+                told.append(f"{length}: {gain * 1e6:+.1f} us")
+                if gain > 0 and crossing is None:
+                    crossing = float(length)
+                    if before is not None:
+                        share = -before[1] / (gain - before[1])
+                        crossing = before[0] + share * (length - before[0])
+                before = (length, gain)
+                del layers
+                _free(device)
+            if crossing is not None:
+                yield row(AREA, f"{shape.name}, batch {batch}", "break-even length", crossing, "tokens", device=device,
+                          runs=9, note="gain at " + ", ".join(told))  # fmt: skip
+
+
+def prefill(device: str, smoke: bool) -> Iterator[Row]:
+    """A prompt over 12 % of its blocks, and flex_attention over the same."""
+    small = smoke or device == "cpu"
+    length, heads, groups, size = (1024, 4, 2, 32) if small else (65536, 32, 8, 128)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    q, k, v = (torch.randn(1, n, length, size, device=device, dtype=dtype) for n in (heads, groups, groups))
+    positions = torch.arange(length, dtype=torch.int32, device=device)[None]
+    how = BlockSelection(0.12)
+    chosen = (q, k, positions, positions, size**-0.5, how.block_q, how.block_k, how.sink, how.recent, how.density,
+              how.threshold, how.places(length))  # fmt: skip
+    ops = torch.ops.effpass
+    choice = measure(lambda: ops.choose_key_blocks(*chosen), device, warmup=1, runs=1 if small else 5)
+    lists, counts = ops.choose_key_blocks(*chosen)
+    arguments = (q, k, v, positions, positions, lists, counts, size**-0.5, 0.0, how.block_q, how.block_k)
+    ours = measure(lambda: ops.block_sparse_attention(*arguments), device, warmup=2, runs=1 if small else 7)
+    pairs = int(counts[..., 1].sum()) * (heads // groups) * how.block_q * how.block_k
+    seen = heads * (length // how.block_q) * (length // how.block_k + 1) / 2 * how.block_q * how.block_k
+    case = f"{heads}/{groups} x {size}, {length} tokens, {pairs / seen:.0%} of the blocks"
+    if device != "cuda":
+        yield row(AREA, case, "prompt, attention", ours.median * 1e3, "ms", device=device)
+        return
+    out = ops.block_sparse_attention(*arguments)
+    flex, mask = _flex(lists, counts, heads // groups, length, how)
+    peer = measure(lambda: flex(q, k, v, mask), device, warmup=2, runs=7)
+    difference = float((flex(q, k, v, mask).transpose(1, 2) - out).abs().max())
+    square = torch.randn(8192, 8192, device=device, dtype=dtype)
+    peak = 2 * 8192**3 / measure(lambda: square @ square, device, warmup=2, runs=7).low
+    ideal = 4 * pairs * size / peak
+    yield row(AREA, case, "prompt, attention", ours.median * 1e3, "ms", device=device, peer=peer.median * 1e3,
+              peer_name="flex_attention, the same blocks", bound=ideal * 1e3, runs=7,
+              note=f"{ideal / ours.median:.0%} of the ideal; outputs differ by {difference:.1g}")  # fmt: skip
+    yield row(AREA, case, "prompt, choice of blocks", choice.median * 1e3, "ms", device=device, runs=5)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        dense = measure(
+            lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), device,
+            warmup=1, runs=3,
+        )  # fmt: skip
+    total = ours.median + choice.median
+    yield row(AREA, case, "prompt, choice and attention", total * 1e3, "ms", device=device, peer=dense.median * 1e3,
+              peer_name="full: SDPA cuDNN", runs=3)  # fmt: skip
+
+
+def _flex(lists: Tensor, counts: Tensor, repeat: int, length: int, how: BlockSelection) -> tuple[Any, Any]:
+    """Compiled flex_attention and a mask of the same blocks."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    blocks = -(-length // how.block_k)
+    place = torch.arange(lists.shape[-1], device=lists.device)
+    whole, end = counts[..., :1], counts[..., 1:]
+    torn = lists.gather(-1, (place + whole).clamp(max=lists.shape[-1] - 1).long())
+
+    def padded(x: Tensor, count: Tensor) -> Tensor:
+        kept = torch.where(place < count, x, 0)
+        return torch.nn.functional.pad(kept, (0, blocks - x.shape[-1])).repeat_interleave(repeat, 1)
+
+    def of_heads(count: Tensor) -> Tensor:
+        return count[..., 0].contiguous().repeat_interleave(repeat, 1)
+
+    options: dict[str, Any] = {"BLOCK_SIZE": (how.block_q, how.block_k), "seq_lengths": (length, length)}
+    if "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters:
+        options["compute_q_blocks"] = False
+    mask = BlockMask.from_kv_blocks(
+        of_heads(end - whole), padded(torn, end - whole), of_heads(whole), padded(lists, whole),
+        mask_mod=lambda b, h, q, k: q >= k, **options,
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v, m: compiled(q, k, v, block_mask=m, enable_gqa=True), mask
+
+
+CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
+    "decode_gqa": decode_gqa,
+    "decode_mla": decode_mla,
+    "break_even": break_even,
+    "prefill": prefill,
+}

@@ -1,0 +1,67 @@
+"""From a person's text, with images where a model reads them, to a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effpass.core.errors import EffpassError
+
+__all__ = ["open_image", "prompt_inputs"]
+
+
+def open_image(path: str | Path) -> Any:
+    """The image in a file, as PIL's `Image` in RGB.
+
+    Raises:
+        EffpassError: no such file, no image, or Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise EffpassError("images need the package pillow", hint="pip install pillow") from error
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:  # PIL's own error for what is no image is one
+        raise EffpassError(f"{path}: no image that can be read: {error}") from error
+
+
+def prompt_inputs(tokenizer: Any, text: str, images: Sequence[Any] = (), processor: Any = None) -> Any:
+    """`input_ids` `[1, T]`, `attention_mask`, and for images `pixel_values`.
+
+    Args:
+        tokenizer: of the model. A chat template is applied where there is one.
+        text: the user's.
+        images: PIL's; they stand before the text.
+        processor: of the model; needed for images.
+
+    Raises:
+        EffpassError: no tokens come of it, or the processor knows no place for images.
+    """
+    template = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}
+    if images:
+        inputs = _with_images(processor, text, images, template)
+    elif getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": text}], **template)
+    else:
+        inputs = tokenizer(text, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise EffpassError("the prompt is empty", hint="give at least one token of text")
+    return inputs
+
+
+def _with_images(processor: Any, text: str, images: Sequence[Any], template: dict[str, Any]) -> Any:
+    if processor is None:
+        raise EffpassError("images need the model's processor", hint="load_model(source, images=True)")
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], **template)
+    token = getattr(processor, "image_token", None)
+    if token is None:
+        raise EffpassError(
+            f"{type(processor).__name__} has neither a chat template nor an image token: where images go is unknown",
+            hint="save the processor with its chat template",
+        )
+    return processor(text=f"{token * len(images)}{text}", images=list(images), return_tensors="pt")

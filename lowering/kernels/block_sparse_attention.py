@@ -1,0 +1,195 @@
+"""Attention of tiles of queries over listed blocks of keys, and the choice of these blocks from their weights.
+
+FlashAttention's forward pass (https://arxiv.org/abs/2307.08691) with one level of indirection: the blocks that every
+query of a tile sees whole stand first in its list and need no mask. Tiles with the longest lists start first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effpass.lowering.kernels.largest import FORCED, NEVER, choose, in_order
+from effpass.lowering.kernels.launch import launch_options, overlaps
+from effpass.lowering.kernels.running_softmax import update
+
+__all__ = ["MOST_BLOCKS", "block_sparse_attention", "selected", "supported"]
+
+MOST_BLOCKS = 16384  # that one program chooses among
+
+
+def supported(query: Tensor, keys: Tensor, values: Tensor, block_k: int) -> bool:
+    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and keys.dtype == values.dtype == query.dtype
+        and 16 <= query.shape[-1] <= 256
+        and 16 <= values.shape[-1] <= 256
+        and keys.stride(-1) == values.stride(-1) == 1
+        and query.numel() > 0
+        and keys.shape[2] > 0
+    )
+
+
+def selected(
+    w: Tensor, spans: object, first: int, block_k: int, sink: int, recent: int, density: float, threshold: float,
+    places: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Lists and counts as of `effpass::choose_key_blocks`, from weights float32 [B, G, tiles, N], -1 where not seen."""
+    batch, groups, tiles, blocks = w.shape
+    lists = torch.empty((batch, groups, tiles, places), dtype=torch.int32, device=w.device)
+    counts = torch.empty((batch, groups, tiles, 2), dtype=torch.int32, device=w.device)
+    high, least, earliest = (getattr(spans, name).contiguous() for name in ("high", "least", "earliest"))
+    count_all = triton.next_power_of_2(max(16, blocks))
+    _select[(tiles, groups, batch)](
+        w.contiguous(), high, least, earliest, lists, counts, first, earliest.shape[1], blocks, recent * block_k,
+        density, threshold, SINK=sink, THRESHOLD=threshold > 0, PLACES=places, ALL=count_all,
+        **launch_options(w.device, 4 if count_all <= 2048 else 8) | _no_overlap(w.device),
+    )  # fmt: skip
+    return lists, counts
+
+
+def block_sparse_attention(
+    query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lists: Tensor,
+    counts: Tensor, scale: float, softcap: float, block_q: int, block_k: int,
+) -> Tensor:  # fmt: skip
+    """`effpass::block_sparse_attention` where :func:`supported`."""
+    (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key_positions, query_positions = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (key_positions, query_positions)
+    )
+    block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
+    widest = max(block_d, block_v) * query.element_size()
+    # What is read at once; a block may be several.
+    block_n = min(block_k, 128 if widest <= 256 and block_q == 128 else 64 if widest <= 256 else 32)
+    stages = 2 if block_n == 128 or widest > 256 else 4
+    out = query.new_empty((batch, tokens, heads, value_size))
+    _attend[(triton.cdiv(tokens, block_q), heads, batch)](
+        query, keys, values, key_positions, query_positions, lists.contiguous(), counts.contiguous(), out,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], key_positions.stride(0),
+        query_positions.stride(0), tokens, slots, lists.shape[3], scale, softcap, HEADS=heads, REPEAT=heads // groups,
+        KEY=key_size, VALUE=value_size, SOFTCAP=softcap != 0, BLOCK_M=block_q, BLOCK=block_k, BLOCK_N=block_n,
+        BLOCK_K=block_d, BLOCK_V=block_v,
+        **launch_options(query.device, 8 if block_q == 128 else 4, stages) | _no_overlap(query.device),
+    )  # fmt: skip
+    return out
+
+
+def _no_overlap(device: torch.device) -> dict[str, bool]:
+    return {"launch_pdl": False} if overlaps(device) else {}
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["first", "tiles", "blocks"])
+def _select(
+    w, high, least, earliest, lists, counts, first, tiles, blocks, near, density, threshold, SINK: tl.constexpr,
+    THRESHOLD: tl.constexpr, PLACES: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """One list: whole blocks first, then the others."""
+    tile, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (b * tl.num_programs(1) + group) * tl.num_programs(0) + tile
+    n = tl.arange(0, ALL)
+    inside = n < blocks
+    weight = tl.load(w + row.to(tl.int64) * blocks + n, mask=inside, other=-1)
+    seen = weight >= 0
+    of_high = tl.load(high + b * blocks + n, mask=inside, other=-1)
+    of_least = tl.load(least + b * blocks + n, mask=inside, other=-1)
+    from_here = tl.load(earliest + b * tiles + first + tile)
+    # No sum here may overflow: a tile of padding begins at the largest number.
+    forced = (of_high >= from_here - near) | (tl.cumsum(seen.to(tl.int32), 0) <= SINK)
+    key = tl.where(seen, tl.where(forced, FORCED, in_order(weight)), NEVER)
+    there = tl.sum(seen.to(tl.int32), 0)
+    if THRESHOLD:
+        wanted = tl.sum(tl.where(seen, weight, 0.0), 0) * threshold
+        low = tl.min(tl.where(seen, key, 2147483647), 0)
+        end = tl.max(key, 0) + 1
+        # What reaches `low` weighs enough, what reaches `end` does not.
+        while low + 1 < end:
+            middle = (low >> 1) + (end >> 1) + (low & end & 1)
+            enough = tl.sum(tl.where(key >= middle, weight, 0.0), 0) >= wanted
+            low = tl.where(enough, middle, low)
+            end = tl.where(enough, end, middle)
+        count = tl.sum(((key >= low) & seen).to(tl.int32), 0)
+    else:
+        count = tl.ceil(there.to(tl.float32) * density).to(tl.int32)
+    count = tl.maximum(count, tl.sum((forced & seen).to(tl.int32), 0))
+    chosen, _, count = choose(key, tl.minimum(count, PLACES))
+    whole = chosen & (of_least >= 0) & (of_high <= from_here)
+    torn = chosen & (whole == 0)
+    wholes = tl.sum(whole.to(tl.int32), 0)
+    out = lists + row.to(tl.int64) * PLACES
+    tl.store(out + tl.cumsum(whole.to(tl.int32), 0) - 1, n, mask=whole)
+    tl.store(out + wholes + tl.cumsum(torn.to(tl.int32), 0) - 1, n, mask=torn)
+    tl.store(counts + row * 2, wholes)
+    tl.store(counts + row * 2 + 1, count)
+
+
+@triton.jit
+def _listed(
+    q, begin, end, places, keys, values, key_positions, of_queries, best, total, out, keys_s, values_s, slots, scale,
+    softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Blocks in the places from `begin` to `end` into the running softmax."""
+    parts: tl.constexpr = BLOCK // BLOCK_N
+    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    for i in range(begin * parts, end * parts):
+        slot = tl.load(places + i // parts) * BLOCK + i % parts * BLOCK_N + span
+        of_k = keys + slot.to(tl.int64)[None, :] * keys_s + dk[:, None]
+        of_v = values + slot.to(tl.int64)[:, None] * values_s + dv[None, :]
+        if MASKED:
+            k = tl.load(of_k, mask=(slot < slots)[None, :] & (dk < KEY)[:, None], other=0)
+            v = tl.load(of_v, mask=(slot < slots)[:, None] & (dv < VALUE)[None, :], other=0)
+        else:
+            k = tl.load(of_k) if KEY == BLOCK_K else tl.load(of_k, mask=(dk < KEY)[:, None], other=0)
+            v = tl.load(of_v) if VALUE == BLOCK_V else tl.load(of_v, mask=(dv < VALUE)[None, :], other=0)
+        of_keys = tl.load(key_positions + slot, mask=slot < slots, other=-1) if MASKED else slot
+        best, total, out = update(
+            q, k, v, of_keys, of_queries, best, total, out, scale, softcap, 0, MASKED, SOFTCAP, False
+        )  # fmt: skip
+    return best, total, out
+
+
+@triton.jit(do_not_specialize=["tokens", "slots", "most"])
+def _attend(
+    query, keys, values, key_positions, query_positions, lists, counts, out, query_b, query_h, query_t, keys_b, keys_h,
+    keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b, tokens, slots, most, scale, softcap,
+    HEADS: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.num_programs(0)
+    tile, head, b = tiles - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = head // REPEAT
+    token, dk, dv = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    live = token < tokens
+    query += b * query_b + head * query_h
+    keys += b * keys_b + group * keys_h
+    values += b * values_b + group * values_h
+    key_positions += b * key_positions_b
+    row = (b * (HEADS // REPEAT) + group) * tiles + tile
+    lists += row * most
+    wholes, end = tl.load(counts + row * 2), tl.load(counts + row * 2 + 1)
+    of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
+    inside = live[:, None] & (dk < KEY)[None, :]
+    q = tl.load(query + token.to(tl.int64)[:, None] * query_t + dk[None, :], mask=inside, other=0)
+    best = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sum_v = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    best, total, sum_v = _listed(
+        q, 0, wholes, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
+        scale, softcap, False, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+    best, total, sum_v = _listed(
+        q, wholes, end, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
+        scale, softcap, True, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+    # Padding sees nothing; a row that saw nothing has a total of 0.
+    total = tl.where(of_queries >= 0, total, 0)
+    value = tl.where((total > 0)[:, None], sum_v / tl.where(total > 0, total, 1)[:, None], 0)
+    to = ((b * tokens + token) * HEADS + head)[:, None] * VALUE + dv[None, :]
+    tl.store(out + to, value.to(out.dtype.element_ty), mask=live[:, None] & (dv < VALUE)[None, :])

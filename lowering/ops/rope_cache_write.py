@@ -1,0 +1,69 @@
+"""Norm of each head, rotation, and the cache's write: what stands between the projections and an attention.
+
+    q = rotate(n_q(query));  keys[start:], values[start:] = rotate(n_k(key)), value
+
+:func:`~effpass.lowering.ops.cached_attention.rope_cached_attention` does attention in the same launch; this is for an
+attention of another kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effpass.lowering.ops.cached_attention import TOLERANCE, _normed_and_rotated, _write
+from effpass.lowering.ops.kernel_choice import triton_kernels
+
+__all__ = ["TOLERANCE", "rope_cache_write"]
+
+
+@torch.library.custom_op(
+    "effpass::rope_cache_write",
+    mutates_args=("keys", "values"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, "
+    "float norm_eps, float norm_offset, Tensor(a!) keys, Tensor(b!) values, Tensor start) -> Tensor",
+)
+def rope_cache_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    norm_eps: float,
+    norm_offset: float,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+) -> Tensor:
+    """Arguments are those of `effpass::rope_cached_attention`.
+
+    Returns:
+        The rotated query [B, H, T, K], contiguous.
+
+    Raises:
+        EffpassError: as `effpass::cache_write`.
+    """
+    kernels = triton_kernels("rope_cache_write") if query.is_cuda else None
+    if kernels and kernels.supported(query, keys, values):
+        return kernels.rope_cache_write(
+            query, key, value, cos, sin, query_norm, key_norm, norm_eps, norm_offset, keys, values, start
+        )
+    rotated, new_keys = _normed_and_rotated(query, key, cos, sin, query_norm, key_norm, norm_eps, norm_offset)
+    _write(keys, values, new_keys.transpose(1, 2), value.transpose(1, 2), start)
+    return rotated.transpose(1, 2).contiguous()
+
+
+@rope_cache_write.register_fake
+def _(query, *args):  # type: ignore[no-untyped-def]
+    batch, tokens, heads, size = query.shape
+    return query.new_empty((batch, heads, tokens, size))
+
+
+@register_flop_formula(torch.ops.effpass.rope_cache_write)
+def _(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 0

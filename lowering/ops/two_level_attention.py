@@ -1,0 +1,337 @@
+"""Attention of one token over the keys that two levels of selection leave: blocks, then tokens inside them.
+
+    b_n = Σ_h Σ_c max(q_hc · min_nc, q_hc · max_nc)      an upper bound of Σ_h q_h · k_s over the keys of block n
+        = Σ_h relu(q_h) · max_n + min(q_h, 0) · min_n    the same as one matrix product
+    M   = top-k_b of b_n, with the first and the last blocks
+    t_s = Σ_h Σ_c q_hc (low_s + step_s · label_sc)       over calibrated channels c, for s in the blocks of M
+    S   = top-k_t of t_s
+    out = Σ_{s in S} softmax_s(scale · q · k_s) v_s      exact, over the keys of S alone
+
+h runs over the query heads that share keys: a key-value head chooses once for all of them. Equal scores: the lower
+index wins. A query that sees at most k_t keys, in at most k_b blocks, gets dense attention. AsyncTLS
+(https://arxiv.org/abs/2604.07815) puts Quest's blocks (https://arxiv.org/abs/2406.10774) in front of Double Sparsity's
+tokens (https://arxiv.org/abs/2408.07092); in its pipeline M comes from the step before.
+
+Latent attention (MLA) is the case G = 1 whose values are the first V channels of its keys.
+
+Shapes: B batch, H query heads, G key-value heads, S slots, N blocks, K key size, V value size; the index is
+:class:`~effpass.lowering.ops.two_level_attention_index.KeyIndex`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.kernel_choice import triton_kernels
+from effpass.lowering.ops.two_level_attention_index import KeyIndex, gather_slots, index_blocks
+
+__all__ = ["TOLERANCE", "attend", "block_scores", "score_blocks", "top", "two_level_attention"]
+
+#: What an output of the kernels may differ from the reference, relative to its largest value, where both choose the
+#: same tokens. As in :mod:`effpass.lowering.ops.cached_attention`.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
+
+
+def attend(
+    index: KeyIndex,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_positions: Tensor,
+    query_positions: Tensor,
+    filled: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """:func:`two_level_attention` with the index of the first `query.shape[0]` rows."""
+    rows, how = index.rows(query.shape[0]), index.selection
+    return torch.ops.effpass.two_level_attention(
+        query, keys, values, block_table, key_positions, query_positions, filled, rows.channels, rows.statistics,
+        rows.seen, rows.labels, rows.ranges, rows.scores, rows.chosen_blocks, rows.chosen_tokens, scale, softcap,
+        how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
+    )  # fmt: skip
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The `count` largest of the last dimension as a mask, fewer where others are -inf; of equal ones the first."""
+    kth = scores.topk(min(count, scores.shape[-1]), sorted=True).values[..., -1:]
+    above, equal = scores > kth, scores == kth
+    wanted = count - above.sum(-1, keepdim=True)
+    return (above | equal & (equal.cumsum(-1) <= wanted)) & (scores > float("-inf"))
+
+
+def listed(mask: Tensor, width: int) -> Tensor:
+    """The places where `mask` is true, in order, int32 [..., width], -1 behind them."""
+    places = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
+    out = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
+    out.scatter_(-1, torch.where(mask, mask.cumsum(-1) - 1, width), places)
+    return out[..., :width]
+
+
+def block_scores(grouped: Tensor, statistics: Tensor, seen: Tensor, statistic: str, aggregation: str) -> Tensor:
+    """Scores float32 [B, G, N] of blocks, -inf where a block has no token.
+
+    Args:
+        grouped: [B, G, R, K], the R query heads of each key-value head.
+        statistics: [B, G, N, P, K].
+        seen: int32 [B, G, N].
+        statistic: what `statistics` are.
+        aggregation: over the R heads.
+    """
+    if statistic == "min_max":
+        weights = torch.cat((grouped.clamp(max=0), grouped.clamp(min=0)), -1)
+    else:
+        weights = grouped if statistic == "mean" else torch.cat((grouped, grouped.abs()), -1)
+    scores = weights @ statistics.flatten(3).to(grouped.dtype).transpose(-1, -2)
+    return _aggregated(scores, aggregation).masked_fill(seen == 0, float("-inf")).float()
+
+
+def _aggregated(scores: Tensor, aggregation: str) -> Tensor:
+    return scores.sum(2) if aggregation == "sum" else scores.amax(2)
+
+
+def _chosen_blocks(scores: Tensor, seen: Tensor, last: int, count: int, sink: int, recent: int) -> Tensor:
+    """int32 [B, G, count]."""
+    there = seen > 0
+    number = torch.arange(scores.shape[-1], device=scores.device)
+    forced = (there.cumsum(-1) <= sink) | (number > last - recent)
+    scores = scores.masked_fill(forced, float("inf")).masked_fill(~there, float("-inf"))
+    return listed(top(scores, count), count)
+
+
+def _token_scores(
+    grouped: Tensor, slots: Tensor | None, channels: Tensor, labels: Tensor, ranges: Tensor, aggregation: str
+) -> Tensor:
+    """[B, G, L] of the labels in `slots` [B, G, L], or of all."""
+    batch, _, heads, _ = grouped.shape
+    q = grouped.gather(3, channels.long()[None, :, None].expand(batch, -1, heads, -1))
+    if slots is not None:
+        at = slots.clamp(min=0).long()[..., None]
+        labels, ranges = (x.gather(2, at.expand(*at.shape[:3], x.shape[3])) for x in (labels, ranges))
+    codes = torch.cat((labels & 15, labels >> 4), -1).to(q.dtype)
+    step, low = ranges.to(q.dtype).unbind(-1)
+    scores = q @ codes.transpose(-1, -2) * step[:, :, None] + q.sum(-1)[..., None] * low[:, :, None]
+    return _aggregated(scores, aggregation)
+
+
+def _two_level_attention(
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
+    query_positions: Tensor, end: int, channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor,
+    ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float, softcap: float,
+    block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+) -> Tensor:  # fmt: skip
+    (batch, heads, _, key_size), groups = query.shape, channels.shape[0]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(batch, groups, heads // groups, key_size)
+    last = (end - 1) // block
+    index_blocks(
+        keys, block_table, key_positions, end, last, last, channels, statistics, seen, labels, ranges, block, statistic
+    )
+
+    def visible(slots: Tensor) -> Tensor:
+        of_keys = key_positions[:, None].expand(-1, groups, -1).gather(2, slots.clamp(0, key_positions.shape[1] - 1))
+        return (slots >= 0) & (slots < end) & (of_keys >= 0) & (of_keys <= query_positions[:, None])
+
+    slots: Tensor | None = None
+    if chosen_blocks.shape[2]:
+        now = slice(0, last + 1)
+        found = block_scores(grouped, statistics[:, :, now], seen[:, :, now], statistic, aggregation)
+        found[:, :, last] = float("inf")  # it grows: the step after this one must keep it
+        scores[:, :, end % 2, now] = found
+        used = scores[:, :, (end - 1) % 2, now] if is_pipelined else found
+        chosen_blocks.copy_(_chosen_blocks(used, seen[:, :, now], last, chosen_blocks.shape[2], sink, recent))
+        inside = torch.arange(block, device=keys.device)
+        slots = (chosen_blocks[..., None].long() * block + inside).flatten(2)
+        slots = torch.where((slots < 0) | (slots >= end), -1, slots)
+    if chosen_tokens.shape[2]:
+        if slots is None:
+            slots = torch.arange(end, device=keys.device).expand(batch, groups, -1)
+            labels, ranges = labels[:, :, :end], ranges[:, :, :end]
+            of_tokens = _token_scores(grouped, None, channels, labels, ranges, aggregation)
+        else:
+            of_tokens = _token_scores(grouped, slots, channels, labels, ranges, aggregation)
+        # -0.0 and 0.0 are equal here as in the kernels' order of integers.
+        of_tokens = (of_tokens + 0.0).masked_fill(~visible(slots), float("-inf"))
+        places = listed(top(of_tokens, chosen_tokens.shape[2]), chosen_tokens.shape[2])
+        slots = torch.where(places < 0, -1, slots.gather(2, places.clamp(min=0).long()))
+        chosen_tokens.copy_(slots)
+    assert slots is not None
+    return _attention_over(
+        grouped, keys, values, block_table, slots, visible(slots), scale, softcap, block, query.dtype
+    )
+
+
+def _attention_over(
+    grouped: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, slots: Tensor, visible: Tensor,
+    scale: float, softcap: float, block: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """[B, 1, H, V] of queries [B, G, R, K] over the slots [B, G, L] that are visible."""
+    k, v = (gather_slots(x, block_table, slots, block).to(grouped.dtype) for x in (keys, values))
+    of_keys = grouped @ k.transpose(-1, -2) * scale
+    if softcap:
+        of_keys = softcap * torch.tanh(of_keys / softcap)
+    there = visible[:, :, None]
+    weights = of_keys.masked_fill(~there, float("-inf")).softmax(-1).masked_fill(~there.any(-1, keepdim=True), 0)
+    out = weights @ v.masked_fill(~visible[..., None], 0)
+    return out.flatten(1, 2)[:, None].to(dtype).contiguous()
+
+
+# -- two_level_attention ----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "effpass::two_level_attention",
+    mutates_args=("statistics", "seen", "labels", "ranges", "scores", "chosen_blocks", "chosen_tokens"),
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor? block_table, Tensor key_positions, "
+    "Tensor query_positions, Tensor filled, Tensor channels, Tensor(a!) statistics, Tensor(b!) seen, "
+    "Tensor(c!) labels, Tensor(d!) ranges, Tensor(e!) scores, Tensor(f!) chosen_blocks, Tensor(g!) chosen_tokens, "
+    "float scale, float softcap, int block, int sink, int recent, str statistic, str aggregation, bool is_pipelined) "
+    "-> Tensor",
+)
+def two_level_attention(
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
+    query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor,
+    ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float, softcap: float,
+    block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+) -> Tensor:  # fmt: skip
+    """One step: the last token's key enters the index, and its query attends to what is chosen.
+
+    Args:
+        query: [B, H, 1, K], any strides.
+        keys: [B, G, S, K] with the last dimension contiguous, the new key written already; or pages [pages, block, K].
+        values: [B, G, S, V] or [pages, block, V], likewise; for latents a view of `keys`.
+        block_table: int32 [B, G, N], the page of each block, or None. Chosen blocks must have one.
+        key_positions: int32 [B, S]; -1 in empty slots and padding.
+        query_positions: int32 [B, 1]; -1 for padding, which gives 0.
+        filled: int32 [1], the slots in use, the new one included.
+        channels: int32 [G, C].
+        statistics: [B, G, N, P, K], written; so are all up to `chosen_tokens`, see :class:`KeyIndex`.
+        seen: int32 [B, G, N].
+        labels: uint8 [B, G, S, C/2].
+        ranges: float16 [B, G, S, 2].
+        scores: float32 [B, G, 2, N].
+        chosen_blocks: int32 [B, G, k_b]; with k_b = 0 all keys are looked at.
+        chosen_tokens: int32 [B, G, k_t]; with k_t = 0 whole blocks are attended to.
+        scale: factor on the scores.
+        softcap: bound on the scores; 0 for none.
+        block: slots of a block.
+        sink: blocks kept from the first token on.
+        recent: blocks kept up to the last.
+        statistic: ``"min_max"``, ``"mean"`` or ``"mean_std"``.
+        aggregation: ``"sum"`` or ``"max"`` over the query heads of a key-value head.
+        is_pipelined: choose tokens in the blocks of the scores that the last step left.
+
+    Returns:
+        [B, 1, H, V], contiguous.
+
+    Raises:
+        EffpassError: more than one token, or sizes that don't match.
+    """
+    _check(query, keys, values, block_table, key_positions, channels)
+    arguments = (
+        channels, statistics, seen, labels, ranges, scores, chosen_blocks, chosen_tokens, scale, softcap, block, sink,
+        recent, statistic, aggregation, is_pipelined,
+    )  # fmt: skip
+    if query.is_cuda:
+        kernels = triton_kernels("two_level_attention")
+        if kernels and kernels.supported(
+            query, keys, values, channels, labels, seen, chosen_blocks, chosen_tokens, block
+        ):
+            return kernels.two_level_attention(
+                query, keys, values, block_table, key_positions, query_positions, filled, *arguments
+            )
+    return _two_level_attention(
+        query, keys, values, block_table, key_positions, query_positions, int(filled), *arguments
+    )
+
+
+def _check(
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor, channels: Tensor
+) -> None:
+    (batch, heads, tokens, key_size), groups = query.shape, channels.shape[0]
+    if tokens != 1 or heads % groups or keys.shape[-1] != key_size or values.shape[:-1] != keys.shape[:-1]:
+        raise EffpassError(
+            f"effpass::two_level_attention: a query {tuple(query.shape)} can't attend to keys {tuple(keys.shape)} and "
+            f"values {tuple(values.shape)} of {groups} key-value heads",
+            hint="one token, and a number of query heads that is a multiple of the key-value heads",
+        )
+    expected = (batch, groups, key_positions.shape[1]) if block_table is None else keys.shape[:2]
+    if keys.dim() != (4 if block_table is None else 3) or tuple(keys.shape[: len(expected)]) != tuple(expected):
+        raise EffpassError(
+            f"effpass::two_level_attention: keys {tuple(keys.shape)} for key_positions {tuple(key_positions.shape)}",
+            hint="keys are [B, G, S, K], or pages [pages, block, K] with a block_table",
+        )
+
+
+@two_level_attention.register_fake
+def _(query, keys, values, block_table, key_positions, query_positions, filled, channels, *args):  # type: ignore[no-untyped-def]
+    _check(query, keys, values, block_table, key_positions, channels)
+    return query.new_empty((query.shape[0], 1, query.shape[1], values.shape[-1]))
+
+
+@register_flop_formula(torch.ops.effpass.two_level_attention)
+def _(query: Any, keys: Any, values: Any, block_table: Any, key_positions: Any, query_positions: Any, filled: Any,
+      channels: Any, statistics: Any, seen: Any, labels: Any, ranges: Any, scores: Any, chosen_blocks: Any,
+      chosen_tokens: Any, scale: Any, softcap: Any, block: int, *args: Any, out_val: Any = None,
+      **kwargs: Any) -> Any:  # fmt: skip
+    batch, heads, _, key_size = query
+    bounds = statistics[2] * statistics[3] * key_size
+    candidates = min(chosen_blocks[2] * block or labels[2], key_positions[1])
+    of_labels = candidates * channels[1] if chosen_tokens[2] else 0
+    attended = min(chosen_tokens[2] or candidates, key_positions[1])
+    return 2 * batch * heads * (bounds + of_labels + attended * (key_size + values[-1]))
+
+
+# -- score_blocks -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "effpass::score_blocks",
+    mutates_args=("scores",),
+    schema="(Tensor query, Tensor statistics, Tensor seen, Tensor filled, Tensor(a!) scores, int block, str statistic, "
+    "str aggregation) -> ()",
+)
+def score_blocks(
+    query: Tensor, statistics: Tensor, seen: Tensor, filled: Tensor, scores: Tensor, block: int, statistic: str,
+    aggregation: str,
+) -> None:  # fmt: skip
+    """Scores of all blocks by a query, for the first step of a pipeline, which has no step before it.
+
+    Args:
+        query: [B, H, 1, K]: the prompt's last.
+        statistics: [B, G, N, P, K].
+        seen: int32 [B, G, N].
+        filled: int32 [1], the slots in use.
+        scores: float32 [B, G, 2, N], written.
+        block: slots of a block.
+        statistic: what `statistics` are.
+        aggregation: over the query heads of a key-value head.
+    """
+    batch, groups, blocks = seen.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(batch, groups, -1, query.shape[-1])
+    found = block_scores(grouped, statistics, seen, statistic, aggregation)
+    number = torch.arange(blocks, device=seen.device)
+    last = (filled - 1) // block
+    found = torch.where(number == last, float("inf"), found.masked_fill(number > last, float("-inf")))
+    is_now = torch.arange(2, device=seen.device)[:, None] == filled % 2
+    scores.copy_(torch.where(is_now, found[:, :, None], scores))
+
+
+@score_blocks.register_fake
+def _(*args: Any) -> None:
+    return None
+
+
+@register_flop_formula(torch.ops.effpass.score_blocks)
+def _(query: Any, statistics: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+    return 2 * query[0] * query[1] * statistics[2] * statistics[3] * statistics[4]

@@ -1,0 +1,81 @@
+"""`mla_absorption`: latent attention that reads its cached latents as they are.
+
+    q · (W_UK c) = (W_UKᵀ q) · c        Σ_s a_s (W_UV c_s) = W_UV (Σ_s a_s c_s)
+
+transformers caches the latents c of DeepSeek-V2's attention (https://arxiv.org/abs/2405.04434, section 2.1) and expands
+all of them to keys and values of every head at every step. Absorbed, a step projects its query and its output instead,
+and all heads read one key of latents, whose first part is the value. The projections are views of `kv_b_proj`, so that
+no weight is copied and none goes stale. It acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from effpass.core.errors import ModelError
+from effpass.core.pass_ import RuntimePass
+from effpass.core.report import Refusal
+from effpass.runtime.engine import check_decodable
+from effpass.runtime.latent_attention import Absorbed, absorbed_class, is_latent_attention
+
+__all__ = ["MLAAbsorption", "absorb", "latent_layers"]
+
+
+class MLAAbsorption(RuntimePass):
+    """Makes latent attention read its cached latents, unexpanded."""
+
+    name = "mla_absorption"
+    exact = True
+
+    def check_model(self, model: nn.Module) -> None:
+        layers = latent_layers(model)
+        if not layers:
+            raise ModelError(
+                f"{type(model).__name__} has no latent attention (MLA): no layer caches latents and expands them by"
+                " kv_b_proj",
+                hint="leave mla_absorption out of the recipe for this model",
+            )
+        check_decodable(inner(model))
+
+    def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
+        """Give the layers their second form; hits are layers."""
+        return absorb(model), []
+
+
+def latent_layers(model: Any) -> dict[str, Any]:
+    """Layers with latent attention, by name.
+
+    Raises:
+        ModelError: one of them can't be absorbed.
+    """
+    layers = {name: module for name, module in inner(model).named_modules() if is_latent_attention(module)}
+    for name, module in layers.items():
+        up = module.kv_b_proj
+        if type(up) is not nn.Linear or up.bias is not None:
+            raise ModelError(
+                f"{name}.kv_b_proj is a {type(up).__name__}, and only a plain linear without bias can be absorbed",
+                hint="merge adapters first (merge_lora before this pass), and load the model unquantised",
+            )
+        expected = (module.num_heads * (module.qk_nope_head_dim + module.v_head_dim), module.kv_lora_rank)
+        if tuple(up.weight.shape) != expected or not up.weight.is_contiguous():
+            raise ModelError(f"{name}.kv_b_proj.weight is {tuple(up.weight.shape)}, expected {expected}, contiguous")
+        if isinstance(up.weight, torch.Tensor) and up.weight.is_meta:
+            raise ModelError(f"{name}.kv_b_proj is not in memory (offloaded)", hint="load the model without offloading")
+    return layers
+
+
+def absorb(model: Any) -> int:
+    """Absorb every layer with latent attention that is not yet; returns how many."""
+    layers = [module for module in latent_layers(model).values() if not isinstance(module, Absorbed)]
+    for module in layers:
+        cls: type[Any] = type(module)
+        module.__class__ = absorbed_class(cls)  # type: ignore[arg-type]
+    return len(layers)
+
+
+def inner(model: Any) -> Any:
+    """The model that generates, inside a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,269 @@
+"""`sparse_attention`: long contexts are attended to where it matters, chosen in two levels.
+
+Decoding: blocks of keys first, then tokens in them, then exact attention over these
+(:mod:`effpass.lowering.ops.two_level_attention`, AsyncTLS, https://arxiv.org/abs/2604.07815), in the decode engine.
+Prompts, where asked for: each tile of queries attends to blocks that it chooses
+(:mod:`effpass.lowering.ops.block_sparse_attention`), in the engine and in programs. Below the length from which on it
+pays, attention is dense. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from effpass.core.artifact import Artifact
+from effpass.core.attention import Attention, attentions
+from effpass.core.errors import ModelError
+from effpass.core.pass_ import Match, Pass
+from effpass.core.pattern import erase_unread
+from effpass.core.program import Program
+from effpass.core.report import Refusal
+from effpass.core.roofline import ceilings, device_and_dtype
+from effpass.lowering.ops import block_sparse_attention_causal  # noqa: F401  (registers the operator)
+from effpass.lowering.ops.block_sparse_attention import BlockSelection
+from effpass.lowering.ops.two_level_attention_index import Selection
+from effpass.passes.graph.few_rows import why_not_program
+from effpass.passes.runtime.mla_absorption import absorb, inner, latent_layers
+from effpass.runtime.attach import engine_of
+from effpass.runtime.cache import attention_windows
+from effpass.runtime.engine import check_decodable
+from effpass.runtime.sparse_attention import SparseSettings
+from effpass.runtime.sparse_audit import Audit
+from effpass.runtime.sparse_channels import check_channels, load_channels
+from effpass.runtime.sparse_cost import break_even
+
+__all__ = ["SparseAttention", "SparseAttentionOptions", "recall"]
+
+_MOST_CANDIDATES = 16384
+
+
+@dataclass(frozen=True)
+class SparseAttentionOptions:
+    """Options of `sparse_attention`.
+
+    Attributes:
+        tokens: keys that a step attends to, a key-value head.
+        blocks: blocks whose keys the second level looks at; by default 8192 keys' worth, and twice `tokens` at least.
+        block: slots of a block.
+        sink: blocks from the first token on that are always kept.
+        recent: blocks up to the last token that are always kept.
+        levels: `both`; `blocks` attends to whole blocks (Quest), `tokens` looks at every key's label (Double Sparsity).
+        statistic: what stands for a block: `min_max` bounds its scores, `mean` and `mean_std` estimate them.
+        aggregation: over the query heads that share keys: `sum` or `max`.
+        pipelined: choose tokens in the blocks of the step before.
+        artifact: folder of calibrated channels, as `effpass calibrate sparse-attention` writes it. Without one a label
+            has all channels, at four bits each.
+        dense_below: contexts with fewer tokens are attended to densely; by default from the cost model.
+        prefill_density: share of the blocks that prompts attend to; null for all.
+        prefill_threshold: share of the pooled weight that prompts attend to instead; null for none.
+        audit: measure at each step what the choice holds, see :func:`recall`; slow, it reads all keys.
+    """
+
+    tokens: int = 2048
+    blocks: int | None = None
+    block: int = 64
+    sink: int = 1
+    recent: int = 2
+    levels: Literal["both", "blocks", "tokens"] = "both"
+    statistic: Literal["min_max", "mean", "mean_std"] = "min_max"
+    aggregation: Literal["sum", "max"] = "sum"
+    pipelined: bool = False
+    artifact: Path | None = None
+    dense_below: int | None = None
+    prefill_density: float | None = None
+    prefill_threshold: float | None = None
+    audit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dense_below is not None and self.dense_below < 1:
+            raise ValueError(f"dense_below: got {self.dense_below}, expected 1 or more")
+        if self.prefill_density is not None and self.prefill_threshold is not None:
+            raise ValueError("prefill_density and prefill_threshold are two ways to say it; give one of them")
+        how = self.selection
+        if how.levels == "both" and how.blocks * how.block > _MOST_CANDIDATES:
+            raise ValueError(
+                f"blocks: {how.blocks} of {how.block} slots are {how.blocks * how.block} candidates, and at most"
+                f" {_MOST_CANDIDATES} are looked at in a step"
+            )
+        if how.levels == "tokens" and how.tokens > _MOST_CANDIDATES // 4:
+            raise ValueError(f"tokens: got {how.tokens}, with levels: tokens expected at most {_MOST_CANDIDATES // 4}")
+        self.prompts  # noqa: B018  (checks its values)
+
+    @property
+    def selection(self) -> Selection:
+        blocks = self.blocks
+        if blocks is None:
+            blocks = -(-min(max(8192, 2 * self.tokens), max(_MOST_CANDIDATES, self.tokens)) // self.block)
+        return Selection(
+            self.tokens, blocks, self.block, self.sink, self.recent, self.statistic, self.aggregation, self.levels,
+            self.pipelined,
+        )  # fmt: skip
+
+    @property
+    def prompts(self) -> BlockSelection | None:
+        if self.prefill_density is not None:
+            return BlockSelection(self.prefill_density)
+        return None if self.prefill_threshold is None else BlockSelection(1.0, self.prefill_threshold)
+
+
+class SparseAttention(Pass):
+    """Attends to chosen keys of long contexts: tokens while decoding, blocks in prompts."""
+
+    name = "sparse_attention"
+    kind = "runtime"
+    exact = False
+    entrances = ("model", "program", "backend")
+    Options = SparseAttentionOptions
+    options: SparseAttentionOptions
+
+    @cached_property
+    def _channels(self) -> tuple[Artifact, dict[int, Tensor]] | None:
+        return None if self.options.artifact is None else load_channels(self.options.artifact)
+
+    @property
+    def artifact(self) -> Artifact | None:
+        return None if self._channels is None else self._channels[0]
+
+    # -- decoding, in the engine --------------------------------------------------------------------------------------
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        runs = inner(model)
+        if not hasattr(runs, "config") or not hasattr(runs, "generate"):
+            raise ModelError(f"{type(runs).__name__} is no transformers model that generates")
+        check_decodable(runs)
+        latent_layers(runs)
+        sizes = _sizes(runs)
+        for index, (_, size) in sizes.items():
+            if size % 2 and self._channels is None:
+                raise ModelError(
+                    f"keys of layer {index} have {size} channels, and a label has an even number",
+                    hint="calibrate an even number: effpass calibrate sparse-attention",
+                )
+        if self._channels is not None:
+            self._channels[0].check_model(runs)
+            check_channels(self._channels[1], runs, sizes)
+
+    def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
+        """Make the model's caches choose; hits are layers."""
+        runs, windows = inner(model), attention_windows(inner(model).config)
+        sliding = [
+            Refusal(f"layer {index}", f"it sees {window} positions only, and attends to all of them")
+            for index, window in enumerate(windows)
+            if window
+        ]
+        if 0 not in windows:
+            return 0, sliding
+        absorb(runs)
+        options = self.options
+        channels = None if self._channels is None else self._channels[1]
+        full = [index for index, window in enumerate(windows) if not window]
+        audits = {index: Audit(runs.device) for index in full} if options.audit else None
+        below = self._break_even(runs) if options.dense_below is None else options.dense_below
+        runs.effpass_reader = SparseSettings(options.selection, below, channels, options.prompts, audits)
+        engine_of(runs).release()
+        return len(full), sliding
+
+    def _break_even(self, model: Any) -> int:
+        device, dtype = device_and_dtype(model)
+        latents = latent_layers(model)
+        sizes = _sizes(model)
+        groups, key_size = next(iter(sizes.values()))
+        value_size = next(iter(latents.values())).kv_lora_rank if latents else key_size
+        of_label = key_size if self._channels is None else next(iter(self._channels[1].values())).shape[1]
+        return break_even(
+            self.options.selection, groups, key_size, value_size, of_label, dtype.itemsize, bool(latents),
+            ceilings(device, dtype),
+        )  # fmt: skip
+
+    # -- prompts, in a program ----------------------------------------------------------------------------------------
+
+    def could_act(self, weight_names: Sequence[str]) -> bool:
+        return self.options.prompts is not None
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        found = list(attentions(program))
+        if not found:
+            return
+        if self.options.prompts is None:
+            yield Refusal(
+                found[0].node.name,
+                "prompts attend to everything unless prefill_density or prefill_threshold is given",
+                "decoding is sparse in the engine: effpass.prepare(model, recipe)",
+            )
+            return
+        if refusal := why_not_program(program):
+            yield refusal
+            return
+        for attention in found:
+            reason = _why_not(attention)
+            if reason is not None:
+                yield Refusal(attention.node.name, *reason)
+            else:
+                yield Match(attention.node, {"attention": attention})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        attention: Attention = match.nodes["attention"]
+        how, below = self.options.prompts, self.options.dense_below
+        assert how is not None
+        scale = attention.scale
+        if scale is None:
+            scale = attention.query.meta["val"].shape[-1] ** -0.5
+        with program.graph.inserting_before(attention.node):
+            new = program.graph.call_function(
+                torch.ops.effpass.block_sparse_causal_attention.default,
+                (attention.query, attention.key, attention.value, scale, how.density, how.threshold, how.block_q,
+                 how.block_k, how.sink, how.recent, 0 if below is None else below),
+            )  # fmt: skip
+        new.meta.update(attention.node.meta)
+        attention.node.replace_all_uses_with(new)
+        erase_unread(program, attention.node)
+
+
+def _why_not(attention: Attention) -> tuple[str, str] | None:
+    """Why an attention of a program must stay as it is."""
+    if attention.layout != "BHTD" or attention.implementation != "sdpa":
+        return f"it is {attention.implementation} attention", "load the model with attn_implementation='sdpa'"
+    if attention.mask is not None or not attention.is_causal:
+        return "it has a mask, or sees tokens after its own", "pass no attention_mask where nothing is padding"
+    if isinstance(attention.scale, Node):
+        return "its scale is computed", ""
+    query, key = (node.meta["val"].shape for node in (attention.query, attention.key))
+    if query[2] is not key[2] and query[2] != key[2]:
+        return "it attends to a cache", "decoding is sparse in the engine: effpass.prepare(model, recipe)"
+    return None
+
+
+def _sizes(model: Any) -> dict[int, tuple[int, int]]:
+    """Key-value heads and key size as they are cached, of each layer with full attention."""
+    text = model.config.get_text_config(decoder=True)
+    windows = attention_windows(model.config)
+    if latent_layers(model):
+        size = (1, text.kv_lora_rank + text.qk_rope_head_dim)
+    else:
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        size = (getattr(text, "num_key_value_heads", None) or heads, head_dim)
+    return {index: size for index, window in enumerate(windows) if not window}
+
+
+def recall(model: Any) -> dict[int, tuple[float, float]]:
+    """What steps since `prepare` with ``audit: true`` chose, in the mean, by layer.
+
+    Returns:
+        Share of the best keys that was chosen (recall), and of the attention that full attention gives (mass).
+
+    Raises:
+        ModelError: the model was prepared without ``audit: true``.
+    """
+    settings = getattr(inner(model), "effpass_reader", None)
+    if not isinstance(settings, SparseSettings) or settings.audits is None:
+        raise ModelError("nothing was audited", hint="prepare the model with sparse_attention: {audit: true}")
+    return {index: audit.result() for index, audit in settings.audits.items()}

@@ -1,0 +1,1 @@
+"""Other ways to share out a budget, to compare with."""

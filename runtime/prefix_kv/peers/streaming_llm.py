@@ -1,0 +1,25 @@
+"""StreamingLLM (https://arxiv.org/abs/2309.17453): the first tokens and a sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from effpass.runtime.prefix_kv.policy import Policy
+
+__all__ = ["StreamingLLM"]
+
+
+class StreamingLLM(Policy):
+    """Attention sinks and the most recent tokens, in every layer. The last tokens keep the positions they had."""
+
+    name = "streaming_llm"
+    importance = "none"
+    slides = True
+
+    def shares(self, ratio: float, layers: int) -> Sequence[float]:
+        return [1.0] * layers
+
+    def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
+        return positions.float()

@@ -1,0 +1,130 @@
+"""The prompt's side of a cache with a budget: all of a prompt's tokens, and the attention that they receive.
+
+A layer stands here from its first call on until its tokens were chosen. Where the choice needs nothing but the layer
+itself, that is right after it has attended to the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effpass.lowering.ops.received_attention  # noqa: F401  (registers the operator)
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots
+from effpass.runtime.prefix_kv.layer import EvictingLayer
+
+__all__ = ["StagedLayer", "Staging"]
+
+
+class StagedLayer(BufferedLayer):
+    """What a layer kept of earlier turns, in the order of positions, with room for the prompt.
+
+    Attributes:
+        received, asked, pinned: as in :class:`EvictingLayer`, `[rows, S]`.
+    """
+
+    def __init__(self, kept: EvictingLayer, slots: Slots, rows: int, before: int) -> None:
+        super().__init__(slots, kept.window)
+        self.kept = kept
+        batch, capacity = slots.positions.shape
+        device = slots.positions.device
+        self.received, self.asked = torch.zeros(2, batch, capacity, device=device)
+        self.pinned = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self._order: Tensor | None = None
+        if before:
+            sorted_, self._order = kept.slots.positions[:rows, :before].sort(dim=1, stable=True)
+            slots.positions[:, :before] = sorted_
+            for table, of_kept in zip(self.tables(), kept.tables(), strict=True):
+                table[:, :before] = of_kept[:rows, :before].gather(1, self._order)
+            slots.filled.fill_(before)
+            slots.length = before
+            slots.is_dense = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self._order is None:
+            return
+        assert self.keys is not None
+        assert self.values is not None
+        rows, before = self._order.shape
+        for buffer, kept in zip((self.keys, self.values), self.kept.get(rows), strict=True):
+            order = self._order[:, None, :, None].expand_as(kept)
+            buffer[:, :, :before] = kept.gather(2, order)
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.received, self.asked, self.pinned
+
+    def free(self) -> None:
+        self.keys = self.values = self.latents = None
+        self.is_initialized = False
+
+
+class Staging(DecodeCache):
+    """Staged layers for `rows` sequences and a prompt of `tokens`.
+
+    Args:
+        cache: what decoding will read, and what earlier turns left.
+        config: the model's.
+        rows: sequences.
+        tokens: of the prompt.
+        goes_on: earlier turns left something.
+        importance: of the policy.
+        window: of the policy.
+        settle: called with the layer's index as soon as it has attended to the whole prompt.
+    """
+
+    def __init__(
+        self,
+        cache: DecodeCache,
+        config: Any,
+        rows: int,
+        tokens: int,
+        goes_on: bool,
+        importance: str,
+        window: int,
+        settle: Callable[[int], None] | None,
+    ) -> None:
+        device = cache.slots.positions.device
+        kept = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
+        alike, before = Slots(rows, tokens, device), [layer.slots.length if goes_on else 0 for layer in kept]
+        layers = [
+            StagedLayer(layer, Slots(rows, n + tokens, device) if goes_on else alike, rows, n)
+            for layer, n in zip(kept, before, strict=True)
+        ]
+        super().__init__(config, rows, tokens, device, layers)
+        self._left = self._tokens = tokens
+        self._importance, self._window = importance, window
+        self._settle = settle
+
+    def staged(self, index: int) -> StagedLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, StagedLayer)
+        return layer
+
+    def advance(self, tokens: int) -> None:
+        super().advance(tokens)
+        self._left -= tokens
+
+    @torch.compiler.disable
+    def attended(self, index: int, query: Tensor, keys: Tensor, scale: float, softcap: float) -> None:
+        layer = self.staged(index)
+        if not layer.is_sliding:
+            if self._importance in ("full", "both"):
+                self._add(layer, layer.received, query, keys, query.shape[2], scale, softcap)
+            last = min(self._window - self._left, query.shape[2])
+            if self._importance in ("window", "both") and last > 0:
+                self._add(layer, layer.asked, query, keys, last, scale, softcap)
+        if self._left == 0 and self._settle is not None:
+            self._settle(index)
+
+    def _add(
+        self, layer: StagedLayer, table: Tensor, query: Tensor, keys: Tensor, last: int, scale: float, softcap: float
+    ) -> None:
+        """Add what the `last` tokens of a call give."""
+        reads = keys.shape[2]
+        table[:, :reads] += torch.ops.effpass.received_attention(
+            query[:, :, -last:], keys, layer.slots.positions[:, :reads], self.query_positions[:, -last:], scale, softcap
+        )
