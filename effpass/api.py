@@ -21,7 +21,7 @@ from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.core.inspection import Inspection, inspect_model
 from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
-from effpass.core.model import LoadedModel, load_model
+from effpass.core.model import LoadedModel, inner_model, load_model
 from effpass.core.options import dump_options
 from effpass.core.prompt import prompt_inputs
 from effpass.core.recipe import Recipe
@@ -110,7 +110,7 @@ def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
     from effpass.backend import DecodeBackend
     from effpass.runtime.attach import attach
 
-    runs = prepared.get_base_model() if hasattr(prepared, "get_base_model") else prepared  # as PeftModel.generate does
+    runs = inner_model(prepared)  # as PeftModel.generate does
     try:
         attach(runs, backend=DecodeBackend(tuple(second)))
     except ModelError as reason:

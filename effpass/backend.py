@@ -27,6 +27,7 @@ from effpass.core.derived import DerivedArguments, derived_bytes
 from effpass.core.dynamo import NotRetraceableError, program_from_dynamo, weight_names
 from effpass.core.errors import RecipeError, did_you_mean
 from effpass.core.manager import PassManager, Planned
+from effpass.core.model import inner_model
 from effpass.core.report import Report
 
 __all__ = ["BackendOptions", "DecodeBackend", "effpass", "reports"]
@@ -241,7 +242,7 @@ def _let_generate_run_compiled() -> None:
         if getattr(backend, "compiler_fn", backend) is not effpass:
             return original.generate(*args, **kwargs)
         # A PeftModel generates with the model inside it.
-        runs = original.get_base_model() if hasattr(original, "get_base_model") else original
+        runs = inner_model(original)
         before = runs._compiled_call_impl
         runs._compiled_call_impl = self.dynamo_ctx(runs._call_impl)
         try:

@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import allow_new_numpy
 
+KERNELS = ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp", "_received")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -323,52 +325,10 @@ def interpret() -> dict[str, dict[str, float]]:
 
 def compile_all() -> dict[str, int]:
     """Bytes of shared memory of each kernel, compiled for compute capability 9.0 at the sizes of a real layer."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDevice:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int = 0) -> int:
-            return 0
-
-    class Compiled:
-        def __init__(self, name: str, function: Any) -> None:
-            self.name, self.function = name, function
-
-        def __getitem__(self, grid: Any) -> Any:
-            def run(*args: Any, **options: Any) -> None:
-                kernel = self.function.warmup(*args, grid=grid, **options)
-                shared[f"{self.name}{len(shared)}"] = kernel.metadata.shared
-
-            return run
-
-    driver.set_active(NoDevice())
-    shared: dict[str, int] = {}
     names = ("launch", "small_linear", "decode_attention", "prefill_attention", "rotary_table", "append_positions")
     launch, linear, decode, prefill, table, append, greedy = map(_kernels, (*names, "greedy_tokens"))
-    for module in (launch, linear, decode, prefill, table, append, greedy, _kernels("received_attention")):
-        for name, value in vars(module).copy().items():
-            if name in (
-                "_one_row",
-                "_few_rows",
-                "_attend",
-                "_spans",
-                "_table",
-                "_append",
-                "_best",
-                "_logsumexp",
-                "_received",
-            ):
-                setattr(module, name, Compiled(f"{module.__name__.rpartition('.')[2]}.{name}", value))
-        if hasattr(module, "multiprocessors"):
-            module.multiprocessors = lambda device: 132
-        if hasattr(module, "overlaps"):
-            module.overlaps = lambda device: True
+    modules = (launch, linear, decode, prefill, table, append, greedy, _kernels("received_attention"))
+    launches = compile_instead(modules, KERNELS)
 
     def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -401,7 +361,7 @@ def compile_all() -> dict[str, int]:
     greedy.greedy_tokens(
         some(2, 49152), long, long[0], long, long[:, None], long[:1], long, torch.ones((), dtype=torch.bool), long[0]
     )
-    return shared
+    return {f"{name}{number}": size for number, (name, size) in enumerate(launches)}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from moe_reference import GATES, error, layer, moe_ffn
+from offline_kernels import compile_instead
 from triton_interpreter import allow_new_numpy
 
 # tokens, experts a token, experts, width, inner width; how; gate
@@ -64,41 +65,8 @@ def interpret() -> dict[str, dict[str, float]]:
 
 def compile_all() -> dict[str, int]:
     """Bytes of shared memory of each kernel, compiled for compute capability 9.0 at the sizes of real layers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDevice:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int = 0) -> int:
-            return 0
-
-    class Compiled:
-        def __init__(self, name: str, function: Any) -> None:
-            self.name, self.function = name, function
-
-        def __getitem__(self, grid: Any) -> Any:
-            def run(*args: Any, **options: Any) -> None:
-                kernel = self.function.warmup(*args, grid=grid, **options)
-                shared[f"{self.name}{len(shared)}"] = kernel.metadata.shared
-
-            return run
-
-    driver.set_active(NoDevice())
-    shared: dict[str, int] = {}
     modules = [importlib.import_module(f"effpass.lowering.kernels.moe_{n}") for n in ("rows", "route", "grouped")]
-    for module in modules:
-        for name in ("_first", "_second", "_route", "_combine", "_grouped"):
-            if hasattr(module, name):
-                kernel = getattr(module, name)
-                setattr(module, name, Compiled(f"{module.__name__.rpartition('.')[2]}.{name}", kernel))
-        for name, value in (("overlaps", True), ("multiprocessors", 132)):
-            if hasattr(module, name):
-                setattr(module, name, lambda device, value=value: value)
+    launches = compile_instead(modules, ("_first", "_second", "_route", "_combine", "_grouped"))
     rows, _, grouped = modules
     for sizes, how, gate in (
         ((1, 8, 128, 2048, 768), {}, "SwiGLU"),
@@ -123,7 +91,7 @@ def compile_all() -> dict[str, int]:
                 continue
             for tiles in grouped.TILES.values():
                 grouped.moe_ffn(*made, *GATES[gate], tiles)
-    return shared
+    return {f"{name}{number}": size for number, (name, size) in enumerate(launches)}
 
 
 if __name__ == "__main__":

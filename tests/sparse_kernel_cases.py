@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from kernel_cases import attention, error, rms_norm, rotate
+from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import allow_new_numpy
 
@@ -405,32 +406,6 @@ def interpret(only: str = "") -> dict[str, dict[str, float]]:
 
 def compile_all() -> dict[str, int]:
     """Shared memory of each kernel, compiled for compute capability 9.0 at sizes of real layers."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class NoDevice:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int = 0) -> int:
-            return 0
-
-    class Compiled:
-        def __init__(self, name: str, function: Any) -> None:
-            self.name, self.function = name, function
-
-        def __getitem__(self, grid: Any) -> Any:
-            def run(*args: Any, **options: Any) -> None:
-                kernel = self.function.warmup(*args, grid=grid, **options)
-                launches.append((f"{case}: {self.name}", kernel.metadata.shared))
-
-            return run
-
-    driver.set_active(NoDevice())
-    launches: list[tuple[str, int]] = []
     names = (
         "two_level_attention",
         "chosen_attention",
@@ -439,12 +414,13 @@ def compile_all() -> dict[str, int]:
         "rope_cache_write",
     )
     two_level, chosen, latent, sparse, rope = map(_kernels, names)
-    for module in (two_level, chosen, sparse, rope):
-        for name, value in vars(module).copy().items():
-            if name in ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write"):
-                setattr(module, name, Compiled(name, value))
-        module.multiprocessors = lambda device: 132
-        module.overlaps = lambda device: True
+    kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write")
+    launches = compile_instead((two_level, chosen, sparse, rope), kernels)
+    shared: dict[str, int] = {}
+
+    def end(case: str) -> None:
+        shared.update({f"{case}: {name}": size for name, size in launches})
+        launches.clear()
 
     def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -469,22 +445,21 @@ def compile_all() -> dict[str, int]:
         )  # fmt: skip
 
     both, gqa, mla = Selection(), (32, 8, 128, 128, 32), (20, 1, 576, 512, 128)
-    case = "GQA"
     step(both, 1, *gqa, 98304)
-    case = "GQA, pages, batch 8"
+    end("GQA")
     step(both, 8, *gqa, 98304, paged=True)
-    case = "MLA"
+    end("GQA, pages, batch 8")
     step(both, 1, *mla, 98304)
-    case = "GQA, blocks"
+    end("MLA")
     step(Selection(levels="blocks"), 1, *gqa, 98304)
-    case = "GQA, tokens"
+    end("GQA, blocks")
     step(Selection(levels="tokens"), 1, *gqa, 98304)
-    case = "dense latents"
+    end("GQA, tokens")
     latents = some(1, 1, 98304, 576)
     numbers = some(1, 98304, dtype=torch.int32), some(1, 1, dtype=torch.int32), some(1, dtype=torch.int32)
     latent.cached_attention(some(1, 20, 1, 576), latents, latents[..., :512], *numbers, 0.1, 0, 0.0)
+    end("dense latents")
     for size, block_k in ((128, 128), (128, 64)):
-        case = f"prompt, heads of {size}, blocks of {block_k}"
         how, length = BlockSelection(0.12, block_k=block_k), 65536
         keys, positions = some(1, 8, length, size), some(1, length, dtype=torch.int32)
         spans = Spans.of(positions, positions, how.block_q, block_k)
@@ -495,12 +470,14 @@ def compile_all() -> dict[str, int]:
         sparse.block_sparse_attention(
             some(1, 32, length, size), keys, keys, positions, positions, lists, counts, 0.1, 0.0, how.block_q, block_k
         )
-    case, table = "rope", some(1, 1, 128)
+        end(f"prompt, heads of {size}, blocks of {block_k}")
+    table = some(1, 1, 128)
     rope.rope_cache_write(
         some(1, 1, 32, 128), some(1, 1, 8, 128), some(1, 1, 8, 128), table, table, some(128), some(128), 1e-6, 0.0,
         some(1, 8, 1024, 128), some(1, 8, 1024, 128), numbers[2],
     )  # fmt: skip
-    return dict(launches)
+    end("rope")
+    return shared
 
 
 if __name__ == "__main__":

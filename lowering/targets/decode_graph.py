@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effpass.core.errors import ExportError
+from effpass.core.model import inner_model
 
 __all__ = [
     "CPU",
@@ -318,7 +319,7 @@ def _exportable_implementations(model: Any) -> Iterator[None]:
 
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     config = base.config
     attention, experts = config._attn_implementation, getattr(config, "_experts_implementation", None)
     if base._supports_sdpa and attention.startswith(_STOCK_ATTENTION):

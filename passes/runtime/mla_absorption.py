@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from effpass.core.errors import ModelError
+from effpass.core.model import inner_model
 from effpass.core.pass_ import RuntimePass
 from effpass.core.report import Refusal
 from effpass.runtime.engine import check_decodable
@@ -38,7 +39,7 @@ class MLAAbsorption(RuntimePass):
                 " kv_b_proj",
                 hint="leave mla_absorption out of the recipe for this model",
             )
-        check_decodable(inner(model))
+        check_decodable(inner_model(model))
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
         """Give the layers their second form; hits are layers."""
@@ -51,7 +52,7 @@ def latent_layers(model: Any) -> dict[str, Any]:
     Raises:
         ModelError: one of them can't be absorbed.
     """
-    layers = {name: module for name, module in inner(model).named_modules() if is_latent_attention(module)}
+    layers = {name: module for name, module in inner_model(model).named_modules() if is_latent_attention(module)}
     for name, module in layers.items():
         up = module.kv_b_proj
         if type(up) is not nn.Linear or up.bias is not None:
@@ -74,8 +75,3 @@ def absorb(model: Any) -> int:
         cls: type[Any] = type(module)
         module.__class__ = absorbed_class(cls)  # type: ignore[arg-type]
     return len(layers)
-
-
-def inner(model: Any) -> Any:
-    """The model that generates, inside a PeftModel."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

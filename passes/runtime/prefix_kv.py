@@ -17,6 +17,7 @@ import torch
 
 from effpass.core.artifact import Artifact
 from effpass.core.errors import ArtifactError, ModelError
+from effpass.core.model import inner_model
 from effpass.core.pass_ import RuntimePass
 from effpass.core.report import Refusal
 from effpass.runtime.attach import engine_of
@@ -89,7 +90,7 @@ class PrefixKV(RuntimePass):
         return None if self.profile is None else self.profile.artifact
 
     def check_model(self, model: torch.nn.Module) -> None:
-        runs = _inner(model)
+        runs = inner_model(model)
         if not hasattr(runs, "config") or not hasattr(runs, "generate"):
             raise ModelError(f"{type(runs).__name__} is no transformers model that generates")
         check_decodable(runs)
@@ -113,7 +114,7 @@ class PrefixKV(RuntimePass):
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Give the model's engine sessions with a budget; hits are layers."""
-        runs = _inner(model)
+        runs = inner_model(model)
         windows = attention_windows(runs.config)
         sliding = [
             Refusal(f"layer {index}", f"it sees {window} positions only, and stays outside the budget")
@@ -149,11 +150,6 @@ class _NewSession:
 
     def __deepcopy__(self, memo: Any) -> _NewSession:
         return dataclasses.replace(self)
-
-
-def _inner(model: Any) -> Any:
-    """The model that generates, inside a PeftModel."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _check_even(config: Any) -> None:

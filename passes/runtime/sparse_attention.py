@@ -22,6 +22,7 @@ from torch.fx import Node
 from effpass.core.artifact import Artifact
 from effpass.core.attention import Attention, attentions
 from effpass.core.errors import ModelError
+from effpass.core.model import inner_model
 from effpass.core.pass_ import Match, Pass
 from effpass.core.pattern import erase_unread
 from effpass.core.program import Program
@@ -31,7 +32,7 @@ from effpass.lowering.ops import block_sparse_attention_causal  # noqa: F401  (r
 from effpass.lowering.ops.block_sparse_attention import BlockSelection
 from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
-from effpass.passes.runtime.mla_absorption import absorb, inner, latent_layers
+from effpass.passes.runtime.mla_absorption import absorb, latent_layers
 from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import attention_windows
 from effpass.runtime.engine import check_decodable
@@ -135,7 +136,7 @@ class SparseAttention(Pass):
     # -- decoding, in the engine --------------------------------------------------------------------------------------
 
     def check_model(self, model: torch.nn.Module) -> None:
-        runs = inner(model)
+        runs = inner_model(model)
         if not hasattr(runs, "config") or not hasattr(runs, "generate"):
             raise ModelError(f"{type(runs).__name__} is no transformers model that generates")
         check_decodable(runs)
@@ -153,7 +154,7 @@ class SparseAttention(Pass):
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Make the model's caches choose; hits are layers."""
-        runs, windows = inner(model), attention_windows(inner(model).config)
+        runs, windows = inner_model(model), attention_windows(inner_model(model).config)
         sliding = [
             Refusal(f"layer {index}", f"it sees {window} positions only, and attends to all of them")
             for index, window in enumerate(windows)
@@ -263,7 +264,7 @@ def recall(model: Any) -> dict[int, tuple[float, float]]:
     Raises:
         ModelError: the model was prepared without ``audit: true``.
     """
-    settings = getattr(inner(model), "effpass_reader", None)
+    settings = getattr(inner_model(model), "effpass_reader", None)
     if not isinstance(settings, SparseSettings) or settings.audits is None:
         raise ModelError("nothing was audited", hint="prepare the model with sparse_attention: {audit: true}")
     return {index: audit.result() for index, audit in settings.audits.items()}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from effpass.core.inline import inline
+from effpass.core.model import inner_model
 from effpass.core.pass_ import Match
 from effpass.core.program import Linear, Program
 from effpass.core.report import Refusal
@@ -75,7 +76,7 @@ def merge_attached(model: nn.Module, quantized: str) -> tuple[int, list[Refusal]
         refusals += [Refusal(n, f"its weight is quantised ({s})", way_out) for n, s in quantised.items()]
     if refusals or not layers:
         return 0, refusals
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = inner_model(model)
     kept: list[str] = []
     if quantised and quantized == "dequantize":
         dequantize_linears(base, getattr(base, "dtype", torch.float32))
