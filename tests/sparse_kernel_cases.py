@@ -123,11 +123,13 @@ def step_errors(
     def number(value: int) -> Tensor:
         return torch.tensor([value], dtype=torch.int32, device=device)
 
+    # `ops` are the operators, or the kernels' modules.
+    index_keys = ops.index_keys if hasattr(ops, "index_keys") else _kernels("key_index").index_keys
     # The prompt goes in as two calls, of which the second begins inside a block.
     before, first = filled - steps, (filled - steps) // 2 + 1
     for start, stop in ((0, first), (first, before)):
         there = torch.where(torch.arange(slots, device=device) < stop, positions, -1)
-        ops.index_keys(
+        index_keys(
             store_k, table, there, number(start), number(stop), stop - start, index.channels, index.statistics,
             index.seen, index.labels, index.ranges, how.block, how.statistic,
         )  # fmt: skip
@@ -407,15 +409,16 @@ def interpret(only: str = "") -> dict[str, dict[str, float]]:
 def compile_all() -> dict[str, int]:
     """Shared memory of each kernel, compiled for compute capability 9.0 at sizes of real layers."""
     names = (
+        "key_index",
         "two_level_attention",
         "chosen_attention",
         "latent_attention",
         "block_sparse_attention",
         "rope_cache_write",
     )
-    two_level, chosen, latent, sparse, rope = map(_kernels, names)
+    index_kernels, two_level, chosen, latent, sparse, rope = map(_kernels, names)
     kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write")
-    launches = compile_instead((two_level, chosen, sparse, rope), kernels)
+    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope), kernels)
     shared: dict[str, int] = {}
 
     def end(case: str) -> None:
@@ -434,7 +437,7 @@ def compile_all() -> dict[str, int]:
         table = some(B, G, S // how.block, dtype=torch.int32) if paged else None
         if paged:
             keys, values = keys.view(-1, how.block, K), values.view(-1, how.block, V)
-        two_level.index_keys(
+        index_kernels.index_keys(
             keys, table, numbers[0], numbers[2], numbers[2], 512, index.channels, index.statistics, index.seen,
             index.labels, index.ranges, how.block, how.statistic,
         )  # fmt: skip

@@ -295,7 +295,7 @@ def index_keys(
     """
     blocks = -(-key_positions.shape[1] // block)
     if keys.is_cuda:
-        kernels = triton_kernels("two_level_attention")
+        kernels = triton_kernels("key_index")
         if kernels and kernels.indexable(keys, channels, labels):
             kernels.index_keys(
                 keys, block_table, key_positions, start, filled, tokens, channels, statistics, seen, labels, ranges,
