@@ -71,6 +71,28 @@ def cost_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def budget_rows(document: Path) -> str:
+    """The committed rows of area `prefix_kv` on quality: a line for each case and budget, a column for each method."""
+    ours = "prefix_kv, searched"
+    methods = ("uniform", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "global top-k", f"{ours}, int8")
+    lines = ["| model, what follows the prompt | whole | prefix_kv | " + " | ".join(methods) + " |"]
+    lines.append("|---|" + "--:|" * (len(methods) + 2))
+    found: dict[str, dict[str, float]] = {}
+    weak = set()
+    for text in (ROOT / "benchmarks" / "results" / "prefix_kv.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        if row["metric"].endswith(ours) and row["bound"] is not None:
+            values = found.setdefault(f"{row['case']}, {row['unit']}", {"whole": row["bound"], ours: row["ours"]})
+            values[row["peer_name"]] = row["peer"]
+            if "no signal" in row["note"]:
+                weak.add(f"{row['case']}, {row['unit']}")
+    for case, values in found.items():
+        if case not in weak:
+            shown = (f"{values[name]:.4g}" for name in ("whole", ours, *methods))
+            lines.append(f"| {case} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def memory_rows(document: Path) -> str:
     """The committed rows of area `export` that say how much memory an export takes."""
     lines = ["| export | peak memory over weights |", "|---|--:|"]
@@ -103,6 +125,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "decode": lambda document: measured_rows("decode"),
     "optimizer": lambda document: measured_rows("optimizer"),
     "quality": lambda document: measured_rows("quality"),
+    "budgets": budget_rows,
     "training": lambda document: measured_rows("training"),
     "cost": cost_rows,
     "headline": headline_rows,
