@@ -47,7 +47,7 @@ AREA = "prefix_kv"
 BUDGETS = (0.1, 0.2, 0.3, 0.5)
 
 
-_KINDS = (("full", 0), ("window", Policy.window), ("window", SnapKV.window))
+_KINDS = (("full", 0), ("window", Policy.window))
 
 
 class _All(Staging):
@@ -125,22 +125,14 @@ class _Again(BudgetSession):
         return staging
 
 
-def _as_snap_kv() -> Policy:
-    """PrefixKV's search over SnapKV's ranks."""
-    policy = PrefixKV(None, "window", pool=5)
-    policy.window = SnapKV.window
-    return policy
-
-
 def _methods(budget: float, profile: Any, head: int) -> dict[str, Settings]:
     """Every method at a budget in bytes, as a share of the whole cache in 16 bits."""
     policies = {
         "prefix_kv, profile": PrefixKV(profile),
         "prefix_kv, searched": PrefixKV(),
-        "prefix_kv, searched, all tokens asked": PrefixKV(None, "full"),
-        "prefix_kv, searched, last 256 asked": PrefixKV(None, "window"),
-        "prefix_kv, searched, pooled": PrefixKV(pool=5),
-        "prefix_kv, searched, last 64 asked, pooled": _as_snap_kv(),
+        "prefix_kv, searched, all tokens asked, not pooled": PrefixKV(None, "full", pool=1),
+        "prefix_kv, searched, not pooled": PrefixKV(pool=1),
+        "prefix_kv, searched, last tokens asked": PrefixKV(None, "window"),
         "uniform": Uniform(),
         "uniform, both asked": _asking_both(Uniform()),
         "StreamingLLM": StreamingLLM(),

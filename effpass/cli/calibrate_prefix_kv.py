@@ -41,8 +41,9 @@ def prefix_kv(
     samples: Annotated[int, typer.Option(min=1, help="Prompts to run, at most.")] = 8,
     tokens: Annotated[int, typer.Option(min=128, help="Tokens of a prompt that is cut from text.")] = 2048,
     importance: Annotated[
-        Importance, typer.Option(help="Attention from all tokens, from the last 256, or both; as in the recipe.")
+        Importance, typer.Option(help="Attention from all tokens, from the last 64, or both; as in the recipe.")
     ] = Importance.both,
+    pool: Annotated[int, typer.Option(min=1, help="Neighbours over which that is averaged; as in the recipe.")] = 7,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that always stay; as in the recipe.")] = 4,
     recent: Annotated[int, typer.Option(min=1, help="Last tokens that always stay; as in the recipe.")] = 32,
     device: Device = "cpu",
@@ -62,6 +63,7 @@ def prefix_kv(
             loaded.model,
             _prompts(lines, loaded, data, samples, tokens),
             importance=importance.value,
+            pool=pool,
             sink=sink,
             recent=recent,
             provenance={"data": data.name, "model": loaded.name},

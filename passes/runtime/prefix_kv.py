@@ -42,7 +42,7 @@ class PrefixKVOptions:
         budget: what layers with full attention keep in the mean: a share of the tokens (`0.2`; `1.0` is all), a number
             of tokens (`4096`), or bytes for all layers and sequences together (`"8 GiB"`).
         artifact: folder of a profile, as `effpass calibrate prefix-kv` writes it. Without one every prompt is searched.
-        importance: what tokens are ranked by: the attention they receive from all tokens, from the last 256, or both.
+        importance: what tokens are ranked by: the attention they receive from all tokens, from the last 64, or both.
         pool: neighbours over which that is averaged, an odd number; 1 leaves it as it is.
         sink: first tokens of a sequence that stay.
         recent: last tokens of a sequence that stay.
@@ -53,7 +53,7 @@ class PrefixKVOptions:
     budget: float | int | str
     artifact: Path | None = None
     importance: Literal["both", "window", "full"] = "both"
-    pool: int = 1
+    pool: int = 7
     sink: int = 4
     recent: int = 32
     page: int = 16
@@ -97,13 +97,13 @@ class PrefixKV(RuntimePass):
         full = attention_windows(runs.config).count(0)
         if self.profile is not None:
             self.profile.check(runs, full)
-            learned = self.profile.artifact.options.get("importance")
-            if learned != self.options.importance:
-                raise ArtifactError(
-                    f"{self.options.artifact}: learned with importance {learned!r}, and the recipe says"
-                    f" {self.options.importance!r}",
-                    hint="use one for both",
-                )
+            for name in ("importance", "pool"):
+                learned, asked = self.profile.artifact.options.get(name), getattr(self.options, name)
+                if learned != asked:
+                    raise ArtifactError(
+                        f"{self.options.artifact}: learned with {name} {learned!r}, and the recipe says {asked!r}",
+                        hint="use one for both",
+                    )
         if full:
             settings = self._settings()
             stored = layer_class(settings.kv_cache_dtype)

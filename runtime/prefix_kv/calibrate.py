@@ -28,6 +28,7 @@ def calibrate(
     prompts: Iterable[dict[str, Tensor]],
     *,
     importance: Literal["full", "window", "both"] = "both",
+    pool: int = 7,
     sink: int = 4,
     recent: int = 32,
     chunk: int = 4096,
@@ -40,6 +41,7 @@ def calibrate(
         model: a transformers causal LM.
         prompts: `input_ids` `[1, T]`, and where they hold images `pixel_values`.
         importance: as the pass will use it.
+        pool: likewise.
         sink: likewise.
         recent: likewise.
         chunk: tokens to run at once.
@@ -47,11 +49,13 @@ def calibrate(
         each: called with the length of each prompt that was run.
 
     Raises:
-        EffpassError: no prompts, one that is too short, or one longer than the model's positions.
+        EffpassError: an even `pool`, no prompts, one that is too short, or one longer than the model's positions.
         ModelError: the engine can't run the model, or every layer has a sliding window.
     """
+    if pool < 1 or pool % 2 == 0:
+        raise EffpassError(f"pool: got {pool}, expected an odd number")
     check_decodable(model)
-    settings = Settings(PrefixKV(None, importance), Budget(ratio=0.5), sink=sink, recent=recent)
+    settings = Settings(PrefixKV(None, importance, pool), Budget(ratio=0.5), sink=sink, recent=recent)
     found: list[Tensor] = []
     lengths: list[int] = []
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -65,7 +69,7 @@ def calibrate(
             each(ids.shape[1])
     if not found:
         raise EffpassError("there is no prompt to calibrate with", hint="give text, or fewer tokens a sample")
-    options = {"importance": importance, "sink": sink, "recent": recent}
+    options = {"importance": importance, "pool": pool, "sink": sink, "recent": recent}
     told = {**(provenance or {}), "samples": len(found), "tokens": sum(lengths)}
     return Profile.make(model, torch.stack(found).mean(0), options, told)
 

@@ -27,7 +27,7 @@ class Policy:
 
     name: str = "prefix_kv"
     importance: Literal["full", "window", "both", "none"] = "both"
-    window: int = 256
+    window: int = 64
     slides: bool = False
 
     def shares(self, ratio: float, layers: int) -> Sequence[float] | None:

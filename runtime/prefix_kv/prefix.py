@@ -19,12 +19,13 @@ class PrefixKV(Policy):
     Args:
         profile: shares of the layers, learned on other prompts. It lets every layer give up its tokens as soon as it
             has attended.
-        importance: whose attention counts: that of all tokens, as in the paper, of the last 256, or both alike.
-        pool: neighbours over which it is averaged, an odd number, so that what stands side by side is kept together.
+        importance: whose attention counts: that of all tokens, as in the paper, of the last 64, or both alike.
+        pool: neighbours over which it is averaged, an odd number, so that what stands side by side is kept together;
+            1 leaves it as it is, as in the paper.
     """
 
     def __init__(
-        self, profile: Profile | None = None, importance: Literal["full", "window", "both"] = "both", pool: int = 1
+        self, profile: Profile | None = None, importance: Literal["full", "window", "both"] = "both", pool: int = 7
     ) -> None:
         self.profile = profile
         self.importance = importance

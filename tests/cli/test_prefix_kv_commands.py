@@ -40,11 +40,19 @@ def test_a_profile_from_lines(run, tiny_model, tmp_path):
     lines = [{"text": TEXT[: 140 + 10 * i]} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     out = run("calibrate", "prefix-kv", tiny_model, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "profile",
-              "--samples", 2, "--importance", "full")  # fmt: skip
+              "--samples", 2, "--importance", "full", "--pool", 3)  # fmt: skip
     assert out.exit_code == 0, out.output
     artifact = Profile.load(tmp_path / "profile").artifact
     assert artifact.provenance["tokens"] == 140 + 150
-    assert artifact.options["importance"] == "full"
+    assert (artifact.options["importance"], artifact.options["pool"]) == ("full", 3)
+
+
+def test_neighbours_have_a_middle(run, tiny_model, tmp_path):
+    (tmp_path / "data.txt").write_text(TEXT)
+    out = run("calibrate", "prefix-kv", tiny_model, "--data", tmp_path / "data.txt", "-o", tmp_path / "p", "--pool", 4)
+    assert out.exit_code == 1
+    assert "pool: got 4, expected an odd number" in out.output
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize(

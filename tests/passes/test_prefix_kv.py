@@ -150,6 +150,8 @@ def test_the_profile_of_another_model(tmp_path: Path) -> None:
         assert not hasattr(other, "effpass_engine")
     with pytest.raises(ArtifactError, match="learned with importance 'both', and the recipe says 'full'"):
         prepared(budget=0.5, artifact=str(tmp_path / "profile"), importance="full")
+    with pytest.raises(ArtifactError, match="learned with pool 7, and the recipe says 1"):
+        prepared(budget=0.5, artifact=str(tmp_path / "profile"), pool=1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ __all__ = ["SnapKV"]
 
 
 class SnapKV(Policy):
-    """Attention from the last 64 tokens, averaged over 5 neighbours; equal layers.
+    """Attention from the last 64 tokens, averaged over 7 neighbours; equal layers.
 
     One set of tokens for all heads of a layer. The window itself stays, up to half of what a layer keeps.
     """
@@ -25,7 +25,7 @@ class SnapKV(Policy):
         return [1.0] * layers
 
     def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
-        return pooled(asked, 5)
+        return pooled(asked, 7)
 
     def recent(self, count: int, recent: int) -> int:
         return max(recent, min(self.window, count // 2))
