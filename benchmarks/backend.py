@@ -36,16 +36,16 @@ def _graphed(options: dict[str, Any], device: str) -> dict[str, Any]:
     return {**options, "inner_options": {"triton.cudagraphs": True}} if device == "cuda" else options
 
 
-def _decode_step(model: Any, device: str, compiled: Callable[..., Any]) -> Callable[[], Any]:
-    """One token at batch 1 over a static cache of 1024 positions."""
+def _decode_step(model: Any, device: str, compiled: Callable[..., Any], rows: int = 1) -> Callable[[], Any]:
+    """One token of each row over a static cache of 1024 positions."""
     from transformers import StaticCache
 
     config = model.config if not hasattr(model, "get_base_model") else model.get_base_model().config
     cache = StaticCache(config, max_cache_len=1024)
     # Made beforehand: a first call that makes the cache would be a graph of its own.
-    cache.early_initialization(1, config.num_key_value_heads, head_dim(config), _dtype(device), torch.device(device))
-    ids = torch.full((1, 1), 5, device=device)
-    positions = torch.full((1, 1), 512, device=device)
+    cache.early_initialization(rows, config.num_key_value_heads, head_dim(config), _dtype(device), torch.device(device))
+    ids = torch.full((rows, 1), 5, device=device)
+    positions = torch.full((rows, 1), 512, device=device)
 
     def step() -> Any:
         with torch.no_grad():

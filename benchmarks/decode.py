@@ -81,30 +81,29 @@ def batch1(device: str, smoke: bool) -> Iterator[Row]:
     """Greedy decoding at batch 1, three shapes, and the peer."""
     for shape in _shapes(device, smoke):
         model = effpass.prepare(random_model(shape, device, _dtype(device)), NO_PASSES)
-        ours, first, bound = _greedy(model, 1, smoke, device)
-        case = f"{shape}, {_dtype(device)}, batch 1, prompt {PROMPT}".replace("torch.", "")
-        note = f"{bound / ours:.0%} of the bound; first call {first:.1f} s"
-        step = _decode_step(model, device, _compile(model, device, backend="inductor"))
-        peer = measure(lambda step=step: step().argmax(-1), device, warmup=5, runs=3 if smoke else 15, inner=20)
-        yield row(
-            AREA, case, "greedy, a token", ours * 1e3, "ms", device=device, peer=peer.median * 1e3,
-            peer_name="inductor reduce-overhead, static cache of 1024", bound=bound * 1e3, runs=5, note=note,
-        )  # fmt: skip
-        del model, step
+        yield from _batch(shape, model, 1, smoke, device)
+        del model
         _free(device)
 
 
+def _batch(shape: str, model: Any, rows: int, smoke: bool, device: str) -> Iterator[Row]:
+    ours, first, bound = _greedy(model, rows, smoke, device)
+    step = _decode_step(model, device, _compile(model, device, backend="inductor"), rows)
+    peer = measure(lambda: step().argmax(-1), device, warmup=5, runs=3 if smoke else 15, inner=20)
+    yield row(
+        AREA, f"{shape}, {_dtype(device)}, batch {rows}, prompt {PROMPT}".replace("torch.", ""),
+        "greedy, a token" if rows == 1 else "greedy, a step", ours * 1e3, "ms", device=device, peer=peer.median * 1e3,
+        peer_name=f"inductor reduce-overhead, static cache of {SLOTS}", bound=bound * 1e3, runs=5,
+        note=f"{bound / ours:.0%} of the bound; first call {first:.1f} s",
+    )  # fmt: skip
+
+
 def batches(device: str, smoke: bool) -> Iterator[Row]:
-    """Greedy decoding of 8 and 32 sequences."""
+    """Greedy decoding of 8 and 32 sequences, and the peer."""
     for shape in _shapes(device, smoke):
         model = effpass.prepare(random_model(shape, device, _dtype(device)), NO_PASSES)
         for rows in (8, 32):
-            ours, first, bound = _greedy(model, rows, smoke, device)
-            case = f"{shape}, {_dtype(device)}, batch {rows}, prompt {PROMPT}".replace("torch.", "")
-            yield row(
-                AREA, case, "greedy, a step", ours * 1e3, "ms", device=device, bound=bound * 1e3, runs=5,
-                note=f"{bound / ours:.0%} of the bound; first call {first:.1f} s",
-            )  # fmt: skip
+            yield from _batch(shape, model, rows, smoke, device)
         del model
         _free(device)
 

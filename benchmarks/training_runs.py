@@ -1,10 +1,10 @@
 """One run of area `training`: a model, an optimiser, a rate and a seed, and the curve that it writes as it goes.
 
-Runs can share a GPU in two ways. *One after the other*, `lanes=1`: with compiled layers and 32k tokens a step the
-kernels take longer than their launches, so a step fills the GPU by itself. *Side by side*, `lanes=N` processes: where
-the host is what a step waits for (small models, many matrices), each fills the others' gaps; the kernels themselves
-take turns. Seeds stacked into one model would need grouped products under `vmap`, which torch has no rule for. The time
-of a step is taken before, with nothing beside it, so that loss over time means the same in both.
+Runs can share a machine in two ways. *One after the other*, `lanes=1`: with compiled layers and 32k tokens a step the
+kernels take longer than their launches, so a step fills the GPU by itself. *Side by side*, `lanes=N` processes, on the
+GPUs in turn: where the host is what a step waits for (small models, many matrices), each fills the others' gaps; the
+kernels of one GPU take turns. Seeds stacked into one model would need grouped products under `vmap`, which torch has no
+rule for. The time of a step is taken before, with nothing beside it, so that loss over time means the same in both.
 """
 
 from __future__ import annotations
@@ -114,10 +114,21 @@ def run_all(jobs: Sequence[Job], device: str, curves: Path, lanes: int) -> list[
         known |= {_key(job): result for job, result in zip(missing, found, strict=True)}
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(lanes, len(missing)), context) as pool:
+        count = min(lanes, len(missing))
+        numbers = context.SimpleQueue()
+        for number in range(count):
+            numbers.put(number)
+        with ProcessPoolExecutor(count, context, _take_device, (device, numbers)) as pool:
             waiting = [pool.submit(run, job, device, curves) for job in missing]
             known |= {_key(job): future.result() for job, future in zip(missing, waiting, strict=True)}
     return [known[_key(job)] for job in jobs]
+
+
+def _take_device(device: str, numbers: Any) -> None:
+    """A process of a lane begins on the next GPU."""
+    number = numbers.get()
+    if device == "cuda":
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def finished(curves: Path) -> list[Result]:
