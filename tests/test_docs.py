@@ -103,6 +103,11 @@ def test_readme(tiny):
     assert float(printed.rpartition("export error ")[2]) < 1e-5
 
 
+def test_fine_tuning_document(workplace):
+    pytest.importorskip("peft")
+    execute(ROOT / "docs" / "fine-tuning.md", workplace)
+
+
 def test_recipes_document(workplace):
     from effpass import Recipe
 

@@ -26,7 +26,12 @@ __all__ = ["BUILTIN", "group"]
 # effpass's own commands. They are read from here and not from installed metadata, so that a checkout that was never
 # installed, or was installed before a command was added, has them. pyproject.toml repeats this table for other tools.
 BUILTIN = {
-    "effpass.train": {"lm": "effpass.cli.train_lm:lm"},
+    "effpass.train": {
+        "afa-lora": "effpass.cli.train_sft:afa_lora",
+        "grpo": "effpass.cli.train_grpo:grpo",
+        "lm": "effpass.cli.train_lm:lm",
+        "sft": "effpass.cli.train_sft:sft",
+    },
     "effpass.calibrate": {
         "moe": "effpass.cli.calibrate_moe:moe",
         "prefix-kv": "effpass.cli.calibrate_prefix_kv:prefix_kv",

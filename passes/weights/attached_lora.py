@@ -33,6 +33,7 @@ aten = torch.ops.aten
 # LoraVariants of PEFT whose merged weight is plain LoRA's.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 _DORA_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
+_ANNEALED = "AfaVariant"  # effpass.trainers.afa_lora: a product of two matrices only once it is finished
 KEPT = "quantised ({}); the adapter stays beside it"
 
 
@@ -120,6 +121,11 @@ def _why_not(layer: Any) -> tuple[str, str] | None:
         return "PEFT has merged other adapters into it than are active", "call model.unmerge_adapter() first"
     variants = {a: type(v).__name__ for a in active if (v := layer.lora_variant.get(a)) is not None}
     for variant in variants.values():
+        if variant == _ANNEALED:
+            return (
+                "its activation is still annealed (AFA-LoRA), so that it is no product of two matrices",
+                "train it to β = 0 and call AfaLora.finish()",
+            )
         if variant not in (*_PLAIN_VARIANTS, *_DORA_VARIANTS):
             return f"the variant {variant} is not merged here", by_peft
         if variant in _DORA_VARIANTS and len(active) > 1:

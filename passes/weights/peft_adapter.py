@@ -204,6 +204,12 @@ def _refuse_other_methods(folder: Path, config: dict[str, Any]) -> None:
     way_out = "attach it with PEFT and leave it unmerged"
     if config.get("peft_type") != "LORA":
         raise ArtifactError(f"{where}: peft_type is {config.get('peft_type')!r}, only 'LORA' is merged", hint=way_out)
+    if isinstance(unfinished := config.get("effpass_afa"), dict):
+        raise ArtifactError(
+            f"{where}: it was saved while its activation was annealed (AFA-LoRA, β = {unfinished.get('beta')!r}),"
+            " and is no product of two matrices yet",
+            hint="train it to β = 0; AfaLora.save writes the finished adapter",
+        )
     for key, called in _OTHER_FUNCTIONS.items():
         if config.get(key):
             raise ArtifactError(f"{where}: it uses {called} ({key}: {config[key]!r})", hint=way_out)

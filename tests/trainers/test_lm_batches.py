@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from effpass.core.errors import EffpassError
-from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, make_loader, source_names
+from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, source_names
 from effpass.trainers.lm.config import Config, OptimizerConfig, Schedule, Source, Stage
 from effpass.trainers.lm.corpus import Corpus, find_files, read_corpus, write_corpus
 from effpass.trainers.lm.tokenizer import END
+from effpass.trainers.loop import make_loader
 
 TEXT = bytes(range(256)) * 300  # what token i is says where it came from, modulo 256
 

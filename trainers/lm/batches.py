@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from effpass.core.errors import EffpassError
 from effpass.trainers.lm.config import Config, Source, Stage
@@ -26,7 +25,7 @@ from effpass.trainers.lm.pictures_input import PictureInput
 from effpass.trainers.lm.tasks import make_example, shortest
 from effpass.trainers.lm.tokenizer import END, PAD, byte_ids
 
-__all__ = ["MicroBatches", "evaluation_batches", "make_loader", "most_pictures", "source_names"]
+__all__ = ["MicroBatches", "evaluation_batches", "most_pictures", "source_names"]
 
 # Questions about one context in training.
 _QUESTIONS = 32
@@ -138,19 +137,6 @@ def most_pictures(config: Config, index: int, world: int, pictures: PictureInput
     return int(rows) * _pictures_of(stage.sequence_length, pictures)
 
 
-def make_loader(batches: MicroBatches, first: int, workers: int, pin: bool) -> DataLoader[Any]:
-    """A loader of the micro-batches from number `first` on; `workers` processes change nothing in what it gives."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=_From(first, len(batches)),
-        num_workers=workers,
-        pin_memory=pin,
-        # `fork` shares the corpora and starts at once; nothing in a worker touches a GPU.
-        multiprocessing_context="fork" if workers else None,
-    )
-
-
 def evaluation_batches(
     config: Config, corpora: dict[int, Corpus], stage: Stage, pictures: PictureInput | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -172,19 +158,6 @@ def evaluation_batches(
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             yield _stack(part, np.full(len(part), number))
-
-
-class _From(Sampler[int]):
-    """The numbers from `first` on. The length is that of all, since the Trainer takes it for that of an epoch."""
-
-    def __init__(self, first: int, total: int) -> None:
-        self.first, self.total = first, total
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.total))
-
-    def __len__(self) -> int:
-        return self.total
 
 
 def _check(stage: Stage, corpora: dict[int, Corpus], world: int) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,19 +10,16 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from effpass.core.errors import EffpassError
-from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, make_loader, source_names
+from effpass.trainers.lm.batches import MicroBatches, evaluation_batches, source_names
 from effpass.trainers.lm.config import Config
-from effpass.trainers.lm.optimizers import make_optimizer, rate
 from effpass.trainers.lm.pictures_input import model_inputs
+from effpass.trainers.loop import Loop
+from effpass.trainers.run_folder import Recorder
 
 __all__ = ["Pretrainer", "training_arguments"]
-
-_MOST_WORKERS = 14
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
@@ -56,7 +48,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     )
 
 
-class Pretrainer(Trainer):
+class Pretrainer(Loop):
     """The loop.
 
     Args:
@@ -79,23 +71,12 @@ class Pretrainer(Trainer):
         metrics: Path,
         say: Callable[[str], None],
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over sequences: micro-batches count alike
+        recorder = Recorder(metrics, config.steps, say, ("loss", "eval_"), writes=args.should_save)
+        super().__init__(model, args, batches, first_step, config.optimizer, config.schedule, recorder)
         self.run_config = config
         self.batches = batches
-        self.first_step = first_step
-        self.metrics = metrics
-        self.say = say
         self.names = source_names(config)
-        # A mixture of experts is told to return its router's loss here, and not by the config that is saved.
-        self._balance: float = getattr(model.config, "router_aux_loss_coef", 0.0)
-        has_router = "output_router_logits" in inspect.signature(model.forward).parameters
-        self._asks_router = {"output_router_logits": True} if has_router else {}
-        self._started = time.perf_counter()
         self._losses = torch.zeros(2, len(self.names), device=args.device)  # sums and counts, since the last line
-
-    # -- what the Trainer asks for --------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -104,31 +85,6 @@ class Pretrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        is_cuda = self.args.device.type == "cuda"
-        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        workers = min(_MOST_WORKERS, cores - 2) if is_cuda else 0
-        return make_loader(self.batches, self.first_step * self.run_config.accumulate, max(0, workers), is_cuda)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            assert model is not None
-            is_copied = self.args.world_size > 1 and not self.run_config.fsdp
-            replicas = torch.distributed.group.WORLD if is_copied else None
-            self.optimizer = make_optimizer(self.run_config.optimizer, model, replicas)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        if self.lr_scheduler is None:
-            if self.run_config.fsdp:  # made before the model was sharded, it knows the parameters that were
-                assert self.model is not None
-                self.optimizer.optimizer = make_optimizer(self.run_config.optimizer, self.model)  # type: ignore[union-attr]
-            factor = rate(self.run_config.schedule, num_training_steps)
-            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), factor)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's, but of every kind of model: some are saved under other names than they have in memory."""
@@ -146,17 +102,10 @@ class Pretrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The mean over sequences of each sequence's weighted loss, plus the router's where the model has one."""
-        outputs = model(**model_inputs(inputs), use_cache=False, **self._asks_router)
+        outputs = model(**model_inputs(inputs), use_cache=False, **self.asks_router)
         losses = _sequence_losses(outputs.logits, inputs)
         self._losses.index_add_(1, inputs["source"], torch.stack([losses.detach(), torch.ones_like(losses)]))
-        loss = losses.mean()
-        balance = getattr(outputs, "aux_loss", None)
-        if balance is not None:
-            loss = loss + self._balance * balance
-        return loss
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # the Trainer's estimate would count attention as nothing
+        return self.with_balance(losses.mean(), outputs)
 
     # -- metrics --------------------------------------------------------------------------------------------------
 
@@ -164,8 +113,6 @@ class Pretrainer(Trainer):
         if "loss" in logs:
             self._log_losses(logs)
         super().log(logs, start_time)
-        if "loss" in logs or any(key.startswith("eval_") for key in logs):
-            self._write({key: value for key, value in logs.items() if key != "epoch"})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss of each source, nats for a graded token; of tasks and pictures the share of right answers."""
@@ -198,22 +145,6 @@ class Pretrainer(Trainer):
         sums, counts = self._losses.tolist()
         self._losses.zero_()
         logs |= {f"loss_{name}": s / n for name, s, n in zip(self.names, sums, counts, strict=True) if n}
-        if not math.isfinite(logs["loss"]):
-            raise EffpassError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}",
-                hint="lower optimizer.lr or lengthen schedule.warmup; the last checkpoint stays",
-            )
-
-    def _write(self, line: dict[str, float]) -> None:
-        if not self.args.should_save:
-            return
-        seconds = time.perf_counter() - self._started
-        line = {"step": self.state.global_step, **line, "seconds": round(seconds, 3)}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {"loss", *(key for key in line if key.startswith(("loss_", "eval_")))}
-        values = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key in shown)
-        self.say(f"step {line['step']}/{self.run_config.steps}  {seconds:.0f} s  {values}")
 
 
 def _sequence_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

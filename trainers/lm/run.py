@@ -26,15 +26,15 @@ from effpass.trainers.lm.batches import MicroBatches, source_names
 from effpass.trainers.lm.config import Config, load_config
 from effpass.trainers.lm.corpus import Corpus, TextFile, find_files, read_corpus, write_corpus
 from effpass.trainers.lm.loop import Pretrainer, training_arguments
-from effpass.trainers.lm.memory import check_memory, estimate
+from effpass.trainers.lm.memory import estimate
 from effpass.trainers.lm.model import compile_layers, make_model, model_config, set_experts
 from effpass.trainers.lm.pictures_input import check_pictures, make_processor, picture_input
 from effpass.trainers.lm.plots import plot_losses
 from effpass.trainers.lm.tokenizer import load_tokenizer
+from effpass.trainers.memory import check_memory
+from effpass.trainers.run_folder import METRICS, RUN, check_places, cut_metrics, last_checkpoint, read_metrics
 
 __all__ = ["train"]
-
-_METRICS, _RUN = "metrics.jsonl", "run.json"
 
 
 def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str], None] = print) -> Path:
@@ -55,7 +55,7 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     """
     work = folder.with_name(f"{folder.name}.training")
     config = load_config(path)
-    _check_places(folder, work, resume)
+    check_places(folder, work, resume)
     if importlib.util.find_spec("matplotlib") is None:
         raise EffpassError("loss plots need matplotlib, which is not installed", hint="pip install 'effpass[train]'")
     tokenizer = load_tokenizer(config.tokenizer)
@@ -81,20 +81,20 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     say = say if args.should_save else lambda line: None
     found = estimate(config, architecture, args.device, args.world_size, pictures)
     say(str(found))
-    check_memory(found)
+    check_memory(found, f"raise 'accumulate', or lower 'batch' or 'sequence_length' of {found.where}")
     with args.main_process_first(local=False, desc="tokenizing"):
         if args.process_index == 0 and not resume:
             _prepare(work, run, config, files, tokenizer)
     corpora = {i: read_corpus(work / "data" / str(i)) for i in files}
     batches = MicroBatches(config, corpora, args.process_index, args.world_size, pictures)
-    checkpoint, first_step = _last_checkpoint(work) if resume else (None, 0)
+    checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     if args.process_index == 0:
-        _cut_metrics(work / _METRICS, first_step)
+        cut_metrics(work / METRICS, first_step)
     model = make_model(architecture, config.model.get("from"), config.seed)
     set_experts(model)
     if config.compile:
         compile_layers(model)
-    trainer = Pretrainer(config, model, args, batches, first_step, work / _METRICS, say)
+    trainer = Pretrainer(config, model, args, batches, first_step, work / METRICS, say)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
@@ -116,18 +116,9 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
 # -- before -------------------------------------------------------------------------------------------------------
 
 
-def _check_places(folder: Path, work: Path, resume: bool) -> None:
-    if folder.exists():
-        raise EffpassError(f"{folder} exists", hint="give another folder, or remove it")
-    if resume and not (work / _RUN).exists():
-        raise EffpassError(f"{work} holds no run to go on with", hint="leave out --resume")
-    if not resume and work.exists():
-        raise EffpassError(f"{work} holds a run that did not end", hint="go on with --resume, or remove it")
-
-
 def _check_same(run: dict[str, Any], work: Path) -> None:
     """Raise when config or data are not those that the run began with."""
-    before = json.loads((work / _RUN).read_text())
+    before = json.loads((work / RUN).read_text())
     changed = [key for key in run["config"] if before["config"].get(key) != run["config"][key]]
     if changed:
         raise EffpassError(
@@ -150,42 +141,10 @@ def _prepare(work: Path, run: dict[str, Any], config: Config, files: dict[int, l
             write_corpus(work / "data" / str(i), found, words, config.held_out, config.seed, f"data[{i}]")
         MicroBatches(config, {i: read_corpus(work / "data" / str(i)) for i in files})
         (work / "checkpoints").mkdir(parents=True)
-        (work / _RUN).write_text(json.dumps(run, indent=2))
+        (work / RUN).write_text(json.dumps(run, indent=2))
     except EffpassError:
         shutil.rmtree(work, ignore_errors=True)  # nothing was trained
         raise
-
-
-def _last_checkpoint(work: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that was written to its end, and its step; the Trainer writes its state last."""
-    whole = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in (work / "checkpoints").glob("checkpoint-*/trainer_state.json")
-        if _is_json(path)
-    }
-    return (whole[max(whole)], max(whole)) if whole else (None, 0)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except ValueError:
-        return False
-    return True
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Forget what was measured after the checkpoint: it will be measured again."""
-    if path.exists():
-        kept = [json.dumps(line) for line in _read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    lines = path.read_text().splitlines()
-    if lines and not lines[-1].endswith("}"):
-        lines.pop()  # the process was killed while it wrote it
-    return [json.loads(line) for line in lines]
 
 
 # -- after --------------------------------------------------------------------------------------------------------
@@ -241,8 +200,8 @@ def _publish(
         model.save_pretrained(temporary)  # type: ignore[operator]
         processor.save_pretrained(temporary)
         shutil.copyfile(path, temporary / "training.yaml")
-        shutil.copyfile(work / _METRICS, temporary / _METRICS)
-        lines = _read_metrics(work / _METRICS)
+        shutil.copyfile(work / METRICS, temporary / METRICS)
+        lines = read_metrics(work / METRICS)
         plot_losses(lines, temporary / "loss.png")
         weights = sorted(temporary.glob("*.safetensors"))
         record["weights_sha256"] = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in weights}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effpass.core.errors import ModelError, did_you_mean
 from effpass.trainers.mona.layout import Layout
 
-__all__ = ["Choice", "Override", "choose", "choose_named"]
+__all__ = ["Choice", "Override", "choose", "choose_named", "output_heads", "routers"]
 
 ADAMW, MONA = "adamw", "mona"
 # What an override may say: an algorithm, or a layout for MONA.
@@ -52,14 +52,13 @@ def choose(model: nn.Module, overrides: Mapping[str, Override] | None = None) ->
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
-    heads = _output_heads(model)
-    routers = _routers(model)
+    heads, choosing = output_heads(model), routers(model)
     found = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         path, module = owners[name]
-        algorithm, layout, reason = _by_module(parameter, path, module, name, heads, routers, model)
+        algorithm, layout, reason = _by_module(parameter, path, module, name, heads, choosing, model)
         found.append(Choice(name, parameter, algorithm, layout, reason))
     return _overridden(found, overrides or {})
 
@@ -97,7 +96,7 @@ def _by_module(
     module: nn.Module,
     name: str,
     heads: set[int],
-    routers: set[str],
+    choosing: set[str],
     model: nn.Module,
 ) -> tuple[str, Layout, str]:
     kind = type(module).__name__
@@ -105,7 +104,7 @@ def _by_module(
         return ADAMW, Layout(), "embedding"
     if id(parameter) in heads:
         return ADAMW, Layout(), "output head"
-    if path in routers and parameter.ndim == 2:
+    if path in choosing and parameter.ndim == 2:
         return ADAMW, Layout(), "router"
     algorithm, layout, reason = _by_shape(parameter)
     if algorithm == ADAMW:
@@ -143,7 +142,7 @@ def _fused(parameter: Tensor, leaf: str, kind: str, config: object) -> Layout | 
     return Layout(split=sizes, dim=dim) if sum(sizes) == width else None
 
 
-def _output_heads(model: nn.Module) -> set[int]:
+def output_heads(model: nn.Module) -> set[int]:
     """Ids of weights that give logits: what the model says, or linears of an embedding's shape outside its layers."""
     named = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {id(module.weight) for path, module in named.items() if path.rpartition(".")[2] in _HEADS}
@@ -156,7 +155,7 @@ def _output_heads(model: nn.Module) -> set[int]:
     return found | {id(module.weight) for module in outside if tuple(module.weight.shape) in sizes}
 
 
-def _routers(model: nn.Module) -> set[str]:
+def routers(model: nn.Module) -> set[str]:
     """Paths of modules that choose experts: classes named so, and a `gate` or `router` beside `experts`."""
     found = set()
     for path, module in model.named_modules():

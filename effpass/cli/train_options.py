@@ -1,0 +1,130 @@
+"""Options that the fine-tuning commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effpass.cli.console import stderr
+from effpass.core.errors import EffpassError, did_you_mean
+
+__all__ = [
+    "Accumulate",
+    "ActivationName",
+    "Alpha",
+    "AnnealEnd",
+    "AnnealKind",
+    "Clip",
+    "Compile",
+    "Data",
+    "Dropout",
+    "Dtype",
+    "LogEvery",
+    "Lr",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Output",
+    "Rank",
+    "Resume",
+    "SaveEvery",
+    "Schedule",
+    "Seed",
+    "Targets",
+    "Warmup",
+    "WeightDecay",
+    "choice",
+    "say",
+    "what_learns",
+]  # fmt: skip
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, hub id, GGUF file or `smollm2`.", show_default=False)
+]
+Data = Annotated[Path, typer.Option("--data", metavar="FILE", help="JSON lines.", show_default=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the result goes.", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in FOLDER.training.")]
+Method = Annotated[str, typer.Option("--method", help="What learns: full (all weights), lora or afa-lora.")]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="mona, muon or adamw.")]
+Lr = Annotated[
+    float | None,
+    typer.Option("--lr", help="Largest learning rate.", show_default="2e-5 for full, 2e-4 for adapters"),  # type: ignore[arg-type]
+]
+Schedule = Annotated[str, typer.Option("--lr-schedule", help="cosine, wsd or constant.")]
+Warmup = Annotated[int, typer.Option("--warmup", help="Steps of linear growth of the rate.")]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Decoupled; none on vectors.")]
+Clip = Annotated[float, typer.Option("--clip", help="Largest norm of the gradient; 0 for no clipping.")]
+Accumulate = Annotated[int, typer.Option("--accumulate", help="Micro-batches of a step: more of them, less memory.")]
+Rank = Annotated[int, typer.Option("--rank", help="Of the adapter.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", help="The adapter's scale is alpha / rank.", show_default="2 rank"),  # type: ignore[arg-type]
+]
+Dropout = Annotated[float, typer.Option("--dropout", help="On the adapter's input.")]
+Targets = Annotated[
+    str, typer.Option("--targets", help="Ends of the names of layers to adapt, with commas; or all-linear.")
+]
+ActivationName = Annotated[str, typer.Option("--activation", help="Of an AFA adapter: relu, silu or gelu.")]
+AnnealEnd = Annotated[float, typer.Option("--anneal-end", help="Share of the steps after which it is gone, to 0.9.")]
+AnnealKind = Annotated[str, typer.Option("--anneal", help="How it goes: cosine or linear.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32 or bfloat16.", show_default="bfloat16 on a GPU"),  # type: ignore[arg-type]
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile each layer with Inductor.")]
+Seed = Annotated[int, typer.Option("--seed")]
+LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between two lines of metrics.")]
+SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints; 0 for none.")]
+
+
+def say() -> Callable[[str], None]:
+    """Progress, a line at a time, on stderr."""
+    console = stderr()
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
+
+
+def choice(value: str, known: tuple[str, ...], option: str) -> Any:
+    """`value`, when it is one of those known."""
+    if value not in known:
+        raise EffpassError(f"{option}: got {value!r}{did_you_mean(value, known)}")
+    return value
+
+
+def what_learns(
+    *, method: str, optimizer: str, lr: float | None, schedule: str, warmup: int, weight_decay: float, clip: float,
+    rank: int, alpha: float | None, dropout: float, targets: str, activation: str, anneal_end: float, anneal: str,
+    dtype: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The settings that all of the commands have, from their options."""
+    import torch
+
+    from effpass.trainers.afa_lora import LoraSettings
+    from effpass.trainers.finetune.settings import RATES, Anneal
+    from effpass.trainers.lm.config import OptimizerConfig
+    from effpass.trainers.lm.config import Schedule as Rates
+
+    method = choice(method, ("full", "lora", "afa-lora"), "--method")
+    if dtype is None:
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    names = tuple(part.strip() for part in targets.split(",") if part.strip())
+    try:
+        return {
+            "method": method,
+            "optimizer": OptimizerConfig(
+                lr=RATES[method] if lr is None else lr,
+                name=choice(optimizer, ("mona", "muon", "adamw"), "--optimizer"),
+                weight_decay=weight_decay,
+                clip=clip,
+            ),
+            "schedule": Rates(warmup, choice(schedule, ("cosine", "wsd", "constant"), "--lr-schedule")),
+            "lora": LoraSettings(rank, alpha, dropout, names[0] if len(names) == 1 else names),
+            "anneal": Anneal(activation, end=anneal_end, kind=choice(anneal, ("cosine", "linear"), "--anneal")),
+            "dtype": choice(dtype, ("float32", "bfloat16"), "--dtype"),
+        }
+    except ValueError as error:  # the words of a settings class
+        raise EffpassError(str(error)) from error

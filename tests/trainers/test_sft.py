@@ -1,0 +1,323 @@
+"""Supervised fine-tuning: what is graded, packing, runs that end and resume, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import make
+from tiny_tuning import checkpoint, metrics, quiet, sums, weights, write
+from torch.nn.functional import cross_entropy
+
+import effpass
+from effpass.core.errors import EffpassError, ModelError
+from effpass.trainers.afa_lora import LoraSettings
+from effpass.trainers.finetune.loop import check_packing, held_out_loss
+from effpass.trainers.finetune.packing import PackedBatches, make_rows
+from effpass.trainers.finetune.run import tune
+from effpass.trainers.finetune.samples import Sample, read_samples
+from effpass.trainers.finetune.settings import Anneal, Settings
+from effpass.trainers.lm.config import OptimizerConfig, Schedule
+from effpass.trainers.lm.tokenizer import byte_tokenizer
+from effpass.trainers.loop import Loop
+
+ADAMW = OptimizerConfig(lr=1e-2, name="adamw", weight_decay=0.0)
+SETTINGS = Settings(
+    ADAMW, method="afa-lora", steps=8, batch=4, accumulate=2, sequence_length=32, lora=LoraSettings(4, dropout=0.1),
+    anneal=Anneal(end=0.8), log_every=2, save_every=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def finished(llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    return run(llama, folder)
+
+
+def run(model: Path, folder: Path, settings: Settings = SETTINGS, *, resume: bool = False, say=quiet, **files) -> Path:
+    data = files.get("data") or sums(folder / "data.jsonl")
+    held_out = sums(folder / "validation.jsonl", 6, 40)
+    return tune(str(model), data, folder / "out", settings, validation=held_out, resume=resume, say=say)
+
+
+def graded_text(sample: Sample) -> str:
+    return byte_tokenizer().decode(sample.tokens[sample.graded])
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_completions_and_the_assistants_turns_are_graded_and_texts_whole(llama, tmp_path):
+    tokenizer = effpass.load_model(llama).tokenizer
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b!"},
+        {"role": "user", "content": "c?"},
+        {"role": "assistant", "content": "d!"},
+    ]
+    path = write(
+        tmp_path / "d.jsonl",
+        {"prompt": "1+1=", "completion": "2", "further": 1},
+        "",
+        {"messages": turns},
+        {"text": "abc"},
+    )
+    prompted, chat, text = read_samples(path, tokenizer)
+    assert tokenizer.decode(prompted.tokens) == "1+1=2<end>"
+    assert graded_text(prompted) == "2<end>"
+    assert tokenizer.decode(chat.tokens) == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert graded_text(chat) == "b!<end>d!<end>"
+    assert graded_text(text) == "bc<end>"  # nothing stands before the a
+    assert [sample.line for sample in (prompted, chat, text)] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a"}, r"d\.jsonl:2: field 'completion' is missing; it has 'prompt'"),
+        ({"prompt": "a", "completion": 3}, r"d\.jsonl:2: field 'completion' is 3, expected a string"),
+        ({"prompt": "a", "completion": ""}, r"d\.jsonl:2: field 'completion' is empty"),
+        ({"question": "a", "answer": "b"}, r"d\.jsonl:2: the fields 'question', 'answer'; expected one of 'messages'"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, r"d\.jsonl:2: both 'prompt' and 'text'"),
+        ({"messages": [{"role": "user"}]}, r"d\.jsonl:2: messages\[0\]: field 'content' is missing"),
+        ({"messages": [{"role": "user", "content": "a"}]}, r"d\.jsonl:2: messages: none is the assistant's"),
+        ({"messages": []}, r"d\.jsonl:2: messages: got \[\], expected a list of messages"),
+        ("{bad", r"d\.jsonl:2: not JSON"),
+        ("[1]", r"d\.jsonl:2: got list, expected an object"),
+    ],
+)
+def test_a_faulty_line_is_named_with_its_field(tmp_path, row, says):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(EffpassError, match=says):
+        read_samples(write(tmp_path / "d.jsonl", {"text": "ok"}, row), tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(EffpassError, match=r"messages\[1\]: the chat template renders earlier turns in another way"):
+        read_samples(write(tmp_path / "d.jsonl", {"messages": talk}), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        read_samples(write(tmp_path / "d.jsonl", {"messages": talk}), tokenizer)
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+def some_samples(count: int = 23, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for line in range(count):
+        size = int(rng.integers(2, 20))
+        graded = np.arange(size) >= rng.integers(1, size)
+        found.append(Sample(rng.integers(3, 96, size).astype(np.int32), graded, line + 1))
+    return found
+
+
+def test_every_sample_is_read_once_an_epoch_and_every_graded_token_weighs_the_same():
+    samples = some_samples()
+    batches = PackedBatches(samples, length=32, batch=4, accumulate=2, epochs=2, seed=3)
+    seen = sorted(n for row in batches.rows for n in row)
+    assert seen == sorted([*range(23)] * 2)
+    assert len(batches) == 2 * batches.steps
+    for step in range(batches.steps):
+        micro = [batches[2 * step + part] for part in range(2)]
+        weights = torch.stack([m["weights"] for m in micro])
+        graded = weights[weights > 0]
+        assert len(set(graded.tolist())) == 1
+        assert float(weights.sum() / 2) == pytest.approx(1)  # the Trainer divides by two micro-batches
+    one = PackedBatches(samples, length=32, batch=4, accumulate=1, epochs=2, seed=3)
+    assert torch.equal(one[0]["input_ids"], torch.cat([batches[0]["input_ids"], batches[1]["input_ids"]]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3", "deepseek_v3", "gpt2"])
+def test_packed_samples_get_the_losses_that_they_have_alone(family):
+    model, samples = make(family), some_samples(7)
+    check_packing(model, torch.float32)
+    packed = PackedBatches(samples, length=48, batch=2, epochs=1)
+    alone = []
+    with torch.no_grad():
+        for sample in samples:
+            ids = torch.from_numpy(sample.tokens.astype(np.int64))[None]
+            losses = cross_entropy(model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="none")
+            alone.append(losses[torch.from_numpy(sample.graded[1:])])
+    found = held_out_loss(model, samples, packed)
+    every = torch.cat(alone).double()
+    assert max(len(row) for row in packed.rows) > 1
+    assert found.tokens == len(every)
+    assert found.loss == pytest.approx(float(every.mean()), abs=2e-6)
+    sums_, counts = torch.stack([a.double().sum() for a in alone]), torch.tensor([float(len(a)) for a in alone])
+    spread = ((sums_ - found.loss * counts) ** 2).sum() * 7 / 6
+    assert found.error == pytest.approx(float(spread.sqrt() / counts.sum()), rel=1e-4)
+
+
+def test_a_model_whose_samples_see_each_other_is_refused():
+    model = make("llama")
+    inner = model.model.layers[1].self_attn.o_proj
+    inner.register_forward_hook(lambda module, args, out: out + out.cumsum(1))  # a state along the row
+    with pytest.raises(ModelError, match="lets packed samples see each other"):
+        check_packing(model, torch.float32)
+
+
+def test_padding_and_prompts_have_no_gradient():
+    samples = some_samples(3)
+    rows = make_rows([[samples[0], samples[1]], [samples[2]]], 48, pad=0)
+    assert int(rows["graded"].sum()) == sum(int(s.graded.sum()) for s in samples)
+    assert rows["position_ids"][0, len(samples[0].tokens)] == 0
+    assert not rows["graded"][:, 0].any()
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_a_stock_adapter_and_its_record(finished, llama):
+    lines = metrics(finished)
+    first, last = (line for line in lines if "eval_loss_validation" in line)
+    assert last["eval_loss_validation"] < first["eval_loss_validation"] - 0.3
+    assert [first["anneal"], last["anneal"]] == [1, 0]
+    assert {path.name for path in finished.iterdir()} >= {"loss.png", "training.json", "adapter_model.safetensors"}
+    assert not finished.with_name("out.training").exists()
+    record = json.loads((finished / "training.json").read_text())
+    assert record["steps"] == 8
+    assert record["settings"]["anneal"] == {"activation": "relu", "start": 0.0, "end": 0.8, "kind": "cosine"}
+    model, tokenizer = effpass.load_model(llama).model, effpass.load_model(llama).tokenizer
+    folded = effpass.prepare(model, {"version": 1, "passes": [{"merge_lora": {"adapter": str(finished)}}]})
+    samples = read_samples(finished.parent / "validation.jsonl", tokenizer)
+    like = PackedBatches(samples, length=32, batch=4, epochs=1)
+    assert held_out_loss(folded, samples, like).loss == pytest.approx(last["eval_loss_validation"], abs=1e-5)
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "mona"])
+def test_an_interrupted_run_resumes_to_the_bit(llama, finished, tmp_path, monkeypatch, optimizer):
+    settings = replace(SETTINGS, optimizer=replace(ADAMW, name=optimizer))
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = finished if optimizer == "adamw" else run(llama, tmp_path / "whole", settings)
+    folder = tmp_path / "cut"
+    stop_after(monkeypatch, 6)
+    with pytest.raises(_KilledError):
+        run(llama, folder, settings)
+    monkeypatch.undo()
+    assert not (folder / "out").exists()
+    again = run(llama, folder, settings, resume=True)
+    assert metrics(again) == metrics(whole)
+    one, two = weights(again), weights(whole)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Kill the run in step `steps`, when the last checkpoint is older."""
+    original = Loop.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == steps:
+            raise _KilledError
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Loop, "training_step", step)
+
+
+def test_a_resume_with_another_schedule_or_other_data_is_refused(llama, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5)
+    with pytest.raises(_KilledError):
+        run(llama, tmp_path)
+    monkeypatch.undo()
+    before = sorted(path.name for path in (tmp_path / "out.training").rglob("*"))
+    other = replace(SETTINGS, anneal=Anneal(end=0.5, kind="linear"))
+    with pytest.raises(EffpassError, match=r"anneal\.end 0\.8 -> 0\.5; anneal\.kind cosine -> linear"):
+        run(llama, tmp_path, other, resume=True)
+    with pytest.raises(EffpassError, match="steps 8 -> 9"):
+        run(llama, tmp_path, replace(SETTINGS, steps=9), resume=True)
+    with pytest.raises(EffpassError, match="data "):
+        run(llama, tmp_path, resume=True, data=sums(tmp_path / "other.jsonl", 41))
+    with pytest.raises(EffpassError, match="holds a run that did not end"):
+        run(llama, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out.training").rglob("*")) == before
+
+
+def test_full_fine_tuning_of_a_mixture_of_experts_gives_a_stock_checkpoint(tmp_path):
+    model = checkpoint(tmp_path / "moe", "qwen3_moe")
+    settings = replace(SETTINGS, method="full", optimizer=OptimizerConfig(lr=3e-3), steps=4, save_every=0)
+    said: list[str] = []
+    out = run(model, tmp_path, settings, say=said.append)
+    losses = [line["eval_loss_validation"] for line in metrics(out) if "eval_loss_validation" in line]
+    assert losses[1] < losses[0] - 0.3
+    loaded = effpass.load_model(out)
+    assert type(loaded.model).__name__ == "Qwen3MoeForCausalLM"
+    assert loaded.tokenizer.chat_template
+    assert any("GB of weights, gradients and optimiser state" in line for line in said)
+    original, tuned = weights(model), weights(out)
+    assert original.keys() == tuned.keys()
+    assert all(not torch.equal(original[name], tuned[name]) for name in original if "experts" in name)
+
+
+def test_an_adapter_of_a_mixture_of_experts_says_what_it_leaves_alone(tmp_path):
+    model = checkpoint(tmp_path / "moe", "qwen3_moe")
+    said: list[str] = []
+    run(model, tmp_path, replace(SETTINGS, method="lora", steps=2, log_every=1, save_every=0), say=said.append)
+    assert [line for line in said if "0.05 M of stacked experts have no adapter" in line]
+
+
+def test_rates_fall_as_the_schedule_says(llama, tmp_path):
+    settings = replace(SETTINGS, method="lora", schedule=Schedule(2, "wsd"), log_every=1, save_every=0)
+    rates = [line["learning_rate"] for line in metrics(run(llama, tmp_path, settings)) if "learning_rate" in line]
+    assert rates[1] == max(rates) == ADAMW.lr
+    assert rates[0] == ADAMW.lr / 2
+    assert rates[-1] == pytest.approx(ADAMW.lr / 10)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_long_samples_and_quantised_models_are_refused_before_anything_is_made(llama, tmp_path):
+    with pytest.raises(EffpassError, match=r"data\.jsonl:35: 7 tokens, and a row has 5 \(40 lines are too long\)"):
+        run(llama, tmp_path, replace(SETTINGS, sequence_length=5))
+    with pytest.raises(EffpassError, match=r"sequence_length: got 1000, and .* has 256 positions"):
+        run(llama, tmp_path, replace(SETTINGS, sequence_length=1000))
+    quantised = checkpoint(tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(ModelError, match=r"are quantised \(gptq\): they can't be trained"):
+        run(quantised, tmp_path)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch": 0}, "batch: got 0, expected at least 1"),
+        ({"batch": 3, "accumulate": 2}, "a batch of 3 rows can't be cut into 2 micro-batches"),
+        ({"log_every": 3}, r"save_every: got 4, expected a multiple of log_every \(3\)"),
+        ({"steps": 1}, "1 steps, with β held for 1, leave none at β = 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(llama, tmp_path, changes, says):
+    with pytest.raises(EffpassError, match=says):
+        run(llama, tmp_path, replace(SETTINGS, **changes))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(llama, tmp_path):
+    settings = replace(SETTINGS, method="full", optimizer=replace(ADAMW, lr=1e20, clip=0.0), log_every=1, save_every=1)
+    with pytest.raises(EffpassError, match=r"the loss is (nan|inf) at step"):
+        run(llama, tmp_path, settings)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,111 @@
+"""Stock PEFT LoRA on the linear layers of a model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.passes.weights.attached_lora import tuner_layers
+from effpass.passes.weights.quantized import scheme_of
+from effpass.trainers.mona.groups import output_heads, routers
+
+__all__ = ["LoraSettings", "add_lora", "linear_layers"]
+
+ALL = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """
+    Attributes:
+        rank: r.
+        alpha: numerator of the scale alpha / r; None for 2 r.
+        dropout: on the adapter's input, while it learns.
+        targets: names of linear layers as PEFT takes them (full names or their ends), or `all-linear`: all but output
+            heads and routers. Stacked experts are no linear layers, and are left alone.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ALL
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise EffpassError(f"rank: got {self.rank}, expected at least 1")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise EffpassError(f"alpha: got {self.alpha}, expected a positive number")
+        if not 0 <= self.dropout < 1:
+            raise EffpassError(f"dropout: got {self.dropout}, expected a share from 0 to below 1")
+
+    @property
+    def scale_numerator(self) -> float:
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers between hidden states, by name: `nn.Linear` and GPT-2's Conv1D, less output heads and routers."""
+    heads, chosen = output_heads(model), routers(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and id(module.weight) not in heads
+        and name not in chosen
+    }
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
+    """Put LoRA beside linear layers of `model`, in place, and freeze everything else.
+
+    The adapter's weights are float32 and drawn from torch's generator: A at random, B zero, so that the model computes
+    what it did.
+
+    Args:
+        model: a transformers model, or any module with linear layers.
+
+    Returns:
+        A stock `PeftModel` around `model`.
+
+    Raises:
+        ModelError: quantised weights, adapters that are there already, or targets that fit no linear layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if tuner_layers(model):
+        raise ModelError(
+            "the model has adapters attached already",
+            hint="merge them first: effpass.prepare(model, {'version': 1, 'passes': ['merge_lora']})",
+        )
+    quantised = {name: scheme for name, module in model.named_modules() if (scheme := scheme_of(module)) is not None}
+    if quantised:
+        name, scheme = next(iter(quantised.items()))
+        raise ModelError(
+            f"{name} is quantised ({scheme}): what is learned beside a quantised weight can't be merged exactly",
+            hint="load the model unquantised",
+        )
+    layers = linear_layers(model)
+    wanted = (settings.targets,) if isinstance(settings.targets, str) else settings.targets
+    is_all = wanted == (ALL,)
+    for target in () if is_all else wanted:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise ModelError(
+                f"no linear layer of {type(model).__name__} is called {target!r}",
+                hint=f"ends of names such as {', '.join(sorted({n.rpartition('.')[2] for n in layers})[:8])}",
+            )
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no linear layer to put an adapter beside")
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.scale_numerator,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=list(layers) if is_all else list(wanted),
+        task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself for Conv1D
+        return get_peft_model(model, config)  # type: ignore[arg-type]

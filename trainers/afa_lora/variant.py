@@ -1,0 +1,104 @@
+"""What hangs on PEFT's LoRA layers while the activation is annealed.
+
+`LoraVariant` is private to PEFT ("prone to change"): this file alone depends on its methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional
+
+from effpass.core.errors import EffpassError
+
+__all__ = ["ACTIVATIONS", "AfaVariant", "Anneal", "annealed"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+}
+
+
+def annealed(z: Tensor, beta: Tensor | float, activation: str) -> Tensor:
+    """σ_β(z) = z + β (σ(z) − z), in z's dtype; z itself, to the bit, at β = 0."""
+    return z + beta * (ACTIVATIONS[activation](z) - z)
+
+
+class Anneal(nn.Module):
+    """β as all layers of a model read it: one float32 tensor without dimensions, written in place.
+
+    A tensor and not a number, so that compiled code does not depend on its value. A module, so that it follows the
+    model to its device; its dtype stays.
+
+    Attributes:
+        beta: the tensor.
+        value: the same as a number.
+    """
+
+    beta: Tensor
+
+    def __init__(self, value: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.tensor(value, dtype=torch.float32, device=device), persistent=False)
+        self.value = value
+
+    @torch.no_grad()
+    def set(self, value: float) -> None:
+        self.value = value
+        self.beta.fill_(value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Anneal:
+        moved = fn(self.beta)
+        if moved.device != self.beta.device:
+            self.beta = torch.tensor(self.value, dtype=torch.float32, device=moved.device)
+        return self
+
+
+class AfaVariant(LoraVariant):
+    """A LoRA layer whose `A x` goes through the annealed activation before B.
+
+    Args:
+        anneal: shared by all layers.
+        activation: key of :data:`ACTIVATIONS`.
+    """
+
+    def __init__(self, anneal: Anneal, activation: str) -> None:
+        self.anneal = anneal
+        self.activation = activation
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **_: Any) -> None:
+        """PEFT's hook for variants that its own config names; this one has nothing to prepare."""
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
+        z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        h = annealed(z, self.anneal.beta, self.activation)
+        return result + module.lora_B[active_adapter](h) * module.scaling[active_adapter]
+
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        self._check_linear()
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:  # type: ignore[override]
+        self._check_linear()
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    def _check_linear(self) -> None:
+        if self.anneal.value:
+            refuse_merge(self.anneal.value)
+
+
+def refuse_merge(beta: float) -> NoReturn:
+    raise EffpassError(
+        f"the adapter can't be merged: its activation is annealed to β = {beta:.3g} and not to 0, so that it is no"
+        " product of two matrices",
+        hint="train to the end of the anneal (AfaLora.step) and call finish()",
+    )

@@ -1,0 +1,294 @@
+"""Reinforcement learning against a verifiable reward, by TRL's GRPOTrainer (arXiv 2402.03300).
+
+A cycle: a group of completions is sampled for each of some prompts, and learned from in one or more optimiser steps.
+β of an AFA adapter stays the same within a cycle, and completions are sampled with the adapter as it is, activation and
+all: both sides of the policy ratio are of one function. A merged adapter, as a serving engine would run it, is another
+policy while β > 0.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.trainers.afa_lora.lora import LoraSettings
+from effpass.trainers.finetune.memory import estimate, host_line
+from effpass.trainers.finetune.reward import load_reward
+from effpass.trainers.finetune.run import begin, check_plots, check_same, learned_line, load, publish, read_model
+from effpass.trainers.finetune.samples import check_messages, file_hash, read_lines
+from effpass.trainers.finetune.settings import Anneal, Method
+from effpass.trainers.finetune.trained import AdapterTrainer, Trained
+from effpass.trainers.lm.config import OptimizerConfig, Schedule
+from effpass.trainers.lm.model import set_experts
+from effpass.trainers.lm.optimizers import make_optimizer, rate
+from effpass.trainers.loop import MetricsCallback
+from effpass.trainers.memory import Estimate, check_memory
+from effpass.trainers.run_folder import METRICS, Recorder, check_places, last_checkpoint
+
+__all__ = ["GrpoSettings", "reinforce"]
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """
+    Attributes:
+        method: what learns.
+        optimizer: which, and its rates.
+        schedule: of the learning rate.
+        steps: optimiser steps.
+        prompts: of a cycle.
+        group: completions of a prompt.
+        updates: optimiser steps of a cycle, each on its share of the completions.
+        accumulate: micro-batches of a step.
+        max_new_tokens: of a completion.
+        temperature: of sampling.
+        kl: weight of the divergence from the model before.
+        clip_ratio: ε of the policy ratio.
+        lora, anneal: of the adapter.
+        dtype: of computation.
+        seed: of adapter, order of prompts and sampling.
+        log_every, save_every: steps.
+    """
+
+    optimizer: OptimizerConfig
+    method: Method = "lora"
+    schedule: Schedule = field(default_factory=lambda: Schedule(warmup=0, kind="constant"))
+    steps: int = 100
+    prompts: int = 8
+    group: int = 8
+    updates: int = 1
+    accumulate: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    kl: float = 0.0
+    clip_ratio: float = 0.2
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    anneal: Anneal = field(default_factory=Anneal)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    log_every: int = 1
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "prompts": 1, "group": 2, "updates": 1, "accumulate": 1, "max_new_tokens": 1}
+        least |= {"log_every": 1, "save_every": 0, "seed": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise EffpassError(f"{name}: got {getattr(self, name)}, expected at least {low}")
+        for name, lowest in (("temperature", 1e-6), ("kl", 0.0), ("clip_ratio", 0.0)):
+            if not lowest <= getattr(self, name) < float("inf"):
+                raise EffpassError(f"{name}: got {getattr(self, name)}, expected a number from {lowest:g}")
+        if self.prompts * self.group % (self.updates * self.accumulate):
+            raise EffpassError(
+                f"{self.prompts * self.group} completions can't be shared by {self.updates} updates of"
+                f" {self.accumulate} micro-batches"
+            )
+        for name in ("steps", "save_every"):
+            if getattr(self, name) % self.updates:
+                raise EffpassError(
+                    f"{name}: got {getattr(self, name)}, expected whole cycles of {self.updates} updates"
+                )
+        if self.save_every % self.log_every:
+            raise EffpassError(
+                f"save_every: got {self.save_every}, expected a multiple of log_every ({self.log_every})"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Completions."""
+        return self.prompts * self.group // (self.updates * self.accumulate)
+
+
+def reinforce(
+    source: str,
+    data: Path,
+    reward: str,
+    folder: Path,
+    settings: GrpoSettings,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Fine-tune a model by the rewards of what it samples.
+
+    Args:
+        source: model, as `effpass.load_model` takes it.
+        data: JSON lines with `prompt`, a text or a list of messages, and further fields for the reward.
+        reward: ``module:function``: see :func:`~effpass.trainers.finetune.reward.load_reward`.
+        folder: where the result goes; must not exist.
+        settings: of the run.
+        resume: go on from the last checkpoint in ``FOLDER.training``.
+        say: gets lines for people.
+
+    Returns:
+        `folder`, as :func:`effpass.trainers.finetune.run.tune` writes it; the metrics have rewards.
+
+    Raises:
+        EffpassError: trl is not installed; a fault of the settings, the data or a reward.
+        ModelError: the model can't be read or trained.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise EffpassError("GRPO runs on trl, which is not installed", hint="pip install 'effpass[grpo]'")
+    work = folder.with_name(f"{folder.name}.training")
+    check_places(folder, work, resume)
+    check_plots()
+    function = load_reward(reward)
+    config, tokenizer = read_model(source)
+    rows = _read_prompts(data, tokenizer, settings.prompts)
+    free = ("log_every", "save_every")
+    kept = {key: value for key, value in asdict(settings).items() if key not in free}
+    run = {"command": "grpo", "model": source, "data": file_hash(data), "reward": reward, "settings": kept}
+    if resume:
+        check_same(run, work)
+    args = _arguments(settings, work / "checkpoints")
+    if args.world_size > 1:
+        raise EffpassError(f"GRPO runs in one process here, and torchrun started {args.world_size}")
+    found = _estimate(config, tokenizer, rows, settings, args.device)
+    say(
+        f"{len(rows)} prompts; {settings.steps} steps, {settings.prompts} x {settings.group} completions of up to"
+        f" {settings.max_new_tokens} tokens a cycle of {settings.updates}"
+    )
+    say(f"{found}; {host_line(found, args.device)}")
+    check_memory(found, "raise --accumulate, lower --prompts or --max-new-tokens, or tune an adapter: --method lora")
+    anneal = settings.anneal.schedule(settings.steps, settings.updates) if settings.method == "afa-lora" else None
+    trained = load(source, settings, anneal, args.device)
+    set_experts(trained.model)
+    say(learned_line(trained))
+    checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
+    begin(work, run, first_step, resume=resume)
+    recorder = Recorder(work / METRICS, settings.steps, say, ("loss", "reward", "anneal", "kl"))
+    trainer = _trainer(trained, settings, args, rows, function, tokenizer, recorder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trained.peft is not None and "ref" in trained.peft.peft_config:
+        trained.peft.delete_adapter("ref")  # TRL's copy of the adapter before, for the divergence
+    publish(folder, work, trained, tokenizer, settings.dtype, {**run, "prompts": len(rows), "device": str(args.device)})
+    return folder
+
+
+def _trainer(
+    trained: Trained, settings: GrpoSettings, args: Any, rows: list[dict[str, Any]], reward: Any, tokenizer: Any,
+    recorder: Recorder,
+) -> Any:  # fmt: skip
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    class Reinforcer(AdapterTrainer, GRPOTrainer):  # a class of TRL's, which is there only now
+        """GRPOTrainer with checkpoints of what is trained."""
+
+    optimizer = make_optimizer(settings.optimizer, trained.model)
+    rates = LambdaLR(optimizer, rate(settings.schedule, settings.steps))
+    trainer = Reinforcer(  # type: ignore[call-arg]
+        model=trained.model if trained.peft is None else trained.peft,
+        reward_funcs=[reward],
+        args=args,
+        train_dataset=Dataset.from_list([rows[n] for n in _order(len(rows), settings)]),
+        processing_class=tokenizer,
+        optimizers=(optimizer, rates),
+        callbacks=[*trained.callbacks(), MetricsCallback(recorder)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.trained = trained
+    return trainer
+
+
+def _order(count: int, settings: GrpoSettings) -> list[int]:
+    """The prompts of the whole run, shuffled anew in each pass: TRL's sampler would begin anew when a run resumes."""
+    wanted = settings.steps // settings.updates * settings.prompts
+    passes = (np.random.default_rng((settings.seed, epoch)).permutation(count) for epoch in range(-(-wanted // count)))
+    return np.concatenate([*passes])[:wanted].tolist()
+
+
+def _arguments(settings: GrpoSettings, folder: Path) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulate,
+        steps_per_generation=settings.updates * settings.accumulate,
+        num_generations=settings.group,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.kl,
+        epsilon=settings.clip_ratio,
+        max_grad_norm=settings.optimizer.clip,
+        bf16=settings.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        shuffle_dataset=False,  # see _order
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _read_prompts(path: Path, tokenizer: Any, at_least: int) -> list[dict[str, Any]]:
+    """The rows of a file, all with the fields of the first."""
+    rows: list[dict[str, Any]] = []
+    for line, row in read_lines(path):
+        where = f"{path}:{line}"
+        for name in rows[0] if rows else ("prompt",):
+            if name not in row:
+                raise EffpassError(f"{where}: field {name!r} is missing; it has {', '.join(map(repr, row)) or 'none'}")
+        if rows and (new := [name for name in row if name not in rows[0]]):
+            raise EffpassError(f"{where}: field {new[0]!r} is not in the lines before")
+        if isinstance(row["prompt"], str):
+            if not row["prompt"]:
+                raise EffpassError(f"{where}: field 'prompt' is empty")
+        else:
+            check_messages(row["prompt"], f"{where}: prompt")
+            if not tokenizer.chat_template:
+                raise ModelError(
+                    f"{where} has messages, and the model's tokenizer no chat template", hint="give prompts as texts"
+                )
+        if rows and type(row["prompt"]) is not type(rows[0]["prompt"]):
+            raise EffpassError(f"{where}: prompts are texts or messages, the same in all lines")
+        rows.append(row)
+    if len(rows) < at_least:
+        raise EffpassError(f"{path}: {len(rows)} prompts, and a cycle takes {at_least}", hint="lower --prompts")
+    return rows
+
+
+def _estimate(
+    config: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: GrpoSettings, device: torch.device
+) -> Estimate:
+    """The larger of what a step keeps for its backward pass and what sampling keeps as keys and values."""
+    texts = [
+        r["prompt"] if isinstance(r["prompt"], str) else tokenizer.apply_chat_template(r["prompt"], tokenize=False)
+        for r in rows
+    ]
+    length = max(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts) + settings.max_new_tokens
+    text_config = config.get_text_config(decoder=True)
+    most = getattr(text_config, "max_position_embeddings", length)
+    if length > most:
+        raise EffpassError(
+            f"the longest prompt and {settings.max_new_tokens} new tokens are {length}, and the model has"
+            f" {most} positions",
+            hint="lower --max-new-tokens, or shorten the prompts",
+        )
+    bfloat16 = settings.dtype == "bfloat16"
+    found = estimate(
+        config, settings.method, settings.lora, settings.optimizer.name, rows=settings.micro_batch, length=length,
+        bfloat16=bfloat16, device=device,
+    )  # fmt: skip
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    cache = 2 * text_config.num_hidden_layers * heads * size * (2 if bfloat16 else 4)
+    cache *= settings.prompts * settings.group * length
+    if found.activations is None or cache <= found.activations:
+        return found
+    return replace(found, activations=cache, where="keys and values of the completions")

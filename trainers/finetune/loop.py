@@ -1,0 +1,178 @@
+"""Supervised fine-tuning on packed rows, and the held-out loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import TrainingArguments
+
+from effpass.core.errors import ModelError
+from effpass.trainers.finetune.packing import PackedBatches, make_rows, pack
+from effpass.trainers.finetune.samples import Sample
+from effpass.trainers.finetune.settings import Settings
+from effpass.trainers.finetune.trained import AdapterTrainer, Trained
+from effpass.trainers.loop import Loop
+from effpass.trainers.run_folder import Recorder
+
+__all__ = ["HeldOut", "Tuner", "check_packing", "held_out_loss", "training_arguments"]
+
+# Largest share of a logit's size that one sample may move the next one's logits by: rounding of bfloat16.
+_LEAK = 2e-2
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss of held-out samples.
+
+    Attributes:
+        loss: negative log-likelihood in nats for a graded token.
+        error: its standard error, samples being what was drawn.
+        tokens: graded ones.
+    """
+
+    loss: float
+    error: float
+    tokens: int
+
+
+def training_arguments(settings: Settings, steps: int, folder: Path) -> TrainingArguments:
+    """What the Trainer is told; making it starts the process group where torchrun started several processes."""
+    every = settings.evaluate_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        gradient_accumulation_steps=settings.accumulate,
+        max_grad_norm=settings.optimizer.clip,
+        bf16=settings.dtype == "bfloat16",
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,  # it waits for the device at every micro-batch
+        eval_strategy="steps" if every else "no",
+        eval_steps=every or None,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        ignore_data_skip=True,  # our loader begins where the checkpoint ended
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class Tuner(AdapterTrainer, Loop):
+    """The loop.
+
+    Args:
+        trained: model and adapter.
+        settings: of the run.
+        args: of :func:`training_arguments`.
+        batches: of this process.
+        first_step: how many steps are done already.
+        recorder: of metrics.
+        validation: held-out samples; none is fine.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        settings: Settings,
+        args: TrainingArguments,
+        batches: PackedBatches,
+        first_step: int,
+        recorder: Recorder,
+        validation: Sequence[Sample] = (),
+    ) -> None:
+        self.trained = trained
+        self.validation = validation
+        self.batches = batches
+        super().__init__(trained.model, args, batches, first_step, settings.optimizer, settings.schedule, recorder)
+        for callback in trained.callbacks():
+            self.add_callback(callback)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """The mean over the step's graded tokens, plus the router's loss where the model has one."""
+        weights = inputs.pop("weights")
+        outputs = model(**inputs, use_cache=False, **self.asks_router)
+        return self.with_balance((_token_losses(outputs.logits, inputs["input_ids"]) * weights[:, 1:]).sum(), outputs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Held-out loss, with its standard error."""
+        if not self.validation:
+            return {}
+        with self.compute_loss_context_manager():
+            found = held_out_loss(self.model, self.validation, self.batches)
+        metrics = {"eval_loss_validation": found.loss, "eval_error_validation": found.error}
+        self.log(metrics)
+        return metrics
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches) -> HeldOut:
+    """Loss of `samples`, in rows and micro-batches as those of training.
+
+    Args:
+        model: in any mode; it is left in the one that it was in.
+        samples: held out.
+        like: packed or not, how long its rows are and how many go together; longer samples get rows of their own.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    length = max(like.length, *(len(sample.tokens) for sample in samples))
+    order = range(len(samples))
+    rows = pack(samples, order, length) if like.is_packed else [[number] for number in order]
+    size = max(1, like.batch // (like.accumulate * like.world))
+    sums, counts = [], []
+    # Compiled layers would be compiled once more for every shape that occurs here.
+    with torch.compiler.set_stance("force_eager"):
+        for first in range(0, len(rows), size):
+            part = [[samples[n] for n in row] for row in rows[first : first + size]]
+            widest = max(sum(len(sample.tokens) for sample in row) for row in part)
+            batch = {name: value.to(device) for name, value in make_rows(part, widest, like.pad).items()}
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            losses = (_token_losses(logits, batch["input_ids"]) * batch["graded"][:, 1:]).flatten().double()
+            owner, found = batch["sample"][:, 1:].flatten(), sum(map(len, part))
+            sums.append(losses.new_zeros(found).index_add_(0, owner, losses).cpu())
+            graded = batch["graded"][:, 1:].flatten().double()
+            counts.append(graded.new_zeros(found).index_add_(0, owner, graded).cpu())
+    model.train(was_training)
+    total, tokens = torch.cat(sums), torch.cat(counts)
+    loss = float(total.sum() / tokens.sum())
+    spread = float(((total - loss * tokens) ** 2).sum()) * len(total) / max(1, len(total) - 1)
+    return HeldOut(loss, math.sqrt(spread) / float(tokens.sum()), int(tokens.sum()))
+
+
+@torch.no_grad()
+def check_packing(model: Any, dtype: torch.dtype) -> None:
+    """Raise ModelError when a sample in a row moves the logits of the one behind it.
+
+    So it is where layers carry a state along the row, or attend by another way than transformers' masks.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    model.eval()
+    ids = torch.arange(16, device=device)[None] * 7 % vocabulary
+    other = torch.cat([(ids[:, :8] + 1) % vocabulary, ids[:, 8:]], dim=1)
+    positions = torch.arange(8, device=device).repeat(2)[None]
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    with autocast:
+        one, two = (model(input_ids=i, position_ids=positions, use_cache=False).logits[:, 8:] for i in (ids, other))
+    model.train(was_training)
+    if float((one - two).abs().max()) > _LEAK * float(one.abs().max()):
+        raise ModelError(
+            f"{type(model).__name__} lets packed samples see each other",
+            hint="--no-packing gives each sample a row of its own",
+        )
+
+
+def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood of each token but the first: float32 `[B, T - 1]` of logits `[B, T, vocabulary]`."""
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(ids.shape[0], -1)

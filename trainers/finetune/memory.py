@@ -1,0 +1,94 @@
+"""The memory of a fine-tuning run."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.initialization import no_init_weights
+
+from effpass.lowering.targets.host_memory import available_memory
+from effpass.trainers.afa_lora.lora import LoraSettings, add_lora
+from effpass.trainers.finetune.settings import Method
+from effpass.trainers.lm.model import make_model, set_experts
+from effpass.trainers.lm.optimizers import STATE_BYTES
+from effpass.trainers.memory import SHAPES, Estimate, available, kept_bytes, use_causal_attention
+
+__all__ = ["estimate", "host_line"]
+
+_FLOAT = 4
+
+
+def estimate(
+    model_config: Any,
+    method: Method,
+    lora: LoraSettings,
+    optimizer: str,
+    *,
+    rows: int,
+    length: int,
+    bfloat16: bool,
+    device: torch.device,
+) -> Estimate:
+    """The memory on one device.
+
+    Args:
+        rows, length: of a micro-batch.
+        bfloat16: of computation, and of frozen weights.
+    """
+    activations = None
+    with torch.device("meta"), no_init_weights():
+        model = make_model(copy.deepcopy(model_config), None, 0)
+        model.tie_weights()  # type: ignore[operator]
+        every = sum(p.numel() for p in model.parameters())
+        if method != "full":
+            if bfloat16:
+                model.to(torch.bfloat16)
+            add_lora(model, lora)
+    with FakeTensorMode(), SHAPES:
+        _pretend(model)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        use_causal_attention(model)
+        set_experts(model)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+
+        def forward(_: Any) -> tuple[Tensor, Tensor]:
+            return model(input_ids=ids, use_cache=False).logits, ids
+
+        with suppress(RuntimeError, NotImplementedError):  # an operator whose shapes depend on data
+            masks = rows * length * length * 3  # which tokens of a packed row attend: bool, and as numbers
+            activations = kept_bytes(model, forward, bfloat16=bfloat16) + masks
+    state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + (every if method != "full" else 0) * (
+        2 if bfloat16 else _FLOAT
+    )
+    if bfloat16:
+        state += 2 * learned  # autocast's copy
+    return Estimate(every if method == "full" else every + learned, state, activations, "", available(device))
+
+
+def host_line(found: Estimate, device: torch.device) -> str:
+    """What the host needs while the checkpoint is read, for people."""
+    if device.type == "cpu":
+        return "the device is the host"
+    free = available_memory()
+    return f"host: {found.parameters * _FLOAT / 1e9:.2f} GB while the checkpoint is read; available: " + (
+        "unknown" if free is None else f"{free / 1e9:.2f} GB"
+    )
+
+
+def _pretend(model: nn.Module) -> None:
+    """Put fake tensors, which pretend to be on a device, in the place of meta tensors: PEFT can't make fake ones."""
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    if id(tensor) not in known:
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=SHAPES)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        known[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                    held[name] = known[id(tensor)]

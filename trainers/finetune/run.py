@@ -1,0 +1,262 @@
+"""A supervised run from a model and a file of samples to a folder.
+
+While it runs, its checkpoints and metrics stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.core.model import load_model, read_source
+from effpass.trainers.finetune.loop import Tuner, check_packing, training_arguments
+from effpass.trainers.finetune.memory import estimate, host_line
+from effpass.trainers.finetune.packing import PackedBatches, check_lengths
+from effpass.trainers.finetune.samples import file_hash, read_samples
+from effpass.trainers.finetune.settings import Settings
+from effpass.trainers.finetune.trained import Trained, check_trainable, make_trained
+from effpass.trainers.lm.model import compile_layers, set_experts
+from effpass.trainers.lm.plots import plot_losses
+from effpass.trainers.memory import check_memory
+from effpass.trainers.run_folder import (
+    METRICS,
+    RUN,
+    Recorder,
+    check_places,
+    cut_metrics,
+    last_checkpoint,
+    read_metrics,
+)
+
+__all__ = ["begin", "learned_line", "publish", "read_model", "tune"]
+
+# What may differ between a run and its resumption.
+_FREE = ("log_every", "evaluate_every", "save_every")
+
+
+def tune(
+    source: str,
+    data: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    validation: Path | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Fine-tune a model on samples.
+
+    Args:
+        source: model, as `effpass.load_model` takes it.
+        data: JSON lines: see :mod:`effpass.trainers.finetune.samples`.
+        folder: where the result goes; must not exist.
+        settings: of the run.
+        validation: held-out samples, of the same forms.
+        resume: go on from the last checkpoint in ``FOLDER.training``.
+        say: gets lines for people, in the first process only.
+
+    Returns:
+        `folder`: a stock checkpoint with its tokenizer, or a stock PEFT adapter; beside it ``training.json`` (settings,
+        hash of the data, final losses), ``metrics.jsonl`` and ``loss.png``.
+
+    Raises:
+        EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
+        ModelError: the model can't be read or trained.
+    """
+    work = folder.with_name(f"{folder.name}.training")
+    check_places(folder, work, resume)
+    check_plots()
+    config, tokenizer = read_model(source)
+    samples = read_samples(data, tokenizer)
+    held_out = read_samples(validation, tokenizer) if validation is not None else []
+    length = settings.sequence_length
+    if length is None:
+        length = -(-max(len(sample.tokens) for sample in samples) // 64) * 64
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", length)
+    if settings.sequence_length is None:
+        length = min(length, most)
+    if length > most:
+        raise EffpassError(f"sequence_length: got {length}, and {source} has {most} positions")
+    check_lengths(samples, length, data)
+    if held_out:
+        check_lengths(held_out, most, validation)
+    run = {
+        "command": "tune",
+        "model": source,
+        "data": file_hash(data),
+        "validation": None if validation is None else file_hash(validation),
+        "settings": {key: value for key, value in _plain(settings).items() if key not in _FREE},
+    }
+    if resume:
+        check_same(run, work)
+    args = training_arguments(settings, 1, work / "checkpoints")
+    say = say if args.should_save else lambda line: None
+    batches = PackedBatches(
+        samples, length=length, batch=settings.batch, accumulate=settings.accumulate, steps=settings.steps,
+        epochs=settings.epochs, seed=settings.seed, is_packed=settings.is_packed, pad=pad_token(tokenizer),
+        rank=args.process_index, world=args.world_size,
+    )  # fmt: skip
+    args.max_steps = batches.steps
+    schedule = settings.anneal.schedule(batches.steps) if settings.method == "afa-lora" else None
+    graded, total = sum(int(s.graded.sum()) for s in samples), sum(len(s.tokens) for s in samples)
+    say(
+        f"{len(samples)} samples, {graded} graded tokens of {total}; {batches.steps} steps of {settings.batch} rows"
+        f" of up to {length} tokens, {batches.filling:.0%} full, {batches.epochs} epoch{'s' * (batches.epochs > 1)}"
+    )
+    bfloat16 = settings.dtype == "bfloat16"
+    found = estimate(
+        config, settings.method, settings.lora, settings.optimizer.name,
+        rows=settings.batch // (settings.accumulate * args.world_size), length=length, bfloat16=bfloat16,
+        device=args.device,
+    )  # fmt: skip
+    say(f"{found}; {host_line(found, args.device)}")
+    check_memory(found, "raise --accumulate, lower --batch, or fine-tune an adapter: --method lora")
+    trained = load(source, settings, schedule, args.device)
+    set_experts(trained.model)
+    say(learned_line(trained))
+    if settings.is_packed:
+        check_packing(trained.model, getattr(torch, settings.dtype))
+    checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
+    if args.process_index == 0:
+        begin(work, run, first_step, resume=resume)
+    if settings.compile:
+        compile_layers(trained.model)
+    recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"), writes=args.should_save)
+    trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out)
+    if first_step == 0:
+        trainer.evaluate()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise EffpassError(
+            f"no memory left on {args.device} at step {trainer.state.global_step}; estimated: {found}",
+            hint="raise --accumulate, or lower --batch; the last checkpoint stays",
+        ) from error
+    if not settings.evaluate_every or batches.steps % settings.evaluate_every:
+        trainer.evaluate()
+    if args.process_index == 0:
+        facts = {**run, "steps": batches.steps, "epochs": batches.epochs, "sequence_length": length,
+                 "samples": len(samples), "device": str(args.device), "processes": args.world_size}  # fmt: skip
+        publish(folder, work, trained, tokenizer, settings.dtype, facts)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+# -- before -----------------------------------------------------------------------------------------------------------
+
+
+def read_model(source: str) -> tuple[Any, Any]:
+    """Config and tokenizer of a model that can be trained; no weights are read."""
+    config, tokenizer = read_source(source)
+    check_trainable(config, source)
+    if tokenizer is None:
+        raise ModelError(f"{source} has no tokenizer", hint="tokenizer.save_pretrained(folder)")
+    return config, tokenizer
+
+
+def load(source: str, settings: Any, schedule: Any, device: torch.device) -> Trained:
+    """The model with the adapter that `settings` name, on `device`."""
+    frozen = settings.method != "full"
+    model = load_model(source, dtype=settings.dtype if frozen else "float32").model.to(device)
+    torch.manual_seed(settings.seed)
+    return make_trained(model, settings.method, settings.lora, settings.anneal, schedule)
+
+
+def check_plots() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EffpassError("loss plots need matplotlib, which is not installed", hint="pip install 'effpass[train]'")
+
+
+def check_same(run: dict[str, Any], work: Path) -> None:
+    """Raise EffpassError when the run in `work` began with other settings or data."""
+    before = json.loads((work / RUN).read_text())
+    old, new = _flat(before), _flat(json.loads(json.dumps(run)))
+    changed = [
+        f"{key.removeprefix('settings.')} {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise EffpassError(
+            f"this is not the run that began in {work}: {'; '.join(changed)}",
+            hint="go on with the old settings, or start anew in another folder",
+        )
+
+
+def begin(work: Path, run: dict[str, Any], first_step: int, *, resume: bool) -> None:
+    """Make the folder of a run, or cut its metrics to what its checkpoint knows."""
+    if not resume:
+        (work / "checkpoints").mkdir(parents=True)
+        (work / RUN).write_text(json.dumps(run, indent=2))
+    cut_metrics(work / METRICS, first_step if first_step else -1)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The token that fills rows; no loss counts it, and nothing attends to it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def learned_line(trained: Trained) -> str:
+    """What learns and what does not, for people."""
+    parameters = list(trained.model.named_parameters())
+    learned = sum(p.numel() for _, p in parameters if p.requires_grad)
+    line = f"{learned / 1e6:.3f} M of {sum(p.numel() for _, p in parameters) / 1e6:.3f} M parameters learn"
+    stacked = sum(p.numel() for n, p in parameters if p.ndim == 3 and ".experts." in n and not p.requires_grad)
+    return line + (f"; {stacked / 1e6:.2f} M of stacked experts have no adapter" if stacked else "")
+
+
+# -- after ------------------------------------------------------------------------------------------------------------
+
+
+def publish(folder: Path, work: Path, trained: Trained, tokenizer: Any, dtype: str, facts: dict[str, Any]) -> None:
+    """Write the result beside its place, then give it its name."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        result = trained.finish()
+        if trained.peft is None:
+            result.config.use_cache = True  # the Trainer has set it to False
+            result.to(getattr(torch, dtype))
+            tokenizer.save_pretrained(temporary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT looks for the base model's config, to tell resized embeddings
+            result.save_pretrained(temporary)
+        shutil.copyfile(work / METRICS, temporary / METRICS)
+        lines = read_metrics(work / METRICS)
+        plot_losses(lines, temporary / "loss.png")
+        weights = sorted(temporary.glob("*.safetensors"))
+        record = {
+            **facts,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+            | {"python": platform.python_version()},
+            "weights_sha256": {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in weights},
+            "final": {key: value for line in lines for key, value in line.items() if key not in ("step", "seconds")},
+        }
+        (temporary / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(work)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return found

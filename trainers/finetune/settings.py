@@ -1,0 +1,94 @@
+"""What a fine-tuning run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from effpass.core.errors import EffpassError, did_you_mean
+from effpass.trainers.afa_lora.lora import LoraSettings
+from effpass.trainers.afa_lora.schedule import AnnealSchedule
+from effpass.trainers.afa_lora.variant import ACTIVATIONS
+from effpass.trainers.lm.config import OptimizerConfig, Schedule
+
+__all__ = ["RATES", "Anneal", "Method", "Settings"]
+
+Method = Literal["full", "lora", "afa-lora"]
+
+# Learning rates where none is given. MONA's and Muon's updates are scaled so that AdamW's rates carry over.
+RATES = {"full": 2e-5, "lora": 2e-4, "afa-lora": 2e-4}
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """The activation of an AFA adapter and when it goes: see :class:`AnnealSchedule`."""
+
+    activation: str = "relu"
+    start: float = 0.0
+    end: float = 0.3
+    kind: Literal["cosine", "linear"] = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise EffpassError(f"unknown activation {self.activation!r}{did_you_mean(self.activation, ACTIVATIONS)}")
+
+    def schedule(self, steps: int, hold: int = 1) -> AnnealSchedule:
+        return AnnealSchedule(steps, self.start, self.end, self.kind, hold)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A supervised run.
+
+    Attributes:
+        method: what learns: all weights, a LoRA adapter, or an AFA adapter.
+        optimizer: which, and its rates.
+        schedule: of the learning rate.
+        steps: optimiser steps; None for those of `epochs`.
+        epochs: passes over the data, where `steps` is None.
+        batch: rows of an optimiser step, over all processes.
+        accumulate: micro-batches that a process runs for one step.
+        sequence_length: tokens of a row; None for those of the longest sample, in steps of 64.
+        is_packed: several samples in a row.
+        lora: of the adapter.
+        anneal: of an AFA adapter.
+        dtype: of computation. What learns is float32 either way; frozen weights, and a fully tuned model when it is
+            saved, are of this type.
+        compile: compile each decoder layer with Inductor.
+        seed: of the adapter, dropout and the order of the data.
+        log_every, evaluate_every, save_every: steps; 0 for evaluations at the beginning and the end alone, and for no
+            checkpoints.
+    """
+
+    optimizer: OptimizerConfig
+    method: Method = "full"
+    schedule: Schedule = field(default_factory=lambda: Schedule(warmup=0))
+    steps: int | None = None
+    epochs: int = 1
+    batch: int = 16
+    accumulate: int = 1
+    sequence_length: int | None = None
+    is_packed: bool = True
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    anneal: Anneal = field(default_factory=Anneal)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 0
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        least: dict[str, Any] = {"steps": 1, "epochs": 1, "batch": 1, "accumulate": 1, "sequence_length": 2}
+        least |= {"seed": 0, "log_every": 1, "evaluate_every": 0, "save_every": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise EffpassError(f"{name}: got {value}, expected at least {low}")
+        if self.batch % self.accumulate:
+            raise EffpassError(f"a batch of {self.batch} rows can't be cut into {self.accumulate} micro-batches")
+        if self.save_every % self.log_every:
+            raise EffpassError(
+                f"save_every: got {self.save_every}, expected a multiple of log_every ({self.log_every})",
+                hint="the losses since the last line are not in a checkpoint",
+            )

@@ -1,0 +1,125 @@
+"""What a run trains: the model with its adapter, and the checkpoints of exactly that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from effpass.core.errors import ArtifactError, ModelError
+from effpass.trainers.afa_lora import AfaLora, LoraSettings, add_lora
+from effpass.trainers.afa_lora.schedule import AnnealSchedule
+from effpass.trainers.finetune.settings import Anneal, Method
+
+__all__ = ["AdapterTrainer", "Trained", "check_trainable", "make_trained"]
+
+_WEIGHTS, _ANNEAL = "trained.safetensors", "anneal.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    Attributes:
+        model: what is called: the transformers model, adapters in place.
+        peft: the `PeftModel` around it; None for full fine-tuning.
+        afa: the annealed activation; None where there is none.
+    """
+
+    model: Any
+    peft: Any = None
+    afa: AfaLora | None = None
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return [] if self.afa is None else [_Step(self.afa)]
+
+    def finish(self) -> Any:
+        """What is saved: the model, or a stock `PeftModel`; the activation of an AFA adapter is gone."""
+        if self.afa is not None:
+            self.afa.finish()
+        return self.model if self.peft is None else self.peft
+
+
+def make_trained(
+    model: Any, method: Method, lora: LoraSettings, anneal: Anneal, schedule: AnnealSchedule | None
+) -> Trained:
+    """Freeze `model`, put the method's adapter beside its layers, in place.
+
+    Args:
+        schedule: of β, for `afa-lora`.
+    """
+    if method == "full":
+        model.requires_grad_(True)
+        return Trained(model)
+    peft = add_lora(model, lora)
+    if method == "lora":
+        return Trained(model, peft)
+    assert schedule is not None
+    return Trained(model, peft, AfaLora(peft, schedule, activation=anneal.activation))
+
+
+def check_trainable(config: Any, name: str) -> None:
+    """Raise ModelError for a checkpoint of quantised weights, before they are read."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise ModelError(
+            f"the weights of {name} are quantised ({method}): they can't be trained, and an adapter learned beside them"
+            " can't be merged exactly",
+            hint="use the checkpoint that it was quantised from",
+        )
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer that moves and logs β, and whose checkpoints hold what is trained, under its names in memory.
+
+    Attributes:
+        trained: set by the subclass before training.
+    """
+
+    trained: Trained
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.trained.afa is not None:
+            logs["anneal"] = self.trained.afa.beta
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {n: p.detach().contiguous() for n, p in _learned(self.trained.model)}
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+        if self.trained.afa is not None:
+            (folder / _ANNEAL).write_text(json.dumps(self.trained.afa.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        saved, mine = load_file(folder / _WEIGHTS), dict(_learned(self.trained.model))
+        for names, what in ((mine.keys() - saved.keys(), "lacks"), (saved.keys() - mine.keys(), "has beside ours")):
+            if names:
+                raise ArtifactError(f"{folder} {what} {', '.join(sorted(names)[:4])}", hint="start anew")
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(saved[name])
+        if self.trained.afa is not None:
+            self.trained.afa.load_state_dict(json.loads((folder / _ANNEAL).read_text()))
+
+
+class _Step(TrainerCallback):
+    """β moves after each optimiser step."""
+
+    def __init__(self, afa: AfaLora) -> None:
+        self._step: Callable[[], float] = afa.step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step()
+
+
+def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
