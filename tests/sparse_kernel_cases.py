@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from block_pool_cases import POOLS, pool_errors
 from kernel_cases import attention, error, rms_norm, rotate
 from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import allow_new_numpy
 
+from effpass.lowering.ops.block_pool import BlockPool
 from effpass.lowering.ops.block_sparse_attention import BlockSelection, Spans, _selected
-from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection, gather_slots
+from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection, gather_slots, parted
 
 # -- brute force ------------------------------------------------------------------------------------------------------
 
@@ -43,6 +45,21 @@ def in_pages(cached: Tensor, block: int) -> tuple[Tensor, Tensor]:
     pages = torch.empty(batch * groups * blocks, block, size, dtype=cached.dtype, device=cached.device)
     pages[table.flatten().to(cached.device)] = whole.reshape(-1, block, size)
     return pages, table.to(torch.int32).to(cached.device)
+
+
+def some_in_pages(keys: Tensor, values: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [B, G, S, K] (or latents) as host [B, G, N, block, W], pages of some blocks, and their table.
+
+    Whatever must not be read is NaN: the host of a block with a page, and a page without a block.
+    """
+    rows = keys if values is None else torch.cat((keys, values), -1)
+    pages, table = in_pages(rows, block)
+    host = pages[table.long()]
+    generator = torch.Generator().manual_seed(rows.shape[2])
+    is_near = torch.rand(table.shape, generator=generator).to(table.device) < 0.5
+    host[is_near] = float("nan")
+    pages[table[~is_near].long()] = float("nan")
+    return host, pages, torch.where(is_near, table, -1)
 
 
 def valid_top(chosen: set[int], scores: dict[int, float], count: int, slack: float) -> int:
@@ -101,7 +118,8 @@ def token_oracle(q: Tensor, k: Tensor, slots: list[int], channels: Tensor, how: 
 
 def step_errors(
     ops: Any, how: Selection, heads: int, groups: int, key_size: int, value_size: int, lengths: list[int], slots: int,
-    channels: int, padding: int = 0, paged: bool = False, latent: bool = False, softcap: float = 0.0, **of: Any,
+    channels: int, padding: int = 0, paged: bool = False, latent: bool = False, softcap: float = 0.0,
+    hosted: bool = False, **of: Any,
 ) -> dict[str, float]:  # fmt: skip
     """Three steps after a prompt: output over the chosen tokens, and the chosen blocks and tokens by brute force."""
     torch.manual_seed(slots + key_size)
@@ -115,8 +133,11 @@ def step_errors(
     filled = max(lengths) + padding
     of_channels = torch.stack([torch.randperm(key_size)[:channels] for _ in range(groups)]).to(device, torch.int32)
     index = KeyIndex.empty(how, of_channels, batch, slots, key_size, of["dtype"])
-    table, store_k, store_v = None, keys, values
-    if paged:
+    table, host, store_k, store_v = None, None, keys, values
+    if hosted:
+        host, pages, table = some_in_pages(keys, None if latent else values, how.block)
+        store_k, store_v = parted(pages, key_size, value_size)
+    elif paged:
         store_k, table = in_pages(keys, how.block)
         store_v = store_k[..., :value_size] if latent else in_pages(values, how.block)[0]
 
@@ -130,8 +151,8 @@ def step_errors(
     for start, stop in ((0, first), (first, before)):
         there = torch.where(torch.arange(slots, device=device) < stop, positions, -1)
         index_keys(
-            store_k, table, there, number(start), number(stop), stop - start, index.channels, index.statistics,
-            index.seen, index.labels, index.ranges, how.block, how.statistic,
+            *((keys, None) if hosted else (store_k, table)), there, number(start), number(stop), stop - start,
+            index.channels, index.statistics, index.seen, index.labels, index.ranges, how.block, how.statistic,
         )  # fmt: skip
     found = {"attention": 0.0, "blocks": 0.0, "tokens": 0.0, "order": 0.0}
     slack = 1e-3 if of["dtype"] == torch.float32 else 0.15
@@ -141,9 +162,9 @@ def step_errors(
         there = torch.where(torch.arange(slots, device=device) < end, positions, -1)
         now = there[:, end - 1 : end].contiguous()
         out = ops.two_level_attention(
-            query, store_k, store_v, table, there, now, number(end), index.channels, index.statistics, index.seen,
-            index.labels, index.ranges, index.scores, index.chosen_blocks, index.chosen_tokens, key_size**-0.5, softcap,
-            how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
+            query, store_k, store_v, table, host, there, now, number(end), index.channels, index.statistics,
+            index.seen, index.labels, index.ranges, index.scores, index.chosen_blocks, index.chosen_tokens,
+            key_size**-0.5, softcap, how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
         )  # fmt: skip
         q = query[:, :, 0].double().view(batch, groups, heads // groups, key_size)
         attended = torch.full((batch, groups, slots), -1, dtype=torch.int32, device=device)
@@ -353,6 +374,18 @@ STEPS: dict[str, tuple[Selection, dict[str, Any]]] = {
         {"heads": 10, "groups": 1, "key_size": 48, "value_size": 32, "channels": 48, "lengths": [200],
          "slots": 208, "latent": True, "paged": True},
     ),
+    "both, half of the blocks in host memory": (
+        Selection(tokens=40, blocks=6, block=16, recent=1),
+        {**_SMALL, "value_size": 48, "lengths": [200, 131], "slots": 230, "padding": 3, "hosted": True},
+    ),
+    "blocks, half of them in host memory": (
+        Selection(tokens=96, block=16, levels="blocks"), {**_SMALL, "lengths": [163, 70], "slots": 170, "hosted": True},
+    ),
+    "latents, half of the blocks in host memory": (
+        Selection(tokens=64, blocks=6, block=16, recent=1),
+        {"heads": 10, "groups": 1, "key_size": 80, "value_size": 64, "channels": 32, "lengths": [200],
+         "slots": 208, "latent": True, "hosted": True},
+    ),
 }  # fmt: skip
 LATENTS = {
     "several parts": (1, 20, 700, 80, 64, 650, 0),
@@ -384,6 +417,8 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[Any], dict[str, float]], s
         yield f"dense latents: {name}", lambda ops, case=case: latent_errors(ops, *case, **of), "latent_attention"
     for name, case in PROMPTS.items():
         yield f"prompt: {name}", lambda ops, case=case: prompt_errors(ops, *case, **of), "block_sparse_attention"
+    for name, case in POOLS.items():
+        yield name, lambda ops, case=case: pool_errors(ops, *case, **of), "block_pool"
     for name, case in ROPES.items():
         yield f"rope: {name}", lambda ops, case=case: rope_errors(ops, *case, **of), "rope_cache_write"
 
@@ -415,10 +450,12 @@ def compile_all() -> dict[str, int]:
         "latent_attention",
         "block_sparse_attention",
         "rope_cache_write",
+        "block_pool",
     )
-    index_kernels, two_level, chosen, latent, sparse, rope = map(_kernels, names)
-    kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write")
-    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope), kernels)
+    index_kernels, two_level, chosen, latent, sparse, rope, pool = map(_kernels, names)
+    kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write", "_plan", "_copy",
+               "_arrive")  # fmt: skip
+    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope, pool), kernels)
     shared: dict[str, int] = {}
 
     def end(case: str) -> None:
@@ -428,21 +465,28 @@ def compile_all() -> dict[str, int]:
     def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def step(how: Selection, B: int, H: int, G: int, K: int, V: int, C: int, S: int, paged: bool = False) -> None:
+    def step(
+        how: Selection, B: int, H: int, G: int, K: int, V: int, C: int, S: int, paged: bool = False, far: bool = False
+    ) -> None:
         with torch.device("meta"):
             index = KeyIndex.empty(how, some(G, C, dtype=torch.int32), B, S, K, torch.bfloat16)
         keys = some(B, G, S, K)
         values = keys[..., :V] if V < K else some(B, G, S, V)
         numbers = some(B, S, dtype=torch.int32), some(B, 1, dtype=torch.int32), some(1, dtype=torch.int32)
         table = some(B, G, S // how.block, dtype=torch.int32) if paged else None
-        if paged:
+        host = None
+        if far:
+            table = some(B, G, S // how.block, dtype=torch.int32)
+            host = some(B, G, S // how.block, how.block, K if V < K else K + V)
+            keys, values = parted(some(B * G * 256, how.block, host.shape[-1]), K, V)
+        elif paged:
             keys, values = keys.view(-1, how.block, K), values.view(-1, how.block, V)
         index_kernels.index_keys(
             keys, table, numbers[0], numbers[2], numbers[2], 512, index.channels, index.statistics, index.seen,
             index.labels, index.ranges, how.block, how.statistic,
         )  # fmt: skip
         two_level.two_level_attention(
-            some(B, H, 1, K), keys, values, table, *numbers, index.channels, index.statistics, index.seen,
+            some(B, H, 1, K), keys, values, table, host, *numbers, index.channels, index.statistics, index.seen,
             index.labels, index.ranges, index.scores, index.chosen_blocks, index.chosen_tokens, 0.1, 0.0, how.block,
             how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
         )  # fmt: skip
@@ -452,8 +496,12 @@ def compile_all() -> dict[str, int]:
     end("GQA")
     step(both, 8, *gqa, 98304, paged=True)
     end("GQA, pages, batch 8")
+    step(both, 1, *gqa, 98304, far=True)
+    end("GQA, host memory")
     step(both, 1, *mla, 98304)
     end("MLA")
+    step(both, 8, *mla, 98304, far=True)
+    end("MLA, host memory, batch 8")
     step(Selection(levels="blocks"), 1, *gqa, 98304)
     end("GQA, blocks")
     step(Selection(levels="tokens"), 1, *gqa, 98304)
@@ -480,6 +528,18 @@ def compile_all() -> dict[str, int]:
         some(1, 8, 1024, 128), some(1, 8, 1024, 128), numbers[2],
     )  # fmt: skip
     end("rope")
+    for what, groups, key_size, value_size in (("GQA", 8, 128, 128), ("MLA", 1, 512, 64)):
+        with torch.device("meta"):
+            host = some(2, groups, 1536, 64, key_size + value_size)
+            of = BlockPool.empty(host, 384, 128, 16)
+            chosen_tokens, filled = some(2, groups, 2048, dtype=torch.int32), some(1, dtype=torch.int32)
+        key, value = some(2, groups, 1, key_size), some(2, groups, 1, value_size)
+        pool.page_write(key, value, filled, host, of.pages, of.block_table)
+        state = (of.block_table, of.owner, of.age, of.clock, of.moves, of.moved, of.counts)
+        pool.fetch_blocks(chosen_tokens, filled, host, of.pages, *state, 1)
+        pool.arrive(some(3, dtype=torch.int64), waits=True)
+        pool.arrive(some(3, dtype=torch.int64), waits=False)
+        end(f"pool, {what}")
     return shared
 
 

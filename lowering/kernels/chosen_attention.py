@@ -50,11 +50,11 @@ def fits(query: Tensor, keys: Tensor, values: Tensor, groups: int) -> bool:
 
 
 def attend_chosen(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
-    query_positions: Tensor, filled: Tensor, chosen_blocks: Tensor | None, chosen_tokens: Tensor | None,
-    of_scores: Tensor | None, places: Tensor | None, seen: Tensor | None, scores: Tensor | None, scale: float,
-    softcap: float, block: int, sink: int, recent: int, is_pipelined: bool, kind: tl.constexpr, candidates: int,
-    limit: int,
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
+    key_positions: Tensor, query_positions: Tensor, filled: Tensor, chosen_blocks: Tensor | None,
+    chosen_tokens: Tensor | None, of_scores: Tensor | None, places: Tensor | None, seen: Tensor | None,
+    scores: Tensor | None, scale: float, softcap: float, block: int, sink: int, recent: int, is_pipelined: bool,
+    kind: tl.constexpr, candidates: int, limit: int,
 ) -> Tensor:  # fmt: skip
     """[B, 1, H, V] of `query` [B, H, 1, K] with contiguous last dimension.
 
@@ -94,7 +94,8 @@ def attend_chosen(
         query, keys, values, block_table, key_positions, query_positions, filled, chosen_blocks, chosen_tokens,
         of_scores, places, seen, scores, out, parts, sums, done, query.stride(0), query.stride(1), *at, *of_values,
         key_positions.stride(0), query_positions.stride(0), slots, triton.cdiv(slots, block), candidates, scale,
-        softcap, GROUPS=groups, PARTS_OF=parts_of, REPEAT=rows, KEY=value_size if latent else key_size,
+        softcap, host, GROUPS=groups, PARTS_OF=parts_of, REPEAT=rows, KEY=value_size if latent else key_size,
+        HOST=0 if host is None else host.shape[-1],
         REST=key_size - value_size if latent else 0, VALUE=value_size, LATENT=latent, KIND=kind.value, LIMIT=limit,
         BLOCK=block, SINK=sink, RECENT=recent, PIPELINED=is_pipelined, SOFTCAP=softcap != 0, SPLITS=splits,
         KEPT=0 if chosen_blocks is None else chosen_blocks.shape[2], PDL=overlaps(device),
@@ -103,8 +104,8 @@ def attend_chosen(
         BLOCK_N=32 if wide else 64, BLOCK_K=block_v if latent else max(16, triton.next_power_of_2(key_size)),
         BLOCK_REST=max(16, triton.next_power_of_2(key_size - value_size)) if latent else 16, BLOCK_V=block_v,
         BLOCK_S=max(1, min(32, 8192 // (live * block_v))),
-        # The list of slots takes one stage, and what is read by it two more than one.
-        **launch_options(device, 8, 3 if is_dense else 5 if block_table is None else 6),
+        # Slots come from a list, and pages from a table by them: 7 stages are two or three tiles under way.
+        **launch_options(device, 8, 3 if is_dense else 7),
     )  # fmt: skip
     if is_dense and splits > 1:
         width = min(max(16, 8192 // triton.next_power_of_2(splits)), block_v, 128)
@@ -166,12 +167,12 @@ def block_keys(
 def _attend(
     query, keys, values, block_table, key_positions, query_positions, filled, chosen_blocks, chosen_tokens, of_scores,
     places, seen, scores, out, parts, sums, done, query_b, query_h, keys_b, keys_h, keys_s, values_b, values_h,
-    values_s, positions_b, query_positions_b, slots, blocks, candidates, scale, softcap, GROUPS: tl.constexpr,
+    values_s, positions_b, query_positions_b, slots, blocks, candidates, scale, softcap, host, GROUPS: tl.constexpr,
     PARTS_OF: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr,
-    LATENT: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, SINK: tl.constexpr,
-    RECENT: tl.constexpr, PIPELINED: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, KEPT: tl.constexpr,
-    PDL: tl.constexpr, ALL: tl.constexpr, SHARE: tl.constexpr, BLOCK_R: tl.constexpr, LIVE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
+    HOST: tl.constexpr, LATENT: tl.constexpr, KIND: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+    SINK: tl.constexpr, RECENT: tl.constexpr, PIPELINED: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    KEPT: tl.constexpr, PDL: tl.constexpr, ALL: tl.constexpr, SHARE: tl.constexpr, BLOCK_R: tl.constexpr,
+    LIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     split, part = tl.program_id(0), tl.program_id(1)
@@ -256,20 +257,25 @@ def _attend(
                 position = tl.load(key_positions + slot, mask=reach, other=-1)
                 there = (position >= 0) & (position <= now)
             if block_table is None:
-                of_k, of_v = slot.to(tl.int64) * keys_s, slot.to(tl.int64) * values_s
+                of_k, of_v = keys + slot.to(tl.int64) * keys_s, values + slot.to(tl.int64) * values_s
             else:
                 page = tl.load(block_table + head * blocks + slot // BLOCK, mask=reach, other=0).to(tl.int64)
-                of_k, of_v = page * keys_b + slot % BLOCK * keys_s, page * values_b + slot % BLOCK * values_s
-            k = tl.load(keys + of_k[:, None] + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0)
+                of_k = keys + (page * keys_b + slot % BLOCK * keys_s)
+                of_v = values + (page * values_b + slot % BLOCK * values_s)
+                if host is not None:  # through the bus
+                    far = host + (head.to(tl.int64) * blocks * BLOCK + slot) * HOST
+                    of_k = tl.where(page >= 0, of_k, far)
+                    of_v = tl.where(page >= 0, of_v, far if LATENT else far + KEY)
+            k = tl.load(of_k[:, None] + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee")
             if REST > 0:
-                of_rest = keys + of_k[:, None] + (KEY + dr)[None, :]
+                of_rest = of_k[:, None] + (KEY + dr)[None, :]
                 k_rest = tl.load(of_rest, mask=reach[:, None] & (dr < REST)[None, :], other=0)
                 score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="ieee")
             if LATENT:
                 v = k
             else:
-                v = tl.load(values + of_v[:, None] + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0)
+                v = tl.load(of_v[:, None] + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0)
             if SOFTCAP:
                 score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
             else:

@@ -64,11 +64,11 @@ def _no_overlap(device: torch.device) -> dict[str, bool]:
 @triton.jit
 def index_block(
     n, b, group, head, end, keys, block_table, key_positions, channels, statistics, seen, labels, ranges, keys_b,
-    keys_h, keys_s, positions_b, slots, blocks, KEY: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    STATISTIC: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_LABELS: tl.constexpr, BLOCK_K: tl.constexpr,
-    HALF: tl.constexpr,
+    keys_h, keys_s, positions_b, slots, blocks, host, KEY: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    STATISTIC: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_LABELS: tl.constexpr, HOST: tl.constexpr,
+    BLOCK_K: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and labels of block `n`, anew from its keys."""
+    """Statistics and labels of block `n`, anew from its keys; HOST is the width of host's rows."""
     slot = n * BLOCK + tl.arange(0, BLOCK)
     live = slot < tl.minimum(end, slots)
     position = tl.load(key_positions + b * positions_b + slot, mask=live, other=-1)
@@ -78,6 +78,9 @@ def index_block(
     else:
         page = tl.load(block_table + head * blocks + n).to(tl.int64)
         rows = keys + page * keys_b + tl.arange(0, BLOCK).to(tl.int64) * keys_s
+        if host is not None:
+            far = host + (head.to(tl.int64) * blocks + n) * (BLOCK * HOST) + tl.arange(0, BLOCK) * HOST
+            rows = tl.where(page >= 0, rows, far)
     if HAS_BLOCKS:
         count = tl.sum(there.to(tl.int32), 0)
         tl.store(seen + head * blocks + n, count)
@@ -135,6 +138,6 @@ def _index(
     if n * BLOCK < tl.minimum(end, slots):
         index_block(
             n, (head // GROUPS).to(tl.int64), head % GROUPS, head, end, keys, block_table, key_positions, channels,
-            statistics, seen, labels, ranges, keys_b, keys_h, keys_s, positions_b, slots, blocks, KEY, CHANNELS, BLOCK,
-            STATISTIC, HAS_BLOCKS, HAS_LABELS, BLOCK_K, HALF,
+            statistics, seen, labels, ranges, keys_b, keys_h, keys_s, positions_b, slots, blocks, None, KEY, CHANNELS,
+            BLOCK, STATISTIC, HAS_BLOCKS, HAS_LABELS, 0, BLOCK_K, HALF,
         )  # fmt: skip

@@ -39,6 +39,6 @@ def cached_attention(
     assert not window
     query = query if query.stride(-1) == 1 else query.contiguous()
     return attend_chosen(
-        query, keys, values, None, key_positions, query_positions, filled, None, None, None, None, None, None, scale,
-        softcap, 64, 0, 1, False, DENSE, key_positions.shape[1], 1,
+        query, keys, values, None, None, key_positions, query_positions, filled, None, None, None, None, None, None,
+        scale, softcap, 64, 0, 1, False, DENSE, key_positions.shape[1], 1,
     )  # fmt: skip

@@ -47,10 +47,10 @@ def supported(
 
 
 def two_level_attention(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
-    query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor,
-    ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float, softcap: float,
-    block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
+    key_positions: Tensor, query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor,
+    labels: Tensor, ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float,
+    softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
 ) -> Tensor:  # fmt: skip
     """`effpass::two_level_attention` where :func:`supported`."""
     (batch, heads, _, key_size), (groups, of_label) = query.shape, channels.shape
@@ -68,8 +68,9 @@ def two_level_attention(
     block_n = 64 if width <= 256 else 16
     _score[((triton.cdiv(blocks, block_n) if kept else 0) + 1, of_heads)](
         query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, *of_query,
-        *cached, slots, blocks, GROUPS=groups, REPEAT=repeat, KEY=key_size, CHANNELS=of_label, BLOCK=block,
+        *cached, slots, blocks, host, GROUPS=groups, REPEAT=repeat, KEY=key_size, CHANNELS=of_label, BLOCK=block,
         STATISTIC=STATISTICS[statistic], HAS_BLOCKS=kept > 0, HAS_LABELS=tokens > 0, MAX=is_max, WIDTH=width,
+        HOST=0 if host is None else host.shape[-1],
         PDL=pdl, BLOCK_R=block_r, BLOCK_N=block_n, CHUNK=chunk, **shape, **launch_options(device, 4, 3),
     )  # fmt: skip
     of_scores = slots_of = None
@@ -93,7 +94,7 @@ def two_level_attention(
         of_scores, slots_of = _narrow_all(query, filled, of_labels, tokens, slots, repeat, is_max, block_r, shape)
         candidates = of_scores.shape[1]
     return attend_chosen(
-        query, keys, values, block_table, key_positions, query_positions, filled, chosen_blocks, chosen_tokens,
+        query, keys, values, block_table, host, key_positions, query_positions, filled, chosen_blocks, chosen_tokens,
         of_scores, slots_of, seen, scores, scale, softcap, block, sink, recent, is_pipelined, kind, candidates, limit,
     )  # fmt: skip
 
@@ -133,10 +134,11 @@ def _narrow_all(
 @triton.jit(do_not_specialize=["slots", "blocks"])
 def _score(
     query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, query_b,
-    query_h, keys_b, keys_h, keys_s, positions_b, slots, blocks, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
+    query_h, keys_b, keys_h, keys_s, positions_b, slots, blocks, host, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
     KEY: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, STATISTIC: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    HAS_LABELS: tl.constexpr, MAX: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_LABELS: tl.constexpr, MAX: tl.constexpr, WIDTH: tl.constexpr, HOST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program 0 of a head enters the new key, the others score blocks."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -155,8 +157,8 @@ def _score(
     if part == 0:
         index_block(
             last, b, group, head, end, keys, block_table, key_positions, channels, statistics, seen, labels, ranges,
-            keys_b, keys_h, keys_s, positions_b, slots, blocks, KEY, CHANNELS, BLOCK, STATISTIC, HAS_BLOCKS, HAS_LABELS,
-            BLOCK_K, HALF,
+            keys_b, keys_h, keys_s, positions_b, slots, blocks, host, KEY, CHANNELS, BLOCK, STATISTIC, HAS_BLOCKS,
+            HAS_LABELS, HOST, BLOCK_K, HALF,
         )  # fmt: skip
     elif first <= last:
         of_rows = r < REPEAT

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.kernel_choice import triton_kernels
-from effpass.lowering.ops.two_level_attention_index import KeyIndex, gather_slots, index_blocks
+from effpass.lowering.ops.two_level_attention_index import KeyIndex, gather_slots, index_blocks, parted
 
 __all__ = ["TOLERANCE", "attend", "block_scores", "score_blocks", "top", "two_level_attention"]
 
@@ -48,11 +48,12 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     block_table: Tensor | None = None,
+    host: Tensor | None = None,
 ) -> Tensor:
     """:func:`two_level_attention` with the index of the first `query.shape[0]` rows."""
     rows, how = index.rows(query.shape[0]), index.selection
     return torch.ops.effpass.two_level_attention(
-        query, keys, values, block_table, key_positions, query_positions, filled, rows.channels, rows.statistics,
+        query, keys, values, block_table, host, key_positions, query_positions, filled, rows.channels, rows.statistics,
         rows.seen, rows.labels, rows.ranges, rows.scores, rows.chosen_blocks, rows.chosen_tokens, scale, softcap,
         how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
     )  # fmt: skip
@@ -124,18 +125,20 @@ def _token_scores(
 
 
 def _two_level_attention(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
-    query_positions: Tensor, end: int, channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor,
-    ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float, softcap: float,
-    block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
+    key_positions: Tensor, query_positions: Tensor, end: int, channels: Tensor, statistics: Tensor, seen: Tensor,
+    labels: Tensor, ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float,
+    softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
 ) -> Tensor:  # fmt: skip
     (batch, heads, _, key_size), groups = query.shape, channels.shape[0]
+    host_keys, host_values = (None, None) if host is None else parted(host, key_size, values.shape[-1])
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).reshape(batch, groups, heads // groups, key_size)
     last = (end - 1) // block
     index_blocks(
-        keys, block_table, key_positions, end, last, last, channels, statistics, seen, labels, ranges, block, statistic
-    )
+        keys, block_table, key_positions, end, last, last, channels, statistics, seen, labels, ranges, block, statistic,
+        host_keys,
+    )  # fmt: skip
 
     def visible(slots: Tensor) -> Tensor:
         of_keys = key_positions[:, None].expand(-1, groups, -1).gather(2, slots.clamp(0, key_positions.shape[1] - 1))
@@ -165,17 +168,17 @@ def _two_level_attention(
         slots = torch.where(places < 0, -1, slots.gather(2, places.clamp(min=0).long()))
         chosen_tokens.copy_(slots)
     assert slots is not None
-    return _attention_over(
-        grouped, keys, values, block_table, slots, visible(slots), scale, softcap, block, query.dtype
+    k, v = (
+        gather_slots(x, block_table, slots, block, far).to(wide)
+        for x, far in ((keys, host_keys), (values, host_values))
     )
+    return _attention_over(grouped, k, v, visible(slots), scale, softcap, query.dtype)
 
 
 def _attention_over(
-    grouped: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, slots: Tensor, visible: Tensor,
-    scale: float, softcap: float, block: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """[B, 1, H, V] of queries [B, G, R, K] over the slots [B, G, L] that are visible."""
-    k, v = (gather_slots(x, block_table, slots, block).to(grouped.dtype) for x in (keys, values))
+    grouped: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, H, V] of queries [B, G, R, K] over those of L keys and values [B, G, L, K] that are visible."""
     of_keys = grouped @ k.transpose(-1, -2) * scale
     if softcap:
         of_keys = softcap * torch.tanh(of_keys / softcap)
@@ -191,17 +194,17 @@ def _attention_over(
 @torch.library.custom_op(
     "effpass::two_level_attention",
     mutates_args=("statistics", "seen", "labels", "ranges", "scores", "chosen_blocks", "chosen_tokens"),
-    schema="(Tensor query, Tensor keys, Tensor values, Tensor? block_table, Tensor key_positions, "
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor? block_table, Tensor? host, Tensor key_positions, "
     "Tensor query_positions, Tensor filled, Tensor channels, Tensor(a!) statistics, Tensor(b!) seen, "
     "Tensor(c!) labels, Tensor(d!) ranges, Tensor(e!) scores, Tensor(f!) chosen_blocks, Tensor(g!) chosen_tokens, "
     "float scale, float softcap, int block, int sink, int recent, str statistic, str aggregation, bool is_pipelined) "
     "-> Tensor",
 )
 def two_level_attention(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor,
-    query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor,
-    ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float, softcap: float,
-    block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
+    key_positions: Tensor, query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor,
+    labels: Tensor, ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float,
+    softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
 ) -> Tensor:  # fmt: skip
     """One step: the last token's key enters the index, and its query attends to what is chosen.
 
@@ -209,7 +212,9 @@ def two_level_attention(
         query: [B, H, 1, K], any strides.
         keys: [B, G, S, K] with the last dimension contiguous, the new key written already; or pages [pages, block, K].
         values: [B, G, S, V] or [pages, block, V], likewise; for latents a view of `keys`.
-        block_table: int32 [B, G, N], the page of each block, or None. Chosen blocks must have one.
+        block_table: int32 [B, G, N], the page of each block, or None. Without `host`, chosen blocks must have one.
+        host: [B, G, N, block, W] of all keys and values, see :mod:`~effpass.lowering.ops.two_level_attention_index`;
+            what is chosen and has no page (-1) is read there.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
         query_positions: int32 [B, 1]; -1 for padding, which gives 0.
         filled: int32 [1], the slots in use, the new one included.
@@ -236,7 +241,7 @@ def two_level_attention(
     Raises:
         EffpassError: more than one token, or sizes that don't match.
     """
-    _check(query, keys, values, block_table, key_positions, channels)
+    _check(query, keys, values, block_table, host, key_positions, channels)
     arguments = (
         channels, statistics, seen, labels, ranges, scores, chosen_blocks, chosen_tokens, scale, softcap, block, sink,
         recent, statistic, aggregation, is_pipelined,
@@ -247,16 +252,17 @@ def two_level_attention(
             query, keys, values, channels, labels, seen, chosen_blocks, chosen_tokens, block
         ):
             return kernels.two_level_attention(
-                query, keys, values, block_table, key_positions, query_positions, filled, *arguments
+                query, keys, values, block_table, host, key_positions, query_positions, filled, *arguments
             )
     return _two_level_attention(
-        query, keys, values, block_table, key_positions, query_positions, int(filled), *arguments
+        query, keys, values, block_table, host, key_positions, query_positions, int(filled), *arguments
     )
 
 
 def _check(
-    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, key_positions: Tensor, channels: Tensor
-) -> None:
+    query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
+    key_positions: Tensor, channels: Tensor,
+) -> None:  # fmt: skip
     (batch, heads, tokens, key_size), groups = query.shape, channels.shape[0]
     if tokens != 1 or heads % groups or keys.shape[-1] != key_size or values.shape[:-1] != keys.shape[:-1]:
         raise EffpassError(
@@ -270,17 +276,25 @@ def _check(
             f"effpass::two_level_attention: keys {tuple(keys.shape)} for key_positions {tuple(key_positions.shape)}",
             hint="keys are [B, G, S, K], or pages [pages, block, K] with a block_table",
         )
+    if host is not None:
+        widths = (key_size + values.shape[-1], key_size)
+        if block_table is None or host.dim() != 5 or host.shape[:3] != block_table.shape or host.shape[4] not in widths:
+            raise EffpassError(
+                f"effpass::two_level_attention: host {tuple(host.shape)} for a block_table"
+                f" {None if block_table is None else tuple(block_table.shape)} and keys of {key_size}",
+                hint=f"host is [B, G, N, block, W], W = {widths[0]}, or {widths[1]} of latents, beside a block_table",
+            )
 
 
 @two_level_attention.register_fake
-def _(query, keys, values, block_table, key_positions, query_positions, filled, channels, *args):  # type: ignore[no-untyped-def]
-    _check(query, keys, values, block_table, key_positions, channels)
+def _(query, keys, values, block_table, host, key_positions, query_positions, filled, channels, *args):  # type: ignore[no-untyped-def]
+    _check(query, keys, values, block_table, host, key_positions, channels)
     return query.new_empty((query.shape[0], 1, query.shape[1], values.shape[-1]))
 
 
 @register_flop_formula(torch.ops.effpass.two_level_attention)
-def _(query: Any, keys: Any, values: Any, block_table: Any, key_positions: Any, query_positions: Any, filled: Any,
-      channels: Any, statistics: Any, seen: Any, labels: Any, ranges: Any, scores: Any, chosen_blocks: Any,
+def _(query: Any, keys: Any, values: Any, block_table: Any, host: Any, key_positions: Any, query_positions: Any,
+      filled: Any, channels: Any, statistics: Any, seen: Any, labels: Any, ranges: Any, scores: Any, chosen_blocks: Any,
       chosen_tokens: Any, scale: Any, softcap: Any, block: int, *args: Any, out_val: Any = None,
       **kwargs: Any) -> Any:  # fmt: skip
     batch, heads, _, key_size = query

@@ -10,7 +10,8 @@ those of Double Sparsity (https://arxiv.org/abs/2408.07092).
 
 Shapes: B batch, G key-value heads, S slots, N = ceil(S / block) blocks, K key size, C channels of a label, P statistics
 of a block. Where `block_table` int32 [B, G, N] is given, keys are pages [pages, block, K], and block n of a row and
-head lies in page block_table[b, g, n]; else they are [B, G, S, K].
+head lies in page block_table[b, g, n]; else they are [B, G, S, K]. A block without a page (-1) is read from `host`
+[B, G, N, block, W], where that is given: all keys and values side by side (W = K + V), or latents (W = K).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.kernel_choice import triton_kernels
 
-__all__ = ["STATISTICS", "KeyIndex", "Selection", "gather_slots", "index_blocks", "index_keys"]
+__all__ = ["STATISTICS", "KeyIndex", "Selection", "gather_slots", "index_blocks", "index_keys", "parted"]
 
 #: Statistics of a block, and how many vectors each is.
 STATISTICS = {"min_max": 2, "mean": 1, "mean_std": 2}
@@ -177,13 +178,32 @@ class KeyIndex:
         )  # fmt: skip
 
 
-def gather_slots(cached: Tensor, block_table: Tensor | None, slots: Tensor, block: int) -> Tensor:
-    """What stands in `slots` [B, G, L] of keys or values: [B, G, L, K]. A negative slot gives any row."""
+def parted(rows: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of rows [..., W]: side by side, or of latents, whose value is the first part of the key."""
+    first = 0 if rows.shape[-1] == key_size else key_size
+    return rows[..., :key_size], rows[..., first : first + value_size]
+
+
+def gather_slots(
+    cached: Tensor, block_table: Tensor | None, slots: Tensor, block: int, host: Tensor | None = None
+) -> Tensor:
+    """What stands in `slots` [B, G, L] of keys or values: [B, G, L, K]. A negative slot gives any row.
+
+    Args:
+        cached: [B, G, S, K], or pages [pages, block, K].
+        block_table: int32 [B, G, N] of pages, or None.
+        slots: [B, G, L].
+        block: slots of a block.
+        host: [B, G, N, block, K], read where a block has no page.
+    """
     slots = slots.clamp(min=0).long()
     if block_table is None:
         return cached.gather(2, slots[..., None].expand(*slots.shape, cached.shape[-1]))
-    pages = block_table.long().gather(2, slots // block).clamp(min=0)
-    return cached[pages, slots % block]
+    pages = block_table.long().gather(2, slots // block)
+    found = cached[pages.clamp(min=0), slots % block]
+    if host is None:
+        return found
+    return torch.where((pages >= 0)[..., None], found, gather_slots(host.flatten(2, 3), None, slots, block))
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
@@ -203,6 +223,7 @@ def index_blocks(
     ranges: Tensor,
     block: int,
     statistic: str,
+    host: Tensor | None = None,
 ) -> None:
     """Statistics and labels of blocks `first` to `last`, `last` included, anew from the keys that stand there."""
     (batch, slots), groups = key_positions.shape, channels.shape[0]
@@ -210,7 +231,7 @@ def index_blocks(
     here = torch.arange(begin, begin + (last + 1 - first) * block, device=keys.device)
     inside = here.clamp(max=slots - 1)
     of_slots = inside.expand(batch, groups, -1)
-    k = gather_slots(keys, block_table, of_slots, block)
+    k = gather_slots(keys, block_table, of_slots, block, host)
     k = k.to(torch.promote_types(k.dtype, torch.float32))
     visible = (key_positions[:, inside] >= 0) & (here < min(filled, slots))
     if seen.shape[2]:
