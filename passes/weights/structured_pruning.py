@@ -1,19 +1,17 @@
-"""`structured_pruning`: drop whole key-value groups and feed-forward channels, alike in every layer.
+"""`structured_pruning`: drop whole heads, channels, experts or layers, alike in every layer.
 
 A group is one key-value head with the query heads that read it; its rows of `q_proj`, `k_proj`, `v_proj` and its
-columns of `o_proj` go. A channel's rows of `gate_proj`, `up_proj` and its column of `down_proj` go. Dropping units is
-the same function as setting their columns of `o_proj` and `down_proj` to zero, and what is left is an ordinary, smaller
-model with an ordinary config. Which units stay is learned elsewhere and read from an artifact
-(:mod:`effpass.passes.weights.keep_indices`); LLM-Pruner (https://arxiv.org/abs/2305.11627) and MaskPrune
-(https://arxiv.org/abs/2502.14008) are two ways to learn it.
+columns of `o_proj` go. A channel's rows of `gate_proj`, `up_proj` and its column of `down_proj` go. Dropping heads
+and channels is the same function as setting their columns of `o_proj` and `down_proj` to zero; a dropped expert is one
+that the router never chooses. What is left is an ordinary, smaller model with an ordinary config. Which units stay is
+learned elsewhere and read from an artifact (:mod:`effpass.passes.weights.keep_indices`).
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,23 @@ from effpass.core.pass_ import Match, WeightsPass
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.passes.weights.composition import check_first
-from effpass.passes.weights.keep_indices import Cut, Dimensions, KeepIndices, make_keep_artifact
+from effpass.passes.weights.dropped_layers import drop_layers
+from effpass.passes.weights.keep_indices import Cut, KeepIndices, make_keep_artifact
 from effpass.passes.weights.lora_fold import stores_transposed
 from effpass.passes.weights.narrowing import Narrowing, NotNarrowableError
+from effpass.passes.weights.prunable_models import check_heads, check_result, check_units, set_sizes
+from effpass.passes.weights.prunable_units import Dimensions
+from effpass.passes.weights.pruned_experts import check_experts, expert_layers, prune_experts
 from effpass.passes.weights.quantized import scheme_of, tensor_scheme
 
-__all__ = ["StructuredPruning", "StructuredPruningOptions", "make_keep_artifact", "save_pruned"]
+__all__ = [
+    "StructuredPruning",
+    "StructuredPruningOptions",
+    "check_cut",
+    "cut_model",
+    "make_keep_artifact",
+    "save_pruned",
+]
 
 
 @dataclass(frozen=True)
@@ -75,51 +84,26 @@ class StructuredPruning(WeightsPass):
                 hint="leave the pass out of the recipe for a model that is pruned",
             )
         self.artifact.check_model(model)
-        self._cuts(model)
-
-    def _cuts(self, model: nn.Module) -> dict[str, Cut]:
-        """The parameters to cut, all of them.
-
-        Raises:
-            ModelError: the architecture has no such units, or can't be cut; says which and why.
-        """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        cuts = self.keep.cuts(list(parameters))
-        _check_architecture(self.keep, cuts, parameters)
-        for name in cuts:
-            module = model.get_submodule(name.rpartition(".")[0])
-            if scheme := scheme_of(module):
-                raise ModelError(
-                    f"{name} is quantised ({scheme})", hint="prune the unquantised model, then quantise it"
-                )
-            if model.get_parameter(name).is_meta:
-                raise ModelError(f"{name} is not in memory (offloaded)", hint="load the model without offloading")
-        _check_result(model, self.keep, cuts)
-        return cuts
+        check_cut(model, self.keep)
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
-        """Slice modules and config in place; hits are linear layers."""
-        cuts = self._cuts(model)  # not the fingerprint: a pass before this one may have changed the weights
-        for name, cut in cuts.items():
-            path, _, leaf = name.rpartition(".")
-            module: Any = model.get_submodule(path)
-            old = model.get_parameter(name)
-            dim = cut.dim(old.dim(), stores_transposed(module))
-            new = old.detach().index_select(dim, cut.index.to(old.device))
-            setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
-            if leaf == "weight":
-                _set_features(module, new.shape)
-        _set_sizes(model, self.keep)
-        return sum(name.endswith(".weight") for name in cuts), []
+        # Without the fingerprint: a pass before this one may have changed the weights.
+        return cut_model(model, self.keep), []
 
     # -- second hand ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
+        if not self.keep.fits_graphs:
+            families = ", ".join(self.keep.units) or "layers"
+            raise PassRefusedError(
+                f"structured_pruning can't cut {families} of this model in a graph",
+                hint="call effpass.prepare(model, recipe) before torch.compile or export: it cuts the model itself",
+            )
         check_first(program, self.keep.cuts([n for w in program.weights.values() for n in w.names]), self.name)
         linears = {str(linear.name): linear for linear in program.linears() if linear.name is not None}
         cuts = self.keep.cuts(list(linears))
         parameters = {name: weight.tensor for weight in program.weights.values() for name in weight.names}
-        _check_architecture(self.keep, cuts, parameters, whole=False)
+        check_heads(self.keep.units, self.keep.before, parameters)
         if not cuts:
             yield Refusal("graph", "it reads no weight that the artifact prunes", "a submodule needs options['prefix']")
             return
@@ -172,119 +156,55 @@ def _check_weight(name: str, weight: Tensor, cut: Cut, dim: int) -> None:
         )
 
 
-# -- what can be pruned ---------------------------------------------------------------------------------------------
+# -- cutting a model ------------------------------------------------------------------------------------------------
 
 
-def _check_architecture(
-    keep: KeepIndices, cuts: dict[str, Cut], parameters: dict[str, Any], whole: bool = True
-) -> None:
-    """Raise :class:`ModelError` where an architecture has no such units, with the reason.
+def check_cut(model: Any, keep: KeepIndices) -> dict[str, Cut]:
+    """The parameters of linear layers that :func:`cut_model` would cut.
 
-    Args:
-        keep: what is to be pruned.
-        cuts: what was found of it.
-        parameters: all parameters, by name.
-        whole: `parameters` are those of the whole model, not of one graph of it.
+    Raises:
+        ModelError: the architecture has no such units, or can't be cut; says which and why.
     """
-    ends = {name.rpartition("layers.")[2].partition(".")[2] for name in parameters}
-    if keep.kv_groups:
-        if any(".attn.c_attn." in name for name in parameters):
-            raise ModelError(
-                "key-value groups of GPT-2 can't be pruned: its head size is width / heads, so a config with fewer"
-                " heads describes another model",
-                hint="prune ffn_channels only",
-            )
-        if any("kv_b_proj" in name for name in parameters):
-            raise ModelError(
-                "a model with latent attention (MLA) has no key-value groups: all heads share one compressed key-value",
-                hint="prune ffn_channels only",
-            )
-        for end in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            name = next((n for n in parameters if n.endswith(end)), None)
-            if name is not None and parameters[name].shape[0] != keep.before.head_dim:
-                raise ModelError(
-                    f"{name} normalises over all heads together, so that dropping a head changes every other one",
-                    hint="prune ffn_channels only",
-                )
-    if keep.ffn_channels and any(end.startswith("mlp.experts.") or end.startswith("mlp.gate.") for end in ends):
-        raise ModelError(
-            "ffn_channels are those of one dense feed-forward block, and this model has experts",
-            hint="prune kv_groups only",
-        )
-    if not whole:
-        return
-    for family, indices, output in (
-        ("kv_groups", keep.kv_groups, ("o_proj",)),
-        ("ffn_channels", keep.ffn_channels, ("down_proj", "mlp.c_proj")),
-    ):
-        there = {c.axis[0].units for n, c in cuts.items() if not c.out and n.removesuffix(".weight").endswith(output)}
-        for layer in range(len(indices)):
-            if f"layers.{layer}.{family}" not in there:
-                raise ModelError(f"layer {layer} has no {' or '.join(output)} whose inputs are {family}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    cuts = keep.cuts(list(parameters))
+    check_heads(keep.units, keep.before, parameters)
+    check_units(model, keep)
+    check_experts(model, keep)
+    stacks = [f"{name}.experts.down_proj" for name in expert_layers(model, keep).values()]
+    for name in [*cuts, *stacks]:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if scheme := scheme_of(module) or tensor_scheme(parameters[name]):
+            raise ModelError(f"{name} is quantised ({scheme})", hint="prune the unquantised model, then quantise it")
+        if parameters[name].is_meta:
+            raise ModelError(f"{name} is not in memory (offloaded)", hint="load the model without offloading")
+    check_result(model, keep, cuts)
+    return cuts
 
 
-def _check_result(model: nn.Module, keep: KeepIndices, cuts: dict[str, Cut]) -> None:
-    """Build the pruned architecture from its config, without memory, and compare every shape with the sliced one's."""
-    smaller: Any = copy.deepcopy(model.config)
-    try:
-        _write_sizes(smaller, keep.after)
-        smaller = type(smaller).from_dict(smaller.to_dict())
-        with torch.device("meta"):
-            expected: nn.Module = type(model)(smaller)
-    except Exception as error:  # whatever a model class does not accept
-        reason = str(error).strip().splitlines()[-1]
-        raise ModelError(
-            f"{type(model).__name__} accepts no config of {keep.after.num_attention_heads} query heads,"
-            f" {keep.after.num_key_value_heads} key-value heads and {keep.after.intermediate_size} feed-forward"
-            f" channels: {reason}",
-            hint="keep another number of groups",
-        ) from error
-    shapes = {n: tuple(p.shape) for n, p in expected.named_parameters(remove_duplicate=False)}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shape = list(parameter.shape)
-        if name in cuts:
-            module = model.get_submodule(name.rpartition(".")[0])
-            dim = cuts[name].dim(parameter.dim(), stores_transposed(module))
-            shape[dim] = len(cuts[name].index)
-        if shapes.get(name) != tuple(shape):
-            raise ModelError(
-                f"{type(model).__name__} with the pruned sizes has {name} of shape {shapes.get(name)}, slicing gives"
-                f" {tuple(shape)}: this architecture uses the pruned sizes in another way",
-                hint="report the architecture",
-            )
+def cut_model(model: Any, keep: KeepIndices) -> int:
+    """Slice modules and config, in place, all or nothing.
 
+    Returns:
+        How many linear layers and mixtures of experts were cut, or layers dropped.
 
-# -- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def _write_sizes(config: Any, after: Dimensions) -> None:
-    """Set the sizes in a transformers config, by the names that it uses."""
-    config = config.get_text_config()
-    before = Dimensions.of(config)
-    fewer_heads = after.num_attention_heads < before.num_attention_heads
-    for name, size in asdict(after).items():
-        # The size of a head stays and must then be said: by default it follows from the number of heads.
-        if size != getattr(before, name) or (name == "head_dim" and fewer_heads):
-            own = "n_inner" if name == "intermediate_size" and hasattr(config, "n_inner") else name
-            setattr(config, own, size)
-
-
-def _set_sizes(model: Any, keep: KeepIndices) -> None:
-    """The config of the model (one object, shared by its modules) and the sizes that modules keep for themselves."""
-    _write_sizes(model.config, keep.after)
-    before, after = asdict(keep.before), asdict(keep.after)
-    names = {
-        "num_heads": "num_attention_heads",
-        "num_attention_heads": "num_attention_heads",
-        "num_key_value_heads": "num_key_value_heads",
-        "intermediate_size": "intermediate_size",
-    }
-    for path, module in model.named_modules():
-        if not path.endswith(("self_attn", "mlp", "attn")):
-            continue
-        for attribute, size in names.items():
-            if module.__dict__.get(attribute) == before[size]:
-                setattr(module, attribute, after[size])
+    Raises:
+        ModelError: as :func:`check_cut`.
+    """
+    cuts = check_cut(model, keep)
+    if keep.layers:
+        return drop_layers(model, keep.layers)
+    for name, cut in cuts.items():
+        path, _, leaf = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        old = model.get_parameter(name)
+        dim = cut.dim(old.dim(), stores_transposed(module))
+        new = old.detach().index_select(dim, cut.index.to(old.device))
+        setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        if leaf == "weight":
+            _set_features(module, new.shape)
+    hits = sum(name.endswith(".weight") for name in cuts) + prune_experts(model, keep)
+    set_sizes(model, keep)
+    return hits
 
 
 def _set_features(module: Any, shape: torch.Size) -> None:

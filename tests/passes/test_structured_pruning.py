@@ -171,8 +171,8 @@ def test_units_chosen_by_magnitude(tmp_path: Path) -> None:
                 o[:, : o.shape[1] // 2] *= 0.01  # group 0 adds little
                 layer.mlp.down_proj.weight[:, 7] *= 100
         keep = make_keep_artifact(model, tmp_path / case, kv_groups=1, ffn_channels=9)
-        assert [g.tolist() for g in keep.kv_groups] == [[group]] * 2
-        assert all(len(c) == 9 and 7 in c.tolist() for c in keep.ffn_channels)
+        assert [kept.tolist() for kept in keep.units["kv_groups"].values()] == [[group]] * 2
+        assert all(len(kept) == 9 and 7 in kept.tolist() for kept in keep.units["ffn_channels"].values())
         assert (keep.after.num_attention_heads, keep.after.intermediate_size) == (2, 9)
         assert keep.before.intermediate_size == d.intermediate_size
 
@@ -183,17 +183,20 @@ def test_units_chosen_by_magnitude(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "units", "reason"),
     [
-        ("gpt2", "kv_groups", "its head size is width / heads"),
-        ("olmo2", "kv_groups", r"self_attn\.q_norm\.weight normalises over all heads together"),
-        ("deepseek_v3", "kv_groups", "latent attention"),
-        ("deepseek_v3", "ffn_channels", "this model has experts"),
-        ("mixtral", "ffn_channels", "this model has experts"),
-        ("qwen3_moe", "ffn_channels", "this model has experts"),
+        ("gpt2", {"kv_groups": [[0]] * 2}, "their size is width / heads"),
+        ("olmo2", {"kv_groups": [[0]] * 2}, r"self_attn\.q_norm\.weight normalises over all heads together"),
+        ("olmo2", {"query_heads": [[[0], [0]]] * 2}, r"self_attn\.q_norm\.weight normalises over all heads together"),
+        ("deepseek_v3", {"query_heads": [[[0]] * 4] * 2}, "each query head is the only one of its group"),
+        ("qwen3_moe", {"ffn_channels": {0: [0], 1: [0]}}, "layer 0 has no mlp.down_proj or mlp.c_proj"),
+        ("llama", {"kv_groups": {0: [0]}}, "layer 1 has .*o_proj.*, and the artifact leaves it out"),
+        ("deepseek_v3", {"ffn_channels": {1: [0]}}, "layer 0 has mlp.down_proj .* and the artifact leaves it out"),
+        ("deepseek_v3", {"experts": [[0, 2]]}, "2 experts are too few: the router chooses from 4 at least"),
+        ("qwen3_moe", {"experts": [[0]] * 2}, "1 experts are too few: the router chooses from 2 at least"),
     ],
 )
-def test_architectures_without_such_units(family: str, units: str, reason: str, tmp_path: Path) -> None:
+def test_architectures_without_such_units(family: str, units: dict[str, Any], reason: str, tmp_path: Path) -> None:
     model = make(family)
-    make_keep_artifact(model, tmp_path / "keep", **{units: [[0]] * 2})
+    make_keep_artifact(model, tmp_path / "keep", **units)
     before = [p.clone() for p in model.parameters()]
     for act in (pruning(tmp_path / "keep").check_model, pruning(tmp_path / "keep").prepare):
         with pytest.raises(ModelError, match=reason):
@@ -237,11 +240,12 @@ def test_other_models(tmp_path: Path) -> None:
         ({"layers.0.kv_groups": [1, 0], "layers.1.kv_groups": [0, 1]}, r"layers\.0\.kv_groups\[1\] is 0 after 1"),
         ({"layers.0.ffn_channels": [3, 3]}, r"layers\.0\.ffn_channels\[1\] is 3 after 3, expected ascending"),
         ({"layers.1.kv_groups": [0, 1]}, "layer 0 keeps 1 kv_groups and layer 1 keeps 2"),
-        ({"layers.1.kv_groups": None}, r"layers\.0\.kv_groups is there and layers\.1\.kv_groups is missing"),
         ({"layers.0.kv_groups": []}, r"layers\.0\.kv_groups is torch.int64 \[0\], expected int64 indices \[n\], n > 0"),
         ({"layers.2.kv_groups": [0]}, r"unknown tensor 'layers\.2\.kv_groups' for 2 layers"),
         ({"layers.0.heads": [0]}, r"unknown tensor 'layers\.0\.heads'"),
-        ({f"layers.{i}.{f}": None for i in (0, 1) for f in KEPT}, "neither kv_groups nor ffn_channels"),
+        ({f"layers.{i}.{f}": None for i in (0, 1) for f in KEPT}, "no kept units"),
+        ({"layers": [0]}, r"keeps whole layers and layers\.0\.ffn_channels"),
+        ({"layers.0.query_heads": [0]}, r"query_heads is torch.int64 \[1\], expected int64 indices \[1, n\]"),
     ],
 )
 def test_artifacts_that_are_refused(changes: dict[str, list[int] | None], message: str, tmp_path: Path) -> None:
@@ -276,8 +280,12 @@ def test_indices_are_checked_when_an_artifact_is_made(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=message):
             make_keep_artifact(model, tmp_path / "keep", **given)
         assert not (tmp_path / "keep").exists()
-    with pytest.raises(ModelError, match="layer 0 has no weights to rank its ffn_channels by"):
+    with pytest.raises(ModelError, match="MixtralForCausalLM has no ffn_channels"):
         make_keep_artifact(make("mixtral"), tmp_path / "keep", ffn_channels=3)
+    with pytest.raises(ArtifactError, match="the model has no ffn_channels"):
+        make_keep_artifact(make("mixtral"), tmp_path / "keep", ffn_channels={0: [1]})
+    with pytest.raises(ArtifactError, match="unknown units 'heads', did you mean 'query_heads'"):
+        make_keep_artifact(make("llama"), tmp_path / "keep", heads=1)
 
 
 def lora(model: Any, folder: Path) -> MergeLora:
