@@ -21,8 +21,6 @@ from effpass.trainers.run_folder import Recorder
 
 __all__ = ["Loop", "MetricsCallback", "make_loader"]
 
-_MOST_WORKERS = 14
-
 
 class Loop(Trainer):
     """The loop.
@@ -35,7 +33,12 @@ class Loop(Trainer):
         optimizer: which, and its rates.
         schedule: of the learning rate.
         recorder: of metrics.
+
+    Attributes:
+        most_workers: processes that make micro-batches for a GPU, at most.
     """
+
+    most_workers = 14
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class Loop(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         is_cuda = self.args.device.type == "cuda"
         cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        workers = min(_MOST_WORKERS, cores - 2) if is_cuda else 0
+        workers = min(self.most_workers, cores - 2) if is_cuda else 0
         first = self.first_step * self.args.gradient_accumulation_steps
         return make_loader(self.micro_batches, first, max(0, workers), is_cuda)
 

@@ -56,7 +56,7 @@ class Recorder:
         path: JSON lines.
         steps: of the run.
         say: gets a line for people.
-        shown: beginnings of the keys that people see.
+        shown: keys that people see, or, ending in ``_``, their beginnings.
         writes: whether this process does; one of several.
     """
 
@@ -73,7 +73,9 @@ class Recorder:
         line = {"step": step, **metrics, "seconds": round(seconds, 3)}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        values = "  ".join(f"{key} {value:.4g}" for key, value in line.items() if key.startswith(self.shown))
+        parts = tuple(name for name in self.shown if name.endswith("_"))
+        seen = {key: value for key, value in line.items() if key in self.shown or key.startswith(parts)}
+        values = "  ".join(f"{key} {value:.4g}" for key, value in seen.items())
         self.say(f"step {step}/{self.steps}  {seconds:.0f} s  {values}")
 
 

@@ -15,7 +15,6 @@ from effpass.cli.train_options import (
     AnnealKind,
     Clip,
     Data,
-    Dropout,
     Dtype,
     LogEvery,
     Lr,
@@ -72,7 +71,6 @@ def grpo(
     clip_ratio: Annotated[float, typer.Option("--clip-ratio", help="Of the policy ratio.")] = 0.2,
     rank: Rank = 8,
     alpha: Alpha = None,
-    dropout: Dropout = 0.0,
     targets: Targets = "all-linear",
     activation: ActivationName = "relu",
     anneal_end: AnnealEnd = 0.3,
@@ -88,7 +86,7 @@ def grpo(
 
     common = what_learns(
         method=method, optimizer=optimizer, lr=lr, schedule=lr_schedule, warmup=warmup, weight_decay=weight_decay,
-        clip=clip, rank=rank, alpha=alpha, dropout=dropout, targets=targets, activation=activation,
+        clip=clip, rank=rank, alpha=alpha, dropout=0.0, targets=targets, activation=activation,
         anneal_end=anneal_end, anneal=anneal, dtype=dtype,
     )  # fmt: skip
     settings = GrpoSettings(

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import batch, make
 from tiny_tuning import checkpoint, metrics, quiet, weights, write
 
 from effpass.core.errors import EffpassError
 from effpass.passes.weights.peft_adapter import read_adapter
-from effpass.trainers.afa_lora import LoraSettings
+from effpass.trainers.afa_lora import AnnealSchedule, LoraSettings, attach
 from effpass.trainers.finetune.grpo import GrpoSettings, reinforce
 from effpass.trainers.finetune.reward import load_reward
+from effpass.trainers.finetune.rollouts import use_engine
 from effpass.trainers.finetune.settings import Anneal
 from effpass.trainers.lm.config import OptimizerConfig
+from effpass.trainers.lm.model import set_experts
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 
@@ -43,6 +46,9 @@ def short(completions):
 
 def words(completions):
     return completions
+
+def fails(completions):
+    return [1 / 0 for text in completions]
 
 def asks(completions, solution):
     return [0.0] * len(completions)
@@ -105,6 +111,40 @@ def test_completions_are_sampled_through_the_activation(llama, tmp_path, monkeyp
     assert sampled == learned == [1, 0.5, 0]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_engine_samples_what_transformers_samples_from_weights_as_they_are(family):
+    """Greedy, from prompts of two lengths, while weights and β move."""
+    model = make(family).train()
+    set_experts(model)
+    experts = model.config._experts_implementation
+    adapter = attach(model, AnnealSchedule(8, end=0.75), LoraSettings(4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-2)
+    ids = batch(9)["input_ids"].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    asked = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert use_engine(model) is None
+    seen = []
+    for _ in range(7):
+        seen.append(adapter.model.generate(**asked))
+        assert model.training
+        assert model.config._experts_implementation == experts
+        with torch.no_grad():
+            assert torch.equal(seen[-1], type(model).generate(model, **asked))
+        model(input_ids=ids, labels=ids.flip(1), use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        adapter.step()
+    assert len({tuple(s.flatten().tolist()) for s in seen}) == 7  # stale weights would show
+
+
+def test_a_model_that_the_engine_lacks_keeps_its_own_generate():
+    model = make("llama")
+    model.config.num_kv_shared_layers = 1
+    assert "llama shares key-value caches between layers" in (use_engine(model) or "")
+    assert "generate" not in vars(model)
+
+
 class _KilledError(Exception):
     pass
 
@@ -156,6 +196,10 @@ def test_a_field_of_the_data_reaches_the_reward_and_conversations_work(llama, tm
         ("broken", r"grpo_test_rewards:broken is nan for the completion '"),
         ("short", r"grpo_test_rewards:short returned 1 numbers for 8 completions"),
         ("words", r"grpo_test_rewards:words returned \[.*, expected a number for each completion"),
+        (
+            "fails",
+            r"grpo_test_rewards:fails failed: ZeroDivisionError: division by zero\n  → .*grpo_test_rewards\.py:18",
+        ),
         ("asks", r"grpo_test_rewards:asks takes 'solution', which is no field of the data"),
     ],
 )
@@ -185,6 +229,7 @@ def test_a_checked_reward_names_what_is_wrong():
         ({"group": 1}, "group: got 1, expected at least 2"),
         ({"prompts": 3, "group": 3}, "9 completions can't be shared by 2 updates of 1 micro-batches"),
         ({"steps": 7}, "steps: got 7, expected whole cycles of 2 updates"),
+        ({"lora": LoraSettings(4, dropout=0.1)}, "dropout: got 0.1: what is sampled and what learns would be two"),
         ({"temperature": 0.0}, "temperature: got 0"),
         ({"save_every": 4, "log_every": 3}, "save_every: got 4, expected a multiple of log_every"),
     ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from effpass.trainers.lm.config import OptimizerConfig, Schedule
 from effpass.trainers.lm.tokenizer import byte_tokenizer
 from effpass.trainers.loop import Loop
 
+ROOT = Path(__file__).parents[2]
 ADAMW = OptimizerConfig(lr=1e-2, name="adamw", weight_decay=0.0)
 SETTINGS = Settings(
     ADAMW, method="afa-lora", steps=8, batch=4, accumulate=2, sequence_length=32, lora=LoraSettings(4, dropout=0.1),
@@ -139,6 +143,10 @@ def test_every_sample_is_read_once_an_epoch_and_every_graded_token_weighs_the_sa
         graded = weights[weights > 0]
         assert len(set(graded.tolist())) == 1
         assert float(weights.sum() / 2) == pytest.approx(1)  # the Trainer divides by two micro-batches
+    assert batches.passes == 2
+    half = PackedBatches(samples, length=32, batch=4, steps=2, seed=3)
+    rows = PackedBatches(samples, length=32, batch=4, epochs=1, seed=3).rows
+    assert half.passes == pytest.approx(8 / len(rows))
     one = PackedBatches(samples, length=32, batch=4, accumulate=1, epochs=2, seed=3)
     assert torch.equal(one[0]["input_ids"], torch.cat([batches[0]["input_ids"], batches[1]["input_ids"]]))
 
@@ -223,16 +231,43 @@ def test_an_interrupted_run_resumes_to_the_bit(llama, finished, tmp_path, monkey
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def stop_after(monkeypatch, steps: int) -> None:
+def stop_after(monkeypatch, steps: int, error: type[BaseException] = _KilledError) -> None:
     """Kill the run in step `steps`, when the last checkpoint is older."""
     original = Loop.training_step
 
     def step(self, *args, **kwargs):
         if self.state.global_step == steps:
-            raise _KilledError
+            raise error
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Loop, "training_step", step)
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on_and_may_go_on_in_smaller_pieces(llama, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, lora=LoraSettings(4))
+    said: list[str] = []
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = run(llama, tmp_path / "whole", settings)
+    stop_after(monkeypatch, 6, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, tmp_path / "cut", settings, say=said.append)
+    monkeypatch.undo()
+    assert said[-1] == "stopped: --resume goes on from step 4"
+    again = run(llama, tmp_path / "cut", replace(settings, accumulate=4), resume=True, say=said.append)
+    assert "going on from step 4" in said
+    assert said[-1] == f"saved {again}"
+    one, two = weights(again), weights(whole)
+    # Gradients are the same but for the order of sums; Adam divides them by their size, and shows small ones' rounding.
+    assert max(float((one[name] - two[name]).abs().max()) for name in two) < 1e-2 * ADAMW.lr
+
+
+def test_memory_that_runs_out_names_the_estimate_and_the_way_on(llama, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5, torch.OutOfMemoryError)
+    with pytest.raises(
+        EffpassError, match=r"no memory left on the device; estimated: .*\n  → --resume with a larger --acc"
+    ):
+        run(llama, tmp_path)
 
 
 def test_a_resume_with_another_schedule_or_other_data_is_refused(llama, tmp_path, monkeypatch):
@@ -321,3 +356,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(llama, tmp_path):
     with pytest.raises(EffpassError, match=r"the loss is (nan|inf) at step"):
         run(llama, tmp_path, settings)
     assert not (tmp_path / "out").exists()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "afa-lora"])
+def test_two_processes_give_the_losses_of_one(llama, tmp_path, method):
+    settings = replace(SETTINGS, method=method, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0), steps=6,
+                       lora=LoraSettings(4), anneal=Anneal(end=0.5), save_every=0)  # fmt: skip
+    one = run(llama, tmp_path, settings)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29627",
+        "-m", "effpass", "--debug", "train", "sft", llama, "--data", tmp_path / "data.jsonl",
+        "--validation", tmp_path / "validation.jsonl", "-o", tmp_path / "two", "--method", method, "--lr", 3e-3,
+        "--steps", 6, "--batch", 4, "--accumulate", 2, "--sequence-length", 32, "--rank", 4, "--anneal-end", 0.5,
+        "--log-every", 2, "--save-every", 0,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("step 2/6") == 1
+    assert "rows of up to 32 tokens" in done.stderr
+    losses = [[line[key] for line in metrics(out) for key in line if "loss" in key] for out in (tmp_path / "two", one)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    mine, theirs = weights(tmp_path / "two"), weights(one)
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) < 1e-3

@@ -1,9 +1,9 @@
 """Reinforcement learning against a verifiable reward, by TRL's GRPOTrainer (arXiv 2402.03300).
 
 A cycle: a group of completions is sampled for each of some prompts, and learned from in one or more optimiser steps.
-β of an AFA adapter stays the same within a cycle, and completions are sampled with the adapter as it is, activation and
-all: both sides of the policy ratio are of one function. A merged adapter, as a serving engine would run it, is another
-policy while β > 0.
+β of an AFA adapter stays the same within a cycle, there is no dropout, and the decode engine samples with the adapter
+as it is, activation and all: both sides of the policy ratio are of one function. A merged adapter, as a serving engine
+would run it, is another policy while β > 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from effpass.core.errors import EffpassError, ModelError
 from effpass.trainers.afa_lora.lora import LoraSettings
 from effpass.trainers.finetune.memory import estimate, host_line
 from effpass.trainers.finetune.reward import load_reward
-from effpass.trainers.finetune.run import begin, check_plots, check_same, learned_line, load, publish, read_model
+from effpass.trainers.finetune.rollouts import use_engine
+from effpass.trainers.finetune.run import (
+    begin,
+    check_plots,
+    check_same,
+    explained,
+    learned_line,
+    load,
+    publish,
+    read_model,
+)
 from effpass.trainers.finetune.samples import check_messages, file_hash, read_lines
 from effpass.trainers.finetune.settings import Anneal, Method
 from effpass.trainers.finetune.trained import AdapterTrainer, Trained
@@ -83,6 +93,11 @@ class GrpoSettings:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise EffpassError(f"{name}: got {getattr(self, name)}, expected at least {low}")
+        if self.lora.dropout:
+            raise EffpassError(
+                f"dropout: got {self.lora.dropout}: what is sampled and what learns would be two policies",
+                hint="leave it at 0",
+            )
         for name, lowest in (("temperature", 1e-6), ("kl", 0.0), ("clip_ratio", 0.0)):
             if not lowest <= getattr(self, name) < float("inf"):
                 raise EffpassError(f"{name}: got {getattr(self, name)}, expected a number from {lowest:g}")
@@ -164,12 +179,18 @@ def reinforce(
     say(learned_line(trained))
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     begin(work, run, first_step, resume=resume)
-    recorder = Recorder(work / METRICS, settings.steps, say, ("loss", "reward", "anneal", "kl"))
+    if resume:
+        say(f"going on from step {first_step}")
+    recorder = Recorder(work / METRICS, settings.steps, say, ("loss", "reward", "reward_std", "anneal", "kl"))
+    if (reason := use_engine(trained.model)) is not None:
+        say(f"completions are sampled by transformers' generate: {reason}")
     trainer = _trainer(trained, settings, args, rows, function, tokenizer, recorder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with explained(found, work, say, "start anew with a larger --accumulate, or fewer --prompts or --max-new-tokens"):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trained.peft is not None and "ref" in trained.peft.peft_config:
         trained.peft.delete_adapter("ref")  # TRL's copy of the adapter before, for the divergence
     publish(folder, work, trained, tokenizer, settings.dtype, {**run, "prompts": len(rows), "device": str(args.device)})
+    say(f"saved {folder}")
     return folder
 
 
@@ -224,6 +245,7 @@ def _arguments(settings: GrpoSettings, folder: Path) -> Any:
         max_grad_norm=settings.optimizer.clip,
         bf16=settings.dtype == "bfloat16",
         gradient_checkpointing=False,
+        disable_dropout=True,
         shuffle_dataset=False,  # see _order
         seed=settings.seed,
         logging_steps=settings.log_every,
@@ -266,9 +288,11 @@ def _read_prompts(path: Path, tokenizer: Any, at_least: int) -> list[dict[str, A
 def _estimate(
     config: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: GrpoSettings, device: torch.device
 ) -> Estimate:
-    """The larger of what a step keeps for its backward pass and what sampling keeps as keys and values."""
+    """What a step keeps for its backward pass, beside the keys and values of the completions: the engine holds them."""
     texts = [
-        r["prompt"] if isinstance(r["prompt"], str) else tokenizer.apply_chat_template(r["prompt"], tokenize=False)
+        r["prompt"]
+        if isinstance(r["prompt"], str)
+        else tokenizer.apply_chat_template(r["prompt"], tokenize=False, add_generation_prompt=True)
         for r in rows
     ]
     length = max(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts) + settings.max_new_tokens
@@ -289,6 +313,6 @@ def _estimate(
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     cache = 2 * text_config.num_hidden_layers * heads * size * (2 if bfloat16 else 4)
     cache *= settings.prompts * settings.group * length
-    if found.activations is None or cache <= found.activations:
+    if found.activations is None:
         return found
-    return replace(found, activations=cache, where="keys and values of the completions")
+    return replace(found, activations=found.activations + cache, where="a step and keys and values of the completions")

@@ -80,6 +80,8 @@ class Tuner(AdapterTrainer, Loop):
         validation: held-out samples; none is fine.
     """
 
+    most_workers = 0  # rows are put together in less time than it takes to queue a step
+
     def __init__(
         self,
         trained: Trained,

@@ -73,8 +73,12 @@ class PackedBatches(Dataset[dict[str, torch.Tensor]]):
         pad: token that fills rows.
         rank, world: this process, and how many there are.
 
+    Attributes:
+        steps: optimiser steps.
+        passes: how often they read the samples.
+
     Raises:
-        EffpassError: a sample is longer than a row, or a batch can't be shared out.
+        EffpassError: a batch can't be shared out.
     """
 
     def __init__(
@@ -105,8 +109,8 @@ class PackedBatches(Dataset[dict[str, torch.Tensor]]):
             order = np.random.default_rng((seed, epoch)).permutation(len(samples)).tolist()
             self.rows += pack(samples, order, length) if is_packed else [[number] for number in order]
             epoch += 1
-        self.epochs = epoch
         self.steps = math.ceil(len(self.rows) / batch) if steps is None else steps
+        self.passes = epoch * min(1.0, self.steps * batch / len(self.rows))
 
     def __len__(self) -> int:
         return self.steps * self.accumulate

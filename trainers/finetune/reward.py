@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,13 @@ def _checked(function: Callable[..., Any], name: str) -> Reward:
                 f"reward {name} takes {missing[0]!r}, which is no field of the data",
                 hint=f"fields: {', '.join(sorted(set(given) - _TRL))}",
             )
-        values = function(**{n: v for n, v in given.items() if takes_all or n in parameters})
+        try:
+            values = function(**{n: v for n, v in given.items() if takes_all or n in parameters})
+        except Exception as error:  # the user's own code
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise EffpassError(
+                f"reward {name} failed: {type(error).__name__}: {error}", hint=f"{place.filename}:{place.lineno}"
+            ) from error
         try:
             found = [float(value) for value in values]
         except (TypeError, ValueError) as error:

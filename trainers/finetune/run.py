@@ -13,7 +13,8 @@ import platform
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from effpass.trainers.finetune.settings import Settings
 from effpass.trainers.finetune.trained import Trained, check_trainable, make_trained
 from effpass.trainers.lm.model import compile_layers, set_experts
 from effpass.trainers.lm.plots import plot_losses
-from effpass.trainers.memory import check_memory
+from effpass.trainers.memory import Estimate, check_memory
 from effpass.trainers.run_folder import (
     METRICS,
     RUN,
@@ -41,10 +42,10 @@ from effpass.trainers.run_folder import (
     read_metrics,
 )
 
-__all__ = ["begin", "learned_line", "publish", "read_model", "tune"]
+__all__ = ["begin", "check_plots", "check_same", "explained", "learned_line", "load", "publish", "read_model", "tune"]
 
-# What may differ between a run and its resumption.
-_FREE = ("log_every", "evaluate_every", "save_every")
+# What may differ between a run and its resumption; the micro-batches of a step move its gradient by rounding alone.
+_FREE = ("accumulate", "log_every", "evaluate_every", "save_every")
 
 
 def tune(
@@ -113,8 +114,9 @@ def tune(
     schedule = settings.anneal.schedule(batches.steps) if settings.method == "afa-lora" else None
     graded, total = sum(int(s.graded.sum()) for s in samples), sum(len(s.tokens) for s in samples)
     say(
-        f"{len(samples)} samples, {graded} graded tokens of {total}; {batches.steps} steps of {settings.batch} rows"
-        f" of up to {length} tokens, {batches.filling:.0%} full, {batches.epochs} epoch{'s' * (batches.epochs > 1)}"
+        f"{len(samples)} samples, {graded} graded tokens of {total}; {batches.steps} steps of {settings.batch}"
+        f" row{'s' * (settings.batch > 1)} of up to {length} tokens, {batches.filling:.0%} full, {batches.passes:.3g}"
+        f" epoch{'s' * (batches.passes != 1)}"
     )
     bfloat16 = settings.dtype == "bfloat16"
     found = estimate(
@@ -132,26 +134,24 @@ def tune(
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     if args.process_index == 0:
         begin(work, run, first_step, resume=resume)
+    if resume:
+        say(f"going on from step {first_step}")
     if settings.compile:
         compile_layers(trained.model)
     recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"), writes=args.should_save)
     trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out)
-    if first_step == 0:
-        trainer.evaluate()
-    try:
+    with explained(found, work, say, "--resume with a larger --accumulate"):
+        if first_step == 0:
+            trainer.evaluate()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        raise EffpassError(
-            f"no memory left on {args.device} at step {trainer.state.global_step}; estimated: {found}",
-            hint="raise --accumulate, or lower --batch; the last checkpoint stays",
-        ) from error
-    if not settings.evaluate_every or batches.steps % settings.evaluate_every:
-        trainer.evaluate()
+        if not settings.evaluate_every or batches.steps % settings.evaluate_every:
+            trainer.evaluate()
     if args.process_index == 0:
-        facts = {**run, "steps": batches.steps, "epochs": batches.epochs, "sequence_length": length,
+        facts = {**run, "steps": batches.steps, "passes": round(batches.passes, 3), "sequence_length": length,
                  "samples": len(samples), "device": str(args.device), "processes": args.world_size}  # fmt: skip
         publish(folder, work, trained, tokenizer, settings.dtype, facts)
     trainer.accelerator.wait_for_everyone()
+    say(f"saved {folder}")
     return folder
 
 
@@ -216,6 +216,19 @@ def learned_line(trained: Trained) -> str:
     line = f"{learned / 1e6:.3f} M of {sum(p.numel() for _, p in parameters) / 1e6:.3f} M parameters learn"
     stacked = sum(p.numel() for n, p in parameters if p.ndim == 3 and ".experts." in n and not p.requires_grad)
     return line + (f"; {stacked / 1e6:.2f} M of stacked experts have no adapter" if stacked else "")
+
+
+@contextmanager
+def explained(found: Estimate, work: Path, say: Callable[[str], None], hint: str) -> Iterator[None]:
+    """A run inside that is stopped, or runs out of memory, says how to go on; `hint` is for the latter."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoint, step = last_checkpoint(work)
+        say("stopped: --resume goes on from " + ("the beginning" if checkpoint is None else f"step {step}"))
+        raise
+    except torch.OutOfMemoryError as error:
+        raise EffpassError(f"no memory left on the device; estimated: {found}", hint=hint) from error
 
 
 # -- after ------------------------------------------------------------------------------------------------------------

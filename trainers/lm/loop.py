@@ -71,7 +71,7 @@ class Pretrainer(Loop):
         metrics: Path,
         say: Callable[[str], None],
     ) -> None:
-        recorder = Recorder(metrics, config.steps, say, ("loss", "eval_"), writes=args.should_save)
+        recorder = Recorder(metrics, config.steps, say, ("loss", "loss_", "eval_"), writes=args.should_save)
         super().__init__(model, args, batches, first_step, config.optimizer, config.schedule, recorder)
         self.run_config = config
         self.batches = batches
