@@ -41,14 +41,16 @@ def passes_table(document: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def measured_rows(area: str) -> str:
-    """The committed rows of an area, one line each, in the order they were taken."""
+def measured_rows(area: str, but: tuple[str, ...] = ()) -> str:
+    """The committed rows of an area, one line each, in the order they were taken; none in a unit of `but`."""
     lines = [
         "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for text in (ROOT / "benchmarks" / "results" / f"{area}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
+        if row["unit"] in but:
+            continue
         peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else ""
         bound = f"{row['bound']:.3g}" if row["bound"] is not None else ""
@@ -126,6 +128,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "optimizer": lambda document: measured_rows("optimizer"),
     "quality": lambda document: measured_rows("quality"),
     "budgets": budget_rows,
+    "prefix_kv": lambda document: measured_rows("prefix_kv", but=("nats", "%")),
     "training": lambda document: measured_rows("training"),
     "cost": cost_rows,
     "headline": headline_rows,
