@@ -401,7 +401,9 @@ def test_bad_selections_hide_parts_of_the_picture(llava):
 def test_rows_of_pictures_name_chance_and_signal(llava):
     rows = list(quality_pictures.question_rows(llava, "m", "cpu", smoke=True))
     assert len(rows) == 5 * 3
-    assert {row.case for row in rows} == {f"m, pictures, {k}" for k in ("count", "colour", "left", "digit", "word")}
+    assert {row.case for row in rows} == {
+        f"m, pictures, {k}" for k in ("thing", "count", "colour", "left", "digit", "word")
+    }
     assert all(row.note.endswith("no signal") for row in rows)
     (count, *_) = [row.note for row in rows if "count" in row.case]
     assert count.startswith("chance 12.5%; ")

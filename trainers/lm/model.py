@@ -26,7 +26,7 @@ __all__ = [
 _EXPERTS = "effpass_autocast"
 
 # Keys that models read and not every config class lists.
-_READ_BY_MODELS = ("head_dim",)
+_READ_BY_MODELS = ("head_dim", "vision_use_head")
 
 
 def model_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:

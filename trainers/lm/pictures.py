@@ -82,6 +82,20 @@ def make_picture(kind: str, rng: np.random.Generator, size: int) -> Picture:
 _Scene = tuple[int, list[_Thing], list[tuple[str, str]], float]
 
 
+def thing(rng: np.random.Generator) -> _Scene:
+    """What the only thing is: a shape with its colour, a digit or a word; small, or as large as the picture."""
+    grid, drawn = int(rng.integers(1, 4)), rng.random()
+    ((row, column),) = _cells(rng, grid, 1)
+    if drawn < 0.7:
+        shown = _shape(rng, row, column)
+        told = f"a {shown.colour} {shown.shape}"
+    else:
+        kind = "digit" if drawn < 0.85 else "word"
+        shown = _text(rng, row, column, kind, _colour(rng))
+        told = f"the {kind} {shown.text} in {shown.colour}"
+    return grid, [shown], [("What is this?", f" {told}")], 0.7 / (len(_NAMES) * len(SHAPES))
+
+
 def caption(rng: np.random.Generator) -> _Scene:
     """All there is, row by row: colour, kind, size and place of shapes, digits and words."""
     cells = _cells(rng, 3, int(rng.integers(1, 5)))
@@ -156,6 +170,7 @@ def word(rng: np.random.Generator) -> _Scene:
 
 
 PICTURES: dict[str, Callable[[np.random.Generator], _Scene]] = {
+    "thing": thing,
     "caption": caption,
     "count": count,
     "colour": colour,
