@@ -6,24 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import make
+from families import batch, make
 from tiny_tuning import checkpoint, metrics, quiet, sums, weights, write
 from torch.nn.functional import cross_entropy
 
 import effpass
 from effpass.core.errors import EffpassError, ModelError
-from effpass.trainers.afa_lora import LoraSettings
+from effpass.trainers.afa_lora import AnnealSchedule, LoraSettings
 from effpass.trainers.finetune.loop import check_packing, held_out_loss
+from effpass.trainers.finetune.memory import estimate
 from effpass.trainers.finetune.packing import PackedBatches, make_rows
 from effpass.trainers.finetune.run import tune
 from effpass.trainers.finetune.samples import Sample, read_samples
 from effpass.trainers.finetune.settings import Anneal, Settings
+from effpass.trainers.finetune.trained import make_trained
 from effpass.trainers.lm.config import OptimizerConfig, Schedule
 from effpass.trainers.lm.tokenizer import byte_tokenizer
 from effpass.trainers.loop import Loop
@@ -260,6 +263,50 @@ def test_a_run_that_is_stopped_says_how_to_go_on_and_may_go_on_in_smaller_pieces
     one, two = weights(again), weights(whole)
     # Gradients are the same but for the order of sums; Adam divides them by their size, and shows small ones' rounding.
     assert max(float((one[name] - two[name]).abs().max()) for name in two) < 1e-2 * ADAMW.lr
+
+
+def test_adapters_under_autocast_compute_the_same_without_their_detour_over_float32():
+    model = make("llama").to(torch.bfloat16)
+    trained = make_trained(model, "afa-lora", LoraSettings(4), Anneal(), AnnealSchedule(4))
+    with torch.no_grad():
+        for parameter in trained.afa.parameters():
+            parameter.add_(0.1)
+    found, dtypes = [], []
+    layer = model.model.layers[0].mlp.up_proj.lora_A["default"]
+    layer.register_forward_pre_hook(lambda module, given: dtypes.append(given[0].dtype))
+    for around in (nullcontext(), trained.under_autocast()):
+        model.zero_grad()
+        with around, torch.autocast("cpu", torch.bfloat16):
+            model(**batch(12), labels=batch(12)["input_ids"], use_cache=False).loss.backward()
+        found.append([p.grad.clone() for p in trained.afa.parameters()])
+    assert dtypes == [torch.float32, torch.bfloat16]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("method", ["full", "afa-lora"])
+def test_the_activations_that_are_said_are_what_autograd_keeps_of_packed_rows(method):
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 1024}
+    lora, rows, length = LoraSettings(4), 4, 512
+    model = make("llama", **sizes).to(torch.float32 if method == "full" else torch.bfloat16)
+    trained = make_trained(model, method, lora, Anneal(), AnnealSchedule(4))
+    batches = PackedBatches(some_samples(400), length=length, batch=rows, epochs=1)
+    given = {name: value for name, value in batches[0].items() if name != "weights"}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with trained.under_autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**given, use_cache=False).logits
+        cross_entropy(logits.float().flatten(0, 1), given["input_ids"].flatten())
+    taken = sum(storage.nbytes() for key, storage in kept.items() if key not in own) + 2 * 4 * logits.numel()
+    said = estimate(
+        model.config, method, lora, "adamw", rows=rows, length=length, bfloat16=True, device=torch.device("cpu")
+    ).activations
+    assert said == pytest.approx(taken, rel=0.05)  # what is small, such as positions and β, is not counted
 
 
 def test_memory_that_runs_out_names_the_estimate_and_the_way_on(llama, tmp_path, monkeypatch):

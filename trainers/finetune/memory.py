@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.initialization import no_init_weights
@@ -59,8 +60,11 @@ def estimate(
         def forward(_: Any) -> tuple[Tensor, Tensor]:
             return model(input_ids=ids, use_cache=False).logits, ids
 
-        with suppress(RuntimeError, NotImplementedError):  # an operator whose shapes depend on data
-            masks = rows * length * length * 3  # which tokens of a packed row attend: bool, and as numbers
+        # As in the run, see Trained.under_autocast; and an operator may have shapes that depend on data.
+        with disable_input_dtype_casting(model, bfloat16), suppress(RuntimeError, NotImplementedError):
+            # Which tokens of a packed row attend: a bool, and what each layer's attention makes and keeps of it.
+            layers = model_config.get_text_config(decoder=True).num_hidden_layers
+            masks = rows * length * length * (1 + layers * (2 if bfloat16 else _FLOAT))
             activations = kept_bytes(model, forward, bfloat16=bfloat16) + masks
     state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + (every if method != "full" else 0) * (
         2 if bfloat16 else _FLOAT

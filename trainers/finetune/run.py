@@ -14,7 +14,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ def tune(
         compile_layers(trained.model)
     recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"), writes=args.should_save)
     trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out)
-    with explained(found, work, say, "--resume with a larger --accumulate"):
+    autocast = trained.under_autocast() if bfloat16 else nullcontext()
+    with explained(found, work, say, "--resume with a larger --accumulate"), autocast:
         if first_step == 0:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ class Trained:
     model: Any
     peft: Any = None
     afa: AfaLora | None = None
+
+    def under_autocast(self) -> AbstractContextManager[None]:
+        """For all that runs under autocast: PEFT would cast an adapter's input to float32, and autocast back again."""
+        from peft.helpers import disable_input_dtype_casting
+
+        return disable_input_dtype_casting(self.model)
 
     def callbacks(self) -> list[TrainerCallback]:
         return [] if self.afa is None else [_Step(self.afa)]
