@@ -277,6 +277,8 @@ def custom_generate(
     stopping_criteria: Any,
     generation_config: Any,
     token_streamer: Any = None,
+    draft: Any = None,
+    tree: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """The decode engine for one call of a model that was not prepared.
@@ -290,24 +292,28 @@ def custom_generate(
         stopping_criteria: end the sequences.
         generation_config: as prepared.
         token_streamer: a streamer; transformers does not pass its own `streamer` on to a custom loop.
+        draft: decode speculatively: a model, a folder of one, ``"ngram"`` or ``"layers:0,1,5"``.
+        tree: that the draft grows: ``"chain"``, ``"static"``, ``"eagle2"`` or ``"c2t"``.
         model_kwargs: `attention_mask`, `past_key_values`.
 
     Raises:
         EffpassError: the engine can't run the model, or has no place for an argument.
     """
     from effpass.backend import DecodeBackend
-    from effpass.runtime import generation
+    from effpass.runtime import generation, speculative
     from effpass.runtime.attach import engine_of
 
-    return generation.generate(
-        engine_of(model, backend=DecodeBackend()),
-        input_ids,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        generation_config=generation_config,
-        streamer=token_streamer,
+    engine = engine_of(model, backend=DecodeBackend())
+    prepared = {
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+        "generation_config": generation_config,
+        "streamer": token_streamer,
         **model_kwargs,
-    )
+    }
+    if draft is None:
+        return generation.generate(engine, input_ids, **prepared)
+    return speculative.generate(speculative.speculator_of(engine, draft, tree), input_ids, **prepared)
 
 
 def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -53,7 +55,8 @@ def attach(model: Any, *, backend: Backend | None = None) -> Engine:
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of a prepared model; see transformers' for arguments and results.
 
-    One argument is more: `keep_tokens`, bool `[B, T]`, the tokens that a cache with a budget may not give up.
+    Arguments that are more: `keep_tokens`, bool `[B, T]`, the tokens that a cache with a budget may not give up;
+    `draft` and `tree`, for speculative decoding (:mod:`effpass.runtime.speculative.open_draft`).
     """
     original = type(self).generate
     if any(kwargs.get(name) is not None for name in _THEIRS):
@@ -62,14 +65,31 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(ids, Tensor) and ids.numel() == 0:  # transformers fails on it with an index error
         raise EffpassError(f"the prompt is empty: input_ids is {tuple(ids.shape)}", hint="give at least one token")
     streamer, keep = kwargs.pop("streamer", None), kwargs.pop("keep_tokens", None)
+    run = _speculative(self, kwargs, keep)
     kwargs["stopping_criteria"] = _with_stop_strings(self, kwargs)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         if streamer is not None:
             streamer.put(input_ids.cpu())
+        if run is not None:
+            return run(input_ids, streamer=streamer, **prepared)
         return generation.generate(model.effpass_engine, input_ids, streamer=streamer, keep_tokens=keep, **prepared)
 
     return original(self, *args, custom_generate=loop, **kwargs)
+
+
+def _speculative(model: Any, kwargs: dict[str, Any], keep: Any) -> Callable[..., Any] | None:
+    """Speculative generation, where `draft` was given."""
+    draft, tree = kwargs.pop("draft", None), kwargs.pop("tree", None)
+    if draft is None:
+        if tree is not None:
+            raise EffpassError(f"tree={tree!r} without a draft", hint="give draft=... as well")
+        return None
+    if keep is not None:
+        raise EffpassError("keep_tokens: speculative decoding gives up no tokens", hint="leave one of both out")
+    from effpass.runtime import speculative
+
+    return partial(speculative.generate, speculative.speculator_of(model.effpass_engine, draft, tree))
 
 
 def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> StoppingCriteriaList:

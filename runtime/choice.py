@@ -23,10 +23,10 @@ from transformers.generation import (
 from effpass.lowering.ops.greedy_tokens import greedy_tokens
 from effpass.runtime.session import ENDS, Session, Tail
 
-__all__ = ["Choice"]
+__all__ = ["SEES_LAST_TOKEN", "SEES_SCORES", "Choice"]
 
-_SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-_SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
+SEES_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
 
 
 class Choice:
@@ -70,8 +70,8 @@ class Choice:
         self._logits: list[Tensor] | None = [] if kept and config.output_logits else None
         answer.begin(prompt, config._pad_token_tensor if self._pads else None, ends, 0 if can_end else new)
         is_fixed = (
-            all(type(p) in _SEES_SCORES for p in processors)
-            and all(type(c) in _SEES_LAST_TOKEN for c in criteria)
+            all(type(p) in SEES_SCORES for p in processors)
+            and all(type(c) in SEES_LAST_TOKEN for c in criteria)
             and count <= ENDS
             and self._scores is None
             and self._logits is None

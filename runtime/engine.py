@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from effpass.core.errors import EffpassError, ModelError
+from effpass.core.errors import EffpassError, HostMemoryError, ModelError
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.cache import DecodeCache, attention_windows
 from effpass.runtime.session import Backend, Session
@@ -53,9 +53,10 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self.new_session = new_session
         self._free: dict[int, Session] = {}
+        self.speculators: dict[Any, Any] = {}  # made by runtime.speculative, one for a draft and its trees
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_free": {}}  # a copy of the model starts with none
+        return {**self.__dict__, "_free": {}, "speculators": {}}  # a copy of the model starts with none
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +81,12 @@ class Engine:
                 yield session
         except torch.OutOfMemoryError as error:
             session = None
-            self.release()
-            raise self._no_room(rows, capacity) from error
+            self._release()
+            raise self.no_room(rows, capacity) from error
+        except HostMemoryError:
+            session = None
+            self._release()
+            raise
         finally:
             if session is not None and not session.is_given:
                 self._free[session.batch] = session
@@ -93,7 +98,12 @@ class Engine:
 
     def release(self) -> None:
         """Free the buffers and graphs that are kept for the next call."""
+        if self._free or self.speculators:
+            self._release()
+
+    def _release(self) -> None:
         self._free.clear()
+        self.speculators.clear()
         gc.collect()  # what Dynamo made of a step is a knot of references
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -121,7 +131,8 @@ class Engine:
             )
         return session
 
-    def _no_room(self, rows: int, capacity: int) -> EffpassError:
+    def no_room(self, rows: int, capacity: int) -> EffpassError:
+        """What is said where the device's memory does not do."""
         return EffpassError(
             f"no room on {self.device} for {rows} sequences of {capacity} tokens beside the model",
             hint="lower the batch, max_new_tokens, or the engine's prefill_tokens (what a long prompt runs at once)",

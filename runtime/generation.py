@@ -21,7 +21,7 @@ from effpass.runtime.choice import Choice
 from effpass.runtime.engine import Engine
 from effpass.runtime.session import Session
 
-__all__ = ["generate"]
+__all__ = ["check_config", "check_positions", "generate", "new_tokens", "tokens_of"]
 
 _LOOK_EVERY = 4  # steps
 _IN_FLIGHT = 2  # looks; what runs beyond the end is cut off, and was for nothing
@@ -63,14 +63,14 @@ def generate(
             an argument that the engine has no place for.
     """
     images = {name: given for name in _IMAGES if (given := model_kwargs.pop(name, None)) is not None and len(given)}
-    _check_config(generation_config, model_kwargs)
+    check_config(generation_config, model_kwargs)
     ids = input_ids.to(engine.device)
     cache = model_kwargs.get("past_key_values")
     cache = cache if isinstance(cache, DecodeCache) else None
-    is_token = _tokens_of(ids, model_kwargs.get("attention_mask"))
-    _check_positions(model_kwargs.get("position_ids"), is_token)
+    is_token = tokens_of(ids, model_kwargs.get("attention_mask"))
+    check_positions(model_kwargs.get("position_ids"), is_token)
     rows, length = ids.shape
-    new = _new_tokens(engine.model, length, stopping_criteria)
+    new = new_tokens(engine.model, length, stopping_criteria)
     with torch.inference_mode(False), torch.no_grad(), engine.session(rows, length + new, cache) as session:
         known = session.length
         if known >= length:
@@ -164,7 +164,8 @@ class _Watch:
 # -- what is refused before anything runs --------------------------------------------------------------------------
 
 
-def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
+def check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Raise an :class:`EffpassError` for what the decode engine has no place for."""
     refused = {
         "num_beams": (config.num_beams or 1) > 1,
         "output_attentions": config.output_attentions,
@@ -187,7 +188,7 @@ def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
         )
 
 
-def _tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+def tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
     """Which of `ids` are tokens, bool `[B, T]`; None when all are."""
     if attention_mask is None:
         return None
@@ -220,7 +221,7 @@ def _kept(keep_tokens: Tensor, ids: Tensor, session: Session) -> Tensor:
     return keep_tokens.to(ids.device)
 
 
-def _check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:
+def check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:
     """Positions count the tokens of each sequence; other ones have no place."""
     if position_ids is None:
         return
@@ -238,7 +239,7 @@ def _check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> No
         )
 
 
-def _new_tokens(model: Any, length: int, criteria: StoppingCriteriaList) -> int:
+def new_tokens(model: Any, length: int, criteria: StoppingCriteriaList) -> int:
     """How many tokens to decode at most."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and length >= longest:

@@ -120,6 +120,8 @@ class Session:
         self._weights: tuple[int, ...] = ()
 
     def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
+        if (offload := getattr(self.model, "effpass_offload", None)) is not None:
+            return offload.cache(self.model, batch, capacity)
         return DecodeCache(self.model.config, batch, capacity, self.model.device)
 
     @property
@@ -191,6 +193,7 @@ class Session:
             self._move()
             self._enter(self._position)
             self._forward(self.model, tail)
+            self.cache.stepped()
             return
         if self._graph is None or self._key != (plan, tail and tail.key):
             self._record(tail)
@@ -251,17 +254,14 @@ class Session:
             self._compiled.clear()
             self._model = self._compile() if self.backend is not None else self.model
         model = self._model
-        device_state = [
-            self._position,
-            self._index,
-            *(t for s in self.cache.distinct_slots() for t in (s.positions, s.filled)),
-        ]
+        device_state = [self._position, self._index, *self.cache.state()]
         saved = [t.clone() for t in device_state]
 
         def step(tail: Tail | None) -> None:
             self._move()
             self.cache.append(self._position)
             self._forward(model, tail)
+            self.cache.stepped()
 
         def try_out() -> None:
             for _ in range(2):
@@ -290,11 +290,11 @@ class Session:
             if waits:
                 self.model.set_experts_implementation(experts)
 
-    def _compile(self) -> Callable[..., Any]:
-        """The model compiled for this session alone."""
+    def _compile(self, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """The model, or what calls it, compiled for this session alone."""
 
         # Nothing here refers to the session: its buffers go when it goes, not when garbage is collected.
-        compile_graph, kept, forward = self.backend, self._compiled, self.model.forward
+        compile_graph, kept, forward = self.backend, self._compiled, forward or self.model.forward
         assert compile_graph is not None
 
         def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

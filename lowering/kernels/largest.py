@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FORCED", "NEVER", "choose", "in_order"]
+__all__ = ["FORCED", "NEVER", "choose", "in_order", "largest"]
 
 NEVER = tl.constexpr(-2147483648)  # below every score
 FORCED = tl.constexpr(2147483646)  # above every score
@@ -51,3 +51,12 @@ def choose(key, count):
     equals_before = before >> 16
     chosen = (above == 1) | ((equal == 1) & (equals_before < wanted))
     return chosen, (before & 0xFFFF) + tl.minimum(equals_before, wanted), count
+
+
+@triton.jit
+def largest(order, COUNT: tl.constexpr):
+    """The COUNT largest of int64 [C], largest first; COUNT and C are powers of two."""
+    if COUNT == 1:
+        return tl.full([1], 0, tl.int64) + tl.max(order, 0)
+    else:
+        return tl.topk(order, COUNT)

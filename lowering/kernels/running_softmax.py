@@ -1,11 +1,11 @@
-"""One tile of slots into a running softmax: the step that both attention kernels repeat."""
+"""One tile of slots into a running softmax: the step that the attention kernels repeat."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["update"]
+__all__ = ["accumulate", "scores", "update"]
 
 
 @triton.jit
@@ -27,17 +27,29 @@ def update(
         total: [R], the sum of weights so far.
         out: [R, V], the weighted sum of values so far.
     """
-    score = tl.dot(q, k, input_precision="ieee")
-    if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
-    else:
-        score = score * (scale * 1.4426950408889634)
+    score = scores(q, k, scale, softcap, SOFTCAP)
     if MASKED:
         visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
         if WINDOW:
             visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
         score = tl.where(visible, score, float("-inf"))
+    return accumulate(score, v, best, total, out)
+
+
+@triton.jit
+def scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores [R, N] of q [R, K] and k [K, N], in powers of two."""
+    score = tl.dot(q, k, input_precision="ieee")
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        return softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
+    else:
+        return score * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def accumulate(score, v, best, total, out):
+    """`update` of scores [R, N] that are -inf where nothing is seen."""
     higher = tl.maximum(best, tl.max(score, 1))
     weight = tl.exp2(score - higher[:, None])
     fade = tl.exp2(best - higher)

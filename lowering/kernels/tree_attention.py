@@ -1,0 +1,213 @@
+"""Attention of a token tree's nodes over a long prefix and over their ancestors: the kernel of `tree_attention`.
+
+As in :mod:`effpass.lowering.kernels.decode_attention` the slots of one key-value head are shared out to several
+programs in tiles, in turn; each keeps a running softmax, and the last to finish merges them in their order. The rows of
+a tile are nodes times the query heads of a group. Where they are more than fit into one tile, programs of the same
+slots run side by side, so that slots come from memory once.
+
+The tiles of the tree follow those of the prefix. A tile of the tree lies in one word of its ancestors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.running_softmax import accumulate, scores
+
+__all__ = ["supported", "tree_attention"]
+
+_WORD = tl.constexpr(64)
+_LEAST_TILES = 4  # of a program, or merging costs more than it gains
+
+
+def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+    return (
+        query.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and keys.dtype == values.dtype == query.dtype
+        and 16 <= query.shape[-1] <= 256
+        and 16 <= values.shape[-1] <= 256
+        and keys.stride(-1) == values.stride(-1) == 1
+        and query.numel() > 0
+    )
+
+
+def tree_attention(
+    query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """`effpass::tree_attention` where :func:`supported`."""
+    (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
+    device, repeat = query.device, heads // groups
+    query, key_positions, query_positions, ancestors = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_positions, query_positions, ancestors)
+    )
+    shape = tile_shape(tokens * repeat, key_size, value_size, query.element_size())
+    options = launch_options(device, shape.pop("num_warps"))
+    nodes = min(64 * ancestors.shape[2], slots - first)
+    row_tiles = triton.cdiv(tokens * repeat, shape["BLOCK_R"])
+    tiles = triton.cdiv(first, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_N"])
+    programs = row_tiles * batch * groups
+    splits = max(1, min(2 * multiprocessors(device) // programs, triton.cdiv(tiles, _LEAST_TILES)))
+    out = query.new_empty((batch, tokens, heads, value_size))
+    parts = sums = done = None
+    if splits > 1:
+        parts = query.new_empty((programs, splits, shape["BLOCK_R"], value_size), dtype=torch.float32)
+        sums = query.new_empty((programs, splits, 2, shape["BLOCK_R"]), dtype=torch.float32)
+        done = counters(device, programs)
+    _attend[(row_tiles, splits, batch * groups)](
+        query, keys, values, key_positions, query_positions, lengths, ancestors, out, parts, sums, done,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], key_positions.stride(0),
+        query_positions.stride(0), *ancestors.stride()[:2], tokens, first, nodes, scale, softcap, window, GROUPS=groups,
+        REPEAT=repeat, KEY=key_size, VALUE=value_size, SPLITS=splits, LEAST=_LEAST_TILES, SOFTCAP=softcap != 0,
+        WINDOW=window != 0, PDL=overlaps(device), **shape, **options,
+    )  # fmt: skip
+    return out
+
+
+def tile_shape(rows: int, key_size: int, value_size: int, element_size: int) -> dict[str, int]:
+    """Tile of one program; its slots divide a word's, or are a word's."""
+    block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
+    widest = max(block_k, block_v) * element_size
+    block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if widest > 512:
+        block_r = min(block_r, 32)
+    return {
+        "BLOCK_R": block_r,
+        "BLOCK_N": 64 if widest <= 256 else 32,
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "STAGES": 2,
+        "num_warps": 4,
+    }
+
+
+@triton.jit(do_not_specialize=["tokens", "first", "nodes", "window"])
+def _attend(
+    query, keys, values, key_positions, query_positions, lengths, ancestors, out, parts, sums, done, query_b, query_h,
+    query_t, keys_b, keys_h, keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b, ancestors_b,
+    ancestors_t, tokens, first, nodes, scale, softcap, window, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row_tile, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, group = (head // GROUPS).to(tl.int64), head % GROUPS
+    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    token, live = row // REPEAT, row < tokens * REPEAT
+    keys += b * keys_b + group * keys_h
+    values += b * values_b + group * values_h
+    key_positions += b * key_positions_b
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
+    earliest = tl.min(tl.where(of_queries >= 0, of_queries, 2147483647), 0) - window
+    # Rows that only pad the tree read nothing.
+    there = tl.max(of_queries, 0) >= 0
+    end = tl.where(there, tl.minimum(tl.load(lengths + b), first), 0)
+    tiles = tl.cdiv(end, BLOCK_N)
+    all_tiles = tiles + tl.where(there, tl.cdiv(nodes, BLOCK_N), 0)
+    active = tl.maximum(tl.minimum(tl.cdiv(all_tiles, LEAST), SPLITS), 1)
+    if split < active:
+        of_rows = b * query_b + token.to(tl.int64) * query_t + (group * REPEAT + row % REPEAT) * query_h
+        q = tl.load(query + of_rows[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
+        best = tl.full([BLOCK_R], -1e30, tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        sum_v = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        for tile in tl.range(split, tiles, active, num_stages=STAGES):
+            slot = tile * BLOCK_N + span
+            of_keys = tl.load(key_positions + slot, mask=slot < end, other=-1)
+            reach = slot < end
+            if WINDOW:
+                reach = reach & (of_keys > earliest)
+            place = slot.to(tl.int64)
+            k = tl.load(
+                keys + place[None, :] * keys_s + dk[:, None], mask=reach[None, :] & (dk < KEY)[:, None], other=0
+            )
+            v = tl.load(
+                values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
+            )
+            visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
+            if WINDOW:
+                visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
+            score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
+            best, total, sum_v = accumulate(score, v, best, total, sum_v)
+        # The turn goes on where the prefix ends.
+        begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
+        of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
+        for tile in range(begin, all_tiles, active):
+            node = (tile - tiles) * BLOCK_N + span
+            reach = node < nodes
+            place = (first + node).to(tl.int64)
+            of_keys = tl.load(key_positions + place, mask=reach, other=-1)
+            k = tl.load(
+                keys + place[None, :] * keys_s + dk[:, None], mask=reach[None, :] & (dk < KEY)[:, None], other=0
+            )
+            v = tl.load(
+                values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
+            )
+            word = tl.load(of_words + (tile - tiles) * BLOCK_N // _WORD, mask=live, other=0)
+            is_ancestor = (word[:, None] >> (node % _WORD).to(tl.int64)[None, :]) & 1 == 1
+            visible = is_ancestor & (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
+            if WINDOW:
+                visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
+            score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
+            best, total, sum_v = accumulate(score, v, best, total, sum_v)
+        out += (b * tokens * GROUPS + group) * REPEAT * VALUE  # of node 0
+        places = (token * (GROUPS * REPEAT) + row % REPEAT) * VALUE
+        if SPLITS > 1:
+            if active > 1:
+                _merge(
+                    out, places, live, sum_v, total, best, parts, sums, done, head * tl.num_programs(0) + row_tile,
+                    split, active, VALUE, SPLITS, BLOCK_R, BLOCK_V,
+                )  # fmt: skip
+            else:
+                _store(out, places, live, sum_v, total, VALUE, BLOCK_V)
+        else:
+            _store(out, places, live, sum_v, total, VALUE, BLOCK_V)
+
+
+@triton.jit
+def _store(out, places, live, sum_v, total, VALUE: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A row that saw no slot has a total of 0 and gives 0."""
+    dv = tl.arange(0, BLOCK_V)
+    value = sum_v / tl.where(total > 0, total, 1)[:, None]
+    inside = live[:, None] & (dv < VALUE)[None, :]
+    tl.store(out + places[:, None] + dv[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge(
+    out, places, live, sum_v, total, best, parts, sums, done, program, split, active, VALUE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Leave this program's softmax for the last one of its rows, which merges all and stores."""
+    dv, row = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
+    of_part = row[:, None] * VALUE + dv[None, :]
+    inside = (dv < VALUE)[None, :]
+    parts += program.to(tl.int64) * SPLITS * BLOCK_R * VALUE
+    sums += program * SPLITS * 2 * BLOCK_R
+    tl.store(parts + split * BLOCK_R * VALUE + of_part, sum_v, mask=inside)
+    tl.store(sums + split * 2 * BLOCK_R + row, best)
+    tl.store(sums + (split * 2 + 1) * BLOCK_R + row, total)
+    tl.debug_barrier()  # the counter speaks for the stores of all threads
+    if tl.atomic_add(done + program, 1, sem="acq_rel") == active - 1:
+        tl.store(done + program, 0)
+        highest = tl.full([BLOCK_R], -1e30, tl.float32)
+        for other in range(active):
+            highest = tl.maximum(highest, tl.load(sums + other * 2 * BLOCK_R + row, cache_modifier=".cg"))
+        whole = tl.zeros([BLOCK_R], tl.float32)
+        merged = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        for other in range(active):
+            share = tl.exp2(tl.load(sums + other * 2 * BLOCK_R + row, cache_modifier=".cg") - highest)
+            whole += share * tl.load(sums + (other * 2 + 1) * BLOCK_R + row, cache_modifier=".cg")
+            part = tl.load(parts + other * BLOCK_R * VALUE + of_part, mask=inside, other=0, cache_modifier=".cg")
+            merged += share[:, None] * part
+        _store(out, places, live, merged, whole, VALUE, BLOCK_V)

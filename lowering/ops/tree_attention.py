@@ -1,0 +1,148 @@
+"""Attention of the nodes of a token tree over a cache, and over those of the tree that are their ancestors.
+
+    out[t] = Σ_s softmax_s(c(scale · q_t · k_s)) v_s      over slots s visible to t;  c(x) = softcap · tanh(x / softcap)
+    s is visible to t  ⇔  s < n or s − first is an ancestor of t,
+                          and  0 ≤ p_s ≤ p_t  and  (window = 0 or p_t − p_s < window)
+
+The cache has two parts. Its first n slots are the *prefix*, of another length in each row; the slots from `first` on
+hold the tree. A node is an ancestor of itself. Ancestors are bits: bit j % 64 of word j // 64 is slot first + j's. A
+query without any visible slot (a node that pads the tree) gives 0.
+
+Shapes: B batch, T nodes, S slots, H query heads, G key-value heads, K key size, V value size, W words.
+Every slot holds finite numbers (a new cache is zeros): a masked slot has weight 0, and 0 · NaN is NaN.
+
+The operator reads a decode engine's cache, which no exported program has: it has no ONNX body, and no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.ancestors import WORD
+from effpass.lowering.ops.kernel_choice import triton_kernels
+
+__all__ = ["TOLERANCE", "tree_attention"]
+
+#: What an output of the kernel may differ from the reference, relative to the largest value of the output. Scores and
+#: sums are float32 in both; the kernel rounds the weights of the softmax to the cache's type before the second product.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
+
+
+def _tree_attention(
+    query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(batch, groups, heads // groups * tokens, key_size)
+    scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, tokens, slots) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    slot = torch.arange(slots, device=query.device)
+    node = (slot - first).clamp(min=0)
+    word = (node // WORD).clamp(max=ancestors.shape[2] - 1)
+    is_ancestor = (ancestors[:, :, word] >> (node % WORD)) & 1 == 1
+    is_ancestor &= (slot >= first) & (slot < first + WORD * ancestors.shape[2])
+    of_keys, of_queries = key_positions[:, None, :], query_positions[:, :, None]
+    visible = is_ancestor | (slot < lengths[:, None])[:, None]
+    visible &= (of_keys >= 0) & (of_keys <= of_queries)
+    if window:
+        visible &= of_queries - of_keys < window
+    visible = visible[:, None]
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0)
+    out = weights.view(batch, groups, heads // groups * tokens, slots) @ values.to(wide)
+    return out.view(batch, heads, tokens, value_size).transpose(1, 2).to(query.dtype).contiguous()
+
+
+@torch.library.custom_op(
+    "effpass::tree_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor keys, Tensor values, Tensor key_positions, Tensor query_positions, Tensor lengths, "
+    "Tensor ancestors, int first, float scale, int window, float softcap) -> Tensor",
+)
+def tree_attention(
+    query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Attention of T nodes; query heads share the keys of their group, which are not copied.
+
+    Args:
+        query: [B, H, T, K], any strides.
+        keys: [B, G, S, K], any strides with the last dimension contiguous.
+        values: [B, G, S, V], likewise.
+        key_positions: int32 [B, S]; -1 in empty slots and padding.
+        query_positions: int32 [B, T]; -1 for padding.
+        lengths: int32 [B]; slots of each row's prefix, all before `first`.
+        ancestors: int64 [B, T, W]; bits of the tree's slots.
+        first: the tree's first slot.
+        scale: factor on the scores.
+        window: how many positions a query sees, its own included; 0 for all before it.
+        softcap: bound on the scores; 0 for none.
+
+    Returns:
+        [B, T, H, V], contiguous.
+
+    Raises:
+        EffpassError: H is no multiple of G, or sizes don't match.
+    """
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+    # The prefix ends where the longest row's does; what lies between it and the tree would be most of the work.
+    end, tree = min(int(lengths.max()), first), slice(first, first + WORD * ancestors.shape[2])
+    read_keys, read_values = (torch.cat((x[:, :, :end], x[:, :, tree]), 2) for x in (keys, values))
+    positions = torch.cat((key_positions[:, :end], key_positions[:, tree]), 1)
+    return _tree_attention(
+        query, read_keys, read_values, positions, query_positions, lengths, ancestors, end, scale, window, softcap
+    )
+
+
+@tree_attention.register_kernel("cuda")
+def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap):  # type: ignore[no-untyped-def]
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+    arguments = (
+        query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap
+    )  # fmt: skip
+    kernels = triton_kernels("tree_attention")
+    if kernels and kernels.supported(query, keys, values):
+        return kernels.tree_attention(*arguments)
+    return _tree_attention(*arguments)  # nothing may wait for `lengths`
+
+
+def _check(
+    query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
+    ancestors: Tensor, first: int,
+) -> None:  # fmt: skip
+    (batch, heads, tokens, key_size), (_, groups, slots, size) = query.shape, keys.shape
+    if heads % groups or key_size != size or values.shape[:3] != keys.shape[:3] or keys.shape[0] != batch:
+        raise EffpassError(
+            f"effpass::tree_attention: queries {tuple(query.shape)} can't attend to keys {tuple(keys.shape)} and values"
+            f" {tuple(values.shape)}",
+            hint="queries are [B, H, T, K], keys [B, G, S, K] and values [B, G, S, V], where G divides H",
+        )
+    shapes = (tuple(key_positions.shape), tuple(query_positions.shape), tuple(lengths.shape))
+    if shapes != ((batch, slots), (batch, tokens), (batch,)) or ancestors.shape[:2] != (batch, tokens):
+        raise EffpassError(
+            f"effpass::tree_attention: {tokens} nodes and keys {tuple(keys.shape)} have key_positions, query_positions"
+            f" and lengths {shapes}, and ancestors {tuple(ancestors.shape)}",
+            hint="they are [B, S], [B, T], [B] and [B, T, W]",
+        )
+    if not 0 <= first <= slots:
+        raise EffpassError(f"effpass::tree_attention: the tree begins at slot {first} of {slots}")
+
+
+@tree_attention.register_fake
+def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap):  # type: ignore[no-untyped-def]
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty((batch, tokens, heads, values.shape[-1]))
+
+
+@register_flop_formula(torch.ops.effpass.tree_attention)
+def _(query: Any, keys: Any, values: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+    batch, heads, tokens, key_size = query
+    return 2 * batch * heads * tokens * keys[2] * (key_size + values[3])

@@ -1,0 +1,180 @@
+"""A decode engine's cache with room for a token tree behind it.
+
+    slots   0 ... lengths[b]   the tokens of row b, as after a prompt; rows differ
+            base ... base + N  the tree's nodes, the same slots in every row and round
+
+A call on nodes writes their keys behind `base` and reads the prefix and each node's own ancestors. What was accepted
+is then moved to the end of each row's prefix (:meth:`TreeCache.commit`). All sizes are fixed, and nothing waits for the
+device: what a round accepts changes numbers in buffers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effpass.lowering.ops.tree_acceptance
+import effpass.lowering.ops.tree_attention  # noqa: F401  (registers the operators)
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.ancestors import WORD
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, attention_windows
+
+__all__ = ["TreeCache"]
+
+
+class _TreeLayer(BufferedLayer):
+    """Buffers that are a part of a tensor for several layers; nodes are written where the tree stands."""
+
+    cache: TreeCache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values, self.latents = self.cache.place(self, key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.cache.has_tree:
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
+        torch.ops.effpass.cache_write(self.keys, self.values, key_states, value_states, self.cache.start)
+        return self.keys, self.values
+
+
+class _TreeReader:
+    """Attends to a prefix and a tree."""
+
+    def attend(
+        self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
+    ) -> Tensor | None:
+        assert isinstance(cache, TreeCache)
+        if not cache.has_tree:
+            return None
+        return torch.ops.effpass.tree_attention(
+            query, keys, values, cache.slots.positions, cache.query_positions, cache.lengths, cache.ancestors,
+            cache.base, scale, cache.buffers(index).window, softcap,
+        )  # fmt: skip
+
+    def ready(self, cache: DecodeCache) -> Hashable:
+        return None
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+@dataclass
+class _Stack:
+    """Keys `[L, B, G, S, K]` and values `[L, B, G, S, V]` of layers that are alike; of latents both are views."""
+
+    keys: Tensor
+    values: Tensor
+    latents: Tensor | None = None
+    used: int = 0
+
+
+class TreeCache(DecodeCache):
+    """A cache of `batch` sequences of up to `capacity` tokens, and of a tree of up to `nodes` nodes.
+
+    Args:
+        config: the model's.
+        batch: rows B of the buffers.
+        capacity: slots of the prefix.
+        nodes: slots of the tree.
+        device: where they are.
+
+    Attributes:
+        base: the tree's first slot, which is `capacity`.
+        nodes: as given.
+        words: W, of its ancestors.
+        lengths: int32 `[B]`, on the device: slots of each row's prefix.
+        has_tree: calls are on nodes; before, they are on a prompt.
+        start: int32 `[1]`, on the device: the first slot that the current call writes.
+        ancestors: int64 `[B, T, W]`: of the current call's nodes.
+    """
+
+    def __init__(self, config: Any, batch: int, capacity: int, nodes: int, device: torch.device) -> None:
+        slots = Slots(batch, capacity + nodes, device)
+        layers = [_TreeLayer(slots, window) for window in attention_windows(config)]
+        super().__init__(config, batch, capacity, device, layers)
+        for layer in layers:
+            layer.cache = self
+        self.base, self.nodes, self.words = capacity, nodes, -(-nodes // WORD)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.has_tree = False
+        # A call of a recorded graph reads its own: nothing is written between calls.
+        self._starts = torch.arange(capacity, capacity + nodes, dtype=torch.int32, device=device)[:, None]
+        self.start = self._starts[0]
+        self.ancestors = torch.zeros(batch, 1, self.words, dtype=torch.long, device=device)
+        self.reader = _TreeReader()
+        self._stacks: list[_Stack] = []
+
+    def place(self, layer: BufferedLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Buffers for `layer`, whose first `keys` `[rows, G, T, K]` and `values` are given, and its latents."""
+        batch, slots = self.slots.positions.shape
+        groups, sizes = keys.shape[1], [keys.shape[3], values.shape[3]]
+        for stack in self._stacks:
+            alike = (stack.keys.shape[2], stack.keys.shape[4], stack.values.shape[4], stack.keys.dtype)
+            if alike == (groups, *sizes, keys.dtype) and stack.used < len(stack.keys):
+                break
+        else:
+            count = sum(
+                not other.is_initialized and other.is_sliding == layer.is_sliding
+                for other in map(self.buffers, range(len(self.layers)))
+            )
+            # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
+            shape = (count, batch, groups, slots)
+            if groups == 1 and sizes[0] != sizes[1]:  # latents (MLA), whose two parts are read as one key
+                whole = keys.new_zeros(*shape, sum(sizes))
+                stack = _Stack(whole[..., : sizes[0]], whole[..., sizes[0] :], whole)
+            else:
+                stack = _Stack(keys.new_zeros(*shape, sizes[0]), values.new_zeros(*shape, sizes[1]))
+            self._stacks.append(stack)
+        index, stack.used = stack.used, stack.used + 1
+        return stack.keys[index], stack.values[index], None if stack.latents is None else stack.latents[index]
+
+    def begin_tree(self) -> None:
+        """From here on calls are on nodes; every row's prefix is what the prompts filled."""
+        self.lengths.fill_(self.slots.length)
+        self.has_tree = True
+
+    def reset(self) -> None:
+        super().reset()
+        self.lengths.zero_()
+        self.has_tree = False
+
+    def enter(self, positions: Tensor, ancestors: Tensor, first: int) -> None:
+        """Prepare a call on nodes that stand in the tree's slots from `first` on.
+
+        Args:
+            positions: int32 `[B, T]`; -1 for padding.
+            ancestors: int64 `[B, T, W]`: bits of the tree's slots, the node's own among them.
+            first: see above.
+
+        Raises:
+            EffpassError: the nodes have no room.
+        """
+        count = positions.shape[1]
+        if first + count > self.nodes:
+            raise EffpassError(
+                f"a tree of {first + count} nodes has no room in a cache for {self.nodes}",
+                hint="make the session with more nodes, or the tree smaller",
+            )
+        self.start, self.ancestors, self.query_positions = self._starts[first], ancestors, positions
+        self.slots.positions[:, self.base + first : self.base + first + count] = positions
+
+    def commit(self, path: Tensor, taken: Tensor) -> None:
+        """Move nodes to the end of each row's prefix.
+
+        Args:
+            path: int64 `[B, J]`: the tree's slots of the nodes, in their order.
+            taken: int64 `[B]`: how many of them; the caller answers for their room.
+        """
+        for stack in self._stacks:
+            torch.ops.effpass.move_slots(
+                stack.keys, stack.values, self.slots.positions, self.lengths, path, taken, self.base,
+                stack is self._stacks[-1],
+            )  # fmt: skip

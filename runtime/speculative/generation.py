@@ -1,0 +1,161 @@
+"""Speculative generation: the loop around rounds, called by transformers' `generate`.
+
+As in plain generation the host queues rounds without waiting for the device, and learns late how far every row has come
+and that all have ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from effpass.core.errors import EffpassError
+from effpass.runtime.generation import check_config, check_positions, new_tokens, tokens_of
+from effpass.runtime.speculative.pace import Pace
+from effpass.runtime.speculative.round import Round
+from effpass.runtime.speculative.speculator import Speculation, Speculator
+from effpass.runtime.speculative.walk import check_processors
+
+__all__ = ["generate"]
+
+_IN_FLIGHT = 2  # rounds; what runs beyond the end emits nothing
+
+
+def generate(
+    speculator: Speculator,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Greedy decoding or sampling; what transformers calls with all it has prepared.
+
+    Args:
+        speculator: of model and draft.
+        input_ids: int64 `[B, T]`, padded on the left.
+        logits_processor: applied to the logits of each node.
+        stopping_criteria: with a largest length among them.
+        generation_config: as prepared by transformers.
+        streamer: gets tokens, int64 `[B]` on the CPU, a column when all rows have come so far.
+        model_kwargs: `attention_mask` `[B, T]`.
+
+    Returns:
+        int64 `[B, T + new]`: what plain decoding gives, but for rounding, and sampled what it is distributed as. Rows
+        that a criterion ended are padded. With `return_dict_in_generate` an output without cache.
+
+    Raises:
+        EffpassError: as in plain generation; and for an earlier call's cache, images, scores or logits to return, and
+            processors that ask which row of a batch they see.
+    """
+    engine, draft = speculator.engine, speculator.draft
+    check_config(generation_config, model_kwargs)
+    _check_speculative(generation_config, model_kwargs)
+    ids = input_ids.to(engine.device)
+    is_token = tokens_of(ids, model_kwargs.get("attention_mask"))
+    check_positions(model_kwargs.get("position_ids"), is_token)
+    rows, length = ids.shape
+    check_processors(logits_processor, rows)
+    limit = length + new_tokens(engine.model, length, stopping_criteria)
+    chunk = max(1, engine.prefill_tokens // rows)
+    with torch.inference_mode(False), torch.no_grad(), speculator.round(rows, limit) as (round_, pace):
+        round_.target.prefill(ids, is_token, chunk)
+        draft.begin(round_.target, ids, is_token, round_.target.capacity, chunk)
+        round_.begin(ids, logits_processor, stopping_criteria, generation_config, limit)
+        progress = round_.progress
+        watch = _Watch(round_, rows, length, pace, streamer)
+        behind = 0  # tokens that the draft has not run, at most
+        pace.begin()
+        while not watch.has_ended:
+            speculates = pace.next()
+            if behind > draft.kind.depth or (speculates and behind > 0):
+                for _ in range(-(-behind // (draft.kind.depth + 1))):
+                    round_.catch_up()
+                behind = 0
+            round_.step(plain=not speculates)
+            behind = 0 if speculates or pace.has_given_up else behind + 1
+            watch.look(plain=not speculates)
+        watch.finish()
+        counts = progress.count[:rows]
+        rounds, verified = progress.totals.tolist()
+        speculator.last = Speculation(rounds, verified, int((counts - length).sum()) - rows)
+        sequences = progress.ids[:rows, : int(counts.max())].clone()
+    return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
+
+
+class _Watch:
+    """Learns from the device, without stopping it, how far rows have come; tells the streamer and the pace."""
+
+    def __init__(self, round_: Round, rows: int, length: int, pace: Pace, streamer: Any) -> None:
+        self._round, self._rows, self._pace, self._streamer = round_, rows, pace, streamer
+        self._is_cuda = round_.progress.ids.is_cuda
+        self._counts = [length] * rows
+        self._shown = length
+        self._before: Any = None
+        self._waiting: deque[tuple[Any, ...]] = deque()
+        self.has_ended = False
+        self.look(plain=True)
+
+    def look(self, *, plain: bool) -> None:
+        """Take note of the step that was just queued, and read what has arrived of earlier ones."""
+        progress, is_timed = self._round.progress, not self._round.was_recorded
+        state = [progress.count[: self._rows], progress.position[: self._rows]]
+        if self._streamer is not None:
+            state.append(progress.ids[: self._rows])
+        if not self._is_cuda:
+            self._take(plain, is_timed, [t.clone() for t in state], time.perf_counter())
+            return
+        arrived = torch.cuda.Event(enable_timing=True)
+        copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in state]
+        arrived.record()
+        self._waiting.append((plain, is_timed, copies, arrived))
+        while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][3].query()):
+            self._arrive()
+
+    def finish(self) -> None:
+        while self._waiting:
+            self._arrive()
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _arrive(self) -> None:
+        plain, is_timed, copies, arrived = self._waiting.popleft()
+        arrived.synchronize()
+        self._take(plain, is_timed, copies, arrived)
+
+    def _take(self, plain: bool, is_timed: bool, state: list[Tensor], now: Any) -> None:
+        if self.has_ended:
+            return
+        counts, positions = state[0].tolist(), state[1].tolist()
+        moved = [new - old for new, old in zip(counts, self._counts, strict=True) if new > old]
+        before = self._before
+        if before is not None and moved:
+            seconds = before.elapsed_time(now) / 1e3 if self._is_cuda else now - before
+            self._pace.saw(plain=plain, seconds=seconds if is_timed else None, gain=sum(moved) / len(moved))
+        self._counts, self._before = counts, now
+        self.has_ended = max(positions) < 0
+        if self._streamer is not None:
+            # A row that has ended is as long as the longest: it is padded.
+            least = min((c for c, p in zip(counts, positions, strict=True) if p >= 0), default=max(counts))
+            for column in range(self._shown, least):
+                self._streamer.put(state[2][:, column].clone())
+            self._shown = max(self._shown, least)
+
+
+def _check_speculative(config: Any, model_kwargs: dict[str, Any]) -> None:
+    refused = {
+        "output_scores": config.return_dict_in_generate and config.output_scores,
+        "output_logits": config.return_dict_in_generate and config.output_logits,
+        "cache of an earlier call": bool(getattr(model_kwargs.get("past_key_values"), "session", None)),
+    }
+    for name, given in refused.items():
+        if given:
+            raise EffpassError(f"speculative decoding has no {name}", hint="leave the draft out of this call")

@@ -1,0 +1,176 @@
+"""Trees that follow the draft's own confidence.
+
+*eagle2* (https://arxiv.org/abs/2406.16858): a node is worth the product of the draft's probabilities on its path; the
+`top_k` most valuable of a layer are expanded, and the most valuable nodes of all layers are verified.
+
+*c2t* (https://arxiv.org/abs/2502.13652, algorithm 1): a classifier of three numbers says how likely the target accepts
+a node; those below β are dropped at once, and of the rest the best `top_k` of a layer are kept and expanded.
+
+A tree is a function of the draft's logits, in tensors of fixed shape; nothing waits for the device. What a layer does
+is :mod:`effpass.lowering.ops.tree_growth`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effpass.lowering.ops.top_tokens
+import effpass.lowering.ops.tree_growth  # noqa: F401  (registers the operators)
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.ancestors import MOST_NODES, WORD
+from effpass.runtime.speculative.classifier import Classifier
+from effpass.runtime.speculative.shapes import Grower, Sampled, Steps
+from effpass.runtime.speculative.tree import TokenTree, check_nodes
+
+__all__ = ["C2T", "Eagle2", "Growing"]
+
+
+@dataclass(frozen=True)
+class Eagle2:
+    """Trees of the draft's most probable nodes.
+
+    Attributes:
+        top_k: children of a node, and nodes of a layer that are expanded.
+        depth: layers.
+        nodes: that are verified, the root included.
+
+    Raises:
+        EffpassError: a number below 1, or more nodes than the mask has bits.
+    """
+
+    top_k: int = 8
+    depth: int = 5
+    nodes: int = 32
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def steps(self) -> int:
+        return self.top_k * (self.depth - 1)
+
+    @property
+    def widest(self) -> int:
+        return self.top_k
+
+    def grower(self, rows: int, device: torch.device) -> Grower:
+        return Growing(self, rows, device, least=0.0, keeps_all=True)
+
+
+@dataclass(frozen=True)
+class C2T:
+    """Trees of the nodes that a classifier holds for acceptable.
+
+    Attributes:
+        classifier: learned for this draft.
+        beta: β: the least confidence of a node that is kept.
+        top_k: children of a node that the classifier sees, and nodes of a layer that are kept.
+        depth: layers.
+        nodes: that are verified at most, the root included.
+
+    Raises:
+        EffpassError: a number out of range, or more nodes than the mask has bits.
+    """
+
+    classifier: Classifier
+    beta: float = 0.5
+    top_k: int = 8
+    depth: int = 5
+    nodes: int = 32
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not 0 <= self.beta <= 1:
+            raise EffpassError(f"beta of a tree is {self.beta}", hint="it is a confidence: give 0 to 1")
+
+    @property
+    def steps(self) -> int:
+        return self.top_k * (self.depth - 1)
+
+    @property
+    def widest(self) -> int:
+        return self.top_k
+
+    def grower(self, rows: int, device: torch.device) -> Grower:
+        weights = self.classifier.weights(device)
+        return Growing(self, rows, device, least=self.beta, keeps_all=False, classifier=weights)
+
+
+class Growing:
+    """Layer by layer, from the draft's logits at the frontier.
+
+    Args:
+        kind: sizes.
+        rows: B.
+        device: of the buffers.
+        least: the smallest confidence of a node that is kept.
+        keeps_all: nodes that are not expanded may be verified too.
+        classifier: four tensors, or none.
+
+    Attributes:
+        pool_tokens, pool_worth, pool_parents: `[B, P]`: what the last tree was chosen from.
+        entropies: `[B, F]` of each layer's frontier, where somebody asks: set it to a list before growing.
+        operators: what computes; tests put kernels here.
+    """
+
+    def __init__(
+        self,
+        kind: Eagle2 | C2T,
+        rows: int,
+        device: torch.device,
+        *,
+        least: float,
+        keeps_all: bool,
+        classifier: list[Tensor] | None = None,
+    ) -> None:
+        k, self.kind, self.least, self.keeps_all = kind.top_k, kind, least, keeps_all
+        self.classifier = classifier or []
+        of_layer = k * k if keeps_all else k
+        size = (rows, k + (kind.depth - 1) * of_layer)
+        self.pool_tokens = torch.zeros(size, dtype=torch.long, device=device)
+        self.pool_worth = torch.zeros(size, device=device)
+        self.pool_parents = torch.zeros_like(self.pool_tokens)
+        self.entropies: list[Tensor] | None = None
+        self.operators: Any = torch.ops.effpass
+        self._one = torch.ones(rows, 1, device=device)
+        self._root = torch.full((rows, 1), -1, dtype=torch.long, device=device)
+        self._alone = torch.zeros(rows, 1, -(-k * kind.depth // WORD), dtype=torch.long, device=device)
+
+    def grow(self, draft: Steps, root: Tensor, position: Tensor, logits: Tensor, sampled: Sampled | None) -> TokenTree:
+        kind, k, first = self.kind, self.kind.top_k, 0
+        path, worth, number, ancestors = self._one, self._one, self._root, self._alone
+        pool = self.pool_tokens, self.pool_worth, self.pool_parents
+        logits = logits[:, None]
+        for depth in range(kind.depth):
+            frontier = logits.shape[:2]
+            found = self.operators.top_tokens(logits.flatten(0, 1), k)
+            log_p, best, entropy = (x.view(*frontier, *x.shape[1:]) for x in found)
+            if self.entropies is not None:
+                self.entropies.append(entropy)
+            tokens, positions, ancestors, up, path, worth, number = self.operators.grow_layer(
+                log_p, best, entropy, path, worth, number, ancestors, position, draft.names, self.classifier, *pool,
+                first, depth, self.least, self.keeps_all,
+            )  # fmt: skip
+            first += frontier[1] * k if self.keeps_all else k
+            if depth + 1 < kind.depth:
+                logits = draft.step(tokens, positions, ancestors, up, depth * k)
+        chosen, parents, positions, ancestors = self.operators.best_nodes(root, position, *pool, kind.nodes, kind.depth)
+        return TokenTree(chosen, parents, positions, ancestors, kind.depth)
+
+
+def _check(kind: Eagle2 | C2T) -> None:
+    for name in ("top_k", "depth", "nodes"):
+        least = 2 if name == "nodes" else 1
+        if getattr(kind, name) < least:
+            raise EffpassError(f"{name} of a tree is {getattr(kind, name)}", hint=f"give {least} or more")
+    check_nodes(kind.nodes)
+    if kind.top_k * kind.depth > MOST_NODES:
+        raise EffpassError(
+            f"{kind.depth} layers of {kind.top_k} nodes are more than the mask of ancestors holds, which has"
+            f" {MOST_NODES} bits",
+            hint="lower top_k or depth",
+        )

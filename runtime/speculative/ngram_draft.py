@@ -1,0 +1,85 @@
+"""Look-up of what stood in the text before (prompt look-up, https://github.com/apoorvumang/prompt-lookup-decoding)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.ancestors import relations
+from effpass.lowering.ops.tree_growth import positions_at
+from effpass.runtime.speculative.progress import Progress
+from effpass.runtime.speculative.session import TreeSession
+from effpass.runtime.speculative.shapes import Sampled, chain
+from effpass.runtime.speculative.tree import TokenTree
+
+__all__ = ["NGramDraft"]
+
+
+class NGramDraft:
+    """What followed the last tokens where they stood before, as a chain; of several places the last.
+
+    Args:
+        depth: tokens to propose.
+        longest: tokens to look for, at first; where they are not found, fewer.
+
+    Raises:
+        EffpassError: an argument is below 1.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, depth: int = 7, longest: int = 3) -> None:
+        for name, given in (("depth", depth), ("longest", longest)):
+            if given < 1:
+                raise EffpassError(f"{name} of the n-gram draft is {given}", hint="give 1 or more")
+        self.kind, self.longest = chain(depth), longest
+
+    def check(self, target: Any) -> None:
+        """Every model will do."""
+
+    def running(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
+        batch, device, nodes = target.batch, target.model.device, self.kind.nodes
+        # Padding stands before the tokens, and is not looked at.
+        self._padding = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        if is_token is not None:
+            self._padding[: len(ids), 0] = (~is_token).sum(1)
+        self._parents = (torch.arange(nodes, device=device) - 1).expand(batch, -1)
+        self._depths, self._ancestors = relations(self._parents, nodes)
+
+    def extend(self, progress: Progress) -> Tensor:
+        return progress.root  # there is nothing to run
+
+    def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
+        ids, last = progress.ids, (progress.count - 1)[:, None]
+        column = torch.arange(ids.shape[1], device=ids.device)
+        best = torch.full_like(last, -1)
+        matches = column < last  # where a match ends
+        for back in range(self.longest):
+            wanted = last - back
+            matches &= torch.roll(ids, back, 1) == ids.gather(1, wanted.clamp(min=0))
+            matches &= (column - back >= self._padding) & (wanted >= self._padding)
+            found = torch.where(matches, column, -1).amax(1, keepdim=True)
+            best = torch.where(found >= 0, found, best)
+        at = best + self._depths
+        is_node = (self._depths == 0) | ((best >= 0) & (at <= last))
+        tokens = torch.where(self._depths == 0, progress.root[:, None], ids.gather(1, at.clamp(0, ids.shape[1] - 1)))
+        positions = torch.where(is_node, positions_at(progress.position, self._depths), -1)
+        ancestors = torch.where((positions >= 0)[..., None], self._ancestors, 0)
+        parents = torch.where(is_node, self._parents, -1)
+        return TokenTree(tokens, parents, positions, ancestors, self.kind.depth)
+
+    def recording(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def state(self) -> list[Tensor]:
+        return []
+
+    def has_moved(self) -> bool:
+        return False

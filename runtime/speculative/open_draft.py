@@ -1,0 +1,122 @@
+"""From what a user names, a draft and a kind of tree, to a :class:`Speculator`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from effpass.core.errors import EffpassError, ModelError, did_you_mean
+from effpass.core.model import load_model, read_source
+from effpass.runtime.engine import Engine
+from effpass.runtime.speculative.classifier import load_classifier
+from effpass.runtime.speculative.drafts import Draft
+from effpass.runtime.speculative.growing import C2T, Eagle2
+from effpass.runtime.speculative.model_draft import ModelDraft
+from effpass.runtime.speculative.ngram_draft import NGramDraft
+from effpass.runtime.speculative.shapes import Static, TreeKind, chain
+from effpass.runtime.speculative.skipped_layers import skip_layers
+from effpass.runtime.speculative.speculator import Speculator
+
+__all__ = ["TREES", "open_draft", "speculator_of"]
+
+TREES = ("chain", "static", "eagle2", "c2t")
+_NGRAM, _LAYERS = "ngram", "layers:"
+
+
+def speculator_of(engine: Engine, draft: Any, tree: Any = None) -> Speculator:
+    """The speculator of an engine's model with a draft, made when it is first asked for and kept by the engine.
+
+    Args:
+        engine: of the model.
+        draft: see :func:`open_draft`.
+        tree: likewise.
+
+    Raises:
+        EffpassError: see :func:`open_draft`, and :class:`Speculator`.
+    """
+    named = isinstance(draft, (str, os.PathLike))
+    key = os.fspath(draft) if named else id(draft), tree
+    if key not in engine.speculators:
+        # With the draft itself, so that no other gets its id.
+        engine.speculators[key] = Speculator(engine, open_draft(engine, draft, tree)), draft
+    return engine.speculators[key][0]
+
+
+def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
+    """A draft for an engine's model.
+
+    Args:
+        engine: of the model.
+        draft: a model; a folder or hub id of one; `"ngram"`, which looks up what stood in the text before;
+            `"layers:0,1,5"`, the model itself with these layers alone; or a :class:`Draft`.
+        tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, or a kind with its sizes; None for a chain. The classifier
+            of `"c2t"` is looked for in the draft's folder, under ``c2t``.
+
+    Raises:
+        EffpassError: an unknown tree, or one that this draft does not grow.
+        ModelError: the draft can't be loaded, or is for another model.
+    """
+    if isinstance(draft, str) and draft == _NGRAM:
+        if tree not in (None, "chain"):
+            raise EffpassError(f"the n-gram draft grows chains, and tree is {tree!r}", hint="leave tree out")
+        return NGramDraft()
+    if isinstance(draft, str) and draft.startswith(_LAYERS):
+        draft = skip_layers(engine.model, _numbers(draft))
+    if isinstance(draft, (str, os.PathLike)):
+        return _load(engine, draft, tree)
+    if isinstance(draft, nn.Module):
+        return ModelDraft(draft, _kind(tree, None), engine.backend)
+    if not all(hasattr(draft, name) for name in ("propose", "kind", "taps")):
+        raise EffpassError(f"draft is a {type(draft).__name__}", hint="give a model, a folder, 'ngram' or 'layers:...'")
+    if tree is not None:
+        raise EffpassError("a draft that was made knows its tree", hint="leave tree out")
+    return draft
+
+
+def _load(engine: Engine, name: str | os.PathLike[str], tree: Any) -> Draft:
+    """A model as a draft, from a checkpoint."""
+    loaded = load_model(name, dtype=next(engine.model.parameters()).dtype)
+    ours, theirs = loaded.tokenizer, _tokenizer(engine.model)
+    if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():
+        raise ModelError(
+            f"the draft {name} and the model {engine.model.config._name_or_path} have different tokenizers",
+            hint="take a draft of the same family",
+        )
+    kind = _kind(tree, lambda: load_classifier(Path(name, "c2t"), loaded.model))
+    same = ours is not None and theirs is not None
+    return ModelDraft(loaded.model.to(engine.device), kind, engine.backend, same_tokens=same)
+
+
+def _tokenizer(model: Any) -> Any:
+    """That of a model, where it is known from where the model was loaded."""
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        return read_source(name)[1] if name else None
+    except EffpassError:
+        return None
+
+
+def _numbers(draft: str) -> list[int]:
+    try:
+        return [int(part) for part in draft.removeprefix(_LAYERS).split(",")]
+    except ValueError as error:
+        raise EffpassError(f"draft {draft!r}", hint="give numbers of layers with commas: layers:0,1,5") from error
+
+
+def _kind(tree: Any, classifier: Callable[[], Any] | None) -> TreeKind:
+    if tree is None:
+        return chain()
+    if not isinstance(tree, str):
+        return tree
+    if tree == "c2t":
+        if classifier is None:
+            raise EffpassError("a c2t tree needs its classifier", hint="give tree=C2T(classifier), or a draft's folder")
+        return C2T(classifier())
+    kinds: dict[str, Callable[[], TreeKind]] = {"chain": chain, "static": Static, "eagle2": Eagle2}
+    if tree not in kinds:
+        raise EffpassError(f"unknown tree {tree!r}{did_you_mean(tree, TREES)}")
+    return kinds[tree]()

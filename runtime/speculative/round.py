@@ -1,0 +1,214 @@
+"""One round: the draft grows a tree, the target verifies it, the accepted tokens are entered.
+
+Buffers have fixed sizes and a round waits for nothing, so that on a GPU all of it, draft and target, is one CUDA graph.
+Processors and criteria that see more than scores and last tokens are transformers' own objects on the host. They are
+called along the accepted path alone, with each node's own prefix (:mod:`effpass.runtime.speculative.walk`); such a
+round waits for the device.
+
+Where a token is sampled, noise that belongs to its column decides (:mod:`effpass.lowering.ops.token_noise`): what comes
+out has the model's distribution, and with one seed is the same text whatever was proposed.
+
+Shapes: B rows, N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria
+
+import effpass.lowering.ops.token_noise
+import effpass.lowering.ops.top_tokens  # noqa: F401  (registers the operators)
+from effpass.lowering.ops.tree_acceptance import accept_tokens
+from effpass.runtime.choice import SEES_LAST_TOKEN, SEES_SCORES
+from effpass.runtime.cuda_graph import record
+from effpass.runtime.session import ENDS
+from effpass.runtime.speculative.drafts import Draft
+from effpass.runtime.speculative.progress import Progress
+from effpass.runtime.speculative.session import TreeSession
+from effpass.runtime.speculative.shapes import Sampled
+from effpass.runtime.speculative.tree import TokenTree
+from effpass.runtime.speculative.walk import Walk
+
+__all__ = ["Round"]
+
+_Verified = tuple[TokenTree, Tensor, Tensor | None]  # with the target's logits and features
+
+
+class Round:
+    """Decodes with one target and one draft; its buffers and graphs serve call after call.
+
+    Args:
+        target: has room for the draft's trees.
+        draft: proposes.
+        columns: of prompt and answer.
+
+    Attributes:
+        progress: what was emitted.
+        is_fixed: a round of this call waits for nothing.
+        was_recorded: the last step was, before it ran, and its time says nothing.
+    """
+
+    was_recorded = False
+
+    def __init__(self, target: TreeSession, draft: Draft, columns: int) -> None:
+        self.target, self.draft = target, draft
+        self.progress = Progress(target.batch, columns, target.model.device)
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
+        self._itself = torch.ones_like(self._parents)[:, :, None]
+
+    def begin(
+        self, prompt: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: Any, limit: int
+    ) -> None:
+        """Start behind a prompt `[rows, T]` that the target has run, and choose the first token.
+
+        Args:
+            prompt: see above.
+            processors, criteria, config: as transformers prepared them.
+            limit: columns of prompt and answer.
+        """
+        target, progress = self.target, self.progress
+        self._processors, self._samples = processors, bool(config.do_sample)
+        ends = [c.eos_token_id.flatten() for c in criteria if isinstance(c, EosTokenCriteria)]
+        self.is_fixed = (
+            all(type(p) in SEES_SCORES for p in processors)
+            and all(type(c) in SEES_LAST_TOKEN for c in criteria)
+            and sum(map(len, ends)) <= ENDS
+        )
+        self._walk = None if self.is_fixed else Walk(progress, len(prompt), processors, criteria, self._samples)
+        pads = any(hasattr(c, "eos_token_id") for c in criteria)
+        known = torch.cat(ends) if ends and self.is_fixed else prompt.new_zeros(0)
+        progress.begin(prompt, target.position, known, config._pad_token_tensor if pads else 0, limit)
+        target.cache.begin_tree()
+        features = target.prompt_features
+        if features is not None:
+            if progress.features is None:
+                progress.features = features.new_zeros(target.batch, 2 * self.draft.kind.depth + 2, features.shape[2])
+            features = torch.nn.functional.pad(features[:, -1:], (0, 0, 0, 0, 0, target.batch - len(features)))
+            target.prompt_features = None
+        # The first token follows the prompt's last, which is in the cache already: there is nothing to commit.
+        self._take((self._alone(), target.logits[:, None], features), commits=False)
+        progress.totals.zero_()
+
+    def step(self, *, plain: bool = False) -> None:
+        """One round; `plain` leaves the draft out."""
+        if self.is_fixed:
+            how = "plain" if plain else "round", self._samples, _names(self._processors)
+            self._run(how, lambda: self._take(self._verify(plain)))
+        else:
+            self._take(self._run(("plain" if plain else "round", "verify"), lambda: self._verify(plain)))
+
+    def catch_up(self) -> None:
+        """Let the draft run what plain steps have emitted, up to as many tokens as a round emits."""
+        self._run(("catch up",), lambda: self.draft.extend(self.progress))
+
+    def forget_graphs(self) -> None:
+        """Weights lie elsewhere."""
+        self._graphs.clear()
+
+    # -- a round ------------------------------------------------------------------------------------------------------
+
+    def _alone(self) -> TokenTree:
+        """A plain step is a tree of the root alone."""
+        progress, itself = self.progress, self._itself
+        return TokenTree(progress.root[:, None], self._parents, progress.position[:, None], itself, 0)
+
+    def _verify(self, plain: bool) -> _Verified:
+        if plain:
+            tree = self._alone()
+        else:
+            tree = self.draft.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
+        return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors)
+
+    def _take(self, verified: _Verified, *, commits: bool = True) -> None:
+        """Enter what the target makes of a tree."""
+        (tree, logits, features), progress = verified, self.progress
+        before = None if features is None else progress.count.clone()
+        if self._walk is not None:
+            path, taken = self._walk.accept(tree, logits)
+        else:
+            path, taken = accept_tokens(
+                self._choices(tree, logits), tree.tokens, tree.parents, progress.ends, progress.limit, progress.ids,
+                progress.count, progress.position, progress.root, progress.goes_on, progress.totals, tree.depth + 1,
+            )  # fmt: skip
+        if commits:
+            self.target.cache.commit(path, taken)
+        if features is not None:
+            assert before is not None
+            progress.note(features, before, path)
+
+    def _choices(self, tree: TokenTree, logits: Tensor) -> Tensor:
+        """The target's token at each node, int64 `[B, N]`."""
+        if self._samples:
+            below = (tree.positions - self.progress.position[:, None]).clamp(min=0).long()
+            noise = self._noise(tree.depth + 1, logits.shape[2])
+            noise = noise.gather(1, below[:, :, None].expand(-1, -1, logits.shape[2]))
+            return (self._distribution(logits) / noise).argmax(-1)
+        if self._processors:
+            return self._distribution(logits).argmax(-1)
+        return torch.ops.effpass.top_tokens(logits.flatten(0, 1), 1)[1].view_as(tree.tokens)
+
+    def _sampled(self) -> Sampled:
+        """What a draft asks, to propose what the target may sample."""
+        depth, vocabulary = self.draft.kind.depth, self.target.logits.shape[1]
+        noise = self._noise(depth, vocabulary)
+
+        def sampled(logits: Tensor, depth: int, names: Tensor | None) -> Tensor:
+            of_tokens = noise[:, depth]
+            if names is None:
+                of_tokens = of_tokens[:, : logits.shape[2]]
+            else:
+                of_tokens = of_tokens[:, torch.arange(len(names), device=names.device) + names]
+            return self._distribution(logits) / of_tokens[:, None]
+
+        return sampled
+
+    def _noise(self, columns: int, vocabulary: int) -> Tensor:
+        """Noise of the next columns of each row, `[B, columns, vocabulary]`."""
+        step = torch.arange(columns, device=self.progress.count.device)
+        return torch.ops.effpass.token_noise(self.progress.seed, self.progress.count[:, None] + step, vocabulary)
+
+    def _distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities `[B, N, V]`, float32."""
+        scores = logits.float()
+        if self._processors:
+            flat = scores.flatten(0, 1)
+            scores = self._processors(None, flat.clone()).view_as(scores)  # type: ignore[arg-type]
+        return scores.softmax(-1)
+
+    # -- the CUDA graph -----------------------------------------------------------------------------------------------
+
+    def _run(self, key: Any, work: Callable[[], Any]) -> Any:
+        """`work`, recorded when it is first done; what it returns stays where it is."""
+        if self.target.model.device.type != "cuda":
+            return work()
+        self.was_recorded = key not in self._graphs
+        if self.was_recorded:
+            self._graphs[key] = self._record(work)
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
+
+    def _record(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        cache = self.target.cache
+        state = [*self.progress.state(), cache.lengths, cache.slots.positions, *self.draft.state()]
+        saved, results = [t.clone() for t in state], []
+
+        def try_out() -> None:
+            for _ in range(2):
+                work()
+                for tensor, value in zip(state, saved, strict=True):
+                    tensor.copy_(value)
+
+        with self.target.recording(), self.draft.recording():
+            graph = record(lambda: results.append(work()), warm_up=try_out)
+        return graph, results[0]
+
+
+def _names(processors: LogitsProcessorList) -> tuple[Any, ...]:
+    return tuple((type(p).__name__, *sorted(vars(p).items())) for p in processors)

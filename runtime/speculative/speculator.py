@@ -1,0 +1,110 @@
+"""Speculative decoding of one model with one draft: sessions, buffers and graphs, kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from effpass.core.errors import ModelError
+from effpass.runtime.attention import reading_cache
+from effpass.runtime.engine import Engine
+from effpass.runtime.session import Session
+from effpass.runtime.speculative.drafts import Draft
+from effpass.runtime.speculative.pace import Pace
+from effpass.runtime.speculative.round import Round
+from effpass.runtime.speculative.session import TreeSession
+
+__all__ = ["Speculation", "Speculator"]
+
+_CAPACITY_STEP = 256
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What a generation was, summed over the rows of its batch.
+
+    Attributes:
+        rounds: trees that were verified, plain steps (trees of a root alone) included.
+        verified: their nodes, without roots.
+        tokens: that were emitted.
+    """
+
+    rounds: int
+    verified: int
+    tokens: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a round, the one that follows the accepted path included."""
+        return self.tokens / max(1, self.rounds)
+
+
+class Speculator:
+    """Makes rounds of a target and a draft.
+
+    Args:
+        engine: of the target.
+        draft: proposes; it serves this speculator alone.
+        switches: plain steps where rounds do not pay; False speculates always.
+
+    Attributes:
+        last: what the last generation was.
+
+    Raises:
+        ModelError: the draft is for another model, or the model's cache is of a kind that has no room for trees.
+    """
+
+    last: Speculation | None = None
+
+    def __init__(self, engine: Engine, draft: Draft, *, switches: bool = True) -> None:
+        model = engine.model
+        if engine.new_session is not Session or getattr(model, "effpass_reader", None) is not None:
+            raise ModelError(
+                "a pass of this model holds its cache in a way of its own (prefix_kv, sparse_attention), and"
+                " speculative decoding needs one with room for trees",
+                hint="leave the pass out of the recipe, or the draft out of the call",
+            )
+        draft.check(model)
+        self.engine, self.draft, self._switches = engine, draft, switches
+        self._free: dict[int, Round] = {}
+        self._paces: dict[int, Pace] = {}
+
+    @contextmanager
+    def round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:
+        """A round for `rows` sequences of up to `capacity` tokens; target and draft attend to their caches inside.
+
+        Raises:
+            EffpassError: the device has no room.
+        """
+        engine, draft = self.engine, self.draft
+        found: Round | None = None
+        try:
+            found = self._take(rows, capacity)
+            with reading_cache(engine.model), found.target.tapping(), draft.running():
+                found.target.begin(rows)
+                yield found, self._paces.setdefault(found.target.batch, Pace(switches=self._switches))
+        except torch.OutOfMemoryError as error:
+            found = None
+            self._free.clear()
+            engine.release()
+            raise engine.no_room(rows, capacity) from error
+        finally:
+            if found is not None:
+                self._free[found.target.batch] = found
+
+    def _take(self, rows: int, capacity: int) -> Round:
+        engine = self.engine
+        batch = 1 << (rows - 1).bit_length() if engine.device.type == "cuda" else rows
+        found = self._free.pop(batch, None)
+        if found is None or found.target.capacity < capacity:
+            del found  # before a larger one is made
+            capacity += -capacity % _CAPACITY_STEP
+            kind = self.draft.kind
+            target = TreeSession(engine.model, batch, capacity, kind.nodes, engine.backend, self.draft.taps)
+            found = Round(target, self.draft, capacity)
+        elif any([found.target.has_moved(), self.draft.has_moved()]):  # both take note
+            found.forget_graphs()
+        return found

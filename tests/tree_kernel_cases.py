@@ -1,0 +1,523 @@
+"""The operators of token trees against loops in Python: references, kernels on a GPU or, run as a program, without one.
+
+`python tree_kernel_cases.py interpret` runs the kernels through Triton's interpreter, and `compile` compiles them for a
+GPU that is not there. Both print JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from kernel_cases import error
+from offline_kernels import compile_instead
+from torch import Tensor
+from triton_interpreter import allow_new_numpy
+
+MODULES = ("tree_attention", "top_tokens", "tree_growth", "tree_acceptance", "token_noise")
+KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise")
+
+
+def random_parents(nodes: int, padding: int, seed: int) -> list[int]:
+    """A tree whose last `padding` nodes are none."""
+    generator = torch.Generator().manual_seed(seed)
+    parents = [-1]
+    for node in range(1, nodes):
+        parents.append(-1 if node >= nodes - padding else int(torch.randint(node, (), generator=generator)))
+    return parents
+
+
+def ancestors_of(node: int, parents: list[int]) -> list[int]:
+    """The node and those above it; none for padding."""
+    if node and parents[node] < 0:
+        return []
+    found = [node]
+    while found[-1]:
+        found.append(parents[found[-1]])
+    return found
+
+
+def words_of(nodes: list[list[int]], words: int) -> Tensor:
+    """int64 `[N, W]` with bits, the sign's too."""
+    out = torch.zeros(len(nodes), words, dtype=torch.long)
+    for i, above in enumerate(nodes):
+        for j in above:
+            bit = 1 << (j % 64)
+            out[i, j // 64] |= bit - (1 << 64) if bit >= 1 << 63 else bit
+    return out
+
+
+# -- tree_attention ---------------------------------------------------------------------------------------------------
+
+
+def attention_case(
+    B: int, H: int, G: int, T: int, first: int, nodes: int, K: int, V: int, window: int, softcap: float, **of: Any
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments of `tree_attention`, and what it gives: by a loop over queries, each with its slots gathered."""
+    torch.manual_seed(first + T)
+    device = of["device"]
+    query = torch.randn(B, T, H, K, **of).transpose(1, 2)
+    keys, values = torch.randn(B, G, first + nodes, K, **of), torch.randn(B, G, first + nodes, V, **of)
+    lengths = [max(1, first - 3 * b) for b in range(B)]
+    key_positions = torch.full((B, first + nodes), -1, dtype=torch.int32)
+    query_positions = torch.full((B, T), -1, dtype=torch.int32)
+    words = -(-nodes // 64)
+    ancestors = torch.zeros(B, T, words, dtype=torch.long)
+    expected = torch.zeros(B, T, H, V, dtype=torch.float64, device=device)
+    padding = 2  # of the first row's prompt
+    for b, length in enumerate(lengths):
+        parents = random_parents(nodes, nodes // 5 if nodes == T else 0, seed=b)
+        key_positions[b, :length] = torch.arange(length)
+        if b == 0:
+            key_positions[b, :length] = (torch.arange(length) - padding).clamp(min=-1)
+        # Behind the prefix stands what an earlier, longer one left.
+        key_positions[b, length:first] = torch.arange(length, first)
+        at = length - (padding if b == 0 else 0)
+        above = [ancestors_of(node, parents) for node in range(nodes)]
+        key_positions[b, first:] = torch.tensor([at + len(a) - 1 if a else -1 for a in above])
+        asked = range(nodes - T, nodes)  # the last nodes
+        query_positions[b] = key_positions[b, first + nodes - T :]
+        ancestors[b] = words_of([above[node] for node in asked], words)
+        for t, node in enumerate(asked):
+            position = int(query_positions[b, t])
+            seen = [s for s in range(length) if 0 <= key_positions[b, s] <= position]
+            seen += [first + j for j in sorted(above[node])]
+            seen = [s for s in seen if not window or position - int(key_positions[b, s]) < window]
+            if not above[node] or not seen:
+                continue
+            k, v = (x[b, :, seen].double().repeat_interleave(H // G, 0) for x in (keys, values))
+            score = torch.einsum("hk,hsk->hs", query[b, :, t].double(), k) * K**-0.5
+            score = softcap * torch.tanh(score / softcap) if softcap else score
+            expected[b, t] = torch.einsum("hs,hsv->hv", score.softmax(-1), v)
+    on_device = [x.to(device) for x in (key_positions, query_positions, torch.tensor(lengths).int(), ancestors)]
+    return (query, keys, values, *on_device, first, K**-0.5, window, softcap), expected
+
+
+def attention_errors(ops: Any, *case: Any, **of: Any) -> dict[str, float]:
+    arguments, expected = attention_case(*case, **of)
+    got = ops.tree_attention(*arguments)
+    unseen = (expected == 0).all(-1)
+    return {"attention": error(got, expected), "unseen": float(got[unseen].abs().sum())}
+
+
+# -- top_tokens -------------------------------------------------------------------------------------------------------
+
+
+def top_errors(ops: Any, rows: int, vocabulary: int, k: int, few: bool, **of: Any) -> dict[str, float]:
+    """Differences in nats, and tokens that are not the first ones; `few` values have many equal logits."""
+    torch.manual_seed(vocabulary)
+    logits = torch.randint(-9, 9, (rows, vocabulary)).double() if few else torch.randn(rows, vocabulary).double() * 3
+    logits = logits.to(**of)
+    logits[0, : vocabulary // 2] = float("-inf")
+    values, tokens, entropy = (x.cpu() for x in ops.top_tokens(logits, k))
+    found = {"log p": 0.0, "entropy": 0.0, "tokens": 0.0, "order": 0.0}
+    for row, x in enumerate(logits.double().tolist()):
+        highest = max(x)
+        whole = highest + math.log(sum(math.exp(v - highest) for v in x))
+        log_p = [v - whole for v in x]
+        order = sorted(range(vocabulary), key=lambda i: (-x[i], i))[:k]
+        mine = tokens[row].tolist()
+        found["tokens"] += len(set(mine)) != k
+        found["order"] += mine != order
+        for j, token in enumerate(order):
+            if math.isfinite(log_p[token]):
+                found["log p"] = max(found["log p"], abs(values[row, j].item() - log_p[token]))
+                found["tokens"] += x[mine[j]] != x[token]
+            else:
+                found["tokens"] += values[row, j].item() != log_p[token]
+        sure = -sum(math.exp(v) * v for v in log_p if math.isfinite(v))
+        found["entropy"] = max(found["entropy"], abs(entropy[row].item() - sure))
+    return found
+
+
+# -- growth -----------------------------------------------------------------------------------------------------------
+
+Language = Callable[[int, tuple[int, ...]], list[float]]
+
+
+def language(vocabulary: int, seed: int) -> Language:
+    """Log-probabilities of the next token, for a row and a text; those of different tokens differ."""
+    known: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+
+    def next_token(row: int, text: tuple[int, ...]) -> list[float]:
+        if (row, text) not in known:
+            generator = torch.Generator().manual_seed(hash((row, text, seed)) % 2**31)
+            known[row, text] = (torch.randn(vocabulary, generator=generator) * 2).log_softmax(-1).tolist()
+        return known[row, text]
+
+    return next_token
+
+
+class Steps:
+    """A draft that speaks a language."""
+
+    def __init__(self, speaks: Language, names: Tensor | None, device: torch.device, k: int) -> None:
+        self.speaks, self.names, self.device, self.k = speaks, names, device, k
+        self.texts: dict[int, list[list[tuple[int, ...]]]] = {}
+        self.faults = 0
+
+    def first(self, rows: int) -> Tensor:
+        self.layer: list[list[tuple[int, ...]]] = [[()] for _ in range(rows)]
+        return self._logits()[:, 0]
+
+    def step(self, tokens: Tensor, positions: Tensor, ancestors: Tensor, up: Tensor, first: int) -> Tensor:
+        rows, k = tokens.shape
+        layer = [[(*self.layer[b][int(up[b, i])], int(tokens[b, i])) for i in range(k)] for b in range(rows)]
+        self.texts[first // self.k] = layer
+        for b in range(rows):
+            for i in range(k):
+                if int(positions[b, i]) < 0:
+                    self.faults += bool(ancestors[b, i].any())
+                    continue
+                text = layer[b][i]
+                slots = [
+                    d * self.k + self.texts[d][b].index(text[: d + 1]) for d in range(len(text))
+                ]  # texts are distinct
+                self.faults += not torch.equal(ancestors[b, i].cpu(), words_of([slots], ancestors.shape[2])[0])
+                self.faults += int(positions[b, i]) != 10 * (b + 1) + len(text)
+        self.layer = layer
+        return self._logits()
+
+    def _logits(self) -> Tensor:
+        own = 0 if self.names is None else self.names.cpu()
+        logits = []
+        for b, texts in enumerate(self.layer):
+            named = [self.speaks(b, text) for text in texts]
+            of_row = torch.tensor(named)
+            if self.names is not None:  # the draft has every second token
+                of_row = of_row[:, torch.arange(of_row.shape[1] // 2) + own]
+            logits.append(of_row)
+        return torch.stack(logits).to(self.device)
+
+
+def grown(
+    speaks: Language, row: int, k: int, depth: int, nodes: int, least: float, names: Tensor | None, classifier: Any,
+    vocabulary: int,
+) -> dict[tuple[int, ...], float]:  # fmt: skip
+    """Texts of the nodes of EAGLE-2's or C2T's tree with their worth, as the papers have it."""
+    tokens = range(vocabulary) if names is None else [i + int(n) for i, n in enumerate(names)]
+    pool: dict[tuple[int, ...], float] = {}
+    frontier: list[tuple[tuple[int, ...], float, float]] = [((), 1.0, 1.0)]
+    for d in range(depth):
+        found = []
+        for text, probability, worth in frontier:
+            every = [speaks(row, text)[t] for t in tokens]
+            whole = math.log(sum(map(math.exp, every)))
+            log_p = {t: v - whole for t, v in zip(tokens, every, strict=True)}
+            entropy = -sum(math.exp(v) * v for v in log_p.values())
+            for token in sorted(log_p, key=log_p.__getitem__, reverse=True)[:k]:
+                p = probability * math.exp(log_p[token])
+                sure = p
+                if classifier:
+                    w1, b1, w2, b2 = (x.double() for x in classifier)
+                    hidden = (w1 @ torch.tensor([p, entropy, d], dtype=torch.float64) + b1).relu()
+                    sure = float((w2[0] @ hidden + b2[0]).sigmoid())
+                if sure >= least:
+                    found.append(((*text, token), p, sure, min(worth, sure)))
+        found.sort(key=lambda f: -f[2])
+        if not classifier:
+            pool.update({text: worth for text, _, _, worth in found})
+        frontier = [(text, p, worth) for text, p, _, worth in found[:k]]
+        if classifier:
+            pool.update({text: worth for text, _, worth in frontier})
+    best = sorted(pool, key=lambda text: -pool[text])[: nodes - 1]
+    return {text: pool[text] for text in best}
+
+
+def growth_errors(
+    ops: Any, rows: int, k: int, depth: int, nodes: int, least: float, units: int, renamed: bool, **of: Any
+) -> dict[str, float]:
+    """Nodes that differ, and what is wrong in positions, ancestors and order."""
+    from effpass.runtime.speculative.growing import Eagle2, Growing
+
+    device, vocabulary = of["device"], 2 * max(k, 12)
+    torch.manual_seed(k * depth)
+    classifier = [torch.randn(units, 3), torch.randn(units), torch.randn(1, units) / 2, torch.randn(1)] if units else []
+    names = torch.arange(vocabulary // 2, device=device) + 1 if renamed else None  # tokens 1, 3, 5, ...
+    kind = Eagle2(k, depth, nodes)
+    growing = Growing(
+        kind, rows, device, least=least, keeps_all=not units, classifier=[x.to(device) for x in classifier]
+    )
+    growing.operators = ops
+    speaks = language(vocabulary, seed=depth)
+    steps = Steps(speaks, names, device, k)
+    root = torch.arange(rows, device=device) + 90
+    position = torch.tensor([10 * (b + 1) for b in range(rows - 1)] + [-1 if rows > 1 else 10], dtype=torch.int32)
+    tree = growing.grow(steps, root, position.to(device), steps.first(rows), None)
+    found = {"nodes": 0.0, "order": 0.0, "structure": float(steps.faults)}
+    tokens, parents, positions, ancestors = (
+        x.tolist() for x in (tree.tokens, tree.parents, tree.positions, tree.ancestors)
+    )
+    for b in range(rows):
+        expected = grown(speaks, b, k, depth, nodes, least, names, classifier, vocabulary)
+        texts: list[tuple[int, ...]] = [()]
+        above = [[0]]
+        alive = int(position[b]) >= 0
+        found["structure"] += tokens[b][0] != 90 + b or parents[b][0] != -1
+        for i in range(1, nodes):
+            parent = parents[b][i]
+            if parent < 0:
+                found["structure"] += positions[b][i] != -1
+                above.append([])
+                continue
+            found["structure"] += not parent < i or i > len(texts)
+            texts.append((*texts[parent], tokens[b][i]))
+            above.append([*above[parent], i])
+            found["structure"] += positions[b][i] != (int(position[b]) + len(texts[i]) if alive else -1)
+        found["structure"] += not torch.equal(torch.tensor(ancestors[b]), words_of(above, len(ancestors[b][0])))
+        if alive:  # of a row that has ended nobody looks at the tree
+            found["nodes"] += len(set(texts[1:]) ^ set(expected)) + (len(texts) - 1 != len(expected))
+    return found
+
+
+# -- around the verified tree -----------------------------------------------------------------------------------------
+
+
+def acceptance_errors(ops: Any, rows: int, nodes: int, steps: int, **of: Any) -> dict[str, float]:
+    """What differs from a loop after three trees: texts, counts, roots, positions, paths, totals."""
+    device, generator = of["device"], torch.Generator().manual_seed(nodes)
+    long: Any = {"dtype": torch.long, "device": device}
+    columns, limit, ends = 30, 14, [5, -1, 6]
+    ids, count, root = torch.zeros(rows, columns, **long), torch.full((rows,), 4, **long), torch.zeros(rows, **long)
+    position = torch.tensor([3 + b if b != 1 else -1 for b in range(rows)], dtype=torch.int32, device=device)
+    goes_on, totals = torch.zeros((), dtype=torch.bool, device=device), torch.zeros(2, **long)
+    expected = [[0] * 4 for _ in range(rows)]
+    at, total, faults = position.tolist(), [0, 0], 0
+    for turn in range(4):
+        parents = [random_parents(nodes, nodes // 4, seed=9 * turn + b) for b in range(rows)]
+        tokens = torch.randint(3, (rows, nodes), generator=generator)
+        choices = torch.randint(3, (rows, nodes), generator=generator)
+        choices[choices == 2] = torch.tensor(5 if turn > 1 else 1)
+        path, taken = ops.accept_tokens(
+            choices.to(device), tokens.to(device), torch.tensor(parents, device=device), torch.tensor(ends, **long),
+            torch.tensor(limit, **long), ids, count, position, root, goes_on, totals, steps,
+        )  # fmt: skip
+        for b in range(rows):
+            walked, node = [], 0
+            alive = at[b] >= 0
+            while alive and node is not None:
+                walked.append(node)
+                token = int(choices[b, node])
+                expected[b].append(token)
+                if token in (5, 6) or len(expected[b]) >= limit:
+                    alive = False
+                below = [i for i in range(1, nodes) if parents[b][i] == node and int(tokens[b, i]) == token]
+                node = below[0] if below and alive and len(walked) < steps else None
+            if walked:
+                total[0] += 1
+                total[1] += sum(parent >= 0 for parent in parents[b])
+                at[b] = at[b] + len(walked) if alive else -1
+                faults += int(root[b]) != expected[b][-1]
+            faults += path[b].tolist() != walked + [0] * (steps - len(walked))
+            faults += int(taken[b]) != (len(walked) if alive else 0)
+        faults += bool(goes_on) != any(a >= 0 for a in at)
+    texts = [ids[b, : int(count[b])].tolist() != expected[b] for b in range(rows)]
+    rest = sum(int(ids[b, int(count[b]) :].abs().sum()) for b in range(rows))
+    return {
+        "texts": float(sum(texts) + rest),
+        "state": float(faults + (position.tolist() != at) + (totals.tolist() != total)),
+    }
+
+
+def take_errors(ops: Any, rows: int, width: int, **of: Any) -> dict[str, float]:
+    device = of["device"]
+    long: Any = {"dtype": torch.long, "device": device}
+    ids = torch.arange(rows * 40, **long).view(rows, 40)
+    count = torch.tensor([9 + 3 * b for b in range(rows)], **long)
+    position = torch.tensor([7 + b if b != 1 else -1 for b in range(rows)], dtype=torch.int32, device=device)
+    entered = torch.tensor([9 - b for b in range(rows)], **long)
+    before = entered.tolist()
+    tokens, positions, chain, taken = ops.take_tokens(ids, count, position, entered, width)
+    faults = 0
+    for b in range(rows):
+        end = int(count[b]) if b != 1 else 0
+        columns = list(range(before[b], min(end, before[b] + width)))
+        short = width - len(columns)
+        faults += tokens[b].tolist() != [int(ids[b, c]) for c in columns] + [0] * short
+        faults += positions[b].tolist() != [int(position[b]) - (end - 1 - c) for c in columns] + [-1] * short
+        faults += chain[b, :, 0].tolist() != [2 ** (i + 1) - 1 for i in range(len(columns))] + [0] * short
+        faults += (int(taken[b]), int(entered[b])) != (len(columns), before[b] + len(columns))
+    return {"taken": float(faults)}
+
+
+def move_errors(ops: Any, L: int, B: int, G: int, K: int, V: int, steps: int, **of: Any) -> dict[str, float]:
+    """What differs in the buffers after a move; of latents both are views of one."""
+    torch.manual_seed(steps)
+    device, first, slots = of["device"], 20, 20 + 9
+    whole = torch.randn(L, B, G, slots, K + V, **of)
+    keys, values = whole[..., :K], whole[..., K:]
+    positions = torch.arange(B * slots, dtype=torch.int32, device=device).view(B, slots)
+    lengths = torch.tensor([5 + 2 * b for b in range(B)], dtype=torch.int32, device=device)
+    path = torch.stack([torch.randperm(9)[:steps].sort().values for _ in range(B)])
+    taken = torch.tensor([(steps, 0, 1)[b % 3] for b in range(B)])
+    expected, expected_positions = whole.clone(), positions.clone()
+    for b in range(B):
+        for j in range(int(taken[b])):
+            place = int(lengths[b]) + j
+            expected[:, b, :, place] = whole[:, b, :, first + int(path[b, j])]
+            expected_positions[b, place] = positions[b, first + int(path[b, j])]
+    ops.move_slots(keys, values, positions, lengths, path.to(device), taken.to(device), first, True)
+    moved = [5 + 2 * b + int(taken[b]) for b in range(B)]
+    return {
+        "buffers": float((whole != expected).sum()),
+        "positions": float((positions != expected_positions).sum() + (lengths.tolist() != moved)),
+    }
+
+
+def noise_errors(ops: Any, rows: int, steps: int, vocabulary: int, **of: Any) -> dict[str, float]:
+    """Relative error of a few numbers, from SplitMix64 in Python's integers."""
+    device, mask = of["device"], (1 << 64) - 1
+    seed = -(2**40) + 12345
+    columns = torch.randint(2**20, (rows, steps), generator=torch.Generator().manual_seed(1))
+    got = ops.token_noise(torch.tensor(seed, device=device), columns.to(device), vocabulary).double().cpu()
+    worst = 0.0
+    for b in range(rows):
+        for j in range(steps):
+            for token in {0, vocabulary // 2, vocabulary - 1}:
+                place = (b << 44) + (int(columns[b, j]) << 20) + token + 1
+                z = (seed + place * 0x9E3779B97F4A7C15) & mask
+                z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+                z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+                v = float((torch.tensor((z ^ (z >> 31)) >> 32).float() + 0.5) * 2**-32)  # rounded as float32 does
+                expected = -math.log1p(-min(v, 1 - 2**-24))
+                worst = max(worst, abs(got[b, j, token].item() / expected - 1))
+    return {"noise": worst, "range": float((got <= 0).sum())}
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+# B, H, G, T, first, nodes, K, V, window, softcap
+ATTENTIONS = {
+    "one node": (1, 4, 4, 1, 30, 1, 32, 32, 0, 0.0),
+    "a tree": (2, 6, 2, 12, 70, 12, 16, 16, 0, 0.0),
+    "the last nodes of a tree, three words": (1, 4, 1, 20, 100, 150, 32, 48, 0, 0.0),
+    "several parts and row tiles": (1, 8, 1, 30, 900, 30, 64, 64, 0, 0.0),
+    "window, softcap": (2, 2, 1, 9, 200, 9, 24, 16, 30, 20.0),
+    "a window inside the tree": (1, 2, 2, 40, 90, 40, 16, 16, 3, 0.0),
+    "heads of 256": (1, 2, 1, 5, 80, 5, 256, 256, 0, 0.0),
+}
+# rows, vocabulary, k, equal logits
+TOPS = {"one": (1, 5000, 1, True), "eight": (1, 2500, 8, False), "odd, few values": (2, 1500, 5, True),
+        "all of a small one": (4, 12, 12, False), "32": (1, 300, 32, True)}  # fmt: skip
+# rows, k, depth, nodes, least, units, renamed
+GROWTHS = {
+    "eagle2": (3, 4, 3, 12, 0.0, 0, False),
+    "eagle2, two words": (1, 9, 3, 70, 0.0, 0, False),
+    "eagle2, more nodes than there are": (2, 2, 2, 20, 0.0, 0, True),
+    "c2t": (2, 5, 3, 12, 0.4, 12, False),
+    "c2t, keeps all": (1, 3, 3, 5, 0.0, 5, True),
+    "c2t, keeps none": (2, 3, 2, 8, 1.0, 5, False),
+    "one child": (2, 1, 3, 4, 0.0, 0, False),
+}
+ACCEPTANCES = {"one row": (1, 1, 1), "a tree": (4, 20, 5), "a large tree": (2, 70, 4)}
+TAKES = {"rows": (3, 6), "one": (1, 1)}
+# L, B, G, K, V, steps
+MOVES = {"layers": (3, 3, 2, 16, 16, 4), "odd sizes": (1, 2, 1, 24, 10, 3), "one": (2, 1, 1, 8, 8, 1)}
+NOISES = {"rows": (3, 2, 1500), "few tokens": (1, 1, 5)}
+
+_CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ...]]]] = {
+    "attention": (attention_errors, ATTENTIONS),
+    "top": (top_errors, TOPS),
+    "growth": (growth_errors, GROWTHS),
+    "acceptance": (acceptance_errors, ACCEPTANCES),
+    "take": (take_errors, TAKES),
+    "move": (move_errors, MOVES),
+    "noise": (noise_errors, NOISES),
+}
+
+
+def cases(**of: Any) -> Iterator[tuple[str, Callable[[Any], dict[str, float]]]]:
+    """Name, and a function of the operators to test."""
+    for what, (run, named) in _CASES.items():
+        for name, case in named.items():
+            yield f"{what}: {name}", lambda ops, run=run, case=case: run(ops, *case, **of)
+
+
+class Kernels:
+    """The kernels, under the operators' names."""
+
+    def __getattr__(self, name: str) -> Any:
+        for module in MODULES:
+            found = getattr(importlib.import_module(f"effpass.lowering.kernels.{module}"), name, None)
+            if found is not None:
+                return found
+        raise AttributeError(name)
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+def interpret() -> dict[str, dict[str, float]]:
+    allow_new_numpy()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
+    return {name: run(Kernels()) for name, run in cases(device=torch.device("cpu"), dtype=torch.float32)}
+
+
+def compile_all() -> dict[str, int]:
+    """Bytes of shared memory of each kernel, compiled for compute capability 9.0 at the sizes of real models."""
+    modules = [importlib.import_module(f"effpass.lowering.kernels.{name}") for name in MODULES]
+    launches, ops = compile_instead(modules, KERNELS), Kernels()
+
+    def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    long: Any = {"dtype": torch.long}
+    for tokens, heads, groups, size, dtype, window in (
+        (1, 32, 8, 128, torch.bfloat16, 0), (16, 9, 3, 64, torch.bfloat16, 0), (64, 32, 8, 128, torch.bfloat16, 0),
+        (128, 32, 8, 128, torch.bfloat16, 512), (64, 8, 4, 256, torch.bfloat16, 0), (8, 4, 2, 64, torch.float32, 0),
+    ):  # fmt: skip
+        words = -(-tokens // 64)
+        ops.tree_attention(
+            some(1, heads, tokens, size, dtype=dtype), some(1, groups, 1024 + tokens, size, dtype=dtype),
+            some(1, groups, 1024 + tokens, size, dtype=dtype), numbers(1, 1024 + tokens), numbers(1, tokens),
+            numbers(1), numbers(1, tokens, words, **long), 1024, 0.1, window, 30.0 if window else 0.0,
+        )  # fmt: skip
+    for rows, vocabulary, k in ((1, 49152, 1), (64, 128256, 1), (8, 32000, 8)):
+        ops.top_tokens(some(rows, vocabulary), k)
+    real: Any = {"dtype": torch.float32}
+    for frontier, width, units, names in ((1, 8, 0, None), (8, 8, 0, None), (15, 15, 48, numbers(32000, **long))):
+        pool = 8 + 4 * 64 if not units else 150
+        classifier = [some(48, 3, **real), some(48, **real), some(1, 48, **real), some(1, **real)] if units else []
+        ops.grow_layer(
+            some(1, frontier, width, **real), numbers(1, frontier, width, **long), some(1, frontier, **real),
+            some(1, frontier, **real), some(1, frontier, **real), numbers(1, frontier, **long),
+            numbers(1, frontier, 3, **long), numbers(1), names, classifier, numbers(1, pool, **long),
+            some(1, pool, **real), numbers(1, pool, **long), 0, 0, 0.5, not units,
+        )  # fmt: skip
+        if frontier > 1:
+            ops.best_nodes(
+                numbers(1, **long), numbers(1), numbers(1, pool, **long), some(1, pool, **real),
+                numbers(1, pool, **long), 32 if units else 128, 5,
+            )  # fmt: skip
+    for nodes in (1, 64):
+        tree = numbers(2, nodes, **long)
+        ops.accept_tokens(
+            tree, tree, tree, numbers(16, **long), torch.zeros((), **long),
+            numbers(2, 512, **long), numbers(2, **long), numbers(2), numbers(2, **long),
+            torch.ones((), dtype=torch.bool), numbers(2, **long), 6,
+        )  # fmt: skip
+    ops.take_tokens(numbers(2, 512, **long), numbers(2, **long), numbers(2), numbers(2, **long), 6)
+    ops.move_slots(
+        some(32, 2, 8, 1024, 128), some(32, 2, 8, 1024, 128), numbers(2, 1024), numbers(2), numbers(2, 6, **long),
+        numbers(2, **long), 960, True,
+    )  # fmt: skip
+    ops.token_noise(torch.zeros((), **long), numbers(2, 6, **long), 128256)
+    return {f"{name}{number}": size for number, (name, size) in enumerate(launches)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "interpret":
+        assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
+        print(json.dumps(interpret()))
+    else:
+        print(json.dumps(compile_all()))
