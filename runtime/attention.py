@@ -68,8 +68,7 @@ def cached_attention(
     if has_latents:
         absorbs = module.absorbs(query.shape[2])
         if absorbs:
-            latents = layer.latents
-            whole = torch.cat((key, value), -1) if latents is None else latents[: key.shape[0], :, : key.shape[2]]
+            whole = layer.joined(key, value, query.shape[2])
             query, key, value = module.absorb(query), whole, whole[..., : key.shape[-1]]
         else:
             key, value = module.expanded(key, value)

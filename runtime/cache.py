@@ -21,6 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 import effpass.lowering.ops.append_positions
 import effpass.lowering.ops.cached_attention  # noqa: F401  (registers the operators)
 from effpass.core.errors import ModelError
+from effpass.lowering.ops.block_pool import BlockPool
 
 __all__ = ["BufferedLayer", "DecodeCache", "Reader", "Slots", "attention_windows"]
 
@@ -74,11 +75,15 @@ class BufferedLayer(CacheLayerMixin):
 
     Attributes:
         latents: where the model caches latents (MLA), keys and values side by side `[B, 1, S, K + V]`; they are views.
+        pool: where keys and values are in host memory, which blocks of them are on the device.
+        keeps_places: what stands in a slot stays there until it is cropped.
     """
 
     is_compileable = True
     is_croppable = True
     latents: Tensor | None = None
+    pool: BlockPool | None = None
+    keeps_places = True
 
     def __init__(self, slots: Slots, window: int) -> None:
         super().__init__()
@@ -123,6 +128,12 @@ class BufferedLayer(CacheLayerMixin):
             new = slice(reads - key_states.shape[2], reads)
             keys[:, :, new], values[:, :, new] = key_states, value_states
         return (keys, values) if reads == keys.shape[2] else (keys[:, :, :reads], values[:, :, :reads])
+
+    def joined(self, key: Tensor, value: Tensor, tokens: int) -> Tensor:
+        """Latents `[rows, 1, S, K + V]`, of which :meth:`update` returned `key` and `value` for `tokens` new ones."""
+        if self.latents is None:
+            return torch.cat((key, value), -1)
+        return self.latents[: key.shape[0], :, : key.shape[2]]
 
     def get_seq_length(self) -> int:
         return self.slots.seen
@@ -235,6 +246,13 @@ class DecodeCache(Cache):
     def ready(self) -> Hashable:
         """Called before every decode step; see :class:`Reader`."""
         return None if self.reader is None else self.reader.ready(self)
+
+    def stepped(self) -> None:
+        """Called at the end of every decode step, which may have work under way beside the device's stream."""
+
+    def state(self) -> list[Tensor]:
+        """What a step that was only tried must leave as it was."""
+        return [t for slots in self.distinct_slots() for t in (slots.positions, slots.filled)]
 
     def changed(self) -> None:
         """Called when slots may hold other tokens than at the last step: after a prompt."""

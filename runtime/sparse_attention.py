@@ -86,9 +86,22 @@ class SparseReader:
         slots = layer.slots
         positions = slots.positions if rows == slots.positions.shape[0] else slots.positions[:rows]
         stored, of_values = _stored(layer, rows, values.shape[-1])
+        table = host = None
+        pool = None if layer.pool is None else layer.pool.rows(rows)
+        near_keys, near_values = stored, of_values
+        if pool is not None:
+            table, host = pool.block_table, pool.host
+            near_keys, near_values = pool.cached(query.shape[-1], values.shape[-1])
         out = attend(
-            state.index, query, stored, of_values, positions, cache.query_positions, slots.filled, scale, softcap
-        )
+            state.index, query, near_keys, near_values, positions, cache.query_positions, slots.filled, scale, softcap,
+            table, host,
+        )  # fmt: skip
+        if pool is not None:
+            how, chosen = state.index.selection, state.index.rows(rows)
+            if how.levels == "blocks":
+                pool.fetch(chosen.chosen_blocks, slots.filled, how.block)
+            else:
+                pool.fetch(chosen.chosen_tokens, slots.filled, 1)
         if self.settings.audits is not None:
             self.settings.audits[index].look(
                 state.index.rows(rows), query, stored, positions, cache.query_positions, scale
@@ -114,11 +127,12 @@ class SparseReader:
                 continue
             state = self._layer(cache, index, layer)
             length = layer.slots.length
-            state.is_sparse = length >= self.settings.dense_below
+            # All of a layer in host memory can't be read at every step.
+            state.is_sparse = length >= self.settings.dense_below or layer.pool is not None
             if state.is_sparse:
                 known = state.indexed
                 if known > length:  # cropped, or tokens have moved
-                    known = length if type(layer) is BufferedLayer else 0
+                    known = length if layer.keeps_places else 0
                 if known < length:
                     self._catch_up(index, state, layer, known)
                 state.indexed = length + 1  # the step enters its own token

@@ -9,6 +9,7 @@ __all__ = [
     "ArtifactError",
     "EffpassError",
     "ExportError",
+    "HostMemoryError",
     "ModelError",
     "PassRefusedError",
     "PluginError",
@@ -58,6 +59,10 @@ class RewriteError(EffpassError):
 
 class ExportError(EffpassError):
     """An export failed or is out of tolerance; no file was left behind."""
+
+
+class HostMemoryError(EffpassError):
+    """Host memory that a cache needs is not allowed, or the system does not give it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -69,8 +69,11 @@ class PassManager:
         for planned in self.planned:
             if "model" not in planned.pass_.entrances:
                 self._refuse_entrance(planned.pass_, "model")
-        for planned in self.planned:
-            planned.pass_.check_model(model)
+        passes = [planned.pass_ for planned in self.planned]
+        for index, pass_ in enumerate(passes):
+            pass_.check_beside(passes[:index])
+        for pass_ in passes:
+            pass_.check_model(model)
         for planned in self.planned:
             pass_ = planned.pass_
             if not pass_.has_first_hand:

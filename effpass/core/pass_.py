@@ -72,6 +72,12 @@ class Pass:
 
     # -- first hand -------------------------------------------------------------------------------------------------
 
+    def check_beside(self, before: Sequence[Pass]) -> None:
+        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act behind those in `before`.
+
+        Called with the passes that stand in front of it in the recipe, before any pass checks the model.
+        """
+
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act on `model`.
 

@@ -33,6 +33,7 @@ BUILTIN = {
     "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
     "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
     "fuse_rotary_table": "effpass.passes.graph.fuse_rotary_table:FuseRotaryTable",
+    "kv_offload": "effpass.passes.runtime.kv_offload:KVOffload",
     "merge_lora": "effpass.passes.weights.merge_lora:MergeLora",
     "mla_absorption": "effpass.passes.runtime.mla_absorption:MLAAbsorption",
     "moe_gemm": "effpass.passes.graph.moe_gemm:MoeGemm",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from effpass.core.available_memory import available_memory
 from effpass.core.errors import ExportError
 from effpass.lowering.targets.decode_graph import CPU
 from effpass.lowering.targets.gpu import available_gpu_memory
 from effpass.lowering.targets.target import Target
 
 __all__ = ["available_memory", "check_memory"]
-
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 # Memory of a GPU, as a multiple of the weights: the model's and the file's, and what is computed while it is checked.
 _ON_GPU = 2.2
@@ -49,22 +45,3 @@ def _check(target: Target, times: float, needed: int, available: int | None, whe
             f"now, and {available / 1e9:.1f} GB are available",
             hint=hint,
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that this process can still take without swapping; None where the system does not say."""
-    try:
-        lines = _MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    try:  # a container's own limit
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            cached = [int(line.split()[1]) for line in (_CGROUP / "memory.stat").read_text().splitlines()
-                      if line.startswith("inactive_file ")]  # fmt: skip
-            found.append(int(limit) - used + sum(cached))
-    except OSError:
-        pass
-    return min(found, default=None)

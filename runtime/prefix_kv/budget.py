@@ -7,10 +7,22 @@ from dataclasses import dataclass
 
 from effpass.core.errors import EffpassError
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "parse_bytes"]
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B)")
+
+
+def parse_bytes(name: str, given: str) -> int:
+    """Bytes as a person writes them: ``"512 MiB"``, ``"8 GB"``.
+
+    Raises:
+        EffpassError: none, or an unknown unit; it begins with `name`.
+    """
+    match = _BYTES.fullmatch(given.strip())
+    if match is None or float(match[1]) == 0:
+        raise EffpassError(f"{name}: got {given!r}, expected bytes such as '512 MiB' or '8 GB'")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,7 @@ class Budget:
             EffpassError: a share outside (0, 1], no tokens, no bytes, or an unknown unit.
         """
         if isinstance(given, str):
-            match = _BYTES.fullmatch(given.strip())
-            if match is None or float(match[1]) == 0:
-                raise EffpassError(f"budget: got {given!r}, expected bytes such as '512 MiB' or '8 GB'")
-            return cls(nbytes=int(float(match[1]) * _UNITS[match[2]]))
+            return cls(nbytes=parse_bytes("budget", given))
         if isinstance(given, int):
             if given < 1:
                 raise EffpassError(

@@ -31,6 +31,7 @@ class EvictingLayer(BufferedLayer):
         anchor: int32 `[B, 1]`: while decoding, positions below it stay.
     """
 
+    keeps_places = False
     received: Tensor
     asked: Tensor
     pinned: Tensor

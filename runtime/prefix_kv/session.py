@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effpass.core.errors import EffpassError
 from effpass.runtime.cache import DecodeCache, attention_windows
 from effpass.runtime.prefix_kv.layer import EvictingLayer
 from effpass.runtime.prefix_kv.plan import Growth, Limits, Settings, token_bytes
@@ -54,6 +55,14 @@ class BudgetSession(Session):
         self._settled_at = 0
 
     def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
+        if (offload := getattr(self.model, "effpass_offload", None)) is not None:
+            if self.settings.kv_cache_dtype != "auto":
+                raise EffpassError(
+                    f"kv_cache_dtype: {self.settings.kv_cache_dtype} in prefix_kv, and kv_offload holds keys and values"
+                    " as they are",
+                    hint="leave it out, or kv_offload",
+                )
+            return offload.evicting(self.model, batch, capacity)
         layer, device = layer_class(self.settings.kv_cache_dtype), self.model.device
         windows = attention_windows(self.model.config)
         return DecodeCache(self.model.config, batch, capacity, device, [layer(batch, w, device) for w in windows])

@@ -22,6 +22,7 @@ from fixed_tolerance import fixed_tolerance
 from safetensors import safe_open
 
 import effpass
+from effpass.core import available_memory
 from effpass.core.errors import ExportError, PassRefusedError
 from effpass.core.recipe import Recipe
 from effpass.lowering.targets import export, host_memory, publish, tolerance
@@ -520,17 +521,17 @@ def test_memory_that_is_not_there_is_known_beforehand(tmp_path: Path, monkeypatc
 
 
 def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
-    assert host_memory.available_memory() is None
+    monkeypatch.setattr(available_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory, "_CGROUP", tmp_path)
+    assert available_memory.available_memory() is None
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:     500 kB\n")
-    assert host_memory.available_memory() == 500 * 1024
+    assert available_memory.available_memory() == 500 * 1024
     (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory.available_memory() == 500 * 1024
+    assert available_memory.available_memory() == 500 * 1024
     (tmp_path / "memory.max").write_text("300000\n")
     (tmp_path / "memory.current").write_text("100000\n")
     (tmp_path / "memory.stat").write_text("anon 60000\ninactive_file 40000\n")  # a cache that can be dropped
-    assert host_memory.available_memory() == 240_000
+    assert available_memory.available_memory() == 240_000
 
 
 # -- TensorRT ---------------------------------------------------------------------------------------------------------

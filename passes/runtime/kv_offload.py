@@ -1,0 +1,127 @@
+"""`kv_offload`: keys and values in host memory, and on the device what sparse attention reads of them.
+
+Beside `sparse_attention`, which reads a few thousand keys at a step, choosing by an index that stays on the device.
+Blocks that a step read are copied to a pool on the device while the step goes on; a key whose block is not there is read
+through the bus by attention itself (:mod:`effpass.lowering.ops.block_pool`). AsyncTLS (https://arxiv.org/abs/2604.07815)
+keeps blocks likewise, and chooses tokens in the blocks of the step before, so that none is ever missing; reading what is
+missing makes that unnecessary, and the result is that of sparse attention, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effpass.core.errors import ModelError, PassRefusedError
+from effpass.core.model import inner_model
+from effpass.core.pass_ import Pass, RuntimePass
+from effpass.core.report import Refusal
+from effpass.lowering.ops.two_level_attention_index import Selection
+from effpass.passes.runtime.sparse_attention import SparseAttention
+from effpass.runtime.attach import engine_of
+from effpass.runtime.cache import attention_windows
+from effpass.runtime.host_memory import HostMemory
+from effpass.runtime.kv_offload import Offload, OffloadCounters
+from effpass.runtime.prefix_kv.budget import parse_bytes
+from effpass.runtime.sparse_attention import SparseSettings
+
+__all__ = ["KVOffload", "KVOffloadOptions", "counters"]
+
+_POOL = 3  # times what a step chooses
+
+
+@dataclass(frozen=True)
+class KVOffloadOptions:
+    """Options of `kv_offload`.
+
+    Attributes:
+        host_memory: bytes of host memory that all caches may take, such as `"64 GiB"`; by default nine tenths of what
+            is available.
+        pool: blocks of each key-value head that stay on the device; by default three times those that a step chooses.
+        prefetch: blocks of a head that a step may have copied for the steps behind it; 0 for none.
+    """
+
+    host_memory: str | None = None
+    pool: int | None = None
+    prefetch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.host_memory is not None:
+            parse_bytes("host_memory", self.host_memory)
+        if self.pool is not None and self.pool < 2:
+            raise ValueError(f"pool: got {self.pool}, expected blocks, 2 or more")
+        if self.prefetch < 0:
+            raise ValueError(f"prefetch: got {self.prefetch}, expected blocks, 0 or more")
+
+    def pages(self, how: Selection) -> int:
+        """Blocks of a head on the device."""
+        return _POOL * how.kept_blocks if self.pool is None else self.pool
+
+
+class KVOffload(RuntimePass):
+    """Keeps keys and values in host memory, beside sparse attention."""
+
+    name = "kv_offload"
+    exact = True
+    Options = KVOffloadOptions
+    options: KVOffloadOptions
+
+    def check_beside(self, before: Sequence[Pass]) -> None:
+        sparse = next((pass_ for pass_ in before if isinstance(pass_, SparseAttention)), None)
+        if sparse is None:
+            raise PassRefusedError(
+                "kv_offload needs sparse_attention before it in the recipe: dense attention reads every key at every"
+                " step, and would wait for the bus each time",
+                hint="passes: [{sparse_attention: {tokens: 2048}}, kv_offload]",
+            )
+        how = sparse.options.selection
+        if how.levels == "tokens":
+            raise PassRefusedError(
+                "kv_offload moves blocks, and sparse_attention with levels: tokens chooses none",
+                hint="leave levels at both, or take blocks",
+            )
+        wanted, pages = how.kept_blocks + 1, self.options.pages(how)
+        if pages < wanted:
+            raise PassRefusedError(
+                f"pool: {pages} blocks, and a step wants {wanted}: the {how.kept_blocks} that sparse_attention chooses,"
+                " and the next token's",
+                hint=f"pool: {wanted} is the least, {_POOL * how.kept_blocks} the default; or choose fewer blocks",
+            )
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        if getattr(inner_model(model), "device", None) is None:
+            raise ModelError(f"{type(inner_model(model)).__name__} is no transformers model that generates")
+
+    def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
+        """Place the model's caches in host memory; hits are layers."""
+        runs: Any = inner_model(model)
+        windows = attention_windows(runs.config)
+        sliding = [
+            Refusal(f"layer {index}", f"it sees {window} positions only, which stay on the device")
+            for index, window in enumerate(windows)
+            if window
+        ]
+        if 0 not in windows:
+            return 0, sliding
+        settings, options = runs.effpass_reader, self.options
+        assert isinstance(settings, SparseSettings)
+        how, limit = settings.selection, options.host_memory
+        memory = HostMemory(None if limit is None else parse_bytes("host_memory", limit))
+        runs.effpass_offload = Offload(memory, how.block, how.kept_blocks, options.pages(how), options.prefetch)
+        engine_of(runs).release()
+        return windows.count(0), sliding
+
+
+def counters(model: Any) -> OffloadCounters:
+    """What the steps of the model's caches read and copied; those that the engine keeps for the next call count on.
+
+    Raises:
+        ModelError: the model was prepared without kv_offload.
+    """
+    offload = getattr(inner_model(model), "effpass_offload", None)
+    if not isinstance(offload, Offload):
+        raise ModelError("no cache is in host memory", hint="prepare the model with sparse_attention and kv_offload")
+    return offload.counters()
