@@ -27,6 +27,20 @@ class Touch(GraphPass):
         return None
 
 
+class TouchSteps(Touch):
+    """The same in programs of one token a sequence."""
+
+    name = "touch_steps"
+
+    def find(self, program: Program) -> Iterator[Match | Refusal]:
+        inputs = program.graph.find_nodes(op="placeholder")
+        ids = next(n for n in inputs if getattr(n.meta["val"], "dtype", None) == torch.int64)
+        if ids.meta["val"].shape[-1] == 1:
+            yield from super().find(program)
+        else:
+            yield Refusal(ids.name, "more than one token", "")
+
+
 @dataclass(frozen=True)
 class ScaleOptions:
     factor: float = 2.0
@@ -67,7 +81,7 @@ class NeedsCache(RuntimePass):
         return 1, []
 
 
-TOYS = {cls.name: f"toy_passes:{cls.__name__}" for cls in (Touch, Scale, NeedsCache)}
+TOYS = {cls.name: f"toy_passes:{cls.__name__}" for cls in (Touch, TouchSteps, Scale, NeedsCache)}
 
 
 def register() -> None:

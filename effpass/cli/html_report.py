@@ -136,13 +136,18 @@ def _passes(report: dict[str, Any]) -> Iterator[Markup]:
     for graph in report["reports"]:
         for entry in graph["passes"]:
             merged[entry["name"]].append(entry)
+    in_a_step: dict[str, int] = defaultdict(int)
+    for graph in report["decode_reports"]:
+        for entry in graph["passes"]:
+            in_a_step[entry["name"]] += entry["hits"]
     for name, entries in merged.items():
         hits = sum(entry["hits"] for entry in entries)
         kind = "exact" if entries[0]["exact"] else "approximate"
+        others = "" if in_a_step[name] == hits else f", {in_a_step[name]:,} in a decode step"
         yield tag(
             "div",
             tag("h3", name, " ", tag("span", kind, class_=f"badge {kind}")),
-            tag("p", tag("b", f"{hits:,}"), f" place{'s' * (hits != 1)} rewritten" + _ops(entries)),
+            tag("p", tag("b", f"{hits:,}"), f" place{'s' * (hits != 1)} rewritten{others}" + _ops(entries)),
             *_refusals([refusal for entry in entries for refusal in entry["refusals"]]),
             class_="pass",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from effpass.api import Inspection
-    from effpass.core.report import PassReport, Refusal
+    from effpass.core.report import PassReport, Refusal, Report
 
 __all__ = ["inspect", "ops_table"]
 
@@ -80,8 +81,9 @@ def inspect(
 
 
 def _show(console: Console, found: Inspection, verbose: bool) -> None:
-    for entry in merged_reports(found):
-        _show_pass(console, entry, verbose)
+    in_a_step = {entry.name: entry.hits for entry in _merged(found.decode_reports)}
+    for entry in _merged(found.reports):
+        _show_pass(console, entry, in_a_step.get(entry.name, entry.hits), verbose)
     for entry in found.prepared:
         console.print(f"[bold]{entry.name}[/bold] acts on the model itself, through effpass.prepare; not traced here")
     for report in found.reports:
@@ -138,12 +140,12 @@ def _show_costs(console: Console, found: Inspection) -> None:
             )
 
 
-def merged_reports(found: Inspection) -> list[PassReport]:
+def _merged(reports: Sequence[Report]) -> list[PassReport]:
     """One entry per pass, summed over the graphs."""
     from effpass.core.report import PassReport
 
     total: dict[str, PassReport] = {}
-    for report in found.reports:
+    for report in reports:
         for entry in report.passes:
             into = total.setdefault(entry.name, PassReport(entry.name, entry.exact, flops=0, weight_bytes=0))
             into.hits += entry.hits
@@ -153,17 +155,19 @@ def merged_reports(found: Inspection) -> list[PassReport]:
     return list(total.values())
 
 
-def _show_pass(console: Console, entry: PassReport, verbose: bool) -> None:
+def _show_pass(console: Console, entry: PassReport, in_a_step: int, verbose: bool) -> None:
     from rich.text import Text
 
     kind = "exact" if entry.exact else "approximate"
     line = Text.assemble((entry.name, "bold"), f" ({kind}): ")
     line.append(f"{entry.hits} rewritten", "green" if entry.hits else "yellow")
+    if in_a_step != entry.hits:
+        line.append(f", {in_a_step} in a decode step", "green" if in_a_step else "yellow")
     if entry.flops:
         line.append(f"; {entry.flops:+,} FLOPs a forward")
     if entry.weight_bytes:
         line.append(f"; {'+' * (entry.weight_bytes > 0)}{megabytes(entry.weight_bytes)} of weights read a forward")
-    if not entry.hits and not entry.refusals:
+    if not entry.hits and not in_a_step and not entry.refusals:
         line.append("; the model has nothing that it looks for")
     console.print(line)
     groups: dict[tuple[str, str], list[Refusal]] = defaultdict(list)

@@ -24,7 +24,7 @@ from effpass.core.program import Program
 from effpass.core.report import PassReport, Report
 from effpass.core.roofline import Ceilings, bound, device_and_dtype
 
-__all__ = ["Inspection", "Memory", "Stage", "Workload", "inspect_model"]
+__all__ = ["Inspection", "Memory", "Stage", "Workload", "decode_parts", "inspect_model"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class Inspection:
     Attributes:
         graphs: number of graphs that Dynamo makes of one forward, the prefill where it was traced.
         reports: what each pass did on each graph of it.
+        decode_reports: the same of the decode step's graphs.
         prepared: what passes that act only through `effpass.prepare` are left for it.
         ops_before: operator counts over all graphs.
         ops_after: the same after the passes.
@@ -132,6 +133,7 @@ class Inspection:
 
     graphs: int = 0
     reports: list[Report] = field(default_factory=list)
+    decode_reports: list[Report] = field(default_factory=list)
     prepared: list[PassReport] = field(default_factory=list)
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
@@ -204,14 +206,31 @@ def inspect_model(
         _add(result.ops_after, graph.ops_after)
         result.derived_bytes += sum(e.derived_bytes for e in graph.report.passes)
     result.graphs = len(counted[0].graphs)
+    result.decode_reports = [graph.report for graph in decode.graphs]
     result.workloads = [workload.finish() for workload in counted]
     per_token, whole = (None, None) if cache is None else _cache_bytes(cache, batch, cache_length)
     result.memory = Memory(result.weight_bytes, result.derived_bytes, per_token, whole, batch, cache_length)
     for p in here:
-        hits = sum(e.hits for r in result.reports for e in r.passes if e.name == p.pass_.name)
+        every = (*result.reports, *result.decode_reports)
+        hits = sum(e.hits for r in every for e in r.passes if e.name == p.pass_.name)
         if p.require and not hits:
             result.unmet.append(p.pass_.name)
     return result
+
+
+def decode_parts(model: torch.nn.Module, at: Ceilings, batch: int, cache_length: int) -> list[Part]:
+    """The kernels of a decode step of `batch` sequences over a static cache, as the model is, with their costs.
+
+    Raises:
+        EffpassError: a graph of the step can't be counted; says why.
+    """
+    step = _Counting(Workload("decode", batch, 1, cache_length), [], at, {})
+    device, _ = device_and_dtype(model)
+    cache = _filled_cache(model, batch, cache_length, device)
+    _trace(model, step, {"input_ids": torch.zeros(batch, 1, dtype=torch.long, device=device), "past_key_values": cache})
+    if step.workload.missing:
+        raise EffpassError(f"a decode step of {type(model).__name__}: {step.workload.missing[0]}")
+    return [part for graph in step.graphs for part in graph.stages[0]]
 
 
 # -- tracing --------------------------------------------------------------------------------------------------------

@@ -35,7 +35,11 @@ def why_not_program(program: Program) -> Refusal | None:
 
 
 def why_no_kernel(
-    x: Node, sizes: Sequence[int | torch.SymInt], others: Iterable[Node], has_kernel: HasKernel
+    x: Node,
+    sizes: Sequence[int | torch.SymInt],
+    others: Iterable[Node],
+    has_kernel: HasKernel,
+    most: float = MAX_ROWS,
 ) -> tuple[str, str] | None:
     """Why no kernel takes the rows of `x`, with a hint; None when one does.
 
@@ -44,6 +48,7 @@ def why_no_kernel(
         sizes: those of its dimensions that make rows.
         others: weights and other operands; they must be ordinary tensors of x's type.
         has_kernel: asks the operator.
+        most: rows.
     """
     value = x.meta["val"]
     for node in (x, *others):
@@ -55,10 +60,10 @@ def why_no_kernel(
             return f"{node.name} is {_short(other)} and {x.name} is {_short(value)}", "give the model one dtype"
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) < len(sizes):
-        return f"{x.name} has a dynamic number of rows", "compile the decode step with dynamic=False"
+        return "the number of rows is dynamic", "compile the decode step with dynamic=False"
     rows = math.prod(known)
-    if rows > MAX_ROWS:
-        return f"{rows} rows, and the kernel is for up to {MAX_ROWS}", ""
+    if rows > most:
+        return f"{rows} rows, and the kernel is for up to {most}", ""
     if not has_kernel(value.device, value.dtype, rows):
         what = f"no kernel for {value.device.type}"
         if value.device.type != "cpu":

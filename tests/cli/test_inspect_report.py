@@ -45,8 +45,8 @@ def report(adapted: Any) -> dict[str, Any]:
 def test_the_report_s_keys_are_stable(report):
     assert report["schema"] == 1
     assert set(report) == {
-        "model", "recipe", "schema", "graphs", "reports", "prepared", "ops_before", "ops_after", "weight_bytes",
-        "derived_bytes", "unmet", "workloads", "memory", "ceilings", "dtype",
+        "model", "recipe", "schema", "graphs", "reports", "decode_reports", "prepared", "ops_before", "ops_after",
+        "weight_bytes", "derived_bytes", "unmet", "workloads", "memory", "ceilings", "dtype",
     }  # fmt: skip
     assert [w["name"] for w in report["workloads"]] == ["prefill", "decode"]
     for work in report["workloads"]:
@@ -118,6 +118,14 @@ def test_one_layer_shows_what_changes(report):
     assert sum("lora" in name for name in names[0]) == 14
     assert not any("lora" in name for name in names[1])
     assert [n for n in names[1] if n.endswith("_proj")].count("mlp.down_proj") == 1
+
+
+def test_what_a_pass_does_in_a_step_alone_is_told(toy_passes, tiny_model, tmp_path, recipe_file, run):
+    recipe, html = recipe_file("- touch_steps: {require: true}"), tmp_path / "r.html"
+    result = run("inspect", tiny_model, "-r", recipe, "--predict-for", "h100", "--html", html)
+    assert result.exit_code == 0, result.output
+    assert "touch_steps (approximate): 0 rewritten, 1 in a decode step" in result.stdout
+    assert "<b>0</b> places rewritten, 1 in a decode step" in html.read_text()
 
 
 def test_a_graph_without_a_cache_says_so(toy_passes, capsys):
