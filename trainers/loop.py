@@ -50,6 +50,7 @@ class Loop(Trainer):
         schedule: Schedule,
         recorder: Recorder,
     ) -> None:
+        args._n_gpu = min(1, args.n_gpu)  # or one process would copy the model to every GPU that it sees
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
         self.remove_callback(PrinterCallback)
         self.add_callback(MetricsCallback(recorder))

@@ -231,7 +231,7 @@ def _order(count: int, settings: GrpoSettings) -> list[int]:
 def _arguments(settings: GrpoSettings, folder: Path) -> Any:
     from trl import GRPOConfig
 
-    return GRPOConfig(
+    args = GRPOConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.micro_batch,
@@ -256,6 +256,8 @@ def _arguments(settings: GrpoSettings, folder: Path) -> Any:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
+    args._n_gpu = min(1, args.n_gpu)  # or it would copy the model to every GPU that it sees
+    return args
 
 
 def _read_prompts(path: Path, tokenizer: Any, at_least: int) -> list[dict[str, Any]]:

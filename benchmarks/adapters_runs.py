@@ -1,0 +1,266 @@
+"""Runs of area `adapters`: one fine-tuning, supervised or by rewards, to one figure; and many, on all GPUs in turn.
+
+A run that came to its end stands in the file that the environment variable `EFFPASS_RUNS` names, and is not run again.
+`EFFPASS_LANES` processes run side by side, each on the next GPU. None begins a run `EFFPASS_SECONDS` after the start.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import effpass
+from effpass.core.errors import EffpassError
+from effpass.trainers.afa_lora import LoraSettings
+from effpass.trainers.finetune.loop import HeldOut, Tuner, held_out_loss, training_arguments
+from effpass.trainers.finetune.packing import PackedBatches
+from effpass.trainers.finetune.samples import Sample, read_samples
+from effpass.trainers.finetune.settings import Settings
+from effpass.trainers.finetune.trained import make_trained
+from effpass.trainers.lm.config import OptimizerConfig, Schedule
+from effpass.trainers.lm.model import set_experts
+from effpass.trainers.run_folder import Recorder
+
+__all__ = ["Cycles", "Found", "Questions", "Run", "held_out", "results"]
+
+_STARTED = time.time()
+# On a GPU no step waits for the device. A loss that is not finite still ends a run.
+_OPTIONS: dict[str, dict[str, Any]] = {"mona": {"capturable": True, "nan_policy": "skip"}, "adamw": {"fused": True}}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Supervised: how many of GSM8K's training questions are learned and of its test questions reported on; rows of a
+    step, and their tokens."""
+
+    train: int
+    test: int
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """By rewards: steps of one cycle each, prompts of a cycle, completions of a prompt and their tokens."""
+
+    steps: int
+    prompts: int
+    group: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """`rank` is 0 for full fine-tuning."""
+
+    task: Questions | Cycles
+    model: str
+    device: str
+    method: str
+    rank: int
+    optimizer: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run came to; lower is better.
+
+    Attributes:
+        value: loss of an answer's token in nats, or the reward that is missing to 1; infinite where the run diverged.
+        error: standard error of `value` over questions.
+        seconds: of the run.
+    """
+
+    value: float
+    error: float
+    seconds: float
+
+
+# -- many runs --------------------------------------------------------------------------------------------------------
+
+_found: dict[str, Found] = {}
+
+
+def results(runs: Sequence[Run]) -> list[Found | None]:
+    """Of each run; None where the time is over."""
+    _found.update(_kept())
+    missing = [run for run in dict.fromkeys(runs) if _key(run) not in _found]
+    lanes = min(int(os.environ.get("EFFPASS_LANES", "1")), len(missing))
+    deadline = _STARTED + float(os.environ.get("EFFPASS_SECONDS", "inf"))
+    if lanes > 1:
+        context = multiprocessing.get_context("spawn")
+        numbers = context.SimpleQueue()
+        for number in range(lanes):
+            numbers.put(number)
+        with ProcessPoolExecutor(lanes, context, _take_device, (missing[0].device, numbers)) as pool:
+            found = list(pool.map(_result, missing, [deadline] * len(missing)))
+    else:
+        found = [_result(run, deadline) for run in missing]
+    _found.update({_key(run): value for run, value in zip(missing, found, strict=True) if value is not None})
+    return [_found.get(_key(run)) for run in runs]
+
+
+def _take_device(device: str, numbers: Any) -> None:
+    """A process of a lane sees the next GPU alone: a Trainer takes the first that it sees."""
+    number = numbers.get()
+    if device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+
+
+def _key(run: Run) -> str:
+    return json.dumps(asdict(run))
+
+
+def _kept() -> dict[str, Found]:
+    path = Path(os.environ.get("EFFPASS_RUNS", ""))
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {json.dumps(line["run"]): Found(**line["found"]) for line in lines}
+
+
+def _result(run: Run, deadline: float) -> Found | None:
+    if time.time() > deadline:
+        return None
+    started = time.perf_counter()
+    try:
+        value, error = (
+            _learn_answers(run, run.task) if isinstance(run.task, Questions) else _learn_reward(run, run.task)
+        )
+    except EffpassError as failed:  # a rate at which the loss or a gradient is no number
+        print(f"{run}: {failed.message}", flush=True)
+        value, error = math.inf, math.inf
+    found = Found(value, error, round(time.perf_counter() - started, 2))
+    print(f"{run.method} {run.optimizer} {run.rate:g}, seed {run.seed}: {value:.4f}, {found.seconds:.1f} s", flush=True)
+    if path := os.environ.get("EFFPASS_RUNS"):
+        with Path(path).open("a") as file:  # one write a line: lanes share the file
+            file.write(json.dumps({"run": asdict(run), "found": asdict(found)}) + "\n")
+    return found
+
+
+# -- supervised -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _model(name: str, device: str) -> tuple[Any, Any]:
+    """The model as it is trained in full, and its tokenizer."""
+    loaded = effpass.load_model(name, dtype="float32")
+    return loaded.model.to(device), loaded.tokenizer
+
+
+@cache
+def _data(name: str, device: str, task: Questions) -> tuple[list[Sample], list[Sample]]:
+    """GSM8K's training questions and its test questions, the first of each."""
+    place = os.environ.get("EFFPASS_DATA")
+    if not place:
+        raise SystemExit("adapters: EFFPASS_DATA must name a folder with gsm8k/train.jsonl and gsm8k/test.jsonl")
+    found = []
+    for part, count in (("train", task.train), ("test", task.test)):
+        lines = (Path(place) / "gsm8k" / f"{part}.jsonl").read_text().splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{part}.jsonl"
+            asked = ({"prompt": f"Question: {r['question']}\nAnswer: ", "completion": r["answer"]} for r in rows)
+            path.write_text("".join(f"{json.dumps(r)}\n" for r in asked))
+            samples = read_samples(path, _model(name, device)[1])
+        found.append([sample for sample in samples if len(sample.tokens) <= task.length])
+    return found[0], found[1]
+
+
+def held_out(name: str, device: str, task: Questions) -> HeldOut:
+    """Loss of the test questions before anything is learned."""
+    model, _ = _model(name, device)
+    test = _data(name, device, task)[1]
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        return held_out_loss(model, test, PackedBatches(test, length=task.length, batch=task.batch, steps=1))
+
+
+def _learn_answers(run: Run, task: Questions) -> tuple[float, float]:
+    """Loss of the test questions under the finished model, its adapter linear."""
+    is_cuda = run.device == "cuda"
+    settings = Settings(
+        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        method=run.method,  # type: ignore[arg-type]
+        schedule=Schedule(warmup=2, kind="cosine", final=0.0),
+        batch=task.batch,
+        sequence_length=task.length,
+        lora=LoraSettings(run.rank or 1),
+        dtype="bfloat16" if is_cuda else "float32",
+        seed=run.seed,
+        log_every=1000,
+        save_every=0,
+    )
+    train, test = _data(run.model, run.device, task)
+    source, tokenizer = _model(run.model, run.device)
+    model = copy.deepcopy(source)
+    if settings.method != "full":
+        model.to(getattr(torch, settings.dtype))
+    batches = PackedBatches(
+        train, length=task.length, batch=task.batch, seed=run.seed, pad=tokenizer.eos_token_id
+    )  # fmt: skip
+    torch.manual_seed(run.seed)
+    anneal = settings.anneal.schedule(batches.steps) if settings.method == "afa-lora" else None
+    trained = make_trained(model, settings.method, settings.lora, settings.anneal, anneal)
+    set_experts(trained.model)
+    with tempfile.TemporaryDirectory() as folder, trained.under_autocast():
+        recorder = Recorder(Path(folder) / "metrics.jsonl", batches.steps, lambda line: None, ())
+        args = training_arguments(settings, batches.steps, Path(folder))
+        trainer = Tuner(trained, settings, args, batches, 0, recorder)
+        trainer.train()
+        trained.finish()
+        with trainer.compute_loss_context_manager():
+            found = held_out_loss(trained.model, test, batches)
+    return found.loss, found.error
+
+
+# -- by rewards -------------------------------------------------------------------------------------------------------
+
+
+def digits(completions: list[str]) -> list[float]:
+    """The toy reward: the share of digits."""
+    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
+
+
+def _learn_reward(run: Run, task: Cycles) -> tuple[float, float]:
+    """What is missing to the largest reward, in the mean over the last fifth of the steps."""
+    from effpass.trainers.finetune.grpo import GrpoSettings, reinforce
+
+    is_cuda = run.device == "cuda"
+    settings = GrpoSettings(
+        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        method=run.method,  # type: ignore[arg-type]
+        steps=task.steps,
+        prompts=task.prompts,
+        group=task.group,
+        max_new_tokens=task.tokens,
+        lora=LoraSettings(run.rank or 1),
+        dtype="bfloat16" if is_cuda else "float32",
+        seed=run.seed,
+        save_every=0,
+    )
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / "prompts.jsonl"
+        words = random.Random(0).choices(("cat", "tree", "seven", "river", "house", "green"), k=32)
+        data.write_text("".join(json.dumps({"prompt": f"The {word} and the "}) + "\n" for word in words))
+        reward = f"{__name__}:{digits.__name__}"
+        out = reinforce(run.model, data, reward, Path(place) / "out", settings, say=lambda line: None)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    return 1 - mean(rewards[-max(1, task.steps // 5) :]), 0.0
