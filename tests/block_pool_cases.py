@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from kernel_cases import error, rms_norm, rotate
 from torch import Tensor
 
 from effpass.lowering.ops.block_pool import BlockPool
@@ -121,3 +122,43 @@ POOLS = {
     "pool: as many pages as blocks, to the end of the cache": (1, 1, 6, 16, 16, 0, 40, 5, 5, 1, 70, 30),
     "pool: nothing is copied ahead": (1, 2, 10, 16, 20, 12, 7, 4, 0, 1, 30, 30),
 }  # fmt: skip
+
+
+def turned_errors(
+    kernels: Any, batch: int, heads: int, groups: int, key_size: int, value_size: int, rotated: int, norm: bool,
+    **of: Any,
+) -> dict[str, float]:  # fmt: skip
+    """Errors of `rope_page_write`, in a block with a page, in one without, and behind the last."""
+    torch.manual_seed(heads + key_size)
+    host = torch.randn(batch, groups, 5, 16, key_size + value_size, **of)
+    pool = BlockPool.empty(host, 4, 3, 3)
+    pool.pages.normal_()
+    pool.block_table[:, :, 2] = 1 + 4 * torch.arange(batch * groups, device=of["device"]).view(batch, groups)
+    query_norm, key_norm = (torch.randn(key_size, **of), torch.randn(key_size, **of)) if norm else (None, None)
+    found = {"query": 0.0, "host": 0.0, "pages": 0.0}
+    for slot in (37, 50, 80):
+        projected = torch.randn(batch, 1, heads * key_size + groups * (key_size + value_size), **of)
+        query, key, value = projected.split([heads * key_size, groups * key_size, groups * value_size], -1)
+        query, key = query.view(batch, 1, heads, key_size), key.view(batch, 1, groups, key_size)
+        value = value.view(batch, 1, groups, value_size)
+        angles = torch.rand(1, 1, rotated // 2, **of) * 6
+        cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        turned = [rotate(rms_norm(x, w, 1e-6, 1.0) if norm else x, cos, sin).transpose(1, 2)
+                  for x, w in ((query, query_norm), (key, key_norm))]  # fmt: skip
+        expected_host, expected_pages = host.double(), pool.pages.double()
+        row = torch.cat((turned[1], value.double().transpose(1, 2)), -1)[:, :, 0]
+        if slot < 80:
+            expected_host[:, :, slot // 16, slot % 16] = row
+        if slot // 16 == 2:
+            expected_pages[pool.block_table[:, :, 2].flatten().long(), slot % 16] = row.flatten(0, 1)
+        at = torch.tensor([slot], dtype=torch.int32, device=of["device"])
+        got = kernels.rope_page_write(
+            query, key, value, cos, sin, query_norm, key_norm, 1e-6, 1.0, at, host, pool.pages, pool.block_table
+        )  # fmt: skip
+        pairs = {"query": (got, turned[0]), "host": (host, expected_host), "pages": (pool.pages, expected_pages)}
+        found = {name: max(found[name], error(*pair)) for name, pair in pairs.items()}
+    return found
+
+
+#: batch, heads, groups, key size, value size, rotated, norm
+TURNED = {"norms": (2, 4, 2, 32, 32, 32, True), "a part is rotated": (1, 3, 1, 24, 16, 16, False)}

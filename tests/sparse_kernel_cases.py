@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from block_pool_cases import POOLS, pool_errors
+from block_pool_cases import POOLS, TURNED, pool_errors, turned_errors
 from kernel_cases import attention, error, rms_norm, rotate
 from offline_kernels import compile_instead
 from torch import Tensor
@@ -419,6 +419,8 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[Any], dict[str, float]], s
         yield f"prompt: {name}", lambda ops, case=case: prompt_errors(ops, *case, **of), "block_sparse_attention"
     for name, case in POOLS.items():
         yield name, lambda ops, case=case: pool_errors(ops, *case, **of), "block_pool"
+    for name, case in TURNED.items():
+        yield f"rope, pages: {name}", lambda ops, case=case: turned_errors(ops, *case, **of), "rope_page_write"
     for name, case in ROPES.items():
         yield f"rope: {name}", lambda ops, case=case: rope_errors(ops, *case, **of), "rope_cache_write"
 
@@ -451,11 +453,12 @@ def compile_all() -> dict[str, int]:
         "block_sparse_attention",
         "rope_cache_write",
         "block_pool",
+        "rope_page_write",
     )
-    index_kernels, two_level, chosen, latent, sparse, rope, pool = map(_kernels, names)
+    index_kernels, two_level, chosen, latent, sparse, rope, pool, turned = map(_kernels, names)
     kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write", "_plan", "_copy",
-               "_arrive")  # fmt: skip
-    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope, pool), kernels)
+               "_arrive", "_turn")  # fmt: skip
+    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope, pool, turned), kernels)
     shared: dict[str, int] = {}
 
     def end(case: str) -> None:
@@ -535,6 +538,11 @@ def compile_all() -> dict[str, int]:
             chosen_tokens, filled = some(2, groups, 2048, dtype=torch.int32), some(1, dtype=torch.int32)
         key, value = some(2, groups, 1, key_size), some(2, groups, 1, value_size)
         pool.page_write(key, value, filled, host, of.pages, of.block_table)
+        if what == "GQA":
+            turned.rope_page_write(
+                some(2, 1, 32, 128), some(2, 1, 8, 128), some(2, 1, 8, 128), table, table, some(128), some(128), 1e-6,
+                0.0, filled, host, of.pages, of.block_table,
+            )  # fmt: skip
         state = (of.block_table, of.owner, of.age, of.clock, of.moves, of.moved, of.counts)
         pool.fetch_blocks(chosen_tokens, filled, host, of.pages, *state, 1)
         pool.arrive(some(3, dtype=torch.int64), waits=True)

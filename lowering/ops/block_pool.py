@@ -35,7 +35,7 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.two_level_attention import listed
 from effpass.lowering.ops.two_level_attention_index import parted
 
-__all__ = ["COUNTED", "BlockPool", "fetch_blocks", "join", "page_write", "side_stream"]
+__all__ = ["COUNTED", "BlockPool", "fetch_blocks", "join", "page_write", "side_stream", "write_token"]
 
 #: Columns of :attr:`BlockPool.counts`, sums over steps: blocks with a chosen key, and those of them without a page;
 #: chosen keys, and those of them that came through the bus; blocks that were copied.
@@ -178,12 +178,18 @@ def page_write(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: T
     Raises:
         EffpassError: more than one token, or sizes that don't match.
     """
-    _check_write(key, value, host)
     if key.is_cuda:
         kernels = triton_kernels("block_pool")
         if kernels:
+            _check_write(key, value, host)
             kernels.page_write(key, value, start, host, pages, block_table)
             return
+    write_token(key, value, start, host, pages, block_table)
+
+
+def write_token(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: Tensor, block_table: Tensor) -> None:
+    """The reference of :func:`page_write`."""
+    _check_write(key, value, host)
     n, inside = divmod(int(start), host.shape[3])
     if n < host.shape[2]:
         new, page = torch.cat((key, value), -1)[:, :, 0], block_table[:, :, n]

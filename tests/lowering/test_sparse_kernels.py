@@ -13,7 +13,7 @@ import pytest
 import sparse_kernel_cases
 import torch
 
-from effpass.lowering.ops import rope_cache_write  # noqa: F401  (registers the operators)
+from effpass.lowering.ops import rope_cache_write, rope_page_write  # noqa: F401  (registers the operators)
 from effpass.lowering.ops.two_level_attention import TOLERANCE
 
 CASES = [name for name, _, _ in sparse_kernel_cases.cases(device=torch.device("cpu"), dtype=torch.float32)]

@@ -189,8 +189,8 @@ def test_opcheck() -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         ops.two_level_attention.default,
-        (case["query"], keys, values, None, None, *places, index.channels, *state, *chosen, 0.25, 0.0, 16, 1, 2, "min_max",
-         "sum", False),
+        (case["query"], keys, values, None, None, *places, index.channels, *state, *chosen, 0.25, 0.0, 16, 1, 2,
+         "min_max", "sum", False),
         test_utils=tests,
     )  # fmt: skip
     torch.library.opcheck(
