@@ -17,7 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 from effpass.lowering.ops.cached_attention import TOLERANCE, _normed_and_rotated, _write
 from effpass.lowering.ops.kernel_choice import triton_kernels
 
-__all__ = ["TOLERANCE", "rope_cache_write"]
+__all__ = ["TOLERANCE", "has_kernel", "rope_cache_write"]
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a GPU kernel takes `rows` tokens of a type, however many. Where a head's size does not fit, the reference
+    runs."""
+    is_known = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return device.type == "cuda" and is_known and triton_kernels("rope_cache_write") is not None
 
 
 @torch.library.custom_op(

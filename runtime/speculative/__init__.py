@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effpass.runtime.speculative.classifier import Classifier, load_classifier
+    from effpass.runtime.speculative.eagle_draft import EagleDraft
+    from effpass.runtime.speculative.eagle_format import read_head, write_head
+    from effpass.runtime.speculative.eagle_head import EagleHead, HeadConfig
     from effpass.runtime.speculative.generation import generate
     from effpass.runtime.speculative.growing import C2T, Eagle2
     from effpass.runtime.speculative.model_draft import ModelDraft
@@ -20,6 +23,9 @@ _HOME = {
     "C2T": "growing",
     "Classifier": "classifier",
     "Eagle2": "growing",
+    "EagleDraft": "eagle_draft",
+    "EagleHead": "eagle_head",
+    "HeadConfig": "eagle_head",
     "ModelDraft": "model_draft",
     "NGramDraft": "ngram_draft",
     "Speculator": "speculator",
@@ -27,14 +33,19 @@ _HOME = {
     "chain": "shapes",
     "generate": "generation",
     "load_classifier": "classifier",
+    "read_head": "eagle_format",
     "skip_layers": "skipped_layers",
     "speculator_of": "open_draft",
+    "write_head": "eagle_format",
 }
 
 __all__ = [
     "C2T",
     "Classifier",
     "Eagle2",
+    "EagleDraft",
+    "EagleHead",
+    "HeadConfig",
     "ModelDraft",
     "NGramDraft",
     "Speculator",
@@ -42,8 +53,10 @@ __all__ = [
     "chain",
     "generate",
     "load_classifier",
+    "read_head",
     "skip_layers",
     "speculator_of",
+    "write_head",
 ]
 
 

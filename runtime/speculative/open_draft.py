@@ -14,9 +14,12 @@ from effpass.core.model import load_model, read_source
 from effpass.runtime.engine import Engine
 from effpass.runtime.speculative.classifier import load_classifier
 from effpass.runtime.speculative.drafts import Draft
+from effpass.runtime.speculative.eagle_draft import EagleDraft
+from effpass.runtime.speculative.eagle_format import is_head, read_head
 from effpass.runtime.speculative.growing import C2T, Eagle2
 from effpass.runtime.speculative.model_draft import ModelDraft
 from effpass.runtime.speculative.ngram_draft import NGramDraft
+from effpass.runtime.speculative.session import decoder_layers
 from effpass.runtime.speculative.shapes import Static, TreeKind, chain
 from effpass.runtime.speculative.skipped_layers import skip_layers
 from effpass.runtime.speculative.speculator import Speculator
@@ -51,7 +54,8 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
 
     Args:
         engine: of the model.
-        draft: a model; a folder or hub id of one; `"ngram"`, which looks up what stood in the text before;
+        draft: a model; a folder or hub id of one; a folder with an EAGLE-3 head in the `speculators` format;
+            `"ngram"`, which looks up what stood in the text before;
             `"layers:0,1,5"`, the model itself with these layers alone; or a :class:`Draft`.
         tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, or a kind with its sizes; None for a chain. The classifier
             of `"c2t"` is looked for in the draft's folder, under ``c2t``.
@@ -78,7 +82,13 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
 
 
 def _load(engine: Engine, name: str | os.PathLike[str], tree: Any) -> Draft:
-    """A model as a draft, from a checkpoint."""
+    """A head or a model as a draft, from its folder."""
+    if is_head(Path(name)):
+        head = read_head(Path(name), len(decoder_layers(engine.model)))
+        kind = _kind(tree, lambda: load_classifier(Path(name, "c2t"), head))
+        if head.embed_tokens.weight.is_meta:
+            head.share(engine.model)
+        return EagleDraft(head.to(engine.device, next(engine.model.parameters()).dtype), kind, engine.backend)
     loaded = load_model(name, dtype=next(engine.model.parameters()).dtype)
     ours, theirs = loaded.tokenizer, _tokenizer(engine.model)
     if ours is not None and theirs is not None and ours.get_vocab() != theirs.get_vocab():

@@ -1,0 +1,143 @@
+"""An EAGLE-3 head as a draft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.runtime.attention import reading_cache
+from effpass.runtime.session import Backend
+from effpass.runtime.speculative.eagle_head import EagleHead
+from effpass.runtime.speculative.progress import Progress
+from effpass.runtime.speculative.session import TreeSession, decoder_layers
+from effpass.runtime.speculative.shapes import Grower, Sampled, TreeKind
+from effpass.runtime.speculative.tree import TokenTree
+
+__all__ = ["EagleDraft"]
+
+
+class EagleDraft:
+    """A head that goes on where the target's features end.
+
+    Its cache holds a token with the features of the token before; of the first token there are none, and its slot is
+    padding.
+
+    Args:
+        head: on the target's device, in the target's type.
+        kind: the trees to grow.
+        backend: as in :class:`TreeSession`.
+
+    Raises:
+        EffpassError: a node is to have more children than the draft has tokens.
+    """
+
+    def __init__(self, head: EagleHead, kind: TreeKind, backend: Backend | None = None) -> None:
+        if kind.widest > head.head_config.draft_vocabulary:
+            raise EffpassError(
+                f"{kind.widest} children of a node, and the draft knows {head.head_config.draft_vocabulary} tokens"
+            )
+        self.head, self.kind, self._backend = head, kind, backend
+        self.taps, self.names = head.head_config.taps, head.d2t
+        self._session: _HeadSession | None = None
+        self._grower: Grower | None = None
+        self._hidden: Tensor
+
+    def check(self, target: Any) -> None:
+        text = target.config.get_text_config(decoder=True)
+        ours, layers = self.head.config, len(decoder_layers(target))
+        if (ours.hidden_size, ours.vocab_size) != (text.hidden_size, text.vocab_size) or max(self.taps) >= layers:
+            raise ModelError(
+                f"the head is for a model of width {ours.hidden_size} with {ours.vocab_size} tokens and more than"
+                f" {max(self.taps)} layers, and this one has {text.hidden_size}, {text.vocab_size} and {layers}",
+                hint="effpass train draft MODEL learns one for this model",
+            )
+        if self.head.device != target.device:
+            raise ModelError(f"the head is on {self.head.device}, and the model on {target.device}")
+        if self.head.embed_tokens.weight.is_meta:
+            self.head.share(target)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with reading_cache(self.head):
+            yield
+
+    def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
+        batch, device, width = target.batch, target.model.device, self.kind.depth + 1
+        if self._session is None or self._session.batch != batch or self._session.capacity < capacity:
+            nodes = max(self.kind.steps, width)
+            self._session = _HeadSession(self.head, batch, capacity, nodes, self._backend)
+            self._grower = self.kind.grower(batch, device)
+            self._entered = torch.zeros(batch, dtype=torch.long, device=device)
+            self._chain = torch.arange(width, device=device).expand(batch, -1)
+        session, tapped = self._session, target.prompt_features
+        assert tapped is not None
+        features = torch.nn.functional.pad(self.head.features(tapped), (0, 0, 1, -1))
+        known = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
+        has_features = torch.nn.functional.pad(known, (1, -1)) & known
+        session.begin(len(ids))
+        session.prefill(ids, has_features, chunk, features=features)
+        session.cache.begin_tree()
+        self._entered.fill_(ids.shape[1])
+
+    def extend(self, progress: Progress) -> Tensor:
+        assert self._session is not None
+        assert progress.features is not None
+        where = (self._entered[:, None] + self._chain) % progress.features.shape[1]
+        tapped = progress.features.gather(1, where[:, :, None].expand(-1, -1, progress.features.shape[2]))
+        tokens, positions, chain, taken = torch.ops.effpass.take_tokens(
+            progress.ids, progress.count, progress.position, self._entered, self.kind.depth + 1
+        )
+        logits, hidden = self._session.run(tokens, positions, chain, features=self.head.features(tapped))
+        assert hidden is not None
+        self._session.cache.commit(self._chain, taken)
+        last = (taken - 1).clamp(min=0)[:, None, None]
+        self._hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))
+        return logits.gather(1, last.expand(-1, -1, logits.shape[2]))[:, 0]
+
+    def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
+        assert self._grower is not None
+        return self._grower.grow(self, progress.root, progress.position, self.extend(progress), sampled)
+
+    def step(self, tokens: Tensor, positions: Tensor, ancestors: Tensor, up: Tensor, first: int) -> Tensor:
+        assert self._session is not None
+        above = self._hidden.gather(1, up[:, :, None].expand(-1, -1, self._hidden.shape[2]))
+        logits, hidden = self._session.run(tokens, positions, ancestors, first, features=above)
+        assert hidden is not None
+        self._hidden = hidden
+        return logits
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        assert self._session is not None
+        with self._session.recording():
+            yield
+
+    def state(self) -> list[Tensor]:
+        assert self._session is not None
+        return [self._entered, self._session.cache.lengths, self._session.cache.slots.positions]
+
+    def has_moved(self) -> bool:
+        return self._session is None or self._session.has_moved()
+
+
+class _HeadSession(TreeSession):
+    """A session of a head: its calls give what the layer hands on in the place of features."""
+
+    def __init__(self, head: EagleHead, batch: int, capacity: int, nodes: int, backend: Backend | None) -> None:
+        super().__init__(head, batch, capacity, nodes, backend)
+        forward = head.forward
+
+        def call(**arguments: Any) -> tuple[Tensor, Tensor]:
+            out = forward(**arguments)
+            return out.logits, out.hidden
+
+        self._function = call
+
+    def begin(self, rows: int) -> None:
+        super().begin(rows)
+        self._position[:rows] = 0  # of the first token, which has no features; the next one stands at 1

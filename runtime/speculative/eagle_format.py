@@ -1,0 +1,152 @@
+"""EAGLE-3 heads as folders in the `speculators` format, which vLLM loads (https://github.com/vllm-project/speculators).
+
+``config.json`` describes the head and names the model that it was learned for; ``model.safetensors`` holds its tensors,
+without the embeddings, which are the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from effpass.core.errors import ArtifactError, EffpassError
+from effpass.core.strict_json import parse_json
+from effpass.core.tensor_file import read_safetensors
+from effpass.runtime.speculative.eagle_head import EagleHead, HeadConfig
+
+__all__ = ["is_head", "read_head", "write_head"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
+_EMBEDDING = "embed_tokens.weight"
+_VERSION = "0.9.0"  # of the format that is written
+
+
+def is_head(folder: Path) -> bool:
+    """Whether `folder` holds a speculator of some kind."""
+    try:
+        return "speculators_model_type" in parse_json((folder / _CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_head(folder: Path, layers: int | None = None) -> EagleHead:
+    """The head in `folder`; its embeddings are those in the file, or not there yet.
+
+    Args:
+        folder: see above.
+        layers: of the model, which a config that names no taps leaves open: they are 2, the middle, and the last but 3.
+
+    Raises:
+        ArtifactError: the folder is damaged, or holds a speculator of another kind.
+    """
+    config = _read_config(folder, layers)
+    found = read_safetensors(folder / _WEIGHTS)
+    tensors = {name: tensor for name, tensor in found.items() if not name.startswith("verifier_")}
+    dtype = tensors["fc.weight"].dtype if "fc.weight" in tensors else None
+    head = EagleHead(config).to(dtype)
+    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    missing = sorted(expected.keys() - tensors.keys() - {_EMBEDDING})
+    unknown = sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        which = f"lacks {missing[0]}" if missing else f"has an unknown tensor {unknown[0]}"
+        raise ArtifactError(f"{folder / _WEIGHTS} {which}", hint="it does not belong to the config.json beside it")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ArtifactError(
+                f"{folder / _WEIGHTS}: {name} is {tuple(tensor.shape)}, and config.json makes it {expected[name]}"
+            )
+    head.load_state_dict(tensors, strict=False, assign=True)
+    if head.d2t is not None:
+        known = head.d2t + head.d2t.new_ones(len(head.d2t)).cumsum(0) - 1
+        if int(known.min()) < 0 or int(known.max()) >= config.layer.vocab_size:
+            raise ArtifactError(f"{folder / _WEIGHTS}: d2t names tokens that the model does not have")
+    return head.eval().requires_grad_(False)
+
+
+def _read_config(folder: Path, layers: int | None) -> HeadConfig:
+    from transformers import LlamaConfig
+
+    path = folder / _CONFIG
+    try:
+        content: Any = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        kind, layer = content.get("speculators_model_type"), content["transformer_layer_config"]
+        if kind != "eagle3" or layer["model_type"] != "llama" or content.get("fc_norm"):
+            what = f"{kind} of {layer['model_type']} layers" + (", fc_norm" if content.get("fc_norm") else "")
+            raise ArtifactError(f"{path}: a speculator of kind {what}", hint="effpass runs eagle3 of llama layers")
+        taps, vocabulary = content.get("eagle_aux_hidden_state_layer_ids"), content["draft_vocab_size"]
+        if taps is None and layers is not None:
+            taps = [2, layers // 2, layers - 3]
+        if not isinstance(taps, list) or not taps or any(type(tap) is not int or tap < 0 for tap in taps):
+            raise ValueError(f"eagle_aux_hidden_state_layer_ids {taps!r}")
+        if type(vocabulary) is not int or vocabulary < 1:
+            raise ValueError(f"draft_vocab_size {vocabulary!r}")
+        if content.get("target_hidden_size") not in (None, layer["hidden_size"]):
+            raise ValueError("target_hidden_size is not the head's own")
+        flags = {name: bool(content.get(name)) for name in _FLAGS}
+        return HeadConfig(LlamaConfig(**layer), vocabulary, tuple(taps), **flags)
+    except OSError as error:
+        raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
+    except KeyError as error:
+        raise ArtifactError(f"{path}: no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def write_head(head: EagleHead, folder: Path, *, verifier: str, architecture: str, tokens: int) -> Path:
+    """Write `head` as `folder`, whole or not at all.
+
+    Args:
+        head: whose embeddings are the model's.
+        folder: must not exist.
+        verifier: name or path of the model that it was learned for.
+        architecture: the model's class.
+        tokens: that it proposes by default, as a chain.
+
+    Raises:
+        EffpassError: something is in the way.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists():
+        raise EffpassError(f"{folder} exists", hint="give another folder, or remove it")
+    config = head.head_config
+    method = {"proposal_type": "greedy", "speculative_tokens": tokens, "verifier_accept_k": 1, "accept_tolerance": 0.0}
+    content = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": _VERSION,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": {"name_or_path": verifier, "architectures": [architecture]},
+        },
+        "draft_vocab_size": config.draft_vocabulary,
+        "eagle_aux_hidden_state_layer_ids": list(config.taps),
+        **{name: getattr(config, name) for name in _FLAGS},
+        "target_hidden_size": None,
+        "dtype": str(head.fc.weight.dtype).removeprefix("torch."),
+        "transformer_layer_config": _layer_json(config.layer),
+    }
+    tensors = {k: t.detach().cpu().contiguous() for k, t in head.state_dict().items() if k != _EMBEDDING}
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        (temporary / _CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _layer_json(layer: Any) -> dict[str, Any]:
+    """The layers' config with its type, and with nothing that is a place on this machine."""
+    content = {**layer.to_diff_dict(), "model_type": "llama", "vocab_size": layer.vocab_size}
+    return {key: value for key, value in content.items() if not key.startswith("_") and key != "transformers_version"}
