@@ -13,6 +13,7 @@ AREAS = (
     "cost",
     "decode",
     "export",
+    "kv_offload",
     "moe",
     "optimizer",
     "prefix_kv",
