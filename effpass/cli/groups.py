@@ -30,6 +30,7 @@ BUILTIN = {
         "afa-lora": "effpass.cli.train_sft:afa_lora",
         "grpo": "effpass.cli.train_grpo:grpo",
         "lm": "effpass.cli.train_lm:lm",
+        "prune": "effpass.cli.train_prune:prune",
         "sft": "effpass.cli.train_sft:sft",
     },
     "effpass.calibrate": {

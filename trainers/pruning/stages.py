@@ -1,0 +1,235 @@
+"""The stages of a run, on models in memory: what stays, the cut, and recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.passes.weights.attached_lora import merge_attached
+from effpass.passes.weights.keep_indices import KeepIndices
+from effpass.passes.weights.structured_pruning import cut_model
+from effpass.trainers.finetune.trained import Trained, make_trained
+from effpass.trainers.lm.config import Schedule
+from effpass.trainers.lm.model import set_experts
+from effpass.trainers.pruning.choice import best_layers, best_units, keep_indices, layer_count, score_units
+from effpass.trainers.pruning.cost import Cost, parameter_cost
+from effpass.trainers.pruning.data import Rows
+from effpass.trainers.pruning.loop import Distiller, training_arguments
+from effpass.trainers.pruning.masks import Masks
+from effpass.trainers.pruning.minimax import Minimax
+from effpass.trainers.pruning.scores import Calibration
+from effpass.trainers.pruning.settings import Settings
+from effpass.trainers.pruning.shapes import Shapes
+from effpass.trainers.pruning.step_cost import step_cost
+from effpass.trainers.pruning.units import Units, find_units
+from effpass.trainers.run_folder import Recorder
+
+__all__ = ["Learned", "Problem", "choose", "cut", "learn", "recover", "state_problem"]
+
+Kept = Mapping[str, Mapping[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be cut from a model, and what that saves."""
+
+    units: dict[str, Units]
+    cost: Cost
+    shapes: Shapes
+
+    def even(self, settings: Settings) -> dict[str, int]:
+        """The sizes when every family keeps the same share, as near as shapes allow."""
+        wanted = dict.fromkeys(self.shapes.allowed, settings.keep) | settings.keep_of
+        return self.shapes.nearest(self.cost, settings.keep, wanted, settings.keep_of)
+
+
+def state_problem(model: Any, settings: Settings) -> Problem:
+    """
+    Raises:
+        EffpassError: no shape costs what is to be kept; says the nearest.
+        ModelError: the model has no such units.
+    """
+    units = find_units(model, settings.units)
+    if settings.cost == "parameters":
+        cost = parameter_cost(model, units)
+    else:
+        cost = step_cost(model, units, settings.cost, settings.cost_batch, settings.cost_context)
+    for family in settings.keep_of:
+        if family not in units:
+            raise EffpassError(f"keep of {family}: this model has {', '.join(units)} to prune")
+    problem = Problem(units, cost, Shapes(model.config, units, settings.multiple, settings.devices))
+    if settings.choose == "depth":
+        layer_count(model.config.get_text_config().num_hidden_layers, settings.keep)
+    else:
+        problem.even(settings)
+    return problem
+
+
+# -- what stays -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """
+    Attributes:
+        keep: the choice, as an artifact for the whole model.
+        kept: the same as masks see it; None where whole layers go.
+    """
+
+    keep: KeepIndices
+    kept: Kept | None = None
+
+
+def choose(model: Any, problem: Problem, settings: Settings, rows: Rows) -> Learned:
+    """By scores of the model as it is."""
+    device = next(model.parameters()).device
+    batches = [ids.to(device) for ids in rows.calibration(settings.calibration)]
+    calibration = Calibration(batches, settings.seed)
+    with _computing(settings, device):
+        if settings.choose == "depth":
+            count = layer_count(model.config.get_text_config().num_hidden_layers, settings.keep)
+            layers = best_layers(model, problem.units, calibration, count)
+            return Learned(keep_indices(model, problem.units, layers=layers))
+        scores = score_units(settings.choose, model, problem.units, calibration)
+    kept = best_units(scores, problem.units, problem.shapes, problem.even(settings))
+    return Learned(keep_indices(model, problem.units, kept), kept)
+
+
+def learn(
+    student: Any,
+    teacher: Any,
+    problem: Problem,
+    settings: Settings,
+    rows: Rows,
+    folder: Path,
+    recorder: Recorder,
+    *,
+    checkpoint: Path | None = None,
+    first_step: int = 0,
+    make: Callable[..., Minimax] = Minimax,
+) -> tuple[Any, Learned]:
+    """Masks, sizes and weights together.
+
+    Args:
+        student: a copy of `teacher`; trained in place.
+        folder: of checkpoints.
+        checkpoint, first_step: where to go on.
+        make: the learner; others than :class:`Minimax` are for comparisons.
+
+    Returns:
+        The student with its adapter merged, whole still, and what is to stay of it.
+    """
+    torch.manual_seed(settings.seed)
+    trained = make_trained(student, settings.method, settings.lora, settings.anneal, None)
+    set_experts(trained.model)
+    masks = Masks(trained.model, problem.units)
+    learner = make(masks, problem.cost, problem.shapes, settings.keep, settings.learning_steps, settings.keep_of)
+    schedule = Schedule(warmup=settings.warmup, kind="constant")
+    args = training_arguments(settings, settings.learning_steps, folder)
+    with masks.attached():
+        trainer = Distiller(
+            trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, schedule, recorder,
+            learner,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    kept = learner.kept()
+    return _merged(trained), Learned(keep_indices(teacher, problem.units, kept), kept)
+
+
+# -- the cut ----------------------------------------------------------------------------------------------------------
+
+# Of logits, in shares of the largest: what other orders of sums do to them.
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
+    """Slice `model`, in place, and compare it with what it was under masks of 0 and 1.
+
+    Args:
+        ids: `[B, T]`, what the two are compared on.
+
+    Raises:
+        EffpassError: they don't agree.
+    """
+    model.eval()
+    if learned.kept is None:
+        cut_model(model, learned.keep)
+        return
+    masks = Masks(model, problem.units)
+    masks.softness = 0.0
+    for family, of_layers in learned.kept.items():
+        index = torch.stack(list(of_layers.values())).to(masks.hard[family].device)
+        masks.hard[family] = torch.zeros_like(masks.hard[family]).scatter_(-1, index, 1.0)
+    with torch.no_grad():
+        with masks.attached():
+            expected = model(input_ids=ids, use_cache=False).logits
+        cut_model(model, learned.keep)
+        found = model(input_ids=ids, use_cache=False).logits
+    far = float((found - expected).abs().max() / expected.abs().max())
+    if not far < _ROUNDING.get(found.dtype, 3e-2):
+        raise EffpassError(
+            f"the cut model's logits are {far:.2g} of their size from those of the masked one", hint="report this"
+        )
+
+
+# -- after ------------------------------------------------------------------------------------------------------------
+
+
+def recover(
+    model: Any,
+    teacher: Any,
+    settings: Settings,
+    rows: Rows,
+    folder: Path,
+    recorder: Recorder,
+    *,
+    checkpoint: Path | None = None,
+    first_step: int = 0,
+) -> Any:
+    """Train the cut model, with an adapter that is merged at the end where `settings.recovery` is one.
+
+    Args:
+        model: cut; trained in place.
+        folder, checkpoint, first_step: as for :func:`learn`.
+    """
+    steps = settings.recovery_steps
+    schedule = settings.anneal.schedule(steps) if settings.recovery == "afa-lora" else None
+    model.to(torch.float32 if settings.recovery == "full" else getattr(torch, settings.dtype))
+    torch.manual_seed(settings.seed)
+    trained = make_trained(model, settings.recovery, settings.lora, settings.anneal, schedule)
+    set_experts(trained.model)
+    rates = Schedule(warmup=settings.warmup, kind="cosine", final=0.05)
+    args = training_arguments(settings, steps, folder)
+    trainer = Distiller(
+        trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, rates, recorder
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return _merged(trained)
+
+
+def _merged(trained: Trained) -> nn.Module:
+    """The model without adapters, able to generate again."""
+    model = trained.model
+    if trained.afa is not None:
+        model = trained.afa.merge()
+    elif trained.peft is not None:
+        model = trained.peft.get_base_model().eval()
+        _, refusals = merge_attached(model, "refuse")
+        if refusals:
+            raise ModelError(f"{refusals[0].node}: {refusals[0].reason}", hint=refusals[0].hint)
+    model.config.use_cache = True  # the Trainer has set it to False
+    return model.eval()
+
+
+@contextmanager
+def _computing(settings: Settings, device: torch.device) -> Iterator[None]:
+    """In the type that training computes in."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        yield
