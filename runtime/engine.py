@@ -54,6 +54,7 @@ class Engine:
         self.new_session = new_session
         self._free: dict[int, Session] = {}
         self.speculators: dict[Any, Any] = {}  # made by runtime.speculative, one for a draft and its trees
+        self.last_speculation: Any = None  # what the last generation with a draft was
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_free": {}, "speculators": {}}  # a copy of the model starts with none

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effpass.cli.console import step
+from effpass.cli.console import stderr, step
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load, read_recipe
 from effpass.core.errors import ArtifactError, EffpassError, ModelError
 from effpass.core.prompt import open_image
@@ -32,6 +32,17 @@ def generate(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Show the model this image, before the text; may be given again."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DRAFT",
+            help="Decode speculatively: a smaller model, an EAGLE-3 head, ngram, or layers:0,1,5 of the model itself.",
+        ),
+    ] = None,
+    tree: Annotated[
+        str | None,
+        typer.Option(metavar="TREE", help="That the draft grows: chain, static, eagle2 or c2t; sizes as in chain:7."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -47,15 +58,24 @@ def generate(
     if loaded.tokenizer is None:
         raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
     from effpass import api
+    from effpass.core.model import inner_model
 
-    ready = loaded.model if adapter is None else _attach(loaded.model, adapter)
+    ready: Any = loaded.model if adapter is None else _attach(loaded.model, adapter)
     with step("preparing" if parsed is None else "rewriting"):
         ready = api.prepare(ready, parsed or {"version": 1, "passes": []})
-    shown = {"images": images, "processor": loaded.processor}
-    for piece in api.generate(ready, loaded.tokenizer, text, **shown, max_new_tokens=max_new_tokens):
+    options: dict[str, Any] = {"images": images, "processor": loaded.processor, "max_new_tokens": max_new_tokens}
+    if draft is not None or tree is not None:
+        if not hasattr(inner_model(ready), "effpass_engine"):
+            raise ModelError(
+                f"{model} does not run on the decode engine, which a draft needs", hint="leave --draft out"
+            )
+        options.update(draft=draft, tree=tree)
+    for piece in api.generate(ready, loaded.tokenizer, text, **options):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if draft is not None:
+        stderr().print(str(inner_model(ready).effpass_engine.last_speculation))
 
 
 def _attach(model: Any, adapter: Path) -> Any:

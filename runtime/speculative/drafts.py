@@ -38,7 +38,7 @@ class Draft(Protocol):
         """Start behind a prompt `ids` `[rows, T]` that `target` has run; other arguments are those of `prefill`."""
 
     def extend(self, progress: Progress) -> Tensor:
-        """Run what was emitted and not seen yet, up to `depth` + 1 tokens of a row; logits `[B, V]` of the last."""
+        """Run what was emitted and not seen yet, up to `kind.catches_up` tokens; logits `[B, V]` of the last."""
 
     def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
         """The next tree, after `extend`; see :class:`~effpass.runtime.speculative.shapes.Grower` for `sampled`."""

@@ -67,7 +67,7 @@ class EagleDraft:
             yield
 
     def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
-        batch, device, width = target.batch, target.model.device, self.kind.depth + 1
+        batch, device, width = target.batch, target.model.device, self.kind.catches_up
         if self._session is None or self._session.batch != batch or self._session.capacity < capacity:
             nodes = max(self.kind.steps, width)
             self._session = _HeadSession(self.head, batch, capacity, nodes, self._backend)
@@ -90,7 +90,7 @@ class EagleDraft:
         where = (self._entered[:, None] + self._chain) % progress.features.shape[1]
         tapped = progress.features.gather(1, where[:, :, None].expand(-1, -1, progress.features.shape[2]))
         tokens, positions, chain, taken = torch.ops.effpass.take_tokens(
-            progress.ids, progress.count, progress.position, self._entered, self.kind.depth + 1
+            progress.ids, progress.count, progress.position, self._entered, self.kind.catches_up
         )
         logits, hidden = self._session.run(tokens, positions, chain, features=self.head.features(tapped))
         assert hidden is not None

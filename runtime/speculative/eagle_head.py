@@ -15,15 +15,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-__all__ = ["EagleHead", "HeadConfig"]
+__all__ = ["EagleHead", "HeadConfig", "HeadOutput"]
+
+
+class HeadOutput(NamedTuple):
+    """`logits` `[B, T, U]`, and `hidden` `[B, T, D]`: g, to go on with."""
+
+    logits: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class EagleHead(nn.Module):
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int = 0, **kwargs: Any
-    ) -> Any:
+    ) -> HeadOutput:
         """
         Args:
             input_ids: int64 `[B, T]`: tokens t + 1.
@@ -136,9 +142,6 @@ class EagleHead(nn.Module):
             features: `[B, T, D]`: h of tokens t, or g of nodes.
             logits_to_keep: of how many of the last tokens; 0 for all.
             kwargs: the cache, and what attention reads.
-
-        Returns:
-            `logits` `[B, T, U]`, and `hidden` `[B, T, D]`: g.
         """
         embedded = self.embed_tokens(input_ids).to(features.dtype)
         hidden = torch.cat((embedded, features), -1)
@@ -147,7 +150,7 @@ class EagleHead(nn.Module):
             hidden = layer(hidden, position_embeddings=angles, position_ids=position_ids, **kwargs)
         normed = self.norm(hidden)
         logits = self.lm_head(normed[:, -logits_to_keep:] if logits_to_keep else normed)
-        return SimpleNamespace(logits=logits, hidden=normed if self.head_config.norm_output else hidden)
+        return HeadOutput(logits, normed if self.head_config.norm_output else hidden)
 
     # -- what the decode engine asks of a model ----------------------------------------------------------------------
 

@@ -76,9 +76,8 @@ def generate(
         pace.begin()
         while not watch.has_ended:
             speculates = pace.next()
-            if behind > draft.kind.depth or (speculates and behind > 0):
-                for _ in range(-(-behind // (draft.kind.depth + 1))):
-                    round_.catch_up()
+            if behind >= draft.kind.catches_up or (speculates and behind > 0):
+                round_.catch_up()
                 behind = 0
             round_.step(plain=not speculates)
             behind = 0 if speculates or pace.has_given_up else behind + 1
@@ -86,7 +85,8 @@ def generate(
         watch.finish()
         counts = progress.count[:rows]
         rounds, verified = progress.totals.tolist()
-        speculator.last = Speculation(rounds, verified, int((counts - length).sum()) - rows)
+        tokens = int((counts - length).sum()) - rows
+        speculator.last = engine.last_speculation = Speculation(rounds, verified, tokens)
         sequences = progress.ids[:rows, : int(counts.max())].clone()
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
 

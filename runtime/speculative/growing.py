@@ -24,7 +24,7 @@ from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import MOST_NODES, WORD
 from effpass.runtime.speculative.classifier import Classifier
 from effpass.runtime.speculative.shapes import Grower, Sampled, Steps
-from effpass.runtime.speculative.tree import TokenTree, check_nodes
+from effpass.runtime.speculative.tree import MOST_DEPTH, TokenTree, check_tree
 
 __all__ = ["C2T", "Eagle2", "Growing"]
 
@@ -56,6 +56,10 @@ class Eagle2:
     @property
     def widest(self) -> int:
         return self.top_k
+
+    @property
+    def catches_up(self) -> int:
+        return max(self.depth + 1, min(self.top_k, MOST_DEPTH))
 
     def grower(self, rows: int, device: torch.device) -> Grower:
         return Growing(self, rows, device, least=0.0, keeps_all=True)
@@ -94,6 +98,10 @@ class C2T:
     @property
     def widest(self) -> int:
         return self.top_k
+
+    @property
+    def catches_up(self) -> int:
+        return max(self.depth + 1, min(self.top_k, MOST_DEPTH))
 
     def grower(self, rows: int, device: torch.device) -> Grower:
         weights = self.classifier.weights(device)
@@ -167,7 +175,7 @@ def _check(kind: Eagle2 | C2T) -> None:
         least = 2 if name == "nodes" else 1
         if getattr(kind, name) < least:
             raise EffpassError(f"{name} of a tree is {getattr(kind, name)}", hint=f"give {least} or more")
-    check_nodes(kind.nodes)
+    check_tree(kind.nodes, kind.depth)
     if kind.top_k * kind.depth > MOST_NODES:
         raise EffpassError(
             f"{kind.depth} layers of {kind.top_k} nodes are more than the mask of ancestors holds, which has"

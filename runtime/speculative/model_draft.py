@@ -73,11 +73,11 @@ class ModelDraft:
     def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
         batch, device = target.batch, target.model.device
         if self._session is None or self._session.batch != batch or self._session.capacity < capacity:
-            nodes = max(self.kind.steps, self.kind.depth + 1)
+            nodes = max(self.kind.steps, self.kind.catches_up)
             self._session = TreeSession(self.model, batch, capacity, nodes, self._backend)
             self._grower = self.kind.grower(batch, device)
             self._entered = torch.zeros(batch, dtype=torch.long, device=device)
-            self._chain = torch.arange(self.kind.depth + 1, device=device).expand(batch, -1)
+            self._chain = torch.arange(self.kind.catches_up, device=device).expand(batch, -1)
         session = self._session
         session.begin(len(ids))
         session.prefill(self._named(ids), is_token, chunk)
@@ -87,7 +87,7 @@ class ModelDraft:
     def extend(self, progress: Progress) -> Tensor:
         assert self._session is not None
         tokens, positions, chain, taken = torch.ops.effpass.take_tokens(
-            progress.ids, progress.count, progress.position, self._entered, self.kind.depth + 1
+            progress.ids, progress.count, progress.position, self._entered, self.kind.catches_up
         )
         logits = self._run(tokens, positions, chain, 0)
         self._session.cache.commit(self._chain, taken)

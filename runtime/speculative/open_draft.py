@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -57,17 +58,19 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
         draft: a model; a folder or hub id of one; a folder with an EAGLE-3 head in the `speculators` format;
             `"ngram"`, which looks up what stood in the text before;
             `"layers:0,1,5"`, the model itself with these layers alone; or a :class:`Draft`.
-        tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, or a kind with its sizes; None for a chain. The classifier
-            of `"c2t"` is looked for in the draft's folder, under ``c2t``.
+        tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, with sizes where they are to be others: `"chain:7"`,
+            `"static:4,2,1"`, `"eagle2:top_k=10,depth=6,nodes=60"`, `"c2t:beta=0.4"`; or a kind; None for a chain. The
+            classifier of `"c2t"` is looked for in the draft's folder, under ``c2t``.
 
     Raises:
         EffpassError: an unknown tree, or one that this draft does not grow.
         ModelError: the draft can't be loaded, or is for another model.
     """
     if isinstance(draft, str) and draft == _NGRAM:
-        if tree not in (None, "chain"):
+        kind = chain(7) if tree is None else _kind(tree, None)
+        if not isinstance(kind, Static) or kind.widest > 1:
             raise EffpassError(f"the n-gram draft grows chains, and tree is {tree!r}", hint="leave tree out")
-        return NGramDraft()
+        return NGramDraft(kind.depth)
     if isinstance(draft, str) and draft.startswith(_LAYERS):
         draft = skip_layers(engine.model, _numbers(draft))
     if isinstance(draft, (str, os.PathLike)):
@@ -122,11 +125,42 @@ def _kind(tree: Any, classifier: Callable[[], Any] | None) -> TreeKind:
         return chain()
     if not isinstance(tree, str):
         return tree
-    if tree == "c2t":
+    name, _, sizes = tree.partition(":")
+    parts = [part.strip() for part in sizes.split(",") if part.strip()]
+    if name == "chain":
+        return chain(*_integers(tree, parts[:1])) if len(parts) < 2 else _wrong(tree, "chain:7")
+    if name == "static":
+        return Static(tuple(_integers(tree, parts))) if parts else Static()
+    if name == "eagle2":
+        return Eagle2(**_options(tree, parts, Eagle2))
+    if name == "c2t":
         if classifier is None:
             raise EffpassError("a c2t tree needs its classifier", hint="give tree=C2T(classifier), or a draft's folder")
-        return C2T(classifier())
-    kinds: dict[str, Callable[[], TreeKind]] = {"chain": chain, "static": Static, "eagle2": Eagle2}
-    if tree not in kinds:
-        raise EffpassError(f"unknown tree {tree!r}{did_you_mean(tree, TREES)}")
-    return kinds[tree]()
+        return C2T(classifier=classifier(), **_options(tree, parts, C2T))
+    raise EffpassError(f"unknown tree {name!r}{did_you_mean(name, TREES)}")
+
+
+def _integers(tree: str, parts: list[str]) -> list[int]:
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        return _wrong(tree, "chain:7 or static:4,2,1")
+
+
+def _options(tree: str, parts: list[str], kind: Any) -> dict[str, Any]:
+    """Sizes by name, of the types that a kind's defaults have."""
+    known: dict[str, Any] = {f.name: type(f.default) for f in fields(kind) if f.name != "classifier"}
+    options = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise EffpassError(f"tree {tree!r}: unknown size {name!r}{did_you_mean(name, known)}")
+        try:
+            options[name] = known[name](value)
+        except ValueError:
+            _wrong(tree, f"{name}={2 if known[name] is int else 0.5}")
+    return options
+
+
+def _wrong(tree: str, example: str) -> NoReturn:
+    raise EffpassError(f"tree {tree!r} can't be read", hint=f"such as {example}")

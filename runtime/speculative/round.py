@@ -88,7 +88,7 @@ class Round:
         features = target.prompt_features
         if features is not None:
             if progress.features is None:
-                progress.features = features.new_zeros(target.batch, 2 * self.draft.kind.depth + 2, features.shape[2])
+                progress.features = features.new_zeros(target.batch, 2 * self.draft.kind.catches_up, features.shape[2])
             features = torch.nn.functional.pad(features[:, -1:], (0, 0, 0, 0, 0, target.batch - len(features)))
             target.prompt_features = None
         # The first token follows the prompt's last, which is in the cache already: there is nothing to commit.
@@ -104,7 +104,7 @@ class Round:
             self._take(self._run(("plain" if plain else "round", "verify"), lambda: self._verify(plain)))
 
     def catch_up(self) -> None:
-        """Let the draft run what plain steps have emitted, up to as many tokens as a round emits."""
+        """Let the draft run what plain steps have emitted, as much as one call takes."""
         self._run(("catch up",), lambda: self.draft.extend(self.progress))
 
     def forget_graphs(self) -> None:

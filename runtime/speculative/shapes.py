@@ -18,7 +18,7 @@ import effpass.lowering.ops.top_tokens  # noqa: F401  (registers the operator)
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import pack, relations, unpack
 from effpass.lowering.ops.tree_growth import positions_at
-from effpass.runtime.speculative.tree import TokenTree, check_nodes
+from effpass.runtime.speculative.tree import TokenTree, check_tree
 
 __all__ = ["Grower", "Sampled", "Static", "Steps", "TreeKind", "chain"]
 
@@ -65,6 +65,11 @@ class TreeKind(Protocol):
     def widest(self) -> int:
         """Children of one node at most."""
 
+    @property
+    def catches_up(self) -> int:
+        """Tokens that a draft catches up with in one call: what a round emits at most, or more where that makes the
+        call one of a layer's shape."""
+
     def grower(self, rows: int, device: torch.device) -> Grower: ...
 
 
@@ -94,7 +99,7 @@ class Static:
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
             raise EffpassError(f"a static tree of widths {self.widths}", hint="give one or more numbers from 1 on")
-        check_nodes(self.nodes)
+        check_tree(self.nodes, self.depth)
 
     @property
     def depth(self) -> int:
@@ -111,6 +116,10 @@ class Static:
     @property
     def widest(self) -> int:
         return max(self.widths)
+
+    @property
+    def catches_up(self) -> int:
+        return self.depth + 1
 
     def _below(self, depth: int) -> int:
         total, layer = 0, 1

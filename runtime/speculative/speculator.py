@@ -41,6 +41,10 @@ class Speculation:
         """Tokens a round, the one that follows the accepted path included."""
         return self.tokens / max(1, self.rounds)
 
+    def __str__(self) -> str:
+        nodes = self.verified / max(1, self.rounds)
+        return f"{self.acceptance_length:.2f} tokens a step, of {nodes:.1f} proposed; {self.rounds} steps"
+
 
 class Speculator:
     """Makes rounds of a target and a draft.

@@ -15,7 +15,9 @@ from torch import Tensor
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import MOST_NODES
 
-__all__ = ["TokenTree", "check_nodes"]
+__all__ = ["MOST_DEPTH", "TokenTree", "check_tree"]
+
+MOST_DEPTH = 60
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class TokenTree:
     depth: int
 
 
-def check_nodes(nodes: int) -> None:
-    """Raise an :class:`EffpassError` for a tree that is larger than the mask of ancestors."""
+def check_tree(nodes: int, depth: int) -> None:
+    """Raise an :class:`EffpassError` for a tree that is larger than the mask of ancestors, or too deep."""
+    if depth > MOST_DEPTH:
+        raise EffpassError(f"a tree of depth {depth}", hint=f"give {MOST_DEPTH} or less")
     if nodes > MOST_NODES:
         raise EffpassError(
             f"a tree of {nodes} nodes is larger than the mask of ancestors, which has {MOST_NODES} bits",

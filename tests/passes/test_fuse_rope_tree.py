@@ -10,11 +10,13 @@ from typing import Any
 import families
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from effpass import backend
 from effpass.lowering.ops import cached_attention, fused_linear, rope_cache_write, rotary_table
 from effpass.runtime.engine import Engine
-from effpass.runtime.speculative import Eagle2, ModelDraft, Speculator, generate
+from effpass.runtime.speculative import Eagle2, EagleDraft, EagleHead, HeadConfig, ModelDraft, Speculator, generate
+from effpass.runtime.speculative.round import Round
 
 
 @pytest.fixture(autouse=True)
@@ -24,35 +26,53 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     backend.reports.clear()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_a_recorded_round(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = families.make(family), families.batch(11)
-    inputs = {k: given[k] for k in ("input_ids", "attention_mask")}
-    expected = families.make(family).generate(**inputs, max_new_tokens=16, eos_token_id=None)
-    engine = Engine(model, backend=backend.DecodeBackend())
-    # 5 nodes in two layers and 3 tokens to catch up with are one shape of call, the tree of 6 another.
-    speculator = Speculator(
-        engine, ModelDraft(families.make(family, seed=3), Eagle2(3, 2, 6), backend.DecodeBackend()), switches=False
-    )
-
-    def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
-        return generate(speculator, input_ids, **prepared)
-
-    from effpass.runtime.speculative.round import Round
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds run as they are recorded."""
 
     def as_recorded(self: Round, key: Any, work: Any) -> Any:
         with self.target.recording(), self.draft.recording():
             return work()
 
     monkeypatch.setattr(Round, "_run", as_recorded)
+
+
+def run(family: str, make_draft: Any) -> None:
+    """The text is plain decoding's, from two compiled graphs with every layer fused: the target's and the draft's."""
+    model, given = families.make(family), families.batch(11)
+    inputs = {k: given[k] for k in ("input_ids", "attention_mask")}
+    expected = families.make(family).generate(**inputs, max_new_tokens=16, eos_token_id=None)
+    engine = Engine(model, backend=backend.DecodeBackend())
+    draft = make_draft(model, backend.DecodeBackend())
+    speculator = Speculator(engine, draft, switches=False)
+
+    def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
+        return generate(speculator, input_ids, **prepared)
+
     out = model.generate(**inputs, max_new_tokens=16, eos_token_id=None, custom_generate=loop)
     torch._dynamo.reset()
     assert torch.equal(out, expected)
-    assert len(backend.reports) == 2  # the draft's and the target's, each compiled once
+    assert len(backend.reports) == 2
+    layers = {model.config.num_hidden_layers, 1 if isinstance(draft, EagleDraft) else model.config.num_hidden_layers}
     for report in backend.reports:
         (rope,) = [entry for entry in report.passes if entry.name == "fuse_rope_attention"]
-        layers = model.config.num_hidden_layers
-        assert rope.hits == layers
-        assert rope.ops["effpass.rope_cache_write.default"] == -rope.ops["effpass.cache_write.default"] == layers
+        assert rope.hits in layers
+        assert rope.ops["effpass.rope_cache_write.default"] == -rope.ops["effpass.cache_write.default"] == rope.hits
         assert "effpass.tree_attention.default" not in rope.ops
         assert next(entry for entry in report.passes if entry.name == "fuse_linears").hits > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_recorded_round(family: str, recorded: None) -> None:
+    # Three nodes in a layer and three tokens to catch up with are one shape of call.
+    run(family, lambda model, compile_: ModelDraft(families.make(family, seed=3), Eagle2(3, 2, 6), compile_))
+
+
+def test_a_recorded_round_with_a_head(recorded: None) -> None:
+    def draft(model: Any, compile_: Any) -> EagleDraft:
+        layer = LlamaConfig(**{**families.COMMON, "num_hidden_layers": 1})
+        head = EagleHead(HeadConfig(layer, 96, (0, 1))).eval().requires_grad_(False)
+        head.share(model)
+        return EagleDraft(head, Eagle2(3, 2, 6), compile_)
+
+    run("llama", draft)

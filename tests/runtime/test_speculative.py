@@ -189,7 +189,7 @@ def test_stop_strings_end_inside_a_tree(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("draft", "tree"),
-    [("ngram", None), ("layers:0", "eagle2"), ("layers:0,1", "chain"), (draft_model("random"), None)],
+    [("ngram", "chain:4"), ("layers:0", "eagle2:nodes=9"), ("layers:0,1", "static:2,1"), (draft_model("random"), None)],
     ids=["ngram", "one layer", "all layers", "another model"],
 )
 def test_generate_takes_a_draft(model: Any, plain: Tensor, draft: Any, tree: Any) -> None:
