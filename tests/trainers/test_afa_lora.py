@@ -260,6 +260,46 @@ def test_a_state_goes_on_with_the_same_schedule_alone():
     assert other.steps_done == 0
 
 
+class _KilledError(Exception):
+    pass
+
+
+def test_beta_follows_the_steps_of_a_trainer_and_its_resume(tmp_path):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    samples = [{"input_ids": batch(9)["input_ids"][0], "labels": batch(9)["input_ids"][0]}] * 32
+
+    def train(folder: str, *, resume: bool = False, stop: int | None = None) -> tuple[AfaLora, list[float]]:
+        torch.manual_seed(0)
+        adapter = attach(make("llama"), AnnealSchedule(8, end=0.75), LoraSettings(2))
+        seen = []
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                seen.append(adapter.beta)
+                if state.global_step == stop:
+                    raise _KilledError
+
+        args = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=8, per_device_train_batch_size=2, save_steps=2, report_to="none",
+            disable_tqdm=True, use_cpu=True, learning_rate=1e-2,
+        )  # fmt: skip
+        trainer = Trainer(adapter.model, args, train_dataset=samples, callbacks=[adapter.callback(), Watch()])
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except _KilledError:
+            assert stop is not None
+        return adapter, seen
+
+    whole, betas = train("whole")
+    assert betas == [whole.schedule.beta(i) for i in range(8)]
+    train("cut", stop=5)
+    again, rest = train("cut", resume=True)
+    assert rest == betas[4:]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    again.save(tmp_path / "adapter")
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 

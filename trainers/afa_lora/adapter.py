@@ -100,9 +100,29 @@ class AfaLora:
 
     def step(self) -> float:
         """To be called after each optimiser step; returns β of the next."""
-        self.steps_done += 1
-        self.anneal.set(self.schedule.beta(self.steps_done))
+        return self.seek(self.steps_done + 1)
+
+    def seek(self, steps_done: int) -> float:
+        """Go to where so many optimiser steps are done; returns β of the next."""
+        self.steps_done = steps_done
+        self.anneal.set(self.schedule.beta(steps_done))
         return self.beta
+
+    def callback(self) -> Any:
+        """For a Trainer of transformers or TRL: `trainer.add_callback(adapter.callback())`, and β moves with its steps.
+
+        A run that resumes from a checkpoint goes on at the checkpoint's step.
+        """
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_train_begin(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.seek(state.global_step)
+
+            def on_step_end(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.seek(state.global_step)
+
+        return Callback()
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -187,8 +207,7 @@ class AfaLora:
                 f"the anneal is not the one that the run began with: {', '.join(changed)}",
                 hint="go on with the old schedule, or start anew",
             )
-        self.steps_done = state["steps_done"]
-        self.anneal.set(self.schedule.beta(self.steps_done))
+        self.seek(state["steps_done"])
 
     def _save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """PEFT's own, and a mark in the config while β > 0."""

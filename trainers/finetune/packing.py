@@ -25,15 +25,16 @@ _OPEN = 64
 _ROUND = 64  # unpacked rows are padded to a multiple of it
 
 
-def check_lengths(samples: Sequence[Sample], length: int, path: object) -> None:
-    """Raise EffpassError for samples longer than `length` tokens."""
+def check_lengths(samples: Sequence[Sample], length: int, path: object, most: int) -> None:
+    """Raise EffpassError for samples longer than `length` tokens; a row can have `most`."""
     longest = max(samples, key=lambda sample: len(sample.tokens))
     count = sum(len(sample.tokens) > length for sample in samples)
     if count:
+        way_out = f"--sequence-length {len(longest.tokens)}, or " if len(longest.tokens) <= most else ""
         raise EffpassError(
             f"{path}:{longest.line}: {len(longest.tokens)} tokens, and a row has {length}"
             + (f" ({count} lines are too long)" if count > 1 else ""),
-            hint=f"--sequence-length {len(longest.tokens)}, or shorten or remove them: nothing is cut off",
+            hint=f"{way_out}shorten or remove them: nothing is cut off",
         )
 
 

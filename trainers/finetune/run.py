@@ -91,9 +91,9 @@ def tune(
         length = min(length, most)
     if length > most:
         raise EffpassError(f"sequence_length: got {length}, and {source} has {most} positions")
-    check_lengths(samples, length, data)
+    check_lengths(samples, length, data, most)
     if held_out:
-        check_lengths(held_out, most, validation)
+        check_lengths(held_out, most, validation, most)
     run = {
         "command": "tune",
         "model": source,

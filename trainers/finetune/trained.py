@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Trained:
         return disable_input_dtype_casting(self.model)
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [] if self.afa is None else [_Step(self.afa)]
+        return [] if self.afa is None else [self.afa.callback()]
 
     def finish(self) -> Any:
         """What is saved: the model, or a stock `PeftModel`; the activation of an AFA adapter is gone."""
@@ -116,16 +115,6 @@ class AdapterTrainer(Trainer):
                 parameter.copy_(saved[name])
         if self.trained.afa is not None:
             self.trained.afa.load_state_dict(json.loads((folder / _ANNEAL).read_text()))
-
-
-class _Step(TrainerCallback):
-    """β moves after each optimiser step."""
-
-    def __init__(self, afa: AfaLora) -> None:
-        self._step: Callable[[], float] = afa.step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._step()
 
 
 def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
