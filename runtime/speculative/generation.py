@@ -101,6 +101,7 @@ class _Watch:
         self._shown = length
         self._before: Any = None
         self._waiting: deque[tuple[Any, ...]] = deque()
+        self._free: list[list[Tensor]] = []
         self.has_ended = False
         self.look(plain=True)
 
@@ -113,8 +114,10 @@ class _Watch:
         if not self._is_cuda:
             self._take(plain, is_timed, [t.clone() for t in state], time.perf_counter())
             return
+        copies = self._free.pop() if self._free else [torch.empty_like(t, device="cpu", pin_memory=True) for t in state]
+        for copy, tensor in zip(copies, state, strict=True):
+            copy.copy_(tensor, non_blocking=True)
         arrived = torch.cuda.Event(enable_timing=True)
-        copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in state]
         arrived.record()
         self._waiting.append((plain, is_timed, copies, arrived))
         while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][3].query()):
@@ -130,6 +133,7 @@ class _Watch:
         plain, is_timed, copies, arrived = self._waiting.popleft()
         arrived.synchronize()
         self._take(plain, is_timed, copies, arrived)
+        self._free.append(copies)
 
     def _take(self, plain: bool, is_timed: bool, state: list[Tensor], now: Any) -> None:
         if self.has_ended:
