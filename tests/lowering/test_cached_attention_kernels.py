@@ -16,6 +16,7 @@ import kernel_cases
 import pytest
 import torch
 
+from effpass.lowering.ops import append_positions, greedy_tokens, rotary_table  # noqa: F401  (registers the operators)
 from effpass.lowering.ops.cached_attention import TOLERANCE as ATTENTION
 from effpass.lowering.ops.fused_linear import TOLERANCE as LINEAR
 from effpass.lowering.ops.received_attention import TOLERANCE as RECEIVED

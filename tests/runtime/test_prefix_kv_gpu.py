@@ -12,6 +12,7 @@ from torch import Tensor
 
 import effpass
 from effpass.runtime.attach import attach
+from effpass.runtime.attention import reading_cache
 from effpass.runtime.prefix_kv.budget import Budget
 from effpass.runtime.prefix_kv.plan import Settings
 from effpass.runtime.prefix_kv.policy import Policy
@@ -87,7 +88,7 @@ def test_giving_up_does_not_wait_for_the_device() -> None:
     model.generate(**given, max_new_tokens=30, eos_token_id=None)
     (session,) = model.effpass_engine._free.values()
     session.begin(2)
-    with torch.no_grad():
+    with torch.no_grad(), reading_cache(model):
         session.prefill(given["input_ids"], given["attention_mask"].bool(), 64)
         session.step()
         torch.cuda.set_sync_debug_mode("error")
@@ -100,6 +101,8 @@ def test_giving_up_does_not_wait_for_the_device() -> None:
 
 
 def test_memory_falls() -> None:
+    # What a process takes once, for all later launches and products.
+    budgeted(families.make("llama").cuda(), Fixed(), 0.5).generate(**inputs(), max_new_tokens=1, eos_token_id=None)
     used = []
     for budget in (1.0, 0.2):
         model = families.make("llama", max_position_embeddings=1 << 15).cuda()
@@ -110,6 +113,7 @@ def test_memory_falls() -> None:
         model.generate(input_ids=ids, max_new_tokens=1, eos_token_id=None)
         (session,) = model.effpass_engine._free.values()
         held = sum(x.nbytes for layer in session.cache.layers for x in layer.storage())
-        assert 0 <= torch.cuda.memory_allocated() - before - held < 0.2 * held  # positions, scores, ids
+        # Positions, scores and ids are some bytes a token, whatever the model: 36 were measured.
+        assert 0 <= torch.cuda.memory_allocated() - before - held < 64 * ids.numel()
         used.append(held)
     assert used[1] / used[0] == pytest.approx(0.2, rel=0.05)

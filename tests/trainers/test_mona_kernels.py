@@ -50,7 +50,7 @@ def steps(device: str, dtype: torch.dtype, **options) -> tuple[list[torch.Tensor
     """How four steps of growing gradients move parameters of all kinds of shapes."""
     torch.manual_seed(0)
     start = [torch.randn(shape, dtype=torch.float64) * 0.02 for shape in SHAPES]
-    parameters = [torch.nn.Parameter(value.to(device, dtype)) for value in start]
+    parameters = [torch.nn.Parameter(value.to(device, dtype, copy=True)) for value in start]
     optimizer = MONA([(f"p{i}", p) for i, p in enumerate(parameters)], lr=1e-2, overrides=CUTS, **options)
     for scale in (0.01, 0.1, 1.0, 10.0):
         for parameter, shape in zip(parameters, SHAPES, strict=True):
