@@ -17,6 +17,8 @@ from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_at
 from onnxscript.function_libs.torch_lib.tensor_typing import TFloat, TInt
 from onnxscript.optimizer import fold_constants
 
+from effpass.lowering.targets.onnx_gated_delta_rule import gated_delta_rule
+
 __all__ = ["tidy", "translations"]
 
 # Untyped: onnxscript's operations are typed as if they ran here, on tensors.
@@ -35,6 +37,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     experts = getattr(torch.ops.effpass, "moe_ffn", None)  # registered by the pass that brings it in
     if experts is not None:
         table[experts.default] = moe_ffn
+    delta_rule = getattr(torch.ops.effpass, "gated_delta_rule", None)
+    if delta_rule is not None:
+        table[delta_rule.default] = gated_delta_rule
     return table
 
 

@@ -1,0 +1,264 @@
+"""Area `linear_attention`: `effpass::gated_delta_rule` in its modes against the kernels of other libraries.
+
+All sides start from the same raw inputs. Ours and peers are called from Python as a model calls them, in a row of
+calls; `in a graph` is without Python. Peers tune themselves in a first call, which is not in their time; its seconds
+are in the note. One shape is one case: run each in a process of its own. The bound is what inputs, outputs and
+gradients hold, read and written once, at the bandwidth of a read-only kernel in that run.
+
+Shapes are B x T x H x D, those of flash-linear-attention's own benchmark and smaller ones, at which launches cost most.
+`weak` are gates as a layer begins, whose state lasts for thousands of tokens: a peer that drops what has decayed is
+slower there than at gates of normal values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Raw, ours, peers
+from benchmarks.rows import Row, bandwidth, measure, row
+from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
+from effpass.lowering.ops.moe_ffn_fit import seconds_a_call
+
+AREA = "linear_attention"
+
+SHAPES = (
+    (1, 8192, 96, 128), (2, 16384, 16, 128), (4, 2048, 16, 128), (4, 4096, 64, 128), (8, 2048, 32, 256),
+    (8, 1024, 8, 64),
+    (8, 2048, 16, 128), (1, 65536, 16, 128),  # further shapes with published figures
+    (1, 1024, 8, 128), (1, 2048, 16, 128), (1, 4096, 16, 128),  # bound by launches
+)  # fmt: skip
+WEAK = ((1, 8192, 96, 128), (1, 65536, 16, 128), (1, 4096, 16, 128))
+
+
+class _Figures(NamedTuple):
+    seconds: float
+    first: float  # of the first call: compilation and tuning
+    peak: float  # bytes beyond the inputs
+    captured: float | None
+
+
+def _figures(run: Callable[[], object], device: str) -> _Figures:
+    started = time.perf_counter()
+    run()
+    if device != "cuda":
+        return _Figures(measure(run, device, warmup=0, runs=3).median, time.perf_counter() - started, math.nan, None)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    seconds = seconds_a_call(lambda turn: run(), 20, captured=False)
+    captured = None
+    try:
+        captured = seconds_a_call(lambda turn: run(), 4, captured=True)
+    except Exception as error:  # a peer that waits for the host can't be captured
+        print(f"not captured: {type(error).__name__}: {str(error)[:200]}")
+        torch.cuda.synchronize()
+    return _Figures(seconds, first, peak, captured)
+
+
+def _running(what: str, call: Call, raw: Raw, mode: str, d_output: Tensor) -> Callable[[], object]:
+    if what == "forward":
+        return lambda: call(raw)
+    leaves = [*raw.used(mode), raw.A_log, raw.dt_bias]
+    return lambda: torch.autograd.grad(call(raw), leaves, d_output)
+
+
+def _case(what: str, shape: tuple[int, int, int, int], is_weak: bool, device: str, smoke: bool) -> Iterator[Row]:
+    shape = (1, 128, 2, 32) if smoke or device != "cuda" else shape
+    raw = Raw.random(shape, device, is_weak)
+    raw = raw.requiring_grad() if what == "training" else raw
+    d_output = torch.randn_like(raw.v)
+    label = "x".join(map(str, shape)) + (", weak gates" if is_weak else "")
+    of_peers: dict[str, _Figures] = {}
+    for name, call, mode in peers(what) if device == "cuda" else ():
+        try:
+            of_peers[name] = _figures(_running(what, call, raw, mode or "fg2+", d_output), device)
+            if mode is not None:
+                same = ours(mode)(raw).detach()
+                difference = float((call(raw).detach() - same).float().norm() / same.float().norm())
+                print(f"{label}: output of {name} differs from ours by {difference:.1e}")
+        except Exception as error:  # a peer that does not serve a shape says nothing about the others
+            print(f"{what} {label}: {name}: {type(error).__name__}: {str(error)[:300]}")
+    for mode in MODES:
+        with torch.inference_mode(what == "forward"):
+            found = _figures(_running(what, ours(mode), raw, mode, d_output), device)
+        held = sum(x.numel() * x.element_size() for x in (*raw.used(mode), raw.v))  # and the output
+        bound = held * (1 if what == "forward" else 3) / bandwidth(device) * 1e3
+        case, note = f"{mode} {label}", f"first call {found.first:.1f} s"
+        if not of_peers:
+            yield row(AREA, case, what, found.seconds * 1e3, "ms", device=device, bound=bound, runs=7, note=note)
+            if found.captured:
+                yield row(AREA, case, f"{what}, in a graph", found.captured * 1e3, "ms", device=device, bound=bound,
+                          runs=7)  # fmt: skip
+        for name, peer in of_peers.items():
+            both = f"{note}; the peer's {peer.first:.1f} s"
+            yield row(AREA, case, what, found.seconds * 1e3, "ms", device=device, peer=peer.seconds * 1e3,
+                      peer_name=name, bound=bound, runs=7, note=both)  # fmt: skip
+            if found.captured and peer.captured:
+                yield row(AREA, case, f"{what}, in a graph", found.captured * 1e3, "ms", device=device,
+                          peer=peer.captured * 1e3, peer_name=name, bound=bound, runs=7, note=both)  # fmt: skip
+            yield row(AREA, case, f"{what}, peak memory beyond inputs", found.peak / 2**20, "MiB", device=device,
+                      peer=peer.peak / 2**20, peer_name=name)  # fmt: skip
+
+
+def decode(device: str, smoke: bool) -> Iterator[Row]:
+    """One token of 16 heads of 128 x 128, in a graph; the bound reads and writes the state."""
+    small = smoke or device != "cuda"
+    heads, size = (2, 32) if small else (16, 128)
+    for batch in (1, 16, 128):
+        raw = Raw.random((batch, 1, heads, size), device)
+        # As many states in turn as no cache holds until their next one.
+        turns = 1 if small else min(256, max(8, 2**28 // (batch * heads * size * size * 4)))
+        states = torch.randn(turns, batch, heads, size, size, device=device)
+        for mode in MODES:
+
+            def step(turn: int, mode: str = mode, raw: Raw = raw, states: Tensor = states) -> Tensor:
+                return gated_delta_rule_step(
+                    raw.q, raw.k, raw.v, raw.gate, *raw.betas(mode), states[turn], A_log=raw.A_log,
+                    dt_bias=raw.dt_bias, lower_bound=LOWER_BOUND,
+                )  # fmt: skip
+
+            with torch.inference_mode():
+                if device == "cuda":
+                    seconds = seconds_a_call(step, turns, captured=True)
+                else:
+                    seconds = measure(lambda step=step: step(0), device, runs=3).median  # type: ignore[misc]
+            peer = _decode_peer(raw, states, turns) if device == "cuda" and mode == "kda" else None
+            yield row(
+                AREA, f"{mode}, {heads} heads of {size}, batch {batch}", "decode, a step", seconds * 1e6, "us",
+                device=device, peer=None if peer is None else peer * 1e6,
+                peer_name="" if peer is None else "fla-core fused_recurrent_kda",
+                bound=2 * states[0].numel() * 4 / bandwidth(device) * 1e6, runs=7, note=f"{turns} states in turn",
+            )  # fmt: skip
+
+
+def _decode_peer(raw: Raw, states: Tensor, turns: int) -> float | None:
+    if importlib.util.find_spec("fla") is None or "fla" not in os.environ.get("EFFPASS_PEERS", "fla"):
+        return None
+    recurrent = importlib.import_module("fla.ops.kda").fused_recurrent_kda
+
+    def step(turn: int) -> object:
+        return recurrent(
+            raw.q, raw.k, raw.v, raw.gate, raw.beta, A_log=raw.A_log, dt_bias=raw.dt_bias.flatten(),
+            initial_state=states[turn], output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True, lower_bound=LOWER_BOUND,
+        )  # fmt: skip
+
+    try:
+        with torch.inference_mode():
+            return seconds_a_call(step, turns, captured=True)
+    except Exception as error:
+        print(f"fused_recurrent_kda: {type(error).__name__}: {str(error)[:300]}")
+        torch.cuda.synchronize()
+        return None
+
+
+def linear(device: str, smoke: bool) -> Iterator[Row]:
+    """Time a token from 8k to 1M tokens of one sequence."""
+    small = smoke or device != "cuda"
+    heads, size = (2, 32) if small else (8, 128)
+    for tokens in (256, 512) if small else tuple(2**n for n in range(13, 21)):
+        raw = Raw.random((1, tokens, heads, size), device)
+        with torch.inference_mode():
+            figures = _figures(lambda raw=raw: ours("fg2+")(raw), device)  # type: ignore[misc]
+        held = sum(x.numel() * x.element_size() for x in (*raw.used("fg2+"), raw.v))
+        yield row(AREA, f"fg2+ 1x{tokens}x{heads}x{size}", "forward, a token", figures.seconds / tokens * 1e9, "ns",
+                  device=device, bound=held / bandwidth(device) / tokens * 1e9, runs=7)  # fmt: skip
+
+
+_COLD = """
+import time, torch
+from benchmarks.linear_attention_peers import Raw, ours
+raw = Raw.random((2, 1024, 16, 128), "cuda").requiring_grad()
+torch.cuda.synchronize()
+started = time.perf_counter()
+ours({mode!r})(raw).sum().backward()
+torch.cuda.synchronize()
+print(time.perf_counter() - started)
+"""
+
+
+def cold(device: str, smoke: bool) -> Iterator[Row]:
+    """First forward and backward pass of a process that finds nothing compiled."""
+    if device != "cuda":
+        return
+    for mode in MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, "-c", _COLD.format(mode=mode)], capture_output=True, text=True, check=True,
+                env={**os.environ, "TRITON_CACHE_DIR": folder},
+            )  # fmt: skip
+        yield row(AREA, mode, "cold start of forward and backward", float(done.stdout.split()[-1]), "s", device=device)
+
+
+# -- sizes that the kernels could have --------------------------------------------------------------------------------
+
+_SIZES: tuple[dict[str, int], ...] = (
+    {}, {"_BLOCK": 64}, {"_STAGES": 1}, {"_STAGES": 3}, {"_COLUMNS": 32}, {"_WIDE": 1024}, {"_GRADIENT_BLOCK": 64},
+)  # fmt: skip
+
+
+def sizes(device: str, smoke: bool) -> Iterator[Row]:
+    """The sizes of the kernels, one changed at a time: which of them a GPU likes best."""
+    if device != "cuda":
+        return
+    kernels = importlib.import_module("effpass.lowering.kernels.gated_delta_rule")
+    for shape in ((1, 8192, 96, 128), (8, 2048, 16, 128), (2, 16384, 16, 128), (1, 4096, 16, 128)):
+        raw = Raw.random(shape, device).requiring_grad()
+        d_output, label = torch.randn_like(raw.v), "x".join(map(str, shape))
+        plain: dict[str, float] = {}
+        for changed in _SIZES:
+            before = {name: getattr(kernels, name) for name in changed}
+            for name, value in changed.items():
+                setattr(kernels, name, value)
+            case = f"fg2+ {label}, {', '.join(f'{n} = {v}' for n, v in changed.items()) or 'as it is'}"
+            try:
+                for what in ("forward", "training"):
+                    run = _running(what, ours("fg2+"), raw, "fg2+", d_output)
+                    with torch.inference_mode(what == "forward"):
+                        run()
+                        found = seconds_a_call(lambda turn, run=run: run(), 10, captured=False, runs=3)  # type: ignore[misc]
+                    plain.setdefault(what, found)
+                    yield row(AREA, case, what, found * 1e3, "ms", device=device, peer=plain[what] * 1e3,
+                              peer_name="as it is", runs=3)  # fmt: skip
+            except Exception as error:  # a size that does not fit
+                print(f"{case}: {type(error).__name__}: {str(error)[:200]}")
+            for name, value in before.items():
+                setattr(kernels, name, value)
+
+
+def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
+    found: dict[str, Callable[[str, bool], Iterator[Row]]] = {}
+    for what, short in (("forward", "fwd"), ("training", "train")):
+        for is_weak, shapes in ((False, SHAPES), (True, WEAK)):
+            for shape in shapes:
+
+                def case(
+                    device: str, smoke: bool, what: str = what, shape: tuple = shape, is_weak: bool = is_weak
+                ) -> Iterator[Row]:
+                    return _case(what, shape, is_weak, device, smoke)
+
+                found[f"{short}{'-weak' if is_weak else ''}-{'x'.join(map(str, shape))}"] = case
+    return found
+
+
+CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
+    **_cases(), "decode": decode, "linear": linear, "cold": cold, "sizes": sizes,
+}  # fmt: skip

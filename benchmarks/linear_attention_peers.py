@@ -1,0 +1,165 @@
+"""What area `linear_attention` times: one set of raw inputs, our operator in its modes, and the peers.
+
+What a peer's kernel does not take in, PyTorch computes for it, compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effpass.lowering.ops.gated_delta_rule import gated_delta_rule
+
+__all__ = ["LOWER_BOUND", "MODES", "Call", "Raw", "ours", "peers"]
+
+LOWER_BOUND = -5.0
+MODES = ("kda", "fg2", "fg2+")
+
+Shape = tuple[int, int, int, int]
+
+
+class Raw(NamedTuple):
+    """What a layer projects: q and k not normalised, raw gates, logits of β; B, T, H, D.
+
+    `beta` [B, T, H] is KDA's, `erase` and `write` [B, T, H, D] are those of FG²-GDN.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    erase: Tensor
+    write: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, device: str, is_weak: bool = False) -> Raw:
+        """Normal values, which decay within some tokens; weak: gates as a layer begins, which hold for thousands."""
+        torch.manual_seed(0)
+        batch, tokens, heads, size = shape
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+        def some(*of: int) -> Tensor:
+            return torch.randn(batch, tokens, heads, *of, device=device, dtype=dtype)
+
+        A_log = torch.empty(heads, device=device).uniform_(1, 16).log_()
+        dt_bias = torch.randn(heads, size, device=device)
+        q, k, v, gate = (some(size) for _ in range(4))
+        found = cls(q, k, v, gate, some(), some(size), some(size), A_log, dt_bias)
+        if is_weak:
+            step = torch.empty(heads, size, device=device).uniform_(-6.9, -2.3).exp_()
+            found = found._replace(gate=found.gate * 0.1, dt_bias=step + torch.log(-torch.expm1(-step)))
+        return found
+
+    def betas(self, mode: str) -> tuple[Tensor, Tensor | None]:
+        return {"kda": (self.beta, None), "fg2": (self.erase, None), "fg2+": (self.erase, self.write)}[mode]
+
+    def used(self, mode: str) -> list[Tensor]:
+        """The tensors with tokens that a mode reads."""
+        return [self.q, self.k, self.v, self.gate, *(x for x in self.betas(mode) if x is not None)]
+
+    def requiring_grad(self) -> Raw:
+        return Raw(*(x.clone().requires_grad_() for x in self))
+
+
+Call = Callable[[Raw], Tensor]
+
+
+def ours(mode: str) -> Call:
+    """Our operator in a mode."""
+
+    def call(raw: Raw) -> Tensor:
+        return gated_delta_rule(
+            raw.q, raw.k, raw.v, raw.gate, *raw.betas(mode), A_log=raw.A_log, dt_bias=raw.dt_bias,
+            lower_bound=LOWER_BOUND,
+        )[0]  # fmt: skip
+
+    return call
+
+
+def _fla_kda(raw: Raw) -> Tensor:
+    chunk_kda = importlib.import_module("fla.ops.kda").chunk_kda
+    return chunk_kda(
+        raw.q, raw.k, raw.v, raw.gate, raw.beta, A_log=raw.A_log, dt_bias=raw.dt_bias.flatten(),
+        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True,
+        lower_bound=LOWER_BOUND, output_final_state=True,
+    )[0]  # fmt: skip
+
+
+@torch.compile(fullgraph=True)
+def _sigmoids(erase: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+    return erase.sigmoid(), write.sigmoid()
+
+
+def _fla_gdn2(raw: Raw) -> Tensor:
+    chunk_gdn2 = importlib.import_module("fla.ops.gdn2").chunk_gdn2
+    erase, write = _sigmoids(raw.erase, raw.write)
+    return chunk_gdn2(
+        raw.q, raw.k, raw.v, raw.gate, erase, write, A_log=raw.A_log, dt_bias=raw.dt_bias.flatten(),
+        use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, safe_gate=True, lower_bound=LOWER_BOUND,
+        output_final_state=True,
+    )[0]  # fmt: skip
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def _ends(raw: Raw) -> Tensor:
+    batch, tokens = raw.q.shape[:2]
+    return torch.arange(batch + 1, device=raw.q.device, dtype=torch.int32) * tokens
+
+
+def _cudnn(raw: Raw) -> Tensor:
+    """The forward kernel takes raw inputs."""
+    attention = importlib.import_module("cudnn.linear_attention.ops").kimi_delta_attention
+    packed = [_packed(x) for x in (raw.q, raw.k, raw.v, raw.gate, raw.beta)]
+    found = attention(
+        *packed, _ends(raw), output_final_state=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
+        safe_gate=True, gate_lower_bound=LOWER_BOUND, a_log=raw.A_log, dt_bias=raw.dt_bias,
+    )  # fmt: skip
+    return (found[0] if isinstance(found, tuple) else found).view_as(raw.v)
+
+
+@torch.compile(fullgraph=True)
+def _prepared(raw: Raw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype) for x in (raw.q, raw.k))
+    g = LOWER_BOUND * torch.sigmoid(raw.A_log.exp()[:, None] * (raw.gate.float() + raw.dt_bias))
+    return q, k, g, raw.beta.float().sigmoid()
+
+
+def _cudnn_prepared(raw: Raw) -> Tensor:
+    """The backward kernel takes unit q and k, the float32 log of the decay and β itself."""
+    attention = importlib.import_module("cudnn.linear_attention.ops").kimi_delta_attention
+    q, k, g, beta = _prepared(raw)
+    found = attention(*(_packed(x) for x in (q, k, raw.v, g, beta)), _ends(raw), output_final_state=True)
+    return (found[0] if isinstance(found, tuple) else found).view_as(raw.v)
+
+
+# Distribution, module, what it is called, the mode of ours that computes the same where one does, what it serves.
+_PEERS: tuple[tuple[str, str, str, Call, str | None, tuple[str, ...]], ...] = (
+    ("fla-core", "fla", "chunk_kda", _fla_kda, "kda", ("forward", "training")),
+    ("fla-core", "fla", "chunk_gdn2", _fla_gdn2, None, ("forward", "training")),
+    ("nvidia-cudnn-frontend", "cudnn", "KDA", _cudnn, "kda", ("forward",)),
+    ("nvidia-cudnn-frontend", "cudnn", "KDA, inputs prepared", _cudnn_prepared, "kda", ("forward", "training")),
+)
+
+
+def peers(what: str) -> Iterator[tuple[str, Call, str | None]]:
+    """Name, call and mode of those installed that serve "forward" or "training".
+
+    EFFPASS_PEERS, a comma-separated list of module names, chooses among them.
+    """
+    wanted = os.environ.get("EFFPASS_PEERS", "fla,cudnn").split(",")
+    for distribution, module, name, call, mode, serves in _PEERS:
+        if what in serves and module in wanted and importlib.util.find_spec(module) is not None:
+            yield f"{distribution} {importlib.metadata.version(distribution)} {name}", call, mode

@@ -1,0 +1,159 @@
+"""What the chunks of the gated delta rule compute without the state: Q̃, B̃, Ã, P and T = (I + L)⁻¹; one launch.
+
+One program takes a chunk of a value head, channels in blocks. The products for L and P stay in registers: `near` of
+tokens in the same half of the chunk, `far` of a token in the later and one in the earlier half.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from effpass.lowering.kernels.gated_delta_inputs import (
+    BEYOND,
+    HALVES,
+    MIDDLE,
+    UPTO,
+    C,
+    addends,
+    column,
+    distance,
+    exponents,
+    gate_column,
+    gate_tile,
+    inverse_norm,
+    is_steep,
+    matrix,
+    place,
+    root,
+    tile,
+)
+
+__all__ = ["inside"]
+
+
+@triton.jit
+def _inverse(lower, INVERSE: tl.constexpr):
+    """(I + L)⁻¹ of a strictly lower triangle: from the inverses of the halves, X − X (L between the halves) X.
+
+    With keys of norm 1 no entry exceeds the larger β, which float16 holds with the digits of TF32.
+    """
+    apart = distance()
+    x = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, lower, 0)
+    for level in tl.static_range(1, 6):
+        is_between = (apart >> level) == 1
+        if INVERSE == "float16":
+            half = x.to(tl.float16)
+            between = tl.dot(tl.where(is_between, lower.to(tl.float16), 0), half)
+            x = tl.dot(half, (-between).to(tl.float16), x)
+        else:
+            between = tl.dot(tl.where(is_between, lower, 0), x, input_precision=INVERSE)
+            x -= tl.dot(x, between, input_precision=INVERSE)
+    return x
+
+
+@triton.jit
+def _near(key, query, g, added, matrices, middle, near_keys, near_queries, RANGE: tl.constexpr, BK: tl.constexpr,
+          DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """`near` with one more block of channels."""
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    if is_steep(g, RANGE, BK):
+        apart = distance()
+        of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+        for level in range(0, 5):
+            decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT))
+            decayed = (key * decay).to(DTYPE)
+            columns = tl.trans(decayed)
+            is_pair = (apart >> level) == 1
+            found = tl.dot(decayed, columns, input_precision=PRECISION)
+            of_keys = tl.where(is_pair, found, of_keys)
+            found = tl.dot((query * decay).to(DTYPE), columns, input_precision=PRECISION)
+            of_queries = tl.where(is_pair, found, of_queries)
+        near_keys += of_keys
+        near_queries += tl.where(apart == 0, tl.sum(query * key, 1)[:, None], of_queries)
+    else:
+        exponent = exponents(middle, added, EXACT)
+        late = tl.exp2(exponent)
+        columns = tl.trans((key * tl.exp2(-exponent)).to(DTYPE))
+        near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
+        near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
+    return near_keys, near_queries
+
+
+@triton.jit
+def inside(
+    q, k, gate, beta, A_log, dt_bias, places, matrices, q_in, k_in, k_out, scores, inverses, decay, strengths, T, HV,
+    q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
+    KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr,
+    RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    start, rows = place(places, chunk, T, VARLEN)
+    if rows <= 0:
+        return
+    DTYPE: tl.constexpr = q_in.dtype.element_ty
+    EXACT: tl.constexpr = tl.float32 == DTYPE
+    here = tl.program_id(0).to(tl.int64)
+    r, rk = tl.arange(0, C), tl.arange(0, BK)
+    q += start * q_t + head // GROUP * q_h
+    k += start * k_t + head // GROUP * k_h
+    gate += start * gate_t + head * gate_h
+    beta += start * beta_t + head * beta_h
+    rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
+    q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
+    if NORMALIZE:
+        q_scale *= inverse_norm(q, q_t, rows, K, BK)
+        k_scale *= inverse_norm(k, k_t, rows, K, BK)
+    if SCALAR_BETA:
+        strength = root(column(beta, beta_t, rows), LOGITS)
+        tl.store(strengths + here * C + r, strength)
+        k_scale *= strength
+    near_keys, near_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    far_keys, far_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    if SCALAR_GATE:
+        _, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
+        from_first, total = tl.cumsum(g, 0), tl.sum(g, 0)
+        from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
+        whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
+    else:
+        halves, middle = matrix(matrices, HALVES), matrix(matrices, MIDDLE)
+        upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
+    for first in range(0, KP, BK):
+        query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+        key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
+        if not SCALAR_BETA:
+            key *= root(tile(beta, beta_t, rows, first, K, BK), LOGITS)
+        if SCALAR_GATE:
+            keys = key.to(DTYPE)
+            columns = tl.trans(keys)
+            near_keys = tl.dot(keys, columns, near_keys, input_precision=PRECISION)
+            near_queries = tl.dot(query.to(DTYPE), columns, near_queries, input_precision=PRECISION)
+        else:
+            _, g = gate_tile(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS)
+            added = addends(g)
+            near_keys, near_queries = _near(
+                key, query, g, added, matrices, middle, near_keys, near_queries, RANGE, BK, DTYPE, PRECISION
+            )
+            across = tl.exp2(exponents(halves, added, EXACT))
+            crossing = (key * across).to(DTYPE)
+            columns = tl.trans(crossing)
+            far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
+            far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
+            from_begin = tl.exp2(exponents(upto, added, EXACT))
+            to_end = tl.exp2(exponents(beyond, added, EXACT))
+            whole = tl.exp2(tl.sum(g, 0))
+        at = here * C * KP + r[:, None] * KP + first + rk
+        tl.store(k_in + at, (key * from_begin).to(DTYPE))
+        tl.store(q_in + at, (query * from_begin).to(DTYPE))
+        tl.store(k_out + at, (key * to_end).to(DTYPE))
+        tl.store(decay + here * KP + first + rk, whole)
+    apart, i, j = distance(), r[:, None], r[None, :]
+    if SCALAR_GATE:
+        of_pairs = tl.exp2(tl.where(i >= j, from_first[:, None] - from_first[None, :], 0))
+        lower, read = near_keys * of_pairs, near_queries * of_pairs
+    else:
+        lower, read = tl.where(apart < 32, near_keys, far_keys), tl.where(apart < 32, near_queries, far_queries)
+    square = here * C * C + i * C + j
+    tl.store(scores + square, tl.where(i >= j, read, 0).to(DTYPE))
+    tl.store(inverses + square, _inverse(tl.where(i > j, lower, 0), INVERSE).to(DTYPE))

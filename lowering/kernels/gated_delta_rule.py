@@ -1,0 +1,262 @@
+"""The gated delta rule on a GPU: two launches forward, four backward, which compute the chunks again.
+
+Forward: :mod:`~effpass.lowering.kernels.gated_delta_inside` takes all chunks at once,
+:mod:`~effpass.lowering.kernels.gated_delta_state` those of a sequence one after the other. Backward: both again, the
+second with the states kept; then the sequence in reverse, and
+:mod:`~effpass.lowering.kernels.gated_delta_gradient` all chunks at once. A token of a value head takes 8 (K = V: bytes
+per channel) in between and 18 in the backward pass; nothing is kept between the passes but the inputs. No tuning: sizes
+follow from K, V and how many sequences and heads there are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from effpass.lowering.kernels.gated_delta_gradient import gradient
+from effpass.lowering.kernels.gated_delta_inputs import LOWEST, table
+from effpass.lowering.kernels.gated_delta_inside import inside
+from effpass.lowering.kernels.gated_delta_state import state_backward, state_forward
+from effpass.lowering.kernels.launch import multiprocessors
+from effpass.lowering.ops.gated_delta_rule_inputs import Inputs, Settings
+
+__all__ = ["backward", "forward", "supported"]
+
+CHUNK = 64
+_LARGEST = 256  # channels of keys and values
+
+# What a GPU may want otherwise.
+_BLOCK = 32  # channels of a tile of `inside`, of four warps; two programs a multiprocessor
+_COLUMNS = 64  # of the state that a program carries, four warps; less than 64 are no tile of wgmma
+_WIDE = 128  # columns, eight warps, where lanes alone fill the device
+_STAGES = 2  # chunks under way in `state_forward` and `state_backward`
+_GRADIENT_BLOCK = 128  # channels of a tile of `gradient`, of eight warps; 64, of four, are as much work
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supported(inputs: Inputs) -> bool:
+    """Whether the kernels take a call."""
+    return inputs.q.dtype in _DTYPES and inputs.q.shape[3] <= _LARGEST and inputs.v.shape[3] <= _LARGEST
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """[B, T, ...] whose tokens lie at one distance across the batch, and channels side by side."""
+    if x is None:
+        return None
+    is_even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if is_even and (x.dim() == 3 or x.stride(3) == 1) else x.contiguous()
+
+
+class _Call(NamedTuple):
+    """What all launches of a call share."""
+
+    inputs: Inputs
+    settings: Settings
+    chunks: int
+    sequences: int
+    places: Tensor | None  # int32 [n, 2]: first token and tokens of each chunk
+    first: Tensor | None  # int32 [N]: first chunk of each sequence
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs, settings: Settings, cu_seqlens: Tensor | None, sequences: int) -> _Call:
+        rows = [_rows(x) for x in inputs[:6]]
+        inputs = Inputs(*rows, inputs.A_log, _whole(inputs.dt_bias))  # type: ignore[arg-type, call-arg]
+        tokens = inputs.q.shape[1]
+        if cu_seqlens is None:
+            return cls(inputs, settings, sequences * -(-tokens // CHUNK), sequences, None, None, None)
+        # As many as there can be; those over have no tokens. Nothing waits for the device to say.
+        chunks = tokens // CHUNK + sequences
+        lengths = cu_seqlens.diff()
+        ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
+        number = torch.arange(chunks, device=cu_seqlens.device)
+        of = torch.searchsorted(ends, number, right=True).clamp_(max=sequences - 1)
+        first = ends - (lengths + CHUNK - 1) // CHUNK
+        within = (number - first[of]) * CHUNK
+        filled = (lengths[of] - within).clamp(0, CHUNK)
+        places = torch.stack((cu_seqlens[:-1][of] + within, filled), 1).to(torch.int32)
+        return cls(inputs, settings, chunks, sequences, places, first.to(torch.int32), cu_seqlens)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """HV, K, V, and K and V as the workspace has them."""
+        (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
+        return heads, key_size, value_size, _power(key_size), _power(value_size)
+
+    def flags(self) -> dict[str, Any]:
+        """What the kernels over all chunks are compiled for."""
+        (q, _, _, gate, beta, _, A_log, dt_bias), settings = self.inputs, self.settings
+        heads, key_size, _, keys, _ = self.sizes
+        bounded = settings.lower_bound is not None and settings.lower_bound * 16 >= LOWEST.value
+        return {
+            "GROUP": heads // q.shape[2], "K": key_size, "KP": keys,
+            "GATE": "log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
+            "SCALAR_GATE": gate.dim() == 3, "HAS_BIAS": dt_bias is not None, "SCALAR_BETA": beta.dim() == 3,
+            "NORMALIZE": settings.normalize, "LOGITS": settings.beta_logits, "VARLEN": self.places is not None,
+            "PRECISION": _precision(q.dtype),
+            # float16 does not hold e^80
+            "RANGE": "any" if q.dtype == torch.float16 else "bounded" if bounded else "either",
+        }  # fmt: skip
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        matrices = table(self.inputs.q.device)
+        return matrices if self.places is None else self.places, matrices
+
+    def constants(self) -> tuple[float, float]:
+        return self.settings.scale, self.settings.lower_bound or 0.0
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    return [n for x in tensors for n in ((0, 0) if x is None else (x.stride(1), x.stride(2)))]
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _power(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32: six of bfloat16, whose transposes take no shared memory of their own."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "ieee" if triton.knobs.runtime.interpret else "bf16x6"
+
+
+class _Inside(NamedTuple):
+    q_in: Tensor  # [n, HV, C, KP], as k_in and k_out: Q̃, B̃ and Ã
+    k_in: Tensor
+    k_out: Tensor
+    scores: Tensor  # [n, HV, C, C], as the inverses: P and T
+    inverses: Tensor
+    decay: Tensor  # float32 [n, HV, KP]
+    strengths: Tensor  # √β, float32 [n, HV, C]; nothing where β is a vector
+
+
+def _inside(call: _Call) -> _Inside:
+    q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
+    heads, _, _, keys, _ = call.sizes
+    lead = (call.chunks, heads)
+    q_in, k_in, k_out = (q.new_empty(*lead, CHUNK, keys) for _ in range(3))
+    scores, inverses = (q.new_empty(*lead, CHUNK, CHUNK) for _ in range(2))
+    decay = q.new_empty(*lead, keys, dtype=torch.float32)
+    strengths = q.new_empty(*lead, CHUNK, dtype=torch.float32) if beta.dim() == 3 else decay
+    found = _Inside(q_in, k_in, k_out, scores, inverses, decay, strengths)
+    precision = _precision(q.dtype)
+    if q.dtype != torch.float32 and call.settings.normalize:
+        precision = "float16"
+    inside[(call.chunks * heads,)](
+        q, k, gate, beta, decay if A_log is None else A_log, decay if dt_bias is None else dt_bias, *call.tables(),
+        *found, q.shape[1], heads, *_strides(q, k, gate, beta), *call.constants(), **call.flags(),
+        BK=min(keys, _BLOCK), num_warps=4, num_stages=1,
+        INVERSE=precision,
+    )  # fmt: skip
+    return found
+
+
+def _state_flags(call: _Call) -> dict[str, Any]:
+    """What the kernels over the chunks of a sequence are compiled for, with the columns that a program carries."""
+    heads, key_size, value_size, keys, values = call.sizes
+    is_large, lanes = keys > 128, call.sequences * heads
+    if call.inputs.q.dtype == torch.float32:
+        columns, warps, stages = 16 if is_large else 32, 8, 1
+    elif values >= _WIDE and (is_large or lanes >= 0.7 * multiprocessors(call.inputs.q.device)):
+        columns, warps, stages = _WIDE, 8, 1 if is_large else _STAGES
+    else:
+        columns, warps, stages = _COLUMNS, 4, 1 if is_large else _STAGES
+    return {
+        "K": key_size, "V": value_size, "KP": keys, "VP": values, "VARLEN": call.places is not None,
+        "BV": min(values, columns), "PRECISION": _precision(call.inputs.q.dtype), "STAGES": stages, "num_warps": warps,
+        "num_stages": 1,
+    }  # fmt: skip
+
+
+def _grid(call: _Call, flags: dict[str, Any]) -> tuple[int, int]:
+    return call.sizes[4] // flags["BV"], call.sequences * call.sizes[0]
+
+
+def _sequences(call: _Call, stand_in: Tensor) -> tuple[Tensor, Tensor]:
+    if call.first is None or call.cu_seqlens is None:
+        return stand_in, stand_in
+    return call.first, call.cu_seqlens
+
+
+def _state_forward(
+    call: _Call, found: _Inside, state: Tensor | None, output: Tensor, final: Tensor, kept: tuple[Tensor, Tensor] | None
+) -> None:
+    beta, write_beta = call.inputs.beta, call.inputs.write_beta
+    of_values, flags = beta if write_beta is None else write_beta, _state_flags(call)
+    state_forward[_grid(call, flags)](
+        *found, call.inputs.v, of_values, final if state is None else _whole(state), output, final,
+        *(kept or (output, output)), *_sequences(call, found.decay), call.inputs.q.shape[1], call.sizes[0],
+        *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3, LOGITS=call.settings.beta_logits,
+        HAS_INITIAL=state is not None, KEEP=kept is not None, **flags,
+    )  # fmt: skip
+
+
+def forward(
+    inputs: Inputs, settings: Settings, state: Tensor | None, cu_seqlens: Tensor | None, sequences: int
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, HV, V] and final state float32 [N, HV, K, V]; arguments checked before."""
+    call = _Call.of(inputs, settings, cu_seqlens, sequences)
+    heads, key_size, value_size, _, _ = call.sizes
+    output = inputs.v.new_empty(inputs.v.shape)
+    final = output.new_empty(sequences, heads, key_size, value_size, dtype=torch.float32)
+    _state_forward(call, _inside(call), state, output, final, None)
+    return output, final
+
+
+def backward(
+    inputs: Inputs,
+    settings: Settings,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequences: int,
+    d_output: Tensor,
+    d_final: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Gradients of the inputs, in their order, and of the initial state; arguments checked before."""
+    call = _Call.of(inputs, settings, cu_seqlens, sequences)
+    heads, key_size, value_size, keys, values = call.sizes
+    q, _, v, gate, beta, write_beta, A_log, dt_bias = call.inputs
+    out = _rows(d_output)
+    assert out is not None
+    found = _inside(call)
+    befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
+    changes, d_values = (q.new_empty(call.chunks, heads, CHUNK, values) for _ in range(2))
+    initial = torch.empty(sequences, heads, key_size, value_size, dtype=torch.float32, device=q.device)
+    _state_forward(call, found, state, changes, initial, (befores, changes))
+    tokens, flags = q.shape[1], _state_flags(call)
+    state_backward[_grid(call, flags)](
+        *found[:6], out, initial if d_final is None else _whole(d_final), d_values, d_afters, initial,
+        *_sequences(call, found.decay), tokens, heads, *_strides(out), HAS_FINAL=d_final is not None, **flags,
+    )  # fmt: skip
+    chunks = call.chunks
+    del found  # what lies between makes room for the gradients
+    d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
+    d_v, d_gate, d_beta = (x.new_empty(x.shape) for x in (v, gate, beta))
+    d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)
+    # A chunk without tokens writes nothing.
+    blank = torch.zeros if call.places is not None else torch.empty
+    of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)
+    d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
+    block = 32 if q.dtype == torch.float32 else _GRADIENT_BLOCK
+    gradient[(chunks * heads,)](
+        *(q if x is None else x for x in call.inputs), *call.tables(), changes, d_values, befores, d_afters, out, d_q,
+        d_k, d_v, d_gate, d_beta, d_v if d_write is None else d_write, d_rates, d_biases, tokens, heads,
+        *_strides(*call.inputs[:6], out), *call.constants(), **call.flags(), V=value_size, VP=values,
+        HAS_WRITE=write_beta is not None, BK=min(keys, block), BV=min(values, block, 64),
+        num_warps=8 if min(keys, block) > 64 else 4, num_stages=1,
+    )  # fmt: skip
+    d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
+    d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)
+    if heads != q.shape[2]:
+        d_q, d_k = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (d_q, d_k))
+    return (d_q, d_k, d_v, d_gate, d_beta, d_write, d_A_log, d_bias), initial

@@ -1,0 +1,276 @@
+"""Linear attention by the gated delta rule, with decay and step sizes of their own for each channel.
+
+    S_t = (I − κ_t κ_tᵀ) Diag(e^g_t) S_{t−1} + κ_t ζ_tᵀ        o_t = S_tᵀ q̂_t        S ∈ R^{K×V}
+    κ = √β ⊙ k/‖k‖      ζ = √β_w ⊙ v      q̂ = scale · q/‖q‖
+
+* FG²-GDN (https://arxiv.org/abs/2604.19021): β_w = β, a vector over the channels (K = V); FG²-GDN+: β erases and β_w
+  writes, two vectors.
+* KDA (https://arxiv.org/abs/2510.26692): one β a head, β κκᵀ and β κvᵀ, which is the same with √β on both factors.
+* Gated delta rule (https://arxiv.org/abs/2412.06464): one β and one decay g a head.
+
+:func:`reference` is the meaning, token by token. The CPU computes in chunks
+(:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), a GPU by kernels of
+:mod:`effpass.lowering.kernels.gated_delta_rule`. The backward pass keeps the inputs alone and computes the rest again.
+Rounding: g, √β and the state are float32 (float64 for float64 inputs).
+
+Shapes: B batch, T tokens, N sequences (B, or those of `cu_seqlens`), H query and key heads, HV value heads, K key size,
+V value size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.gated_delta_rule_chunks import Chunks, chunk_backward, chunk_forward
+from effpass.lowering.ops.gated_delta_rule_inputs import (
+    Inputs,
+    Prepared,
+    Settings,
+    check,
+    check_values,
+    prepared,
+    prepared_backward,
+)
+from effpass.lowering.ops.kernel_choice import triton_kernels
+
+__all__ = ["TOLERANCE", "gated_delta_rule", "reference"]
+
+#: What an output may differ from the reference in float64, as root mean square relative to the reference's. Kernels
+#: round κ, q̂, ζ, U and the state to the inputs' type before a product.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
+
+#: Likewise a gradient, which is a sum of products of rounded factors.
+GRADIENT_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-8}
+
+#: And those of A_log and dt_bias: sums over all tokens, whose terms cancel.
+SUM_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-8}
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    beta: Tensor,
+    write_beta: Tensor | None = None,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    normalize: bool = True,
+    beta_logits: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over whole sequences, for training and prompts; differentiable in every tensor but `cu_seqlens`.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, HV, V], where HV is a multiple of H; value head i reads with query head i // (HV / H).
+        gate: [B, T, HV, K], or [B, T, HV] for one decay a head. Raw with `A_log`; else g itself, not positive.
+        beta: [B, T, HV], or [B, T, HV, K]: erase strength, and write strength too where there is no `write_beta`
+            (a vector for both needs K = V).
+        write_beta: [B, T, HV, V] beside a `beta` [B, T, HV, K].
+        A_log: [HV]: g = −exp(A_log) · softplus(gate + dt_bias).
+        dt_bias: [HV, K] or [HV], like the gate.
+        lower_bound: negative: with it g = lower_bound · σ(exp(A_log) · (gate + dt_bias)). From −5 on kernels are
+            fastest.
+        scale: of the queries; K^(−1/2) by default.
+        initial_state: float32 [N, HV, K, V]; zeros by default.
+        cu_seqlens: int32 or int64 [N + 1], where the sequences in one row (B = 1) begin, and T.
+        normalize: whether q and k are divided by their norms; else they are used as they are.
+        beta_logits: whether `beta` and `write_beta` go through a sigmoid; else they lie in [0, 2].
+
+    Returns:
+        output: [B, T, HV, V], of v's type.
+        final_state: float32 [N, HV, K, V] (float64 for float64 inputs).
+
+    Raises:
+        EffpassError: shapes or types don't fit, T = 0; on the CPU also values out of range and a `cu_seqlens` that is
+            not monotone from 0 to T.
+    """
+    return torch.ops.effpass.gated_delta_rule(
+        q, k, v, gate, beta, write_beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound,
+        q.shape[-1] ** -0.5 if scale is None else scale, normalize, beta_logits,
+    )  # fmt: skip
+
+
+def reference(
+    inputs: Inputs, settings: Settings, initial_state: Tensor | None, ends: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Token by token; differentiable.
+
+    Args:
+        inputs: the tensors of :func:`gated_delta_rule`.
+        settings: its constants.
+        initial_state: [N, HV, K, V] or None.
+        ends: where sequences begin among the B T tokens, and B T.
+
+    Returns:
+        output and final state, as :func:`gated_delta_rule`.
+    """
+    q, key, value, g = (x.flatten(0, 1) for x in prepared(inputs, settings))
+    outputs, states = [], []
+    for n, (start, stop) in enumerate(itertools.pairwise(ends)):
+        shape = (*key.shape[1:], value.shape[-1])
+        state = q.new_zeros(shape) if initial_state is None else initial_state[n]
+        for t in range(start, stop):
+            state = state * g[t, :, :, None].exp()
+            change = value[t] - (key[t, :, :, None] * state).sum(-2)
+            state = state + key[t, :, :, None] * change[:, None]
+            outputs.append((q[t, :, :, None] * state).sum(-2))
+        states.append(state)
+    return torch.stack(outputs).view(inputs.v.shape).to(inputs.v.dtype), torch.stack(states)
+
+
+# -- the operator -----------------------------------------------------------------------------------------------------
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor gate, Tensor beta, Tensor? write_beta, Tensor? A_log, Tensor? dt_bias, "
+    "Tensor? initial_state, Tensor? cu_seqlens"
+)
+_CONSTANTS = "float? lower_bound, float scale, bool normalize, bool beta_logits"
+
+
+def _arguments(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings, Tensor | None, Tensor | None, int]:
+    """Inputs, settings, initial state, cu_seqlens and the number of sequences, checked."""
+    inputs, (state, cu_seqlens), settings = Inputs(*arguments[:8]), arguments[8:10], Settings(*arguments[10:])
+    sequences = inputs.q.shape[0]
+    if cu_seqlens is not None:
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or inputs.q.shape[0] != 1:
+            raise EffpassError(
+                f"effpass::gated_delta_rule: cu_seqlens is {str(cu_seqlens.dtype).removeprefix('torch.')} "
+                f"{tuple(cu_seqlens.shape)} and q {tuple(inputs.q.shape)}",
+                hint="cu_seqlens is int32 or int64 [N + 1], and the sequences lie in one row: B = 1",
+            )
+        sequences = cu_seqlens.shape[0] - 1
+    check("gated_delta_rule", inputs, settings, state, sequences)
+    return inputs, settings, state, cu_seqlens, sequences
+
+
+def _ends(inputs: Inputs, cu_seqlens: Tensor | None) -> list[int]:
+    batch, tokens = inputs.q.shape[:2]
+    if cu_seqlens is None:
+        return [n * tokens for n in range(batch + 1)]
+    ends: list[int] = cu_seqlens.tolist()
+    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        raise EffpassError(
+            f"effpass::gated_delta_rule: cu_seqlens is {ends} for {tokens} tokens",
+            hint="it rises from 0 to the number of tokens",
+        )
+    return ends
+
+
+def _state(inputs: Inputs, given: Tensor | None, sequences: int) -> Tensor:
+    if given is not None:
+        return given
+    wide = torch.promote_types(inputs.q.dtype, torch.float32)
+    return inputs.v.new_zeros(sequences, inputs.v.shape[2], inputs.q.shape[3], inputs.v.shape[3], dtype=wide)
+
+
+def _gated_delta_rule(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
+    if inputs.q.is_cuda:
+        kernels = triton_kernels("gated_delta_rule")
+        if kernels and kernels.supported(inputs):
+            return kernels.forward(inputs, settings, state, cu_seqlens, sequences)
+    chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)
+    if not inputs.q.is_cuda:
+        check_values("gated_delta_rule", inputs, settings)
+    output, final = chunk_forward(prepared(inputs, settings), chunks, _state(inputs, state, sequences))
+    return output.to(inputs.v.dtype), final
+
+
+_op = torch.library.custom_op(
+    "effpass::gated_delta_rule",
+    _gated_delta_rule,
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
+)
+
+
+@_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, _, _, sequences = _arguments(arguments)
+    return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, sequences)
+
+
+@register_flop_formula(torch.ops.effpass.gated_delta_rule)
+def _(q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+    return _flops(q, v)
+
+
+def _flops(q: Any, v: Any) -> Any:
+    """Of the recurrence: decay aside, S κ, κ Uᵀ and S q̂ for each token and value head."""
+    return 6 * v[0] * v[1] * v[2] * q[3] * v[3]
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def _gated_delta_rule_backward(
+    d_output: Tensor | None, d_state: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
+    initial = _state(inputs, state, sequences)
+    if d_output is None:
+        d_output = torch.zeros_like(inputs.v)
+    kernels = triton_kernels("gated_delta_rule") if inputs.q.is_cuda else None
+    if kernels and kernels.supported(inputs):
+        found, d_initial = kernels.backward(inputs, settings, state, cu_seqlens, sequences, d_output, d_state)
+    else:
+        chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)
+        ready = prepared(inputs, settings)
+        d_last = torch.zeros_like(initial) if d_state is None else d_state
+        gradients, d_initial = chunk_backward(ready, chunks, initial, d_output.to(ready.q.dtype), d_last)
+        found = prepared_backward(inputs, settings, Prepared(*gradients))
+    none = initial.new_empty(0)
+    return (*(none.clone() if x is None else x for x in found), d_initial)  # type: ignore[return-value]
+
+
+_op_backward = torch.library.custom_op(
+    "effpass::gated_delta_rule_backward",
+    _gated_delta_rule_backward,
+    mutates_args=(),
+    schema=f"(Tensor? d_output, Tensor? d_state, {_TENSORS}, {_CONSTANTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_op_backward.register_fake
+def _(d_output: Any, d_state: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _, _, _, sequences = _arguments(arguments)
+    initial = _state(inputs, None, sequences)
+    return (*(initial.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs), initial)
+
+
+@register_flop_formula(torch.ops.effpass.gated_delta_rule_backward)
+def _(d_output: Any, d_state: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+    return 3 * _flops(q, v)  # the states again, and two products for each of the forward pass
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.constants = inputs[10:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_output: Tensor | None, d_state: Tensor | None) -> Any:
+    if d_output is None and d_state is None:
+        return (None,) * 14
+    saved = ctx.saved_tensors
+    found = torch.ops.effpass.gated_delta_rule_backward(d_output, d_state, *saved, *ctx.constants)
+    asked = ctx.needs_input_grad
+    of_tensors = [x if asked[place] else None for place, x in enumerate(found)]
+    return (*of_tensors, None, None, None, None, None)
+
+
+_op.register_autograd(_backward, setup_context=_save)

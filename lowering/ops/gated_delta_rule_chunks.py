@@ -1,0 +1,242 @@
+"""The gated delta rule in chunks of C tokens, forward and backward, in PyTorch: exact for any decay, no token loop.
+
+With G the running sum of g inside a chunk and S₀ the state before it:
+
+    L_ij = Σ_d κ_id κ_jd e^(G_id − G_jd)  (j < i)        P_ij = Σ_d q̂_id κ_jd e^(G_id − G_jd)  (j ≤ i)
+    B̃ = κ ⊙ e^G,  Q̃ = q̂ ⊙ e^G,  Ã = κ ⊙ e^(G_C − G)       W = (I + L)⁻¹ B̃,  u = (I + L)⁻¹ ζ
+    U = u − W S₀        O = Q̃ S₀ + P U        S_C = e^(G_C) ⊙ S₀ + Ãᵀ U
+
+L and P are products of matrices although the exponents of their factors have no common bound: the pairs (i, j) are
+those of the later with the earlier half of a block of 2h tokens, for h = C/2, C/4, …, 1. Relative to the end of the
+earlier half, the exponents of both factors are negative.
+
+Shapes: n chunks of all sequences, HV value heads, C tokens of a chunk; [n, HV, C, K].
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effpass.lowering.ops.gated_delta_rule_inputs import Prepared
+
+__all__ = ["Chunks", "chunk_backward", "chunk_forward"]
+
+LONGEST = 64
+
+
+class Chunks(NamedTuple):
+    """How tokens lie in chunks, none of which reaches over the end of a sequence.
+
+    Attributes:
+        tokens: int64 [n, C], numbers of tokens; `total` for none.
+        first: the first chunk of each sequence, and n.
+        total: B T.
+    """
+
+    tokens: Tensor
+    first: list[int]
+    total: int
+
+    @classmethod
+    def of(cls, ends: list[int]) -> Chunks:
+        """Of the sequences from ends[i] to ends[i + 1]."""
+        lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+        size = 1
+        while size < min(max(lengths), LONGEST):
+            size *= 2
+        counts = torch.tensor([-(-length // size) for length in lengths])
+        first = [0, *counts.cumsum(0).tolist()]
+        start, stop, before = (torch.tensor(x).repeat_interleave(counts) for x in (ends[:-1], ends[1:], first[:-1]))
+        number = torch.arange(first[-1]) - before
+        tokens = (start + number * size)[:, None] + torch.arange(size)
+        return cls(torch.where(tokens < stop[:, None], tokens, ends[-1]), first, ends[-1])
+
+    def to(self, device: torch.device) -> Chunks:
+        """With `tokens` on a device."""
+        return self._replace(tokens=self.tokens.to(device))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, HV, X] → [n, HV, C, X]; zeros where there is no token, which changes no state."""
+        rows = x.flatten(0, 1)
+        rows = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
+        return rows[self.tokens].transpose(1, 2)
+
+    def unpack(self, x: Tensor, batch: int) -> Tensor:
+        """[n, HV, C, X] → [B, T, HV, X]."""
+        return x.transpose(1, 2)[self.tokens < self.total].unflatten(0, (batch, -1))
+
+    def steps(self) -> list[tuple[Tensor, Tensor]]:
+        """For each place of a chunk in its sequence: the sequences that have one there, and which chunks those are."""
+        first = torch.tensor(self.first)
+        counts = first.diff()
+        out = []
+        for place in range(int(counts.max())):
+            sequences = (counts > place).nonzero()[:, 0]
+            out.append((sequences, first[sequences] + place))
+        return out
+
+
+# -- products with decay between the two tokens -----------------------------------------------------------------------
+
+
+def _halves(size: int) -> list[int]:
+    out = []
+    while size > 1:
+        size //= 2
+        out.append(size)
+    return out
+
+
+def _decays(g: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Decay from the end of the earlier half to a token of the later, and from one of the earlier to it."""
+    early, late = g.unflatten(-2, (-1, 2, half)).unbind(-3)
+    sums = early.cumsum(-2)
+    return late.cumsum(-2).exp(), (sums[..., -1:, :] - sums).exp()
+
+
+def _blocks(scores: Tensor, half: int) -> Tensor:
+    """A view of scores [..., C, C]: each later half (rows) with its earlier half, [..., blocks, half, half]."""
+    split = scores.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))  # [..., block, 2, half, block, 2, half]
+    return split[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _scores(rows: Tensor, columns: Tensor, g: Tensor, has_diagonal: bool) -> Tensor:
+    """Σ_d rows_id columns_jd e^(G_id − G_jd) for j < i, with the diagonal on request; zeros elsewhere."""
+    size = rows.shape[-2]
+    out = rows.new_zeros(*rows.shape[:-1], size)
+    for half in _halves(size):
+        to_late, from_early = _decays(g, half)
+        late = rows.unflatten(-2, (-1, 2, half)).select(-3, 1) * to_late
+        early = columns.unflatten(-2, (-1, 2, half)).select(-3, 0) * from_early
+        _blocks(out, half).copy_(late @ early.transpose(-1, -2))
+    if has_diagonal:
+        out.diagonal(dim1=-2, dim2=-1).copy_((rows * columns).sum(-1))
+    return out
+
+
+def _scores_backward(
+    rows: Tensor, columns: Tensor, g: Tensor, gradient: Tensor, has_diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rows` and `columns`, from the lower triangle of `gradient`."""
+    size = rows.shape[-2]
+    d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+    for half in _halves(size):
+        to_late, from_early = _decays(g, half)
+        late = rows.unflatten(-2, (-1, 2, half)).select(-3, 1) * to_late
+        early = columns.unflatten(-2, (-1, 2, half)).select(-3, 0) * from_early
+        of = _blocks(gradient, half)
+        d_rows.unflatten(-2, (-1, 2, half)).select(-3, 1).add_((of @ early) * to_late)
+        d_columns.unflatten(-2, (-1, 2, half)).select(-3, 0).add_((of.transpose(-1, -2) @ late) * from_early)
+    if has_diagonal:
+        of = gradient.diagonal(dim1=-2, dim2=-1)[..., None]
+        d_rows += of * columns
+        d_columns += of * rows
+    return d_rows, d_columns
+
+
+# -- the chunks -------------------------------------------------------------------------------------------------------
+
+
+class _Inside(NamedTuple):
+    """What a chunk computes without the state before it; names as in the equations."""
+
+    q: Tensor
+    key: Tensor
+    g: Tensor
+    lower: Tensor  # L
+    scores: Tensor  # P
+    q_in: Tensor  # Q̃
+    k_in: Tensor  # B̃
+    k_out: Tensor  # Ã
+    w: Tensor
+    u: Tensor
+    decay: Tensor  # e^(G_C) as [n, HV, K or 1, 1]
+
+
+def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
+    q, key, value, g = (chunks.pack(x) for x in prepared)
+    sums = g.cumsum(-2)
+    grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
+    lower, scores = _scores(key, key, g, False), _scores(q, key, g, True)
+    k_in = key * grown
+    w, u = torch.linalg.solve_triangular(lower, torch.cat((k_in, value), -1), upper=False, unitriangular=True).split(
+        (key.shape[-1], value.shape[-1]), -1
+    )
+    decay = sums[..., -1:, :].exp().transpose(-1, -2)
+    return _Inside(q, key, g, lower, scores, q * grown, k_in, key * rest, w, u, decay)
+
+
+def _states(inside: _Inside, chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk [n, HV, K, V], and U; `state` [N, HV, K, V] becomes the last."""
+    befores = inside.w.new_empty(*inside.k_in.shape[:2], inside.k_in.shape[-1], inside.u.shape[-1])
+    change = torch.empty_like(inside.u)
+    for sequences, at in chunks.steps():
+        before = state[sequences]
+        befores[at] = before
+        new = inside.u[at] - inside.w[at] @ before
+        change[at] = new
+        state[sequences] = inside.decay[at] * before + inside.k_out[at].transpose(-1, -2) @ new
+    return befores, change
+
+
+def chunk_forward(prepared: Prepared, chunks: Chunks, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, T, HV, V] and last state [N, HV, K, V], of the inputs' type.
+
+    Args:
+        prepared: q̂, κ, ζ and g.
+        chunks: of the tokens.
+        initial_state: [N, HV, K, V]; not written.
+    """
+    inside, state = _inside(prepared, chunks), initial_state.clone()
+    befores, change = _states(inside, chunks, state)
+    return chunks.unpack(inside.q_in @ befores + inside.scores @ change, prepared.q.shape[0]), state
+
+
+def chunk_backward(
+    prepared: Prepared, chunks: Chunks, initial_state: Tensor, d_output: Tensor, d_state: Tensor
+) -> tuple[Prepared, Tensor]:
+    """Gradients of q̂, κ, ζ and g, and of the initial state.
+
+    Args:
+        prepared: as in the forward pass, which is computed again.
+        chunks: of the tokens.
+        initial_state: [N, HV, K, V].
+        d_output: [B, T, HV, V].
+        d_state: [N, HV, K, V], of the last state.
+    """
+    inside = _inside(prepared, chunks)
+    befores, change = _states(inside, chunks, initial_state.clone())
+    d_output, d_state = chunks.pack(d_output), d_state.clone()
+    d_afters, d_change = torch.empty_like(befores), inside.scores.transpose(-1, -2) @ d_output
+    for sequences, at in reversed(chunks.steps()):
+        after = d_state[sequences]
+        d_afters[at] = after
+        new = d_change[at] + inside.k_out[at] @ after
+        d_change[at] = new
+        d_state[sequences] = (
+            inside.decay[at] * after
+            + inside.q_in[at].transpose(-1, -2) @ d_output[at]
+            - inside.w[at].transpose(-1, -2) @ new
+        )
+    d_value = torch.linalg.solve_triangular(inside.lower.transpose(-1, -2), d_change, upper=True, unitriangular=True)
+    key, q, g = inside.key, inside.q, inside.g
+    sums = g.cumsum(-2)
+    grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
+    d_rows, d_columns = _scores_backward(key, key, g, -d_value @ change.transpose(-1, -2), False)
+    d_q, d_more = _scores_backward(q, key, g, d_output @ change.transpose(-1, -2), True)
+    d_rows = d_rows - (d_value @ befores.transpose(-1, -2)) * grown
+    d_q = d_q + (d_output @ befores.transpose(-1, -2)) * grown
+    of_rest = (change @ d_afters.transpose(-1, -2)) * rest
+    d_columns = d_columns + d_more + of_rest
+    d_sums = key * d_rows + q * d_q - key * d_columns
+    d_sums[..., -1, :] += (of_rest * key).sum(-2) + (inside.decay * d_afters * befores).sum(-1)
+    if g.shape[-1] == 1:
+        d_sums = d_sums.sum(-1, keepdim=True)
+    d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
+    batch = prepared.q.shape[0]
+    found = Prepared(*(chunks.unpack(x, batch) for x in (d_q, d_rows + d_columns, d_value, d_g)))
+    return found, d_state
