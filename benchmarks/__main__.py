@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 AREAS = (
+    "adapters",
     "backend",
     "cost",
     "decode",
     "export",
     "kv_offload",
+    "linear_attention",
     "moe",
     "optimizer",
     "prefix_kv",
@@ -30,9 +32,13 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny models and few repetitions: does it run at all")
     parser.add_argument("--json", type=Path, help="append rows to this file, one JSON object a line")
     parser.add_argument("--case", action="append", help="only these cases")
-    parser.add_argument("--model", action="append", help="area quality: a folder, or a name under models/")
     parser.add_argument(
-        "--data", type=Path, help="areas quality and training: folder of texts (environment variable EFFPASS_DATA)"
+        "--model", action="append", help="areas adapters and quality: a folder, or a name under models/"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="areas adapters, quality and training: folder of texts (environment variable EFFPASS_DATA)",
     )
     arguments = parser.parse_args()
     if arguments.model:

@@ -184,7 +184,7 @@ def moe(device: str, smoke: bool) -> Iterator[Row]:
 
 
 def grpo(device: str, smoke: bool) -> Iterator[Row]:
-    """A toy: completions made of digits. What is missing to the largest reward, 1."""
+    """A toy: completions that count 0, 1, 2, …. What is missing to the largest reward, 1."""
     if importlib.util.find_spec("trl") is None:
         print("grpo: trl is not installed")
         return
@@ -198,7 +198,7 @@ def grpo(device: str, smoke: bool) -> Iterator[Row]:
     if (found := _tuned(runs, _FIRST, smoke)) is None:
         return
     note = f"{_optimizer()}, {task.steps} cycles of {task.prompts} x {task.group} completions of {task.tokens} tokens"
-    case = f"{Path(model).name}, GRPO, share of digits, rank 8"
+    case = f"{Path(model).name}, GRPO, counting, rank 8"
     yield from _compared(found, case, "reward missing to 1 in the last fifth, AFA-LoRA", "", device, note)
 
 

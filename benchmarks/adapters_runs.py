@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -233,9 +234,15 @@ def _learn_answers(run: Run, task: Questions) -> tuple[float, float]:
 # -- by rewards -------------------------------------------------------------------------------------------------------
 
 
-def digits(completions: list[str]) -> list[float]:
-    """The toy reward: the share of digits."""
-    return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
+def counting(completions: list[str]) -> list[float]:
+    """The toy reward: half a point for each letter that is a digit, and half for one that counts on from the last."""
+    found = []
+    for text in completions:
+        digits = [int(letter) if letter in "0123456789" else None for letter in text]
+        follows = [b is not None and a is not None and b == (a + 1) % 10 for a, b in pairwise(digits)]
+        share = sum(digit is not None for digit in digits) / max(1, len(digits))
+        found.append((share + sum(follows) / max(1, len(follows))) / 2)
+    return found
 
 
 def _learn_reward(run: Run, task: Cycles) -> tuple[float, float]:
@@ -259,7 +266,7 @@ def _learn_reward(run: Run, task: Cycles) -> tuple[float, float]:
         data = Path(place) / "prompts.jsonl"
         words = random.Random(0).choices(("cat", "tree", "seven", "river", "house", "green"), k=32)
         data.write_text("".join(json.dumps({"prompt": f"The {word} and the "}) + "\n" for word in words))
-        reward = f"{__name__}:{digits.__name__}"
+        reward = f"{__name__}:{counting.__name__}"
         out = reinforce(run.model, data, reward, Path(place) / "out", settings, say=lambda line: None)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines if "reward" in line]
