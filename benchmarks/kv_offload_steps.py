@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -32,12 +33,13 @@ from effpass.runtime.kv_offload import Offload, OffloadedCache
 from effpass.runtime.session import Session
 from effpass.runtime.sparse_cost import step_bytes
 
-__all__ = ["glm_48k", "glm_96k", "qwen3_48k", "qwen3_96k", "step"]
+__all__ = ["SPARSE", "glm_48k", "glm_96k", "qwen3_48k", "qwen3_96k", "step", "throughput"]
 
 AREA = "kv_offload"
 RESULTS = Path(__file__).parent / "results" / "kv_offload.jsonl"
 SPARE = 5_000_000_000  # bytes of the device that no cache takes: activations, graphs, workspaces
 PROMPT = 32
+TINY = {"tokens": 32, "blocks": 4, "block": 16, "recent": 1}
 
 
 @cache
@@ -165,9 +167,8 @@ def step(device: str, smoke: bool) -> Iterator[Row]:
     """A step over keys in host memory against all on the device, at measured miss rates; some of the layers."""
     small = smoke or device == "cpu"
     shapes = [("tiny-qwen3", 512, {})] if small else [("qwen3-8b", 98304, {"num_hidden_layers": 9})]
-    options = {"tokens": 32, "blocks": 4, "block": 16, "recent": 1} if small else {}
     for shape, length, overrides in shapes:
-        model = _model(shape, device, options, **overrides)
+        model = _model(shape, device, TINY if small else {}, **overrides)
         offload: Offload = model.effpass_offload
         for rows in (1,) if small else (1, 4):
             case = f"{shape}, {model.config.num_hidden_layers} layers, {length} tokens x {rows}"
@@ -192,26 +193,53 @@ def step(device: str, smoke: bool) -> Iterator[Row]:
         _free(device)
 
 
-def _largest(model: Any, length: int, offloaded: bool, device: str) -> tuple[int, str]:
-    """The largest batch that fits, and what bounds it."""
-    config, offload = model.config, model.effpass_offload
+@dataclass(frozen=True)
+class _Kind:
+    """One way to decode: what rows call it, what the session keeps of the passes, and batches that are tried."""
+
+    name: str
+    kept: tuple[str, ...]
+    batches: str
+
+    @property
+    def is_sparse(self) -> bool:
+        return bool(self.kept)
+
+    @property
+    def is_offloaded(self) -> bool:
+        return len(self.kept) == 2
+
+
+FULL = _Kind("full attention, all on the device", (), "1,4,largest")
+SPARSE = _Kind("sparse, all on the device", ("effpass_reader",), "1,4")
+HOST = _Kind("sparse, keys and values in host memory", ("effpass_reader", "effpass_offload"), "1,4,largest")
+
+
+def _widths(config: Any) -> tuple[int, int, int, int]:
+    """Key-value heads as cached, key size, value size, and numbers of a token and head."""
     latent = getattr(config, "kv_lora_rank", None)
-    groups, width = (1, latent + config.qk_rope_head_dim) if latent else (
-        config.num_key_value_heads, 2 * config.head_dim)  # fmt: skip
-    of_token = config.num_hidden_layers * groups * width * 2
-    free = torch.cuda.mem_get_info()[0] - SPARE
-    if not offloaded:
-        return free // (of_token * (length + 256)), "device memory"
-    key_size = width if latent else width // 2
-    index = config.num_hidden_layers * groups * (key_size * 2 * 2 / 64 + key_size / 2 + 4 + 12 / 64)
-    on_device = config.num_hidden_layers * groups * width * 2 * offload.block * offload.pages + index * length
+    if latent:
+        return 1, latent + config.qk_rope_head_dim, latent, latent + config.qk_rope_head_dim
+    return config.num_key_value_heads, config.head_dim, config.head_dim, 2 * config.head_dim
+
+
+def _largest(model: Any, length: int, kind: _Kind) -> tuple[int, str]:
+    """The largest batch that fits, and what bounds it."""
+    groups, key_size, _, width = _widths(model.config)
+    offload: Offload = model.effpass_offload
+    heads = model.config.num_hidden_layers * groups
+    free, of_all = torch.cuda.mem_get_info()[0] - SPARE, heads * width * 2 * (length + 256)
+    # Two statistics of a block, a label of all channels at four bits with its range, and scores of the block.
+    index = heads * (key_size * 2 * 2 / offload.block + key_size / 2 + 4 + 12 / offload.block) * length
+    if not kind.is_offloaded:
+        return int(free // (of_all + index * kind.is_sparse)), "device memory"
+    by_device = int(free // (heads * width * 2 * offload.block * offload.pages + index))
     host = available_memory()
-    by_host = 1 << 30 if host is None else int(0.85 * host) // (of_token * (length + 256))
-    by_device = int(free // on_device)
+    by_host = by_device if host is None else int(0.85 * host) // of_all
     return min(by_host, by_device), "host memory" if by_host < by_device else "device memory"
 
 
-def _bound(model: Any, rows: int, length: int, offloaded: bool, device: str) -> float:
+def _bound(model: Any, rows: int, length: int, kind: _Kind, device: str) -> float:
     """Seconds in which all that a step must read is read; of experts those that so many tokens need, in the mean."""
     config = model.config
     weights = _weight_bytes(model)
@@ -219,76 +247,88 @@ def _bound(model: Any, rows: int, length: int, offloaded: bool, device: str) -> 
     if experts:
         of_experts = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp.experts." in n)
         weights -= int(of_experts * (1 - config.num_experts_per_tok / experts) ** rows)
-    latent = getattr(config, "kv_lora_rank", None)
-    groups, key_size, value_size = (1, latent + config.qk_rope_head_dim, latent) if latent else (
-        config.num_key_value_heads, config.head_dim, config.head_dim)  # fmt: skip
-    read = step_bytes(model.effpass_reader.selection, length, groups, key_size, value_size, key_size, 2, bool(latent))
-    return (weights + rows * config.num_hidden_layers * read[offloaded]) / bandwidth(device)
+    groups, key_size, value_size, _ = _widths(config)
+    read = step_bytes(
+        model.effpass_reader.selection, length, groups, key_size, value_size, key_size, _dtype(device).itemsize,
+        groups == 1,
+    )  # fmt: skip
+    return (weights + rows * config.num_hidden_layers * read[kind.is_sparse]) / bandwidth(device)
 
 
-def _throughput(shape: str, length: int, device: str, smoke: bool) -> Iterator[Row]:
-    """Tokens a second of all sequences, with full attention on the device and with sparse attention over the host."""
+@dataclass(frozen=True)
+class _Run:
+    """A batch that was decoded: tokens a second, what the bound allows, and what is to be told."""
+
+    rate: float
+    bound: float
+    note: str
+    bounded: str
+
+
+def _runs(model: Any, kind: _Kind, length: int, share: float, device: str, small: bool) -> dict[int, _Run]:
+    largest, bounded = (2, "smoke") if small else _largest(model, length, kind)
+    given = os.environ.get("EFFPASS_BATCHES", kind.batches).split(",")
+    batches = {largest if b == "largest" else int(b) for b in given}
+    found = {}
+    for rows in sorted(b for b in batches if 0 < b <= largest):
+        bound = rows / _bound(model, rows, length, kind, device)
+        with torch.no_grad(), reading_cache(model), _only(model, *kind.kept):
+            session: Session | None = None
+            try:
+                session = _filled(model, rows, length, device)
+                seconds, note = _seconds(session, share, 4 if small else 16, device)
+            except (torch.OutOfMemoryError, EffpassError) as error:
+                print(f"{kind.name}, batch {rows}: {str(error).splitlines()[0]}")
+                continue
+            finally:
+                session = None
+                _free(device)
+        told = f"a step {seconds * 1e3:.2f} ms, {rows / seconds / bound:.0%} of the bound"
+        if kind.is_offloaded:
+            told += f"; {share:.2%} of the pages taken away before each step; {note}"
+        found[rows] = _Run(rows / seconds, bound, told, bounded if rows == largest else "")
+    return found
+
+
+def throughput(area: str, shape: str, length: int, kinds: Sequence[_Kind], device: str, smoke: bool) -> Iterator[Row]:
+    """Tokens a second of all sequences in each of `kinds`, against full attention at the same and the largest batch."""
     small = smoke or device == "cpu"
-    options = {"tokens": 32, "blocks": 4, "block": 16, "recent": 1} if small else {}
     if small:
         shape, length = f"tiny-{shape.partition('-')[0]}", 512
-    model = _model(shape, device, options)
-    share, found = _misses(3.0), {}
-    for offloaded in (False, True):
-        largest, bounded = (2, "smoke") if small else _largest(model, length, offloaded, device)
-        given = os.environ.get("EFFPASS_BATCHES", "1,4,largest").split(",")
-        batches = {largest if b == "largest" else int(b) for b in given}
-        for rows in sorted(b for b in batches if 0 < b <= largest):
-            kept = ("effpass_reader", "effpass_offload") if offloaded else ()
-            bound = _bound(model, rows, length, offloaded, device)
-            with torch.no_grad(), reading_cache(model), _only(model, *kept):
-                try:
-                    session = _filled(model, rows, length, device)
-                    seconds, note = _seconds(session, share, 4 if small else 16, device)
-                except (torch.OutOfMemoryError, EffpassError) as error:
-                    print(f"batch {rows}: {str(error).splitlines()[0]}")
-                    continue
-                finally:
-                    session = None  # type: ignore[assignment]
-                    _free(device)
-            found[offloaded, rows] = (rows / seconds, bound, seconds, note, rows == largest and bounded)
-    for (offloaded, rows), (rate, bound, seconds, note, bounded) in found.items():
-        most = max((b for o, b in found if not o), default=None)
-        name = f"{shape}, {length} tokens x {rows}" + (f" (the largest batch: {bounded})" if bounded else "")
-        told = f"a step {seconds * 1e3:.2f} ms"
-        if not offloaded:
-            yield row(AREA, name, "full attention, all on the device", rate, "tokens/s", device=device,
-                      bound=rows / bound, lower_is_better=False, runs=16, note=told)  # fmt: skip
-            continue
-        told += f"; {share:.2%} of the pages taken away before each step; {note}"
-        others = {"": rows} if (False, rows) in found else {}
-        if bounded and most is not None:
-            others["largest against largest: "] = most
-        for what, batch in (others or {"": None}).items():
-            peer = None if batch is None else found[False, batch]
-            gain = "" if peer is None else f"; the bounds allow {peer[1] / batch / (bound / rows):.2f}"
-            yield row(
-                AREA, name, f"{what}sparse, keys and values in host memory", rate, "tokens/s", device=device,
-                peer=peer and peer[0], peer_name="" if peer is None else f"full attention, batch {batch}",
-                lower_is_better=False, bound=rows / bound, runs=16, note=told + gain,
-            )  # fmt: skip
+    model = _model(shape, device, TINY if small else {})
+    found = {kind: _runs(model, kind, length, _misses(3.0), device, small) for kind in (FULL, *kinds)}
+    full = found[FULL]
+    for kind, runs in found.items():
+        for rows, run in runs.items():
+            case = f"{shape}, {length} tokens x {rows}" + (f" (the most: {run.bounded})" if run.bounded else "")
+            against = {"": rows} if kind is not FULL and rows in full else {}
+            if kind is not FULL and run.bounded and full:
+                against[", the most against the most"] = max(full)
+            for what, batch in (against or {"": None}).items():
+                peer = None if batch is None else full[batch]
+                gain = "" if peer is None else f"; the bounds allow {run.bound / peer.bound:.2f} times full attention"
+                yield row(
+                    area, case, f"{kind.name}{what}", run.rate, "tokens/s", device=device, peer=peer and peer.rate,
+                    peer_name="" if peer is None else f"full attention, batch {batch}", lower_is_better=False,
+                    bound=run.bound, runs=16, note=run.note + gain,
+                )  # fmt: skip
 
 
 def qwen3_48k(device: str, smoke: bool) -> Iterator[Row]:
     """Qwen3-8B's shape at 48k."""
-    yield from _throughput("qwen3-8b", 49152, device, smoke)
+    yield from throughput(AREA, "qwen3-8b", 49152, [HOST], device, smoke)
 
 
 def qwen3_96k(device: str, smoke: bool) -> Iterator[Row]:
     """Qwen3-8B's shape at 96k."""
-    yield from _throughput("qwen3-8b", 98304, device, smoke)
+    yield from throughput(AREA, "qwen3-8b", 98304, [HOST], device, smoke)
 
 
 def glm_48k(device: str, smoke: bool) -> Iterator[Row]:
     """GLM-4.7-Flash's shape at 48k."""
-    yield from _throughput("glm-4.7-flash", 49152, device, smoke)
+    yield from throughput(AREA, "glm-4.7-flash", 49152, [HOST], device, smoke)
 
 
 def glm_96k(device: str, smoke: bool) -> Iterator[Row]:
     """GLM-4.7-Flash's shape at 96k."""
-    yield from _throughput("glm-4.7-flash", 98304, device, smoke)
+    yield from throughput(AREA, "glm-4.7-flash", 98304, [HOST], device, smoke)

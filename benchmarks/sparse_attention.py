@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.backend import _free
+from benchmarks.kv_offload_steps import SPARSE, throughput
 from benchmarks.rows import Row, bandwidth, measure, row
+from benchmarks.sparse_attention_quality import retention
 from effpass.lowering.ops import cached_attention  # noqa: F401  (registers the operator)
 from effpass.lowering.ops.block_sparse_attention import BlockSelection
 from effpass.lowering.ops.two_level_attention import attend
@@ -242,14 +244,19 @@ def break_even(device: str, smoke: bool) -> Iterator[Row]:
                           runs=9, note="gain at " + ", ".join(told))  # fmt: skip
 
 
-def prefill(device: str, smoke: bool) -> Iterator[Row]:
-    """A prompt over 12 % of its blocks, and flex_attention over the same."""
-    small = smoke or device == "cpu"
+def _prompt(device: str, small: bool) -> tuple[int, int, int, int, Tensor, Tensor, Tensor, Tensor, BlockSelection]:
+    """Length, query heads, key-value heads, head size, then q, k, v, positions, and what is chosen."""
     length, heads, groups, size = (1024, 4, 2, 32) if small else (65536, 32, 8, 128)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q, k, v = (torch.randn(1, n, length, size, device=device, dtype=dtype) for n in (heads, groups, groups))
     positions = torch.arange(length, dtype=torch.int32, device=device)[None]
-    how = BlockSelection(0.12)
+    return length, heads, groups, size, q, k, v, positions, BlockSelection(0.12)
+
+
+def prefill(device: str, smoke: bool) -> Iterator[Row]:
+    """A prompt over 12 % of its blocks, and flex_attention over the same."""
+    small = smoke or device == "cpu"
+    length, heads, groups, size, q, k, v, positions, how = _prompt(device, small)
     chosen = (q, k, positions, positions, size**-0.5, how.block_q, how.block_k, how.sink, how.recent, how.density,
               how.threshold, how.places(length))  # fmt: skip
     ops = torch.ops.effpass
@@ -267,7 +274,7 @@ def prefill(device: str, smoke: bool) -> Iterator[Row]:
     flex, mask = _flex(lists, counts, heads // groups, length, how)
     peer = measure(lambda: flex(q, k, v, mask), device, warmup=2, runs=7)
     difference = float((flex(q, k, v, mask).transpose(1, 2) - out).abs().max())
-    square = torch.randn(8192, 8192, device=device, dtype=dtype)
+    square = torch.randn(8192, 8192, device=device, dtype=q.dtype)
     peak = 2 * 8192**3 / measure(lambda: square @ square, device, warmup=2, runs=7).low
     ideal = 4 * pairs * size / peak
     yield row(AREA, case, "prompt, attention", ours.median * 1e3, "ms", device=device, peer=peer.median * 1e3,
@@ -282,6 +289,47 @@ def prefill(device: str, smoke: bool) -> Iterator[Row]:
     total = ours.median + choice.median
     yield row(AREA, case, "prompt, choice and attention", total * 1e3, "ms", device=device, peer=dense.median * 1e3,
               peer_name="full: SDPA cuDNN", runs=3)  # fmt: skip
+
+
+def prefill_tilings(device: str, smoke: bool) -> Iterator[Row]:
+    """The same attention by other tilings of the kernel than the one that is used, the peer of each."""
+    if device != "cuda":
+        return
+    from effpass.lowering.kernels import block_sparse_attention as kernels
+
+    length, heads, groups, size, q, k, v, positions, how = _prompt(device, False)
+    lists, counts = torch.ops.effpass.choose_key_blocks(
+        q, k, positions, positions, size**-0.5, how.block_q, how.block_k, how.sink, how.recent, how.density,
+        how.threshold, how.places(length),
+    )  # fmt: skip
+    arguments = (q, k, v, positions, positions, lists, counts, size**-0.5, 0.0, how.block_q, how.block_k)
+    used = kernels.tiling(size * q.element_size(), how.block_q, how.block_k)
+    ours = measure(lambda: kernels.block_sparse_attention(*arguments, used), device, warmup=2, runs=7)
+    others = [(128, 128, 8, 2), (128, 128, 8, 4), (128, 64, 8, 3), (128, 64, 8, 5), (64, 64, 4, 3), (64, 64, 4, 5)]
+    tilings = [kernels.Tiling(*sizes, described) for sizes in others for described in (True, False)]
+    for how_else in [used._replace(has_descriptors=False), *tilings]:
+        try:
+            peer = measure(lambda t=how_else: kernels.block_sparse_attention(*arguments, t), device, warmup=2, runs=5)
+        except RuntimeError as error:  # it does not fit
+            print(f"{how_else}: {str(error).splitlines()[0]}")
+            continue
+        case = f"{heads}/{groups} x {size}, {length} tokens"
+        yield row(AREA, case, f"prompt, {tuple(used)}", ours.median * 1e3, "ms", device=device,
+                  peer=peer.median * 1e3, peer_name=f"{tuple(how_else)}", runs=5)  # fmt: skip
+
+
+def end_to_end(device: str, smoke: bool) -> Iterator[Row]:
+    """Decode steps of a model of Qwen3-8B's shape, sparse with all keys on the device, against full attention."""
+    for length in (49152, 98304):
+        yield from throughput(AREA, "qwen3-8b", length, [SPARSE], device, smoke)
+        _free(device)
+
+
+def end_to_end_mla(device: str, smoke: bool) -> Iterator[Row]:
+    """The same of GLM-4.7-Flash's."""
+    for length in (49152, 98304):
+        yield from throughput(AREA, "glm-4.7-flash", length, [SPARSE], device, smoke)
+        _free(device)
 
 
 def _flex(lists: Tensor, counts: Tensor, repeat: int, length: int, how: BlockSelection) -> tuple[Any, Any]:
@@ -316,4 +364,8 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "decode_mla": decode_mla,
     "break_even": break_even,
     "prefill": prefill,
+    "prefill_tilings": prefill_tilings,
+    "end_to_end": end_to_end,
+    "end_to_end_mla": end_to_end_mla,
+    "retention": retention,
 }

@@ -234,7 +234,8 @@ def prompt_errors(
     torch.manual_seed(S + T)
     device = of["device"]
     query = torch.randn(B, T, H, K, **of).transpose(1, 2)
-    keys, values = torch.randn(B, G, S, K, **of), torch.randn(B, G, S, V, **of)
+    # Of a cache that is longer than what is read.
+    keys, values = (torch.randn(B, G, S + 48, size, **of)[:, :, :S] for size in (K, V))
     keys[:, :, filled:], values[:, :, filled:] = 0, 0
     positions = positions_of([filled - padding] + [filled] * (B - 1), S, 0).to(device)
     now = positions[:, filled - T : filled].contiguous()
@@ -400,6 +401,7 @@ PROMPTS = {
         BlockSelection(threshold=0.7, block_q=64, block_k=32), 2, 2, 1, 150, 330, 24, 16, 300, 90, 8.0,
     ),
     "a row of padding": (BlockSelection(0.5, block_q=64, block_k=64), 2, 2, 2, 70, 70, 16, 16, 70, 70, 0.0),
+    "heads of 128": (BlockSelection(0.6, recent=1), 2, 2, 1, 300, 640, 128, 128, 630, 130, 0.0),
     "larger blocks than are read at once": (
         BlockSelection(0.4, block_q=128, block_k=128, recent=1), 1, 2, 1, 140, 1000, 136, 32, 990, 0, 0.0,
     ),

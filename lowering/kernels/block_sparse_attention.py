@@ -1,26 +1,50 @@
 """Attention of tiles of queries over listed blocks of keys, and the choice of these blocks from their weights.
 
 FlashAttention's forward pass (https://arxiv.org/abs/2307.08691) with one level of indirection: the blocks that every
-query of a tile sees whole stand first in its list and need no mask. Tiles with the longest lists start first.
+query of a tile sees whole stand first in its list and need no mask. Tiles with the longest lists start first. From
+compute capability 9.0 on whole blocks are read by the tensor memory accelerator, which takes the addresses of rows off
+the threads.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from effpass.lowering.kernels.largest import FORCED, NEVER, choose, in_order
-from effpass.lowering.kernels.launch import launch_options, overlaps
+from effpass.lowering.kernels.launch import interpreted, launch_options, overlaps
 from effpass.lowering.kernels.running_softmax import update
 
-__all__ = ["MOST_BLOCKS", "block_sparse_attention", "selected", "supported"]
+__all__ = ["MOST_BLOCKS", "Tiling", "block_sparse_attention", "selected", "supported", "tiling"]
 
 MOST_BLOCKS = 16384  # that one program chooses among
 
 
-def supported(query: Tensor, keys: Tensor, values: Tensor, block_k: int) -> bool:
+class Tiling(NamedTuple):
+    """Queries of a program, slots that it reads at once, its warps, buffers for slots, and how rows are read."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    has_descriptors: bool = True
+
+
+def tiling(widest: int, block_q: int, block_k: int) -> Tiling:
+    """The tiling for heads of `widest` bytes."""
+    if widest > 256:
+        return Tiling(block_q, min(block_k, 32), 8 if block_q == 128 else 4, 2)
+    if block_q == 64 or block_k == 64:
+        return Tiling(block_q, min(block_k, 64), 8 if block_q == 128 else 4, 3)
+    return Tiling(block_q, block_k, 8, 3)
+
+
+def supported(query: Tensor, keys: Tensor, values: Tensor, block_k: int, scale: float) -> bool:
     """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -30,6 +54,7 @@ def supported(query: Tensor, keys: Tensor, values: Tensor, block_k: int) -> bool
         and keys.stride(-1) == values.stride(-1) == 1
         and query.numel() > 0
         and keys.shape[2] > 0
+        and scale > 0
     )
 
 
@@ -53,29 +78,41 @@ def selected(
 
 def block_sparse_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lists: Tensor,
-    counts: Tensor, scale: float, softcap: float, block_q: int, block_k: int,
+    counts: Tensor, scale: float, softcap: float, block_q: int, block_k: int, how: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """`effpass::block_sparse_attention` where :func:`supported`."""
+    """`effpass::block_sparse_attention` where :func:`supported`; `how` in place of :func:`tiling`."""
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     key_positions, query_positions = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (key_positions, query_positions)
     )
     block_d, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
-    widest = max(block_d, block_v) * query.element_size()
-    # What is read at once; a block may be several.
-    block_n = min(block_k, 128 if widest <= 256 and block_q == 128 else 64 if widest <= 256 else 32)
-    stages = 2 if block_n == 128 or widest > 256 else 4
+    how = how or tiling(max(block_d, block_v) * query.element_size(), block_q, block_k)
+    of_keys = of_values = None
+    if how.has_descriptors and not softcap and block_d == key_size and block_v == value_size:
+        of_keys, of_values = _descriptor(keys, how.block_n), _descriptor(values, how.block_n)
     out = query.new_empty((batch, tokens, heads, value_size))
-    _attend[(triton.cdiv(tokens, block_q), heads, batch)](
-        query, keys, values, key_positions, query_positions, lists.contiguous(), counts.contiguous(), out,
-        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], key_positions.stride(0),
-        query_positions.stride(0), tokens, slots, lists.shape[3], scale, softcap, HEADS=heads, REPEAT=heads // groups,
-        KEY=key_size, VALUE=value_size, SOFTCAP=softcap != 0, BLOCK_M=block_q, BLOCK=block_k, BLOCK_N=block_n,
-        BLOCK_K=block_d, BLOCK_V=block_v,
-        **launch_options(query.device, 8 if block_q == 128 else 4, stages) | _no_overlap(query.device),
+    _attend[(triton.cdiv(tokens, how.block_m), heads, batch)](
+        query, keys, values, of_keys, of_values, key_positions, query_positions, lists.contiguous(),
+        counts.contiguous(), out, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        key_positions.stride(0), query_positions.stride(0), tokens, slots, lists.shape[3], scale, softcap, HEADS=heads,
+        REPEAT=heads // groups, KEY=key_size, VALUE=value_size, SOFTCAP=softcap != 0,
+        DESCRIBED=of_keys is not None and of_values is not None, TILE=block_q, BLOCK_M=how.block_m, BLOCK=block_k,
+        BLOCK_N=how.block_n, BLOCK_K=block_d, BLOCK_V=block_v,
+        **launch_options(query.device, how.num_warps, how.num_stages) | _no_overlap(query.device),
     )  # fmt: skip
     return out
+
+
+def _descriptor(cached: Tensor, rows: int) -> TensorDescriptor | None:
+    """All rows of keys or values [B, G, S, K], of `rows` at a time; None where the device or the strides don't fit."""
+    (batch, groups, slots, size), (of_batch, of_group, of_row, _) = cached.shape, cached.stride()
+    if not (overlaps(cached.device) or interpreted()) or of_row * cached.element_size() % 16 or cached.data_ptr() % 16:
+        return None
+    if of_batch % of_row or of_group % of_row:
+        return None
+    count = ((batch - 1) * of_batch + (groups - 1) * of_group) // of_row + slots
+    return TensorDescriptor(cached, [count, size], [of_row, 1], [rows, size]) if count < 1 << 31 else None
 
 
 def _no_overlap(device: torch.device) -> dict[str, bool]:
@@ -130,48 +167,78 @@ def _select(
 
 
 @triton.jit
-def _listed(
-    q, begin, end, places, keys, values, key_positions, of_queries, best, total, out, keys_s, values_s, slots, scale,
-    softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+def _whole(
+    q, end, places, keys, values, of_keys, of_values, first_key, first_value, best, total, out, keys_s, values_s, scale,
+    DESCRIBED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Blocks in the places from `begin` to `end` into the running softmax."""
+    """Blocks in the first `end` places into the running softmax; every query sees all of them."""
+    parts: tl.constexpr = BLOCK // BLOCK_N
+    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    factor = scale * 1.4426950408889634
+    for i in range(0, end * parts):
+        slot = tl.load(places + i // parts) * BLOCK + i % parts * BLOCK_N
+        if DESCRIBED:
+            k = tl.trans(of_keys.load([first_key + slot, 0]))
+            v = of_values.load([first_value + slot, 0])
+        else:
+            rows = (slot + span).to(tl.int64)
+            at_k = keys + rows[None, :] * keys_s + dk[:, None]
+            at_v = values + rows[:, None] * values_s + dv[None, :]
+            k = tl.load(at_k) if KEY == BLOCK_K else tl.load(at_k, mask=(dk < KEY)[:, None], other=0)
+            v = tl.load(at_v) if VALUE == BLOCK_V else tl.load(at_v, mask=(dv < VALUE)[None, :], other=0)
+        score = tl.dot(q, k, input_precision="ieee")
+        # The scale is above 0, so that it may stand behind the maximum, and in front of it is one multiply-add.
+        higher = tl.maximum(best, tl.max(score, 1) * factor)
+        weight = tl.exp2(score * factor - higher[:, None])
+        fade = tl.exp2(best - higher)
+        total = total * fade + tl.sum(weight, 1)
+        out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
+        best = higher
+    return best, total, out
+
+
+@triton.jit
+def _masked(
+    q, begin, end, places, keys, values, key_positions, of_queries, best, total, out, keys_s, values_s, slots, scale,
+    softcap, SOFTCAP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Blocks in the places from `begin` to `end`, as far as each query sees them."""
     parts: tl.constexpr = BLOCK // BLOCK_N
     dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
     for i in range(begin * parts, end * parts):
         slot = tl.load(places + i // parts) * BLOCK + i % parts * BLOCK_N + span
-        of_k = keys + slot.to(tl.int64)[None, :] * keys_s + dk[:, None]
-        of_v = values + slot.to(tl.int64)[:, None] * values_s + dv[None, :]
-        if MASKED:
-            k = tl.load(of_k, mask=(slot < slots)[None, :] & (dk < KEY)[:, None], other=0)
-            v = tl.load(of_v, mask=(slot < slots)[:, None] & (dv < VALUE)[None, :], other=0)
-        else:
-            k = tl.load(of_k) if KEY == BLOCK_K else tl.load(of_k, mask=(dk < KEY)[:, None], other=0)
-            v = tl.load(of_v) if VALUE == BLOCK_V else tl.load(of_v, mask=(dv < VALUE)[None, :], other=0)
-        of_keys = tl.load(key_positions + slot, mask=slot < slots, other=-1) if MASKED else slot
+        at_k = keys + slot.to(tl.int64)[None, :] * keys_s + dk[:, None]
+        at_v = values + slot.to(tl.int64)[:, None] * values_s + dv[None, :]
+        k = tl.load(at_k, mask=(slot < slots)[None, :] & (dk < KEY)[:, None], other=0)
+        v = tl.load(at_v, mask=(slot < slots)[:, None] & (dv < VALUE)[None, :], other=0)
+        of_keys = tl.load(key_positions + slot, mask=slot < slots, other=-1)
         best, total, out = update(
-            q, k, v, of_keys, of_queries, best, total, out, scale, softcap, 0, MASKED, SOFTCAP, False
+            q, k, v, of_keys, of_queries, best, total, out, scale, softcap, 0, True, SOFTCAP, False
         )  # fmt: skip
     return best, total, out
 
 
 @triton.jit(do_not_specialize=["tokens", "slots", "most"])
 def _attend(
-    query, keys, values, key_positions, query_positions, lists, counts, out, query_b, query_h, query_t, keys_b, keys_h,
-    keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b, tokens, slots, most, scale, softcap,
-    HEADS: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    query, keys, values, of_keys, of_values, key_positions, query_positions, lists, counts, out, query_b, query_h,
+    query_t, keys_b, keys_h, keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b, tokens, slots,
+    most, scale, softcap, HEADS: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    SOFTCAP: tl.constexpr, DESCRIBED: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.num_programs(0)
-    tile, head, b = tiles - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // REPEAT
-    token, dk, dv = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    token, dk, dv = part * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     live = token < tokens
     query += b * query_b + head * query_h
+    first_key = ((b * keys_b + group * keys_h) // keys_s).to(tl.int32)
+    first_value = ((b * values_b + group * values_h) // values_s).to(tl.int32)
     keys += b * keys_b + group * keys_h
     values += b * values_b + group * values_h
     key_positions += b * key_positions_b
-    row = (b * (HEADS // REPEAT) + group) * tiles + tile
+    row = (b * (HEADS // REPEAT) + group) * tl.cdiv(tokens, TILE) + part // (TILE // BLOCK_M)
     lists += row * most
     wholes, end = tl.load(counts + row * 2), tl.load(counts + row * 2 + 1)
     of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
@@ -180,13 +247,17 @@ def _attend(
     best = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum_v = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    best, total, sum_v = _listed(
-        q, 0, wholes, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
-        scale, softcap, False, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
-    best, total, sum_v = _listed(
-        q, wholes, end, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
-        scale, softcap, True, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
+    masked = wholes
+    if SOFTCAP:
+        masked = 0
+    else:
+        best, total, sum_v = _whole(
+            q, wholes, lists, keys, values, of_keys, of_values, first_key, first_value, best, total, sum_v, keys_s,
+            values_s, scale, DESCRIBED, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+    best, total, sum_v = _masked(
+        q, masked, end, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
+        scale, softcap, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
     )  # fmt: skip
     # Padding sees nothing; a row that saw nothing has a total of 0.
     total = tl.where(of_queries >= 0, total, 0)

@@ -23,9 +23,15 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["counters", "launch_options", "multiprocessors", "overlaps"]
+__all__ = ["counters", "interpreted", "launch_options", "multiprocessors", "overlaps"]
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return _INTERPRETED
+
 
 # Launches take counters in turn, so that launches of different streams and graphs do not share them.
 _COUNTERS = 1 << 20

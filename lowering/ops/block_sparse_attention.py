@@ -331,7 +331,7 @@ def block_sparse_attention(
         )
     if query.is_cuda:
         kernels = triton_kernels("block_sparse_attention")
-        if kernels and kernels.supported(query, keys, values, block_k):
+        if kernels and kernels.supported(query, keys, values, block_k, scale):
             return kernels.block_sparse_attention(
                 query, keys, values, key_positions, query_positions, lists, counts, scale, softcap, block_q, block_k
             )
