@@ -103,19 +103,24 @@ def results(runs: Sequence[Run]) -> list[Found | None]:
     """Of each run; None where the time is over."""
     _found.update(_kept())
     missing = [run for run in dict.fromkeys(runs) if _key(run) not in _found]
-    lanes = min(int(os.environ.get("EFFPASS_LANES", "1")), len(missing))
-    deadline = _STARTED + float(os.environ.get("EFFPASS_SECONDS", "inf"))
-    if lanes > 1:
-        context = multiprocessing.get_context("spawn")
-        numbers = context.SimpleQueue()
-        for number in range(lanes):
-            numbers.put(number)
-        with ProcessPoolExecutor(lanes, context, _take_device, (missing[0].device, numbers)) as pool:
-            found = list(pool.map(_result, missing, [deadline] * len(missing)))
+    lanes = int(os.environ.get("EFFPASS_LANES", "1"))
+    deadlines = [_STARTED + float(os.environ.get("EFFPASS_SECONDS", "inf"))] * len(missing)
+    if lanes > 1 and missing:
+        found = list(_pool(lanes, missing[0].device).map(_result, missing, deadlines))
     else:
-        found = [_result(run, deadline) for run in missing]
+        found = [*map(_result, missing, deadlines)]
     _found.update({_key(run): value for run, value in zip(missing, found, strict=True) if value is not None})
     return [_found.get(_key(run)) for run in runs]
+
+
+@cache
+def _pool(lanes: int, device: str) -> ProcessPoolExecutor:
+    """Processes that stay for the next sweep, with the models and data that they have read."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(lanes):
+        numbers.put(number)
+    return ProcessPoolExecutor(lanes, context, _take_device, (device, numbers))
 
 
 def _take_device(device: str, numbers: Any) -> None:

@@ -315,6 +315,8 @@ def _estimate(
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     cache = 2 * text_config.num_hidden_layers * heads * size * (2 if bfloat16 else 4)
     cache *= settings.prompts * settings.group * length
+    if settings.kl and settings.method == "full":  # TRL's copy of the model before; an adapter is switched off instead
+        found = replace(found, state=found.state + 4 * found.parameters)
     if found.activations is None:
         return found
     return replace(found, activations=found.activations + cache, where="a step and keys and values of the completions")
