@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,8 @@ def test_the_memory_that_is_said_is_what_a_step_takes(tmp_path, method: Method):
     )  # fmt: skip
     settings = Settings(ADAMW, method=method, dtype="bfloat16", lora=LoraSettings(8))
     device, rows, length = torch.device("cuda"), 8, 1024
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     trained = load(str(folder), settings, settings.anneal.schedule(10), device)
     config = trained.model.config
     said = estimate(
@@ -66,12 +69,13 @@ def test_the_memory_that_is_said_is_what_a_step_takes(tmp_path, method: Method):
     positions = torch.arange(length // 2, device=device).repeat(2).expand(rows, -1)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16):
+        with trained.under_autocast(), torch.autocast("cuda", torch.bfloat16):
             logits = trained.model(input_ids=ids, position_ids=positions, use_cache=False).logits
             torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert said.total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.25)
+    # Not all is there at once: gradients come as activations go.
+    assert said.total == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.25)
 
 
 def test_a_compiled_run_learns_and_one_compilation_does_for_all_beta(tmp_path):
