@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +26,7 @@ from effpass.lowering.kernels.launch import launch_options, multiprocessors, ove
 from effpass.lowering.kernels.moe_gate import gate
 from effpass.lowering.kernels.moe_route import combine, route
 
-__all__ = ["TILES", "Tile", "moe_ffn"]
+__all__ = ["TILES", "Tile", "fits", "moe_ffn"]
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,21 @@ class Tile:
 #: By rows of a tile: the first product's tile, and the second's.
 TILES: dict[int, tuple[Tile, Tile]] = {
     16: (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True)),
-    32: (Tile(32, 64, 128, 4, 3, tall_weights=True), Tile(32, 128, 128, 4, 3, tall_weights=True)),
-    64: (Tile(64, 64, 128, 4, 3), Tile(64, 128, 128, 4, 3)),
+    32: (Tile(32, 64, 128, 4, 4, tall_weights=True), Tile(32, 128, 128, 4, 4, tall_weights=True)),
+    64: (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
     128: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
 }
+
+
+def fits(tiles: tuple[Tile, Tile], device: torch.device) -> bool:
+    """Whether what is on its way of both products has room in a multiprocessor's shared memory."""
+    if device.type != "cuda":
+        return True
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    first, second = tiles
+    # A step is as many bytes deep in every type.
+    widths = ((first, first.rows + 2 * first.columns), (second, second.rows + second.columns))
+    return all(2 * tile.depth * tile.stages * wide <= room for tile, wide in widths)
 
 
 def moe_ffn(
@@ -138,7 +150,9 @@ def _without_tensor_cores(tile: Tile) -> Tile:
 
 
 def _reachable(tensor: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read it: whole, as it is stored, each row at 16 bytes."""
+    """Whether a tensor memory accelerator is there and can read it: whole, as it is stored, each row at 16 bytes."""
+    if tensor.is_cuda and not overlaps(tensor.device):  # both came with compute capability 9.0
+        return False
     stored = tensor if tensor.stride(-1) == 1 else tensor.mT
     row = stored.shape[-1] * stored.element_size()
     return stored.is_contiguous() and row % 16 == 0 and stored.data_ptr() % 16 == 0

@@ -167,8 +167,6 @@ def _check(
     reason = replace(surroundings, epochs=outer).why_not_late(set(inner), anchor)
     if reason is not None:
         raise Miss(anchor, reason)
-    if x.meta["val"].device.type == "cuda":
-        raise Miss(anchor, "its kernels for GPUs have been compiled and interpreted, and not yet run on one")
     dtype = x.meta["val"].dtype
     for node in weights:
         value = None if node is None else node.meta["val"]

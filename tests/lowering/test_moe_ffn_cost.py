@@ -107,7 +107,7 @@ def test_a_device_that_nobody_fitted_says_so_once(cache, caplog):
         for _ in range(2):
             assert choice.fitted(torch.device("cpu"), torch.float32) is choice.DEFAULT
     assert len(caplog.records) == 1
-    assert "chosen by constants estimated for NVIDIA H100 80GB HBM3 in bfloat16" in caplog.text
+    assert "chosen by what was fitted to NVIDIA H100 80GB HBM3 in bfloat16" in caplog.text
     assert "`effpass calibrate moe`" in caplog.text
 
 
