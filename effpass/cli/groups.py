@@ -28,6 +28,7 @@ __all__ = ["BUILTIN", "group"]
 BUILTIN = {
     "effpass.train": {
         "afa-lora": "effpass.cli.train_sft:afa_lora",
+        "draft": "effpass.cli.train_draft:draft",
         "grpo": "effpass.cli.train_grpo:grpo",
         "lm": "effpass.cli.train_lm:lm",
         "prune": "effpass.cli.train_prune:prune",

@@ -21,7 +21,7 @@ import effpass.lowering.ops.tree_acceptance
 import effpass.lowering.ops.tree_attention  # noqa: F401  (registers the operators)
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import WORD
-from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, attention_windows
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Reader, Slots, attention_windows
 
 __all__ = ["TreeCache"]
 
@@ -45,7 +45,7 @@ class _TreeLayer(BufferedLayer):
         return self.keys, self.values
 
 
-class _TreeReader:
+class _TreeReader(Reader):
     """Attends to a prefix and a tree."""
 
     def attend(

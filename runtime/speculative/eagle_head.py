@@ -61,7 +61,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class _FirstLayer(LlamaDecoderLayer):

@@ -1,0 +1,247 @@
+"""A run from a model and a file of prompts or texts to the folder of a draft head.
+
+While it runs, answers, checkpoints and metrics stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effpass.core.errors import EffpassError
+from effpass.core.model import LoadedModel, load_model
+from effpass.runtime.speculative.eagle_format import read_head, write_head
+from effpass.runtime.speculative.eagle_head import EagleHead
+from effpass.trainers.draft.answers import answer, read_prompts
+from effpass.trainers.draft.head import frequent_tokens, head_config, layers_of, new_head
+from effpass.trainers.draft.loop import DraftLoop
+from effpass.trainers.draft.memory import estimate
+from effpass.trainers.draft.plot import plot_acceptance
+from effpass.trainers.draft.settings import Settings
+from effpass.trainers.draft.target import Target
+from effpass.trainers.finetune.loop import check_packing, training_arguments
+from effpass.trainers.finetune.packing import PackedBatches, check_lengths
+from effpass.trainers.finetune.run import begin, check_plots, check_same, explained, learned_line, pad_token, read_model
+from effpass.trainers.finetune.samples import Sample, file_hash, read_samples
+from effpass.trainers.finetune.trained import Trained, make_trained
+from effpass.trainers.memory import check_memory
+from effpass.trainers.run_folder import METRICS, Recorder, check_places, last_checkpoint, read_metrics
+
+__all__ = ["train_draft"]
+
+# What may differ between a run and its resumption; the micro-batches of a step move its gradient by rounding alone.
+_FREE = ("accumulate", "log_every", "evaluate_every", "save_every")
+_HELD_OUT = 32  # texts, or a twentieth of all where that is less
+
+
+def train_draft(
+    source: str,
+    data: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    start: Path | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Learn an EAGLE-3 head for a model.
+
+    Args:
+        source: model, as `effpass.load_model` takes it.
+        data: JSON lines of prompts (see :mod:`effpass.trainers.draft.answers`) or, with ``answers=0``, of texts (see
+            :mod:`effpass.trainers.finetune.samples`).
+        folder: where the head goes; must not exist.
+        settings: of the run.
+        start: folder of a head to go on from; None for a new one.
+        resume: go on from the last checkpoint in ``FOLDER.training``.
+        say: gets lines for people.
+
+    Returns:
+        `folder`, in the `speculators` format; beside it ``training.json``, ``metrics.jsonl`` and ``acceptance.png``.
+
+    Raises:
+        EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
+        ModelError: the model can't be read, or is of a kind that a head can't be made for.
+    """
+    work = folder.with_name(f"{folder.name}.training")
+    check_places(folder, work, resume)
+    check_plots()
+    if settings.method == "afa-lora" and start is None:
+        raise EffpassError("afa-lora adapts a head that there is", hint="--from HEAD, or --method full for a new one")
+    config, tokenizer = read_model(source)
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
+    if settings.sequence_length is not None and settings.sequence_length > most:
+        raise EffpassError(f"sequence_length: got {settings.sequence_length}, and {source} has {most} positions")
+    given: Any = read_prompts(data, tokenizer) if settings.answers else read_samples(data, tokenizer)
+    run = {
+        "command": "draft",
+        "model": source,
+        "data": file_hash(data),
+        "from": None if start is None else str(start),
+        "settings": {key: value for key, value in _plain(settings).items() if key not in _FREE},
+    }
+    if resume:
+        check_same(run, work)
+    args = training_arguments(settings, 1, work / "checkpoints")  # type: ignore[arg-type]
+    if args.world_size > 1:
+        raise EffpassError(f"{args.world_size} processes: a head learns in one", hint="start it without torchrun")
+    loaded = load_model(source, dtype=settings.dtype)
+    loaded.model.to(args.device)
+    layers = layers_of(loaded.model)
+    shape = head_config(config, settings.taps, settings.vocabulary, layers)
+    checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
+    begin(work, run, first_step, resume=resume)
+    samples, length = _samples(loaded, given, data, work, settings, most, say)
+    held_out, samples = _split(samples, settings.seed)
+    bfloat16 = settings.dtype == "bfloat16"
+    found = estimate(
+        config, shape, settings.optimizer.name, rows=settings.batch // settings.accumulate, length=length,
+        steps=settings.unrolled, bfloat16=bfloat16, device=args.device,
+    )  # fmt: skip
+    say(str(found))
+    if args.device.type == "cuda":  # the model's weights are there already
+        found = type(found)(found.parameters, found.state, found.activations, found.where, torch.cuda.mem_get_info()[1])
+    check_memory(found, "raise --accumulate, or lower --batch, --sequence-length or --unrolled")
+    batches = PackedBatches(
+        samples, length=length, batch=settings.batch, accumulate=settings.accumulate, steps=settings.steps,
+        epochs=settings.epochs, seed=settings.seed, pad=pad_token(tokenizer),
+    )  # fmt: skip
+    args.max_steps = batches.steps
+    graded = sum(int(s.graded.sum()) for s in samples)
+    say(
+        f"{len(samples)} texts and {len(held_out)} held out, {graded} graded tokens; {batches.steps} steps of"
+        f" {settings.batch} rows of {length} tokens, {batches.filling:.0%} full, {batches.passes:.3g} epochs"
+    )
+    trained = _trained(loaded, shape, samples, settings, start, batches.steps, args.device)
+    say(learned_line(trained))
+    check_packing(loaded.model, getattr(torch, settings.dtype))
+    recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"))
+    target = Target(loaded.model, trained.model.head_config.taps)
+    trainer = DraftLoop(trained, target, settings, args, batches, first_step, recorder, held_out)
+    autocast = trained.under_autocast() if bfloat16 else nullcontext()
+    with explained(found, work, say, "--resume with a larger --accumulate"), autocast:
+        if first_step == 0:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if not settings.evaluate_every or batches.steps % settings.evaluate_every:
+            trainer.evaluate()
+    facts = {**run, "steps": batches.steps, "sequence_length": length, "texts": len(samples), "graded": graded,
+             "device": str(args.device)}  # fmt: skip
+    _publish(folder, work, trained, loaded, settings, facts)
+    say(f"saved {folder}")
+    return folder
+
+
+def _samples(
+    loaded: LoadedModel, given: Any, data: Path, work: Path, settings: Settings, most: int, say: Callable[[str], None]
+) -> tuple[list[Sample], int]:
+    """What is learned from, and how long a row is."""
+    length = settings.sequence_length
+    if not settings.answers:
+        if length is None:
+            length = min(most, -(-max(len(sample.tokens) for sample in given) // 64) * 64)
+        check_lengths(given, length, data, most)
+        return given, length
+    room = most if length is None else length
+    samples = answer(
+        loaded, given, work / "answers.jsonl", most=settings.answers, length=room, temperature=settings.temperature,
+        seed=settings.seed, say=say,
+    )  # fmt: skip
+    if len(samples) < len(given):
+        say(f"{len(given) - len(samples)} prompts have no room for an answer in {room} tokens, or got none")
+    if length is None:
+        length = min(most, -(-max(len(sample.tokens) for sample in samples) // 64) * 64)
+    return samples, length
+
+
+def _split(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Held-out texts, and the others."""
+    if len(samples) < 2:
+        raise EffpassError("one text alone is nothing to learn from", hint="give more lines")
+    count = max(1, min(_HELD_OUT, len(samples) // 20))
+    order = np.random.default_rng(seed).permutation(len(samples)).tolist()
+    return [samples[i] for i in sorted(order[:count])], [samples[i] for i in sorted(order[count:])]
+
+
+def _trained(
+    loaded: LoadedModel, shape: Any, samples: list[Sample], settings: Settings, start: Path | None, steps: int,
+    device: torch.device,
+) -> Trained:  # fmt: skip
+    """The head, in float32; the model's embeddings are the model's."""
+    if start is None:
+        tokens = frequent_tokens(samples, shape.draft_vocabulary, shape.layer.vocab_size)
+        head = new_head(loaded.model, shape, tokens, settings.seed)
+    else:
+        head = read_head(start, layers_of(loaded.model))
+        _check_start(head, shape, start)
+        head.share(loaded.model)
+        for name, parameter in head.named_parameters():
+            if not name.startswith("embed_tokens"):
+                parameter.data = parameter.data.to(device, torch.float32)
+        head.to(device)
+    learns = [p for name, p in head.named_parameters() if not name.startswith("embed_tokens")]
+    if settings.method == "full":
+        for parameter in learns:
+            parameter.requires_grad_(True)
+        return Trained(head)
+    torch.manual_seed(settings.seed)
+    return make_trained(head, "afa-lora", settings.lora, settings.anneal, settings.anneal.schedule(steps))
+
+
+def _check_start(head: EagleHead, shape: Any, start: Path) -> None:
+    ours, theirs = shape.layer, head.config
+    if (ours.hidden_size, ours.vocab_size) != (theirs.hidden_size, theirs.vocab_size):
+        raise EffpassError(
+            f"{start} is a head of width {theirs.hidden_size} with {theirs.vocab_size} tokens, and the model has"
+            f" {ours.hidden_size} and {ours.vocab_size}",
+            hint="give a head of this model",
+        )
+
+
+def _publish(
+    folder: Path, work: Path, trained: Trained, loaded: LoadedModel, settings: Settings, facts: dict[str, Any]
+) -> None:
+    """Write the result beside its place, then give it its name."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    head: Any = trained.model if trained.afa is None else trained.afa.merge()
+    dtype = getattr(torch, settings.dtype)
+    for name, parameter in head.named_parameters():
+        if not name.startswith("embed_tokens"):
+            parameter.data = parameter.data.to(dtype)
+    try:
+        name = loaded.name
+        verifier = str(Path(name).resolve()) if Path(name).is_dir() else name
+        write_head(
+            head, temporary, verifier=verifier, architecture=type(loaded.model).__name__, tokens=settings.unrolled
+        )
+        shutil.copyfile(work / METRICS, temporary / METRICS)
+        lines = read_metrics(work / METRICS)
+        plot_acceptance(lines, temporary / "acceptance.png")
+        record = {
+            **facts,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+            | {"python": platform.python_version()},
+            "weights_sha256": hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest(),
+            "final": {key: value for line in lines for key, value in line.items() if key not in ("step", "seconds")},
+        }
+        (temporary / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(work)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
