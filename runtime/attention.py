@@ -65,6 +65,10 @@ def cached_attention(
     layer = effpass_cache.buffers(module.layer_idx)
     scale = scaling or query.shape[-1] ** -0.5
     has_latents = isinstance(module, Absorbed)
+    reader, out = effpass_cache.reader, None
+    if reader is not None and reader.keeps_queries and query.shape[2] > 1:
+        last = query[:, :, -1:]
+        reader.keep_query(module.layer_idx, module.absorb(last) if has_latents else last.clone())
     if has_latents:
         absorbs = module.absorbs(query.shape[2])
         if absorbs:
@@ -72,7 +76,6 @@ def cached_attention(
             query, key, value = module.absorb(query), whole, whole[..., : key.shape[-1]]
         else:
             key, value = module.expanded(key, value)
-    reader, out = effpass_cache.reader, None
     if reader is not None:
         out = reader.attend(effpass_cache, module.layer_idx, query, key, value, scale, softcap or 0.0)
     if out is None:

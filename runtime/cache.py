@@ -149,7 +149,17 @@ class BufferedLayer(CacheLayerMixin):
 
 
 class Reader(Protocol):
-    """What attends to the layers of a cache in a way of its own; its state is that cache's."""
+    """What attends to the layers of a cache in a way of its own; its state is that cache's.
+
+    Attributes:
+        keeps_queries: :meth:`keep_query` is to be called.
+    """
+
+    keeps_queries: bool = False
+
+    def keep_query(self, index: int, query: Tensor) -> None:
+        """The last query `[B, H, 1, K]` of a prompt, or of a piece of it, for keys as they are cached."""
+        return
 
     def attend(
         self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float

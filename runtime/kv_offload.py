@@ -93,14 +93,15 @@ class Offload:
         Raises:
             HostMemoryError: there is no room for it; nothing was taken.
         """
-        device, windows = model.device, attention_windows(model.config)
+        plain, transfers = DecodeCache(model.config, batch, capacity, model.device), Transfers()
+        layers: list[BufferedLayer] = [
+            OffloadedLayer(layer.slots, self, transfers) if _is_full(layer) else layer
+            for layer in map(plain.buffers, range(len(plain)))
+        ]
         blocks = -(-capacity // self.block)
         of_token = token_bytes(model.config, model.dtype.itemsize, lambda size, element: size * element)
-        self.memory.check(int(batch * blocks * self.block * of_token) * windows.count(0))
-        slots, transfers = Slots(batch, capacity, device), Transfers()
-        layers: list[BufferedLayer] = [
-            BufferedLayer(slots, window) if window else OffloadedLayer(slots, self, transfers) for window in windows
-        ]
+        count = sum(isinstance(layer, OffloadedLayer) for layer in layers)
+        self.memory.check(int(batch * blocks * self.block * of_token) * count)
         return OffloadedCache(model, batch, capacity, layers, self, transfers)
 
     def evicting(self, model: Any, batch: int, capacity: int) -> OffloadedCache:
@@ -126,6 +127,11 @@ class Offload:
         return OffloadCounters(
             **dict(zip(COUNTED, sums, strict=True)), read_bytes=read, copied_bytes=copied, waited=waited
         )
+
+
+def _is_full(layer: BufferedLayer) -> bool:
+    """Whether it keeps every token's keys and values, and steps read all of them."""
+    return type(layer) is BufferedLayer and not layer.window
 
 
 class Transfers:

@@ -68,6 +68,14 @@ class SparseReader:
     layers: dict[int, _Layer] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def keeps_queries(self) -> bool:
+        """A pipeline's first step has no step before it, and chooses by the prompt's last query."""
+        return self.settings.selection.is_pipelined
+
+    def keep_query(self, index: int, query: Tensor) -> None:
+        self.queries[index] = query
+
     def attend(
         self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
     ) -> Tensor | None:
@@ -77,8 +85,6 @@ class SparseReader:
         if layer.window:
             return None
         if tokens > 1:
-            if self.settings.selection.is_pipelined:
-                self.queries[index] = query[:, :, -1:].clone()
             return self._prompt(cache, layer, query, keys, values, scale, softcap)
         state = self.layers.get(index)
         if state is None or not state.is_sparse:

@@ -23,7 +23,7 @@ from effpass.core.artifact import Artifact
 from effpass.core.errors import ArtifactError, EffpassError
 from effpass.core.fingerprint import Fingerprint
 from effpass.runtime.attention import reading_cache
-from effpass.runtime.cache import DecodeCache
+from effpass.runtime.cache import DecodeCache, Reader
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.latent_attention import Absorbed
 from effpass.runtime.session import Session
@@ -34,7 +34,7 @@ PASS, VERSION = "sparse_attention", 1
 
 
 @dataclass
-class _Recorder:
+class _Recorder(Reader):
     """Looks on while a model attends, as the reader of a cache."""
 
     sums: dict[int, Tensor] = field(default_factory=dict)

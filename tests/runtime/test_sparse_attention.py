@@ -132,6 +132,19 @@ def test_a_recorded_step_is_a_step(family: str, how: dict[str, Any], pipelined: 
     assert len(chosen) == model.config.num_hidden_layers
 
 
+def test_a_pipeline_begins_with_the_query_of_latents() -> None:
+    """A prompt of expanded latents hands on its last query as steps ask it."""
+    model = families.make("deepseek_v3", kv_lora_rank=64, qk_rope_head_dim=32)
+    given = families.batch(60)
+    expected = generate(prepared(model, "mla_absorption"), given)
+    got = generate(prepared(model, {"sparse_attention": {**WIDE, "pipelined": True}}), given)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    narrow = prepared(model, {"sparse_attention": {**NARROW, "pipelined": True, "audit": True}})
+    generate(narrow, given)
+    assert min(share for share, _ in recall(narrow).values()) > 0.5
+
+
 def test_short_contexts_are_dense_and_the_switch_is_seen() -> None:
     model, given = families.make("llama"), families.batch(20)
     ready = prepared(model, {"sparse_attention": {**NARROW, "dense_below": 24}})
