@@ -281,8 +281,8 @@ def test_beta_follows_the_steps_of_a_trainer_and_its_resume(tmp_path):
                     raise _KilledError
 
         args = TrainingArguments(
-            output_dir=str(tmp_path / folder), max_steps=8, per_device_train_batch_size=2, save_steps=2, report_to="none",
-            disable_tqdm=True, use_cpu=True, learning_rate=1e-2,
+            output_dir=str(tmp_path / folder), max_steps=8, per_device_train_batch_size=2, save_steps=2,
+            report_to="none", disable_tqdm=True, use_cpu=True, learning_rate=1e-2,
         )  # fmt: skip
         trainer = Trainer(adapter.model, args, train_dataset=samples, callbacks=[adapter.callback(), Watch()])
         try:
