@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -23,7 +24,7 @@ from effpass.core.pattern import erase_unread
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.lowering.ops import cached_attention as operators
-from effpass.lowering.ops import rope_cache_write, two_level_attention  # noqa: F401  (registers the operators)
+from effpass.lowering.ops import rope_cache_write, rope_page_write, two_level_attention  # noqa: F401  (registers them)
 from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
 from effpass.passes.graph.rms_norm import RMSNorm, rms_norm_at
 from effpass.passes.graph.rotary import Rotation, rotation_at
@@ -131,10 +132,14 @@ class FuseRopeAttention(GraphPass):
                 *(_tokens_first(program, heads) for heads in (site.query, site.key, site.value)),
                 *(site.rotation.cos, site.rotation.sin, site.query.norm_weight, site.key.norm_weight),
                 *((0.0, 0.0) if norm is None else (norm.eps, norm.offset)),
-                *site.attention.args[1:3],
             )
+            cached, start = site.attention.args[1:3], _written(site.write)[2]
             if site.attention.target is ops.two_level_attention.default:
-                new = program.graph.call_function(ops.rope_cache_write.default, (*arguments, site.write.args[4]))
+                if site.write.target is ops.page_write.default:
+                    written = (ops.rope_page_write.default, (*arguments, start, *site.write.args[3:]))
+                else:
+                    written = (ops.rope_cache_write.default, (*arguments, *cached, start))
+                new = program.graph.call_function(*written)
                 query = site.attention.args[0]
                 assert isinstance(query, Node)
                 with program_values(program):
@@ -144,7 +149,7 @@ class FuseRopeAttention(GraphPass):
                 erase_unread(program, query)
                 return
             _, _, _, key_positions, query_positions, _, *how = site.attention.args
-            arguments = (*arguments, key_positions, query_positions, site.write.args[4], *how)
+            arguments = (*arguments, *cached, key_positions, query_positions, start, *how)
             new = program.graph.call_function(ops.rope_cached_attention.default, arguments)
         new.meta.update(site.attention.meta)
         site.attention.replace_all_uses_with(new)
@@ -165,15 +170,15 @@ def _tokens_first(program: Program, heads: _Heads) -> Node:
 
 
 def _site(attention: Node, surroundings: Surroundings) -> _Site | Refusal:
-    query, keys, values = attention.args[:3]
+    query, keys, _ = attention.args[:3]
     position = surroundings.position
-    writes = [user for user in keys.users if user.target is ops.cache_write.default and user.args[:2] == (keys, values)]  # type: ignore[union-attr]
-    before = [write for write in writes if position[write] < position[attention]]
+    before = [write for write in _writes(attention) if position[write] < position[attention]]
     if not before:
         return Refusal(attention.name, f"{keys} is no buffer that a cache_write in front of it filled")
     write = max(before, key=position.__getitem__)
+    new_key, new_value, _ = _written(write)
     rotations = []
-    for what, node in (("query", query), ("key", write.args[2])):
+    for what, node in (("query", query), ("key", new_key)):
         rotation = rotation_at(node)
         if rotation is None:
             reason = f"its {what}, {source(node)}, is not rotated, or not by halves from the first feature on"
@@ -187,8 +192,23 @@ def _site(attention: Node, surroundings: Surroundings) -> _Site | Refusal:
     if len({(norm.eps, norm.offset) for norm in norms}) > 1:  # the operator has one ε: the norms stay outside
         heads, norms = [_Heads.of(rotation.x, with_norm=False) for rotation in rotations], []
     inner = (write, *of_query.inner, *of_key.inner, *(node for norm in norms for node in norm.inner))
-    value = _Heads.of(write.args[3], with_norm=False)  # type: ignore[arg-type]
+    value = _Heads.of(new_value, with_norm=False)  # type: ignore[arg-type]
     return _Site(attention, write, heads[0], heads[1], value, of_query, inner)
+
+
+def _writes(attention: Node) -> list[Node]:
+    """Writes into the cache that `attention` reads."""
+    keys, values = attention.args[1:3]
+    if attention.target is ops.two_level_attention.default and attention.args[4] is not None:
+        table, host = attention.args[3:5]
+        return [user for user in table.users if user.target is ops.page_write.default and user.args[3] is host]  # type: ignore[union-attr]
+    assert isinstance(keys, Node)
+    return [user for user in keys.users if user.target is ops.cache_write.default and user.args[:2] == (keys, values)]
+
+
+def _written(write: Node) -> tuple[Any, Any, Any]:
+    """The new keys, the new values, and their slot."""
+    return write.args[:3] if write.target is ops.page_write.default else write.args[2:5]  # type: ignore[return-value]
 
 
 def _why_not(site: _Site, surroundings: Surroundings, reads: Mapping[Node, list[Node]]) -> Refusal | None:

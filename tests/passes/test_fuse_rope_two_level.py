@@ -14,11 +14,13 @@ from effpass.runtime.session import Session
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_recorded_sparse_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_recorded_sparse_step(family: str, offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "has_kernel", lambda device, dtype, rows: True)
     backend.reports.clear()
     options = {"tokens": 16, "blocks": 4, "block": 16, "recent": 1, "dense_below": 1}
-    recipe = {"version": 1, "passes": [{"sparse_attention": options}]}
+    passes = [{"sparse_attention": options}, *([{"kv_offload": {"pool": 5}}] if offload else [])]
+    recipe = {"version": 1, "passes": passes}
     model, given = effpass.prepare(families.make(family), recipe), families.batch(43)
     compile_step = backend.DecodeBackend()
     with torch.no_grad(), reading_cache(model):
@@ -45,6 +47,7 @@ def test_a_recorded_sparse_step(family: str, monkeypatch: pytest.MonkeyPatch) ->
     (rope,) = [entry for entry in report.passes if entry.name == "fuse_rope_attention"]
     layers = model.config.num_hidden_layers
     assert rope.hits == layers
-    assert rope.ops["effpass.rope_cache_write.default"] == -rope.ops["effpass.cache_write.default"] == layers
+    fused, alone = ("rope_page_write", "page_write") if offload else ("rope_cache_write", "cache_write")
+    assert rope.ops[f"effpass.{fused}.default"] == -rope.ops[f"effpass.{alone}.default"] == layers
     assert rope.ops["aten.neg.default"] == -2 * layers
     assert "effpass.two_level_attention.default" not in rope.ops
