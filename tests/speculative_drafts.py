@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import families
@@ -15,7 +16,7 @@ from effpass.lowering.ops.tree_growth import positions_at
 from effpass.runtime.speculative import C2T, Classifier, Eagle2, Static, chain
 from effpass.runtime.speculative.tree import TokenTree
 
-__all__ = ["KINDS", "Fixed", "classifier", "draft_model", "prepared"]
+__all__ = ["KINDS", "Fixed", "classifier", "draft_model", "prepared", "sure_checkpoint"]
 
 
 def classifier(seed: int = 0, offset: float = 0.0) -> Classifier:
@@ -98,3 +99,19 @@ class Fixed:
 
     def has_moved(self) -> bool:
         return False
+
+
+def sure_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A checkpoint whose next token follows from the one before, and clearly: its layers add next to nothing."""
+    from tiny_tuning import checkpoint
+    from transformers import LlamaForCausalLM
+
+    checkpoint(folder, **overrides)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+        model.lm_head.weight.mul_(60)
+    model.save_pretrained(folder)
+    return folder

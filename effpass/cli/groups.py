@@ -28,6 +28,7 @@ __all__ = ["BUILTIN", "group"]
 BUILTIN = {
     "effpass.train": {
         "afa-lora": "effpass.cli.train_sft:afa_lora",
+        "c2t": "effpass.cli.train_c2t:c2t",
         "draft": "effpass.cli.train_draft:draft",
         "grpo": "effpass.cli.train_grpo:grpo",
         "lm": "effpass.cli.train_lm:lm",

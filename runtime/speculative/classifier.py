@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = ["ARTIFACT", "FEATURES", "VERSION", "Classifier", "load_classifier"]
 
 FEATURES = 3
 ARTIFACT, VERSION = "c2t", 1
+_SIZES = ("top_k", "depth", "nodes", "beta")
 
 
 class Classifier(nn.Module):
@@ -28,7 +30,12 @@ class Classifier(nn.Module):
 
     Args:
         hidden: units; the paper's 48 are 241 parameters.
+
+    Attributes:
+        sizes: of trees that were found good where it was learned: `top_k`, `depth`, `nodes`, `beta`.
     """
+
+    sizes: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, hidden: int = 48) -> None:
         super().__init__()
@@ -64,6 +71,12 @@ def load_classifier(folder: Path, draft: nn.Module) -> Classifier:
     artifact = Artifact.load(folder, expect_pass=ARTIFACT, max_version=VERSION, expect_tensors=names)
     artifact.check_model(draft)
     try:
-        return Classifier.of(artifact.tensors)
+        found = Classifier.of(artifact.tensors)
     except RuntimeError as error:
         raise ArtifactError(f"{folder}: {' '.join(str(error).split())}") from error
+    sizes = {name: artifact.options[name] for name in _SIZES if name in artifact.options}
+    for name, value in sizes.items():
+        if type(value) not in ((int, float) if name == "beta" else (int,)):
+            raise ArtifactError(f"{folder}: options: {name} is {value!r}, expected a number")
+    found.sizes = sizes
+    return found

@@ -60,7 +60,7 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
             `"layers:0,1,5"`, the model itself with these layers alone; or a :class:`Draft`.
         tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, with sizes where they are to be others: `"chain:7"`,
             `"static:4,2,1"`, `"eagle2:top_k=10,depth=6,nodes=60"`, `"c2t:beta=0.4"`; or a kind; None for a chain. The
-            classifier of `"c2t"` is looked for in the draft's folder, under ``c2t``.
+            classifier of `"c2t"` is looked for in the draft's folder, under ``c2t``, with sizes that are good there.
 
     Raises:
         EffpassError: an unknown tree, or one that this draft does not grow.
@@ -136,7 +136,8 @@ def _kind(tree: Any, classifier: Callable[[], Any] | None) -> TreeKind:
     if name == "c2t":
         if classifier is None:
             raise EffpassError("a c2t tree needs its classifier", hint="give tree=C2T(classifier), or a draft's folder")
-        return C2T(classifier=classifier(), **_options(tree, parts, C2T))
+        learned = classifier()
+        return C2T(classifier=learned, **{**learned.sizes, **_options(tree, parts, C2T)})
     raise EffpassError(f"unknown tree {name!r}{did_you_mean(name, TREES)}")
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from families import make
+from speculative_drafts import sure_checkpoint
 from tiny_tuning import checkpoint, metrics, quiet, sums, weights, write
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import effpass
 from effpass.core.errors import EffpassError, ModelError
@@ -175,22 +176,9 @@ def test_the_head_knows_the_most_frequent_tokens() -> None:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def sure(folder: Path, **overrides: Any) -> Path:
-    """A checkpoint whose next token follows from the one before, and clearly: its layers add next to nothing."""
-    checkpoint(folder, **overrides)
-    model = LlamaForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(0.01)
-            layer.mlp.down_proj.weight.mul_(0.01)
-        model.lm_head.weight.mul_(60)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sure(tmp_path_factory.mktemp("llama"))
+    return sure_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
 def run(model: Path, folder: Path, settings: Settings = SETTINGS, **options: Any) -> Path:
@@ -302,7 +290,7 @@ def test_runs_that_can_not_be(llama: Path, tmp_path: Path, change: dict[str, Any
 
 
 def test_a_head_of_another_model(llama: Path, finished: Path, tmp_path: Path) -> None:
-    other = sure(tmp_path / "wide", hidden_size=96)
+    other = sure_checkpoint(tmp_path / "wide", hidden_size=96)
     with pytest.raises(EffpassError, match=r"is a head of width 64 with .* tokens, and the model has 96"):
         run(other, tmp_path, start=finished)
 

@@ -1,0 +1,1 @@
+"""C2T's classifier for a model and its draft (`effpass train c2t`; https://arxiv.org/abs/2502.13652)."""

@@ -1,0 +1,170 @@
+"""A run from a model, its draft and prompts to a classifier."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effpass.core.artifact import Artifact
+from effpass.core.errors import ArtifactError, EffpassError
+from effpass.core.fingerprint import Fingerprint
+from effpass.core.model import LoadedModel, load_model
+from effpass.runtime.attach import engine_of
+from effpass.runtime.engine import Engine
+from effpass.runtime.speculative.classifier import ARTIFACT, VERSION, Classifier
+from effpass.runtime.speculative.eagle_draft import EagleDraft
+from effpass.runtime.speculative.growing import C2T
+from effpass.runtime.speculative.model_draft import ModelDraft
+from effpass.runtime.speculative.open_draft import open_draft
+from effpass.runtime.speculative.speculator import Speculator
+from effpass.trainers.c2t.curves import BETAS, by_confidence, by_probability, choose, saved
+from effpass.trainers.c2t.fit import fit
+from effpass.trainers.c2t.trees import Trees, collect
+from effpass.trainers.draft.answers import read_prompts
+from effpass.trainers.finetune.samples import file_hash
+
+__all__ = ["train_c2t"]
+
+_SIZES = (8, 16, 32, 64)  # of trees whose time is measured
+_ROUNDS = 24  # of each, at least
+
+
+def train_c2t(
+    source: str,
+    draft: str,
+    data: Path,
+    folder: Path,
+    *,
+    top_k: int = 8,
+    depth: int = 5,
+    trees: int = 4000,
+    answer: int = 128,
+    hidden: int = 48,
+    epochs: int = 10,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    backend: Any = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Collect trees, fit the classifier, and choose β and the size of a tree for the device.
+
+    Args:
+        source: model, as `effpass.load_model` takes it.
+        draft: folder of a head or a model.
+        data: JSON lines of prompts; see :mod:`effpass.trainers.draft.answers`.
+        folder: where the artifact goes; ``DRAFT/c2t`` is where a tree looks for it.
+        top_k, depth: of the trees.
+        trees: that are collected; a twentieth is held out.
+        answer: tokens of an answer, at most.
+        hidden: units of the classifier.
+        epochs: over the trees.
+        seed: of the classifier and of what is held out.
+        dtype, device: of both models.
+        backend: compiles decode steps on a GPU.
+        say: gets lines for people.
+
+    Raises:
+        EffpassError: a fault of the data, or of the models.
+    """
+    if folder.exists():
+        raise ArtifactError(f"{folder} exists", hint="give another folder, or remove it")
+    for name, value in (("trees", trees), ("epochs", epochs), ("hidden", hidden), ("answer", answer - 1)):
+        if value < 1:
+            raise EffpassError(f"{name}: got {value + (name == 'answer')}, expected more")
+    loaded = load_model(source, dtype=dtype)
+    loaded.model.to(device)
+    prompts = read_prompts(data, loaded.tokenizer)
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    engine = engine_of(loaded.model, backend=backend)
+    found = collect(
+        loaded, engine, lambda kind: open_draft(engine, draft, kind), [prompts[i] for i in order], top_k=top_k,
+        depth=depth, trees=trees, answer=answer, say=say,
+    )  # fmt: skip
+    say(f"{len(found)} trees of {found.probability.shape[1]} candidates, {_accepted(found):.2f} of each accepted")
+    held_out = torch.arange(len(found)) % 20 == 0
+    learned, rest = found[~held_out], found[held_out]
+    if len(learned) < 1:
+        raise EffpassError(f"{len(found)} trees are nothing to learn from", hint="more prompts, or longer answers")
+    classifier = fit(learned, hidden=hidden, epochs=epochs, seed=seed, say=say)
+    shares = saved(rest, classifier)
+    usual = sorted(shares.values())[len(shares) // 2] if shares else math.nan
+    say(f"at the tokens a tree of EAGLE-2, {usual:.0%} fewer nodes (half of all β)")
+    seconds = {n: _seconds(loaded, engine, draft, classifier, prompts, top_k, depth, n) for n in _sizes(top_k, depth)}
+    sizes = choose(rest, classifier, seconds)
+    say("  ".join(f"{n} nodes {1e3 * s:.3g} ms" for n, s in seconds.items()))
+    say(f"chosen for this device: {sizes.nodes} nodes, β {sizes.beta}")
+    _save(folder, engine, draft, classifier, data, rest, shares, seconds, sizes, found, seed)
+    say(f"saved {folder}")
+    return folder
+
+
+def _accepted(trees: Trees) -> float:
+    return float(trees.accepted.sum(1).double().mean())
+
+
+def _sizes(top_k: int, depth: int) -> list[int]:
+    """Those of which there are candidates enough."""
+    most = top_k + (depth - 1) * top_k * top_k
+    return [size for size in _SIZES if size - 1 <= most] or [most + 1]
+
+
+def _seconds(
+    loaded: LoadedModel, engine: Engine, draft: str, classifier: Classifier, prompts: list[np.ndarray], top_k: int,
+    depth: int, nodes: int,
+) -> float:  # fmt: skip
+    """What a round takes, with a tree of so many nodes."""
+    from effpass.runtime.speculative.generation import generate
+
+    kind = C2T(classifier, 0.0, top_k, depth, nodes)
+    speculator = Speculator(engine, open_draft(engine, draft, kind), switches=False)
+    prompt = min(prompts, key=len)
+    ids = torch.from_numpy(prompt).long()[None].to(loaded.model.device)
+
+    def loop(model: Any, input_ids: torch.Tensor, **prepared: Any) -> Any:
+        return generate(speculator, input_ids, **prepared)
+
+    longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
+    new = min(_ROUNDS * (depth + 1), longest - len(prompt))
+    loaded.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
+        pad_token_id=0, custom_generate=loop,
+    )  # fmt: skip
+    (pace,) = speculator._paces.values()
+    assert pace.round is not None
+    return pace.round
+
+
+def _save(
+    folder: Path, engine: Engine, draft: str, classifier: Classifier, data: Path, trees: Trees,
+    shares: dict[float, float], seconds: dict[int, float], sizes: Any, found: Trees, seed: int,
+) -> None:  # fmt: skip
+    made = open_draft(engine, draft, "chain")
+    assert isinstance(made, (EagleDraft, ModelDraft))
+    learned_for = made.head if isinstance(made, EagleDraft) else made.model
+    curve = by_confidence(trees, classifier, BETAS)
+    eagle2 = [8, 15, 31, 63]
+    metrics = {
+        "tokens_by_beta": {str(b): [round(p.nodes, 3), round(p.tokens, 4)] for b, p in zip(BETAS, curve, strict=True)},
+        "eagle2": {str(n): round(p.tokens, 4) for n, p in zip(eagle2, by_probability(trees, eagle2), strict=True)},
+        "fewer_nodes_by_beta": {str(b): round(s, 4) for b, s in shares.items()},
+        "round_seconds_by_nodes": {str(n): s for n, s in seconds.items()},
+    }
+    provenance = {
+        "data": file_hash(data), "trees": len(found), "held_out": len(trees), "seed": seed, "device": _device(engine),
+        "torch": importlib.metadata.version("torch"),
+    }  # fmt: skip
+    options = {"top_k": found.top_k, "depth": found.depth, "nodes": sizes.nodes, "beta": sizes.beta}
+    Artifact(
+        ARTIFACT, VERSION, options, Fingerprint.of(learned_for), provenance, metrics, dict(classifier.state_dict())
+    ).save(folder)
+
+
+def _device(engine: Engine) -> str:
+    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
