@@ -20,10 +20,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 import effpass.lowering.ops.append_positions
 import effpass.lowering.ops.cached_attention  # noqa: F401  (registers the operators)
-from effpass.core.errors import ModelError
+from effpass.core.errors import EffpassError, ModelError
 from effpass.lowering.ops.block_pool import BlockPool
 
-__all__ = ["BufferedLayer", "DecodeCache", "Reader", "Slots", "attention_windows"]
+__all__ = ["BufferedLayer", "DecodeCache", "Reader", "Slots", "attention_windows", "cannot_crop", "layer_windows"]
 
 
 class Slots:
@@ -146,6 +146,14 @@ class BufferedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.slots.crop(0)
+        self.forget()
+
+    def forget(self) -> None:
+        """No sequence has a token; what is in slots need not be touched."""
+
+    def own_state(self) -> list[Tensor]:
+        """What a step writes that stands in no slot."""
+        return []
 
 
 class Reader(Protocol):
@@ -202,8 +210,7 @@ class DecodeCache(Cache):
         layers: Sequence[BufferedLayer] | None = None,
     ) -> None:
         if layers is None:
-            slots = Slots(batch, capacity, device)
-            layers = [BufferedLayer(slots, window) for window in attention_windows(config)]
+            layers = _new_layers(config, Slots(batch, capacity, device))
         self.slots = layers[0].slots
         super().__init__(layers=list(layers))
         self.batch, self.capacity = batch, capacity
@@ -244,7 +251,13 @@ class DecodeCache(Cache):
         """
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens."""
+        """Remove the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            EffpassError: a layer keeps a state that can't be taken back.
+        """
+        if tokens_to_remove < 0 and not self.is_croppable:
+            raise cannot_crop(-tokens_to_remove)
         for slots in self.distinct_slots():
             slots.crop(slots.length + min(tokens_to_remove, 0))
 
@@ -252,6 +265,8 @@ class DecodeCache(Cache):
         self.changed()
         for slots in self.distinct_slots():
             slots.crop(0)
+        for index in range(len(self.layers)):
+            self.buffers(index).forget()
 
     def ready(self) -> Hashable:
         """Called before every decode step; see :class:`Reader`."""
@@ -262,7 +277,8 @@ class DecodeCache(Cache):
 
     def state(self) -> list[Tensor]:
         """What a step that was only tried must leave as it was."""
-        return [t for slots in self.distinct_slots() for t in (slots.positions, slots.filled)]
+        own = [t for index in range(len(self.layers)) for t in self.buffers(index).own_state()]
+        return [t for slots in self.distinct_slots() for t in (slots.positions, slots.filled)] + own
 
     def changed(self) -> None:
         """Called when slots may hold other tokens than at the last step: after a prompt."""
@@ -270,11 +286,53 @@ class DecodeCache(Cache):
             self.reader.forget()
 
 
+def cannot_crop(tokens: int) -> EffpassError:
+    """What is said where some tokens, and not all, are to be taken back from a state."""
+    return EffpassError(
+        f"{tokens} tokens were to be taken back, and linear attention has no state from before them",
+        hint="begin again with an empty cache; assisted and speculative generation need layers that keep their keys",
+    )
+
+
+def _new_layers(config: Any, slots: Slots) -> list[BufferedLayer]:
+    windows = layer_windows(config)
+    if not _is_hybrid(config):
+        return [BufferedLayer(slots, window) for window in windows]
+    from effpass.runtime.linear_attention.hybrid import linear_layers
+    from effpass.runtime.linear_attention.state import StateBuffers
+
+    linear, settings = linear_layers(config)
+    return [
+        StateBuffers(slots, settings) if index in linear else BufferedLayer(slots, window)
+        for index, window in enumerate(windows)
+    ]
+
+
+def _is_hybrid(config: Any) -> bool:
+    return getattr(config, "linear_attention", None) is not None
+
+
 def attention_windows(config: Any) -> list[int]:
-    """The sliding window of each of the model's layers, 0 where attention is full.
+    """The sliding window of each of the model's layers, 0 where attention is full; all keep keys and values.
 
     Raises:
         ModelError: a layer keeps something other than keys and values, or has no cache of its own.
+    """
+    if _is_hybrid(config):
+        layers = ", ".join(str(i) for i in config.linear_attention["layers"])
+        raise ModelError(
+            f"layers {layers} are linear attention: they keep a state, and no keys that could be chosen, moved or taken"
+            " back",
+            hint="generate without this pass or draft",
+        )
+    return layer_windows(config)
+
+
+def layer_windows(config: Any) -> list[int]:
+    """Likewise of a model that may be a hybrid, whose layers of linear attention count as full.
+
+    Raises:
+        ModelError: as :func:`attention_windows`.
     """
     windows = []
     text = config.get_text_config(decoder=True)

@@ -15,7 +15,7 @@ import torch
 
 from effpass.core.errors import EffpassError, HostMemoryError, ModelError
 from effpass.runtime.attention import reading_cache
-from effpass.runtime.cache import DecodeCache, attention_windows
+from effpass.runtime.cache import DecodeCache, layer_windows
 from effpass.runtime.session import Backend, Session
 
 __all__ = ["Engine", "check_decodable"]
@@ -156,4 +156,4 @@ def check_decodable(model: Any) -> None:
             f"{name} does not attend through transformers' AttentionInterface",
             hint="transformers' own generate runs it",
         )
-    attention_windows(model.config)
+    layer_windows(model.config)

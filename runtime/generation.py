@@ -56,7 +56,7 @@ def generate(
 
     Returns:
         int64 `[B, T + new]`, or with `return_dict_in_generate` an output whose `past_key_values` a later call can go
-        on with.
+        on with. It has none where steps ran beyond the end and a layer's state can't be taken back.
 
     Raises:
         EffpassError: beam search, an empty prompt, padding on the right, a prompt longer than the model's positions, or
@@ -97,8 +97,10 @@ def generate(
         done = watch.finish()
         result = choice.output(length + done)
         if generation_config.return_dict_in_generate:
-            session.crop(length + done - 1)  # the last token was never run
-            result["past_key_values"] = engine.give(session)
+            kept = length + done - 1  # the last token was never run
+            if session.length == kept or session.cache.is_croppable:
+                session.crop(kept)
+                result["past_key_values"] = engine.give(session)
             return GenerateDecoderOnlyOutput(**result)
     return result["sequences"]
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from effpass.core.errors import ModelError
+
+# Model types of effpass's own, and what makes transformers know them; imported where their name is met.
+_OWN_TYPES = {"effpass_hybrid": "effpass.runtime.linear_attention"}
 
 __all__ = ["check_causal_lm", "check_reads_images", "hub_is_out_of_reach", "load_error", "read_config"]
 
@@ -14,10 +19,15 @@ def read_config(where: str | Path, name: str, **options: Any) -> Any:
     """``AutoConfig.from_pretrained`` with one clear :class:`ModelError` for each way it fails."""
     from transformers import AutoConfig
 
+    options = {"trust_remote_code": False, **options}
     try:
-        return AutoConfig.from_pretrained(where, **{"trust_remote_code": False, **options})
+        return AutoConfig.from_pretrained(where, **options)
     except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
-        raise load_error(error, name, None) from error
+        own = next((module for kind, module in _OWN_TYPES.items() if f"`{kind}`" in str(error)), None)
+        if own is None or own in sys.modules:
+            raise load_error(error, name, None) from error
+    importlib.import_module(own)
+    return read_config(where, name, **options)
 
 
 def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
@@ -26,12 +36,15 @@ def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) 
 
     hint = "effpass rewrites causal language models: Llama, Qwen3, Mistral, Gemma3, GPT-2, Mixtral, DeepSeek-V3, ..."
     architectures = list(getattr(config, "architectures", None) or [])
+    model_type = getattr(config, "base_model_type", config.model_type)
+    if model_type != config.model_type:  # a hybrid, whose class is named after its family's
+        architectures = [name.removeprefix("Hybrid") for name in architectures]
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if architectures and not known.intersection(architectures):
         raise ModelError(f"{name} is a {architectures[0]}, which is no causal language model", hint=hint)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} has the model type {config.model_type!r}, which has no causal language model", hint=hint
         )

@@ -1,0 +1,151 @@
+"""Hybrids: transformers models some of whose attention layers are linear attention, by their config.
+
+A hybrid's class and config are subclasses of its family's, made when they are first asked for. In config.json
+`model_type` is ``effpass_hybrid``, `base_model_type` the family's, and `linear_attention` holds the layers and
+settings; all else is as the family writes it. A library that does not know the type refuses the checkpoint, which is
+better than loading it without its layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from effpass.core.errors import ModelError
+from effpass.runtime.linear_attention.attention_layers import attention_layers
+from effpass.runtime.linear_attention.layer import GatedDeltaAttention
+from effpass.runtime.linear_attention.settings import GatedDeltaSettings
+
+__all__ = ["MODEL_TYPE", "is_hybrid", "linear_layers", "make_hybrid"]
+
+MODEL_TYPE = "effpass_hybrid"
+
+
+class HybridConfig(PreTrainedConfig):
+    """What `AutoConfig` finds under ``effpass_hybrid``; makes configs of the family's own subclass."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        base = str(config_dict.get("base_model_type"))
+        if base not in CONFIG_MAPPING:
+            raise ModelError(f"a hybrid of base_model_type {base!r}, which this transformers does not know")
+        family: Any = CONFIG_MAPPING[base]
+        config = _config_class(family).from_dict(config_dict, **kwargs)
+        linear_layers(config[0] if isinstance(config, tuple) else config)  # refuses what no layer has
+        return config
+
+
+@functools.cache
+def _config_class(base: Any) -> Any:
+    """The config of hybrids of a family, and with it their model's class."""
+    name = f"Hybrid{base.__name__}"
+    members = {"model_type": MODEL_TYPE, "base_model_type": base.model_type, "__doc__": base.__doc__}
+    config = type(name, (base,), {**members, "__module__": __name__, "__reduce__": _reduced_config})
+    if base in MODEL_FOR_CAUSAL_LM_MAPPING:
+        AutoModelForCausalLM.register(config, _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], config), exist_ok=True)
+    return config
+
+
+def _reduced_config(self: Any) -> Any:
+    """Copies of a config, whose class no module holds."""
+    return _restored_config, (type(self).__mro__[1], dict(self.__dict__))
+
+
+def _restored_config(base: type, content: dict[str, Any]) -> Any:
+    config = _config_class(base).__new__(_config_class(base))
+    config.__dict__.update(content)
+    return config
+
+
+@functools.cache
+def _model_class(base: Any, config_class: Any) -> Any:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        _replace(self, *linear_layers(config))
+
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        base._init_weights(self, module)
+        if isinstance(module, GatedDeltaAttention):
+            module.reset_own_parameters()
+
+    members = {
+        "config_class": config_class,
+        "__init__": __init__,
+        "_init_weights": _init_weights,
+        "__doc__": base.__doc__,
+        "__module__": __name__,
+    }
+    return type(f"Hybrid{base.__name__}", (base,), members)
+
+
+def is_hybrid(config: Any) -> bool:
+    """Whether a config is a hybrid's."""
+    return getattr(config, "linear_attention", None) is not None
+
+
+def linear_layers(config: Any) -> tuple[list[int], GatedDeltaSettings]:
+    """Which layers are linear attention, and their settings.
+
+    Raises:
+        ModelError: the config tells no such layers.
+        EffpassError: its settings are no layer's.
+    """
+    content, count = config.linear_attention, config.num_hidden_layers
+    layers = content.get("layers") if isinstance(content, Mapping) else None
+    fits = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
+    if not fits or len(set(layers)) != len(layers):  # type: ignore[arg-type]
+        raise ModelError(f"linear_attention: layers is {layers!r}, expected numbers below {count}")
+    return sorted(layers), GatedDeltaSettings.from_dict({k: v for k, v in content.items() if k != "layers"})  # type: ignore[arg-type]
+
+
+def make_hybrid(model: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> dict[int, GatedDeltaAttention]:
+    """Put new layers of linear attention in the place of a model's attention layers, in place.
+
+    Args:
+        model: a transformers causal LM.
+        layers: numbers of the layers.
+        settings: of all of them.
+
+    Returns:
+        The new layers by number; their weights are random.
+
+    Raises:
+        ModelError: the model has no such layers, or is a hybrid already; nothing was changed.
+    """
+    config = model.config
+    if is_hybrid(config):
+        raise ModelError(f"{type(model).__name__} has linear attention already", hint="convert the model as it was")
+    attention_layers(model, layers)
+    base: Any = type(config)
+    config.__class__ = _config_class(base)  # one object, shared by the model's modules
+    config.base_model_type = base.model_type
+    config.linear_attention = {"layers": sorted(layers), **settings.to_dict()}
+    made = _replace(model, sorted(layers), settings)
+    of_model: Any = type(model)
+    model.__class__ = _model_class(of_model, config.__class__)
+    return made
+
+
+def _replace(model: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> dict[int, GatedDeltaAttention]:
+    config: Any = model.config
+    made: dict[int, GatedDeltaAttention] = {}
+    eps = next((getattr(config, n) for n in ("rms_norm_eps", "layer_norm_epsilon") if hasattr(config, n)), 1e-6)
+    for index, (parent, name) in attention_layers(model, layers).items():
+        old = getattr(parent, name)
+        weight = next(old.parameters())
+        with weight.device:
+            made[index] = GatedDeltaAttention(settings, config.hidden_size, index, eps).to(weight.dtype)
+        made[index].train(old.training)
+        setattr(parent, name, made[index])
+    return made
+
+
+AutoConfig.register(MODEL_TYPE, HybridConfig, exist_ok=True)

@@ -1,0 +1,175 @@
+"""The layer: projections, short convolution, gates, the gated delta rule, gated norm.
+
+    q, k, v = SiLU(conv(W x))        g, β, β_w from W_f x, W_β x, W_w x        o = rule(q, k, v, g, β, β_w)
+    y = W_o (RMSNorm(o) ⊙ σ(W_g x))
+
+The form is that of Kimi Delta Attention's layer (https://arxiv.org/abs/2510.26692) with the step sizes of FG²-GDN
+(https://arxiv.org/abs/2604.19021); the recurrence is :mod:`effpass.lowering.ops.gated_delta_rule`. Order within a
+sequence comes from convolution and decay: there is no position embedding.
+
+Shapes: B batch, T tokens, D model width, H key heads, HV value heads, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effpass.core.errors import ModelError
+from effpass.lowering.ops.gated_delta_rule import gated_delta_rule
+from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
+from effpass.runtime.linear_attention.settings import GatedDeltaSettings
+from effpass.runtime.linear_attention.state import StateBuffers, state_layer
+
+__all__ = ["GatedDeltaAttention"]
+
+_RATES = (1.0, 16.0)  # exp(A_log) at the start
+_STEPS = (1e-3, 0.1)  # softplus(dt_bias) at the start
+
+
+class GatedDeltaAttention(nn.Module):
+    """Linear attention in the place of a decoder layer's attention.
+
+    Args:
+        settings: sizes and form.
+        hidden_size: D.
+        layer_idx: which layer of the cache is this one's.
+        norm_eps: of the norm before the output's gate.
+    """
+
+    def __init__(self, settings: GatedDeltaSettings, hidden_size: int, layer_idx: int, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.settings, self.layer_idx, self.norm_eps = settings, layer_idx, norm_eps
+        heads, key_size, value_size = settings.num_value_heads, settings.key_head_dim, settings.value_head_dim
+        keys, values, rank = settings.num_key_heads * key_size, heads * value_size, settings.gate_rank
+        self.q_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(hidden_size, values, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, settings.conv_kernel_size))
+        decay_shape = (heads,) if settings.mode == "gdn" else (heads, key_size)
+        self.f_proj = _linear(hidden_size, math.prod(decay_shape), 0 if settings.mode == "gdn" else rank)
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(decay_shape))
+        self.by_channel = settings.mode in ("fg2", "fg2+")
+        steps, beta_rank = (heads * key_size, settings.beta_rank) if self.by_channel else (heads, 0)
+        self.b_proj = _linear(hidden_size, steps, beta_rank)
+        self.w_proj = _linear(hidden_size, values, settings.beta_rank) if settings.mode == "fg2+" else None
+        self.g_proj = _linear(hidden_size, values, rank, bias=True)
+        self.norm_weight = nn.Parameter(torch.empty(value_size))
+        self.o_proj = nn.Linear(values, hidden_size, bias=False)
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Initial values of the parameters that belong to no linear layer."""
+        bound = self.settings.conv_kernel_size**-0.5
+        self.conv_weight.uniform_(-bound, bound)
+        self.A_log.uniform_(*_RATES).log_()
+        step = torch.empty_like(self.dt_bias).uniform_(*(math.log(x) for x in _STEPS)).exp_()
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.norm_weight.fill_(1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        effpass_cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What the decoder layer calls.
+
+        Args:
+            hidden_states: [B, T, D].
+            attention_mask: as transformers makes it for the layer: read for which tokens are padding.
+            past_key_values: a cache, written.
+            effpass_cache: the decode engine's, which knows padding by itself.
+
+        Returns:
+            [B, T, D], and None where transformers expects weights.
+        """
+        is_token = _tokens(hidden_states, attention_mask, effpass_cache)
+        x = hidden_states if is_token is None else hidden_states * is_token[..., None].to(hidden_states.dtype)
+        batch, tokens, _ = x.shape
+        cached = None if past_key_values is None else state_layer(past_key_values, self.layer_idx)
+        before, state = (None, None) if cached is None else cached.read(batch, x.dtype)
+        mixed, conv = self._convolved(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1), before)
+        in_place = isinstance(cached, StateBuffers) and tokens == 1
+        out, state = self._recurrence(mixed, x, state, in_place)
+        if cached is not None:
+            cached.write(conv, None if in_place else state, tokens)
+        return self._projected(out, x), None
+
+    def _convolved(self, mixed: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, T, channels] through convolution and SiLU, and the last inputs [B, channels, kernel - 1]."""
+        mixed, size = mixed.transpose(1, 2), self.settings.conv_kernel_size - 1
+        full = F.pad(mixed, (size, 0)) if before is None else torch.cat((before.to(mixed.dtype), mixed), -1)
+        if mixed.shape[-1] == 1:
+            out = (full * self.conv_weight).sum(-1, keepdim=True)
+        else:
+            out = F.conv1d(full, self.conv_weight[:, None], groups=len(self.conv_weight))
+        return F.silu(out).transpose(1, 2), full[..., full.shape[-1] - size :]
+
+    def _recurrence(self, mixed: Tensor, x: Tensor, state: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, HV, V] and the state after them, which is `state` itself where `in_place`."""
+        heads, key_size = self.settings.num_value_heads, self.settings.key_head_dim
+        keys = self.settings.num_key_heads * key_size
+        q, k, v = mixed.split((keys, keys, heads * self.settings.value_head_dim), -1)
+        by_channel = (*x.shape[:2], heads, -1)
+        gate, beta = self.f_proj(x), self.b_proj(x)
+        gate = gate if self.settings.mode == "gdn" else gate.view(by_channel)
+        beta = beta.view(by_channel) if self.by_channel else beta
+        given = (
+            q.unflatten(-1, (-1, key_size)), k.unflatten(-1, (-1, key_size)), v.unflatten(-1, (heads, -1)), gate, beta,
+            None if self.w_proj is None else self.w_proj(x).view(by_channel),
+        )  # fmt: skip
+        bound = self.settings.lower_bound
+        if in_place:
+            assert state is not None
+            out = gated_delta_rule_step(*given, state, A_log=self.A_log, dt_bias=self.dt_bias, lower_bound=bound)
+            return out, state
+        return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=self.dt_bias, lower_bound=bound)
+
+    def _projected(self, out: Tensor, x: Tensor) -> Tensor:
+        """[B, T, D] of outputs [B, T, HV, V]."""
+        wide = out.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
+        gate = self.g_proj(x).view(out.shape)
+        gated = normed * self.norm_weight.float() * gate.float().sigmoid()
+        return self.o_proj(gated.to(x.dtype).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"{self.settings.mode}, layer_idx={self.layer_idx}"
+
+
+def _linear(width: int, size: int, rank: int, bias: bool = False) -> nn.Module:
+    """A linear layer; of a rank, or 0 for the full one."""
+    if rank == 0:
+        return nn.Linear(width, size, bias=bias)
+    return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, size, bias=bias))
+
+
+def _tokens(hidden_states: Tensor, mask: Any, effpass_cache: Any) -> Tensor | None:
+    """Which tokens are none of padding, bool [B, T]; None where all are."""
+    tokens = hidden_states.shape[1]
+    if effpass_cache is not None:
+        positions = effpass_cache.query_positions
+        # In a step rows without a sequence compute what nobody reads.
+        return None if tokens == 1 or effpass_cache.slots.is_dense else positions >= 0
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ModelError(
+            f"linear attention reads padding from a mask, and was given a {type(mask).__name__}",
+            hint="load the model with attn_implementation='sdpa'",
+        )
+    if mask.dim() == 2:  # FlashAttention's: which tokens of the whole sequence are padding
+        return mask[:, -tokens:].bool()
+    # A token is padding where it may not attend to itself, whatever window or prefix the mask has.
+    own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0

@@ -1,0 +1,164 @@
+"""What linear attention caches: a state and the last inputs of the short convolution, of the same size for any length.
+
+Two cache layers hold them, one in transformers' own caches and one in the decode engine's. Neither can take back some
+of its tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from effpass.core.errors import ModelError
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, cannot_crop
+from effpass.runtime.linear_attention.settings import GatedDeltaSettings
+
+__all__ = ["StateBuffers", "StateLayer", "state_layer"]
+
+
+def _is_no_attention(*_: Any, **__: Any) -> Any:
+    raise ModelError("a layer of linear attention caches no keys and values")
+
+
+class StateLayer(CacheLayerMixin):
+    """A layer of a transformers cache.
+
+    Attributes:
+        conv: [B, channels, conv_kernel_size - 1] inputs of the convolution; None before the first token.
+        state: float32 [B, HV, K, V]; None before the first token.
+        seen: tokens entered.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    update = lazy_initialization = _is_no_attention  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv: Tensor | None = None
+        self.state: Tensor | None = None
+        self.seen = 0
+
+    def read(self, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """`conv` and `state`."""
+        return self.conv, self.state
+
+    def write(self, conv: Tensor, state: Tensor | None, tokens: int) -> None:
+        """What stands after `tokens` more."""
+        assert state is not None
+        self.conv, self.state = conv, state
+        self.seen += tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removed = abs(tokens_to_remove)
+        if removed >= self.seen:
+            self.reset()
+        elif removed:
+            raise cannot_crop(removed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices])
+
+    def offload(self) -> None:
+        """Its size does not grow: it stays on the device."""
+
+    def prefetch(self) -> None:
+        """Likewise."""
+
+    def _each(self, change: Any) -> None:
+        if self.conv is not None and self.state is not None:
+            self.conv, self.state = change(self.conv), change(self.state)
+
+
+class StateBuffers(BufferedLayer):
+    """A layer of the decode engine's cache: `conv` and `state` stay where they are, zeros before the first token.
+
+    Args:
+        slots: of the layers that keep keys; the state has none, and follows them.
+        settings: of the layer.
+    """
+
+    is_croppable = False
+    keeps_places = False
+    update = lazy_initialization = _is_no_attention  # type: ignore[assignment]
+    conv: Tensor
+    state: Tensor
+
+    def __init__(self, slots: Slots, settings: GatedDeltaSettings) -> None:
+        super().__init__(slots, window=0)
+        self.settings = settings
+
+    def read(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Views of the first rows of `conv`, of a type, and of `state`; made at the first call."""
+        if not self.is_initialized:
+            of, (batch, _), device = self.settings, self.slots.positions.shape, self.slots.positions.device
+            channels = 2 * of.num_key_heads * of.key_head_dim + of.num_value_heads * of.value_head_dim
+            self.conv = torch.zeros(batch, channels, of.conv_kernel_size - 1, dtype=dtype, device=device)
+            self.state = torch.zeros(
+                batch, of.num_value_heads, of.key_head_dim, of.value_head_dim, dtype=_state_type(dtype), device=device
+            )
+            self.dtype, self.device, self.is_initialized = dtype, device, True
+        return self.conv[:rows], self.state[:rows]
+
+    def write(self, conv: Tensor, state: Tensor | None, tokens: int) -> None:
+        """Copy what stands after `tokens` more into the buffers; `state` is None where it was written in place."""
+        self.conv[: len(conv)].copy_(conv)
+        if state is not None:
+            self.state[: len(state)].copy_(state)
+
+    def forget(self) -> None:
+        if self.is_initialized:
+            self.conv.zero_()
+            self.state.zero_()
+
+    def own_state(self) -> list[Tensor]:
+        return [self.conv, self.state] if self.is_initialized else []
+
+
+def _state_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def state_layer(cache: Cache, index: int) -> StateLayer | StateBuffers:
+    """The cache layer of the linear attention `index`; put into a cache of transformers' own at the first call.
+
+    Raises:
+        ModelError: the layer holds keys and values already, or the cache is of another kind.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, (StateLayer, StateBuffers)):
+        return layer
+    if isinstance(cache, DecodeCache) or (layer.is_initialized and layer.get_seq_length() > 0):
+        raise ModelError(
+            f"layer {index} is linear attention, and its cache a {type(layer).__name__} in a {type(cache).__name__}",
+            hint="passes that bring a cache of their own work on models whose layers all keep keys and values",
+        )
+    cache.layers[index] = StateLayer()  # type: ignore[assignment]
+    return cache.layers[index]  # type: ignore[return-value]
