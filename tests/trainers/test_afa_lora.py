@@ -114,6 +114,19 @@ def test_a_layer_is_the_formula(activation):
     assert torch.allclose(base(x).double(), wanted, atol=1e-5)  # the adapter computes in float32
 
 
+def test_a_bias_of_b_is_scaled_as_by_peft():
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(
+        nn.Sequential(nn.Linear(6, 5)), peft.LoraConfig(r=3, lora_alpha=7.5, lora_bias=True, target_modules=["0"])
+    )
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 6)
+    wanted = plain(x)
+    adapter = advanced(AfaLora(plain, AnnealSchedule(4, end=0.5)), 4)
+    assert torch.equal(adapter.model(x), wanted)
+
+
 def test_beta_zero_is_the_identity_to_the_bit():
     z = torch.randn(1000, dtype=torch.bfloat16) * 30
     for activation in ("relu", "silu", "gelu"):

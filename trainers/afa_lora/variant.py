@@ -78,7 +78,10 @@ class AfaVariant(LoraVariant):
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         h = annealed(z, self.anneal.beta, self.activation)
-        return result + module.lora_B[active_adapter](h) * module.scaling[active_adapter]
+        up, scale = module.lora_B[active_adapter], module.scaling[active_adapter]
+        if up.bias is None:  # r numbers are scaled and not d_out, nor the gradients of so many
+            return result + up(h * scale)
+        return result + up(h) * scale
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:  # type: ignore[override]
         self._check_linear()
