@@ -1,10 +1,10 @@
 """Kernels of `page_write` and `fetch_blocks`.
 
     plan   one program a head: which blocks are missing, which pages go
-    copy   some programs a head: the missing blocks, from host memory through the bus
+    copy   a few programs: the missing blocks, from host memory through the bus
 
-A program of `copy` has a whole block under way before it stores any of it: the bus holds about 100 KiB in flight, and
-some dozen programs are enough, so that they leave the device to what computes beside them.
+A program of `copy` has 32 KiB under way before it stores any of it. What a bus of 50 GB/s and 3 us holds is 150 KiB, so
+that some two dozen programs fill it, and leave most of the device to what computes beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from effpass.lowering.kernels.launch import launch_options, overlaps
 
 __all__ = ["arrive", "copy_blocks", "fetch_blocks", "page_write"]
 
-_PROGRAMS = 48  # that copy, at least
+_PROGRAMS = 24  # that copy
 _CHUNK = 32768  # bytes under way in one
 
 
@@ -55,8 +55,9 @@ def copy_blocks(host: Tensor, pages: Tensor, moves: Tensor, moved: Tensor) -> No
     """Copy the blocks of `moves` int32 [B, G, M, 2], of each head the first `moved`, into their pages."""
     batch, groups, blocks, block, width = host.shape
     heads, size, places = batch * groups, block * width, moves.shape[2]
-    _copy[(min(places, triton.cdiv(_PROGRAMS, heads)), heads)](
-        host, pages, moves, moved, blocks, SIZE=size, PLACES=places,
+    of_heads = min(heads, _PROGRAMS)
+    _copy[(min(places, _PROGRAMS // of_heads), of_heads)](
+        host, pages, moves, moved, heads, blocks, SIZE=size, PLACES=places,
         CHUNK=min(triton.next_power_of_2(size), _CHUNK // host.element_size()),
         **launch_options(host.device, 8) | _no_overlap(host.device),
     )  # fmt: skip
@@ -157,19 +158,20 @@ def _plan(
     tl.store(counts + 4, tl.load(counts + 4) + count)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["heads", "blocks"])
 def _copy(
-    host, pages, moves, moved, blocks, SIZE: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr
+    host, pages, moves, moved, heads, blocks, SIZE: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    share, head, c = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNK)
-    count = tl.load(moved + head)
-    for i in range(share, count, tl.num_programs(0)):
-        n = tl.load(moves + (head * PLACES + i) * 2)
-        page = tl.load(moves + (head * PLACES + i) * 2 + 1)
-        far = host + (head.to(tl.int64) * blocks + n) * SIZE
-        near = pages + page.to(tl.int64) * SIZE
-        for first in tl.static_range(0, SIZE, CHUNK):
-            tl.store(near + first + c, tl.load(far + first + c, mask=first + c < SIZE), mask=first + c < SIZE)
+    share, c = tl.program_id(0), tl.arange(0, CHUNK)
+    for head in range(tl.program_id(1), heads, tl.num_programs(1)):
+        count = tl.load(moved + head)
+        for i in range(share, count, tl.num_programs(0)):
+            n = tl.load(moves + (head * PLACES + i) * 2)
+            page = tl.load(moves + (head * PLACES + i) * 2 + 1)
+            far = host + (head * blocks + n).to(tl.int64) * SIZE
+            near = pages + page.to(tl.int64) * SIZE
+            for first in tl.static_range(0, SIZE, CHUNK):
+                tl.store(near + first + c, tl.load(far + first + c, mask=first + c < SIZE), mask=first + c < SIZE)
 
 
 @triton.jit
