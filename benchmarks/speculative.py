@@ -213,7 +213,7 @@ def _round(model: Any, speculator: Speculator, device: str, smoke: bool) -> floa
         limit = input_ids.shape[1] + (rounds + 8) * (speculator.draft.kind.depth + 1)
         with torch.inference_mode(False), torch.no_grad(), speculator.round(1, limit) as (round_, _):
             round_.target.prefill(input_ids, None, 1 << 15)
-            speculator.draft.begin(round_.target, input_ids, None, round_.target.capacity, 1 << 15)
+            round_.drafting.begin(input_ids, None, 1 << 15)
             criteria, processors = prepared["stopping_criteria"], prepared["logits_processor"]
             round_.begin(input_ids, processors, criteria, prepared["generation_config"], limit)
             for _ in range(4):

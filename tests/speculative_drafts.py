@@ -80,6 +80,9 @@ class Fixed:
 
     recording = running
 
+    def start(self, target: Any) -> Fixed:
+        return self
+
     def begin(self, *_: Any) -> None: ...
 
     def extend(self, progress: Any) -> Tensor:

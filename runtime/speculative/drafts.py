@@ -12,11 +12,11 @@ from effpass.runtime.speculative.session import TreeSession
 from effpass.runtime.speculative.shapes import Sampled, TreeKind
 from effpass.runtime.speculative.tree import TokenTree
 
-__all__ = ["Draft"]
+__all__ = ["Draft", "Drafting"]
 
 
 class Draft(Protocol):
-    """Proposes trees for one target at a time.
+    """What there is to propose with.
 
     Attributes:
         kind: of the trees.
@@ -32,10 +32,17 @@ class Draft(Protocol):
         """Raise a :class:`ModelError` where the draft is for another model than `target`, or stands elsewhere."""
 
     def running(self) -> AbstractContextManager[Any]:
-        """Everything below is called inside."""
+        """What was started is used inside."""
 
-    def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
-        """Start behind a prompt `ids` `[rows, T]` that `target` has run; other arguments are those of `prefill`."""
+    def start(self, target: TreeSession) -> Drafting:
+        """Buffers of its own beside a target's."""
+
+
+class Drafting(Protocol):
+    """A draft at work for one target's session."""
+
+    def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
+        """Start behind a prompt `ids` `[rows, T]` that the target has run; arguments are those of `prefill`."""
 
     def extend(self, progress: Progress) -> Tensor:
         """Run what was emitted and not seen yet, up to `kind.catches_up` tokens; logits `[B, V]` of the last."""

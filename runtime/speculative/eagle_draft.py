@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from effpass.runtime.session import Backend
 from effpass.runtime.speculative.eagle_head import EagleHead
 from effpass.runtime.speculative.progress import Progress
 from effpass.runtime.speculative.session import TreeSession, decoder_layers
-from effpass.runtime.speculative.shapes import Grower, Sampled, TreeKind
+from effpass.runtime.speculative.shapes import Sampled, TreeKind
 from effpass.runtime.speculative.tree import TokenTree
 
 __all__ = ["EagleDraft"]
@@ -23,9 +22,6 @@ __all__ = ["EagleDraft"]
 
 class EagleDraft:
     """A head that goes on where the target's features end.
-
-    Its cache holds a token with the features of the token before; of the first token there are none, and its slot is
-    padding.
 
     Args:
         head: on the target's device, in the target's type.
@@ -41,11 +37,8 @@ class EagleDraft:
             raise EffpassError(
                 f"{kind.widest} children of a node, and the draft knows {head.head_config.draft_vocabulary} tokens"
             )
-        self.head, self.kind, self._backend = head, kind, backend
-        self.taps, self.names = head.head_config.taps, head.d2t
-        self._session: _HeadSession | None = None
-        self._grower: Grower | None = None
-        self._hidden: Tensor
+        self.head, self.kind, self.backend = head, kind, backend
+        self.taps = head.head_config.taps
 
     def check(self, target: Any) -> None:
         text = target.config.get_text_config(decoder=True)
@@ -61,22 +54,31 @@ class EagleDraft:
         if self.head.embed_tokens.weight.is_meta:
             self.head.share(target)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with reading_cache(self.head):
-            yield
+    def running(self) -> AbstractContextManager[None]:
+        return reading_cache(self.head)
 
-    def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
-        batch, device, width = target.batch, target.model.device, self.kind.catches_up
-        if self._session is None or self._session.batch != batch or self._session.capacity < capacity:
-            nodes = max(self.kind.steps, width)
-            self._session = _HeadSession(self.head, batch, capacity, nodes, self._backend)
-            self._grower = self.kind.grower(batch, device)
-            self._entered = torch.zeros(batch, dtype=torch.long, device=device)
-            self._chain = torch.arange(width, device=device).expand(batch, -1)
-        session, tapped = self._session, target.prompt_features
+    def start(self, target: TreeSession) -> _Drafting:
+        return _Drafting(self, target)
+
+
+class _Drafting:
+    """The cache holds a token with the features of the token before; of the first token there are none, and its slot is
+    padding."""
+
+    def __init__(self, draft: EagleDraft, target: TreeSession) -> None:
+        kind, batch, device = draft.kind, target.batch, target.model.device
+        nodes = max(kind.steps, kind.catches_up)
+        self._head, self._target, self.names = draft.head, target, draft.head.d2t
+        self._session = _HeadSession(draft.head, batch, target.capacity, nodes, draft.backend)
+        self._grower = kind.grower(batch, device)
+        self._entered = torch.zeros(batch, dtype=torch.long, device=device)  # columns that the cache holds
+        self._chain = torch.arange(kind.catches_up, device=device).expand(batch, -1)
+        self._hidden: Tensor  # what the layer handed on of the last nodes
+
+    def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
+        session, tapped = self._session, self._target.prompt_features
         assert tapped is not None
-        features = torch.nn.functional.pad(self.head.features(tapped), (0, 0, 1, -1))
+        features = torch.nn.functional.pad(self._head.features(tapped), (0, 0, 1, -1))
         known = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
         has_features = torch.nn.functional.pad(known, (1, -1)) & known
         session.begin(len(ids))
@@ -85,14 +87,13 @@ class EagleDraft:
         self._entered.fill_(ids.shape[1])
 
     def extend(self, progress: Progress) -> Tensor:
-        assert self._session is not None
         assert progress.features is not None
         where = (self._entered[:, None] + self._chain) % progress.features.shape[1]
         tapped = progress.features.gather(1, where[:, :, None].expand(-1, -1, progress.features.shape[2]))
         tokens, positions, chain, taken = torch.ops.effpass.take_tokens(
-            progress.ids, progress.count, progress.position, self._entered, self.kind.catches_up
+            progress.ids, progress.count, progress.position, self._entered, self._chain.shape[1]
         )
-        logits, hidden = self._session.run(tokens, positions, chain, features=self.head.features(tapped))
+        logits, hidden = self._session.run(tokens, positions, chain, features=self._head.features(tapped))
         assert hidden is not None
         self._session.cache.commit(self._chain, taken)
         last = (taken - 1).clamp(min=0)[:, None, None]
@@ -100,29 +101,23 @@ class EagleDraft:
         return logits.gather(1, last.expand(-1, -1, logits.shape[2]))[:, 0]
 
     def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
-        assert self._grower is not None
         return self._grower.grow(self, progress.root, progress.position, self.extend(progress), sampled)
 
     def step(self, tokens: Tensor, positions: Tensor, ancestors: Tensor, up: Tensor, first: int) -> Tensor:
-        assert self._session is not None
         above = self._hidden.gather(1, up[:, :, None].expand(-1, -1, self._hidden.shape[2]))
         logits, hidden = self._session.run(tokens, positions, ancestors, first, features=above)
         assert hidden is not None
         self._hidden = hidden
         return logits
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        assert self._session is not None
-        with self._session.recording():
-            yield
+    def recording(self) -> AbstractContextManager[None]:
+        return self._session.recording()
 
     def state(self) -> list[Tensor]:
-        assert self._session is not None
         return [self._entered, self._session.cache.lengths, self._session.cache.slots.positions]
 
     def has_moved(self) -> bool:
-        return self._session is None or self._session.has_moved()
+        return self._session.has_moved()
 
 
 class _HeadSession(TreeSession):

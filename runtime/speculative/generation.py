@@ -68,7 +68,7 @@ def generate(
     chunk = max(1, engine.prefill_tokens // rows)
     with torch.inference_mode(False), torch.no_grad(), speculator.round(rows, limit) as (round_, pace):
         round_.target.prefill(ids, is_token, chunk)
-        draft.begin(round_.target, ids, is_token, round_.target.capacity, chunk)
+        round_.drafting.begin(ids, is_token, chunk)
         round_.begin(ids, logits_processor, stopping_criteria, generation_config, limit)
         progress = round_.progress
         watch = _Watch(round_, rows, length, pace, streamer)

@@ -44,14 +44,23 @@ class NGramDraft:
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def begin(self, target: TreeSession, ids: Tensor, is_token: Tensor | None, capacity: int, chunk: int) -> None:
-        batch, device, nodes = target.batch, target.model.device, self.kind.nodes
-        # Padding stands before the tokens, and is not looked at.
+    def start(self, target: TreeSession) -> _Drafting:
+        return _Drafting(self, target.batch, target.model.device)
+
+
+class _Drafting:
+    def __init__(self, draft: NGramDraft, batch: int, device: torch.device) -> None:
+        nodes = draft.kind.nodes
+        self._longest, self._depth = draft.longest, draft.kind.depth
         self._padding = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        if is_token is not None:
-            self._padding[: len(ids), 0] = (~is_token).sum(1)
         self._parents = (torch.arange(nodes, device=device) - 1).expand(batch, -1)
         self._depths, self._ancestors = relations(self._parents, nodes)
+
+    def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
+        # Padding stands before the tokens, and is not looked at.
+        self._padding.zero_()
+        if is_token is not None:
+            self._padding[: len(ids), 0] = (~is_token).sum(1)
 
     def extend(self, progress: Progress) -> Tensor:
         return progress.root  # there is nothing to run
@@ -61,7 +70,7 @@ class NGramDraft:
         column = torch.arange(ids.shape[1], device=ids.device)
         best = torch.full_like(last, -1)
         matches = column < last  # where a match ends
-        for back in range(self.longest):
+        for back in range(self._longest):
             wanted = last - back
             matches &= torch.roll(ids, back, 1) == ids.gather(1, wanted.clamp(min=0))
             matches &= (column - back >= self._padding) & (wanted >= self._padding)
@@ -73,7 +82,7 @@ class NGramDraft:
         positions = torch.where(is_node, positions_at(progress.position, self._depths), -1)
         ancestors = torch.where((positions >= 0)[..., None], self._ancestors, 0)
         parents = torch.where(is_node, self._parents, -1)
-        return TokenTree(tokens, parents, positions, ancestors, self.kind.depth)
+        return TokenTree(tokens, parents, positions, ancestors, self._depth)
 
     def recording(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -77,7 +77,7 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
         return _load(engine, draft, tree)
     if isinstance(draft, nn.Module):
         return ModelDraft(draft, _kind(tree, None), engine.backend)
-    if not all(hasattr(draft, name) for name in ("propose", "kind", "taps")):
+    if not all(hasattr(draft, name) for name in ("start", "kind", "taps")):
         raise EffpassError(f"draft is a {type(draft).__name__}", hint="give a model, a folder, 'ngram' or 'layers:...'")
     if tree is not None:
         raise EffpassError("a draft that was made knows its tree", hint="leave tree out")

@@ -49,6 +49,7 @@ class Round:
 
     Attributes:
         progress: what was emitted.
+        drafting: the draft at work.
         is_fixed: a round of this call waits for nothing.
         was_recorded: the last step was, before it ran, and its time says nothing.
     """
@@ -56,7 +57,7 @@ class Round:
     was_recorded = False
 
     def __init__(self, target: TreeSession, draft: Draft, columns: int) -> None:
-        self.target, self.draft = target, draft
+        self.target, self.draft, self.drafting = target, draft, draft.start(target)
         self.progress = Progress(target.batch, columns, target.model.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
@@ -105,7 +106,7 @@ class Round:
 
     def catch_up(self) -> None:
         """Let the draft run what plain steps have emitted, as much as one call takes."""
-        self._run(("catch up",), lambda: self.draft.extend(self.progress))
+        self._run(("catch up",), lambda: self.drafting.extend(self.progress))
 
     def forget_graphs(self) -> None:
         """Weights lie elsewhere."""
@@ -122,7 +123,7 @@ class Round:
         if plain:
             tree = self._alone()
         else:
-            tree = self.draft.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
+            tree = self.drafting.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
         return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors)
 
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:
@@ -196,7 +197,7 @@ class Round:
 
     def _record(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         cache = self.target.cache
-        state = [*self.progress.state(), cache.lengths, cache.slots.positions, *self.draft.state()]
+        state = [*self.progress.state(), cache.lengths, cache.slots.positions, *self.drafting.state()]
         saved, results = [t.clone() for t in state], []
 
         def try_out() -> None:
@@ -205,7 +206,7 @@ class Round:
                 for tensor, value in zip(state, saved, strict=True):
                     tensor.copy_(value)
 
-        with self.target.recording(), self.draft.recording():
+        with self.target.recording(), self.drafting.recording():
             graph = record(lambda: results.append(work()), warm_up=try_out)
         return graph, results[0]
 

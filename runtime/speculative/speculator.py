@@ -51,7 +51,7 @@ class Speculator:
 
     Args:
         engine: of the target.
-        draft: proposes; it serves this speculator alone.
+        draft: proposes.
         switches: plain steps where rounds do not pay; False speculates always.
 
     Attributes:
@@ -109,6 +109,6 @@ class Speculator:
             kind = self.draft.kind
             target = TreeSession(engine.model, batch, capacity, kind.nodes, engine.backend, self.draft.taps)
             found = Round(target, self.draft, capacity)
-        elif any([found.target.has_moved(), self.draft.has_moved()]):  # both take note
+        elif any([found.target.has_moved(), found.drafting.has_moved()]):  # both take note
             found.forget_graphs()
         return found

@@ -31,7 +31,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds run as they are recorded."""
 
     def as_recorded(self: Round, key: Any, work: Any) -> Any:
-        with self.target.recording(), self.draft.recording():
+        with self.target.recording(), self.drafting.recording():
             return work()
 
     monkeypatch.setattr(Round, "_run", as_recorded)

@@ -81,25 +81,30 @@ def test_sampling_is_what_it_is_without_it() -> None:
 class _Watched(EagleDraft):
     """Keeps what it proposed, with the text and logits that it was proposed from."""
 
-    def begin(self, *arguments: Any) -> None:
+    def start(self, target: Any) -> Any:
+        at_work = super().start(target)
         self.seen: list[tuple[list[list[int]], Tensor, Tensor]] = []
-        super().begin(*arguments)
+        logits: list[Tensor] = []
+        propose, extend, step = at_work.propose, at_work.extend, at_work.step
 
-    def propose(self, progress: Any, sampled: Any) -> Any:
-        texts = [progress.ids[b, : int(progress.count[b])].tolist() for b in range(2)]
-        self.logits: list[Tensor] = []
-        tree = super().propose(progress, sampled)
-        self.seen.append((texts, tree.tokens, torch.stack(self.logits, 1)))
-        return tree
+        def proposing(progress: Any, sampled: Any) -> Any:
+            texts = [progress.ids[b, : int(progress.count[b])].tolist() for b in range(2)]
+            logits.clear()
+            tree = propose(progress, sampled)
+            self.seen.append((texts, tree.tokens, torch.stack(logits, 1)))
+            return tree
 
-    def extend(self, progress: Any) -> Tensor:
-        self.logits.append(super().extend(progress))
-        return self.logits[-1]
+        def extending(progress: Any) -> Tensor:
+            logits.append(extend(progress))
+            return logits[-1]
 
-    def step(self, *arguments: Any) -> Tensor:
-        logits = super().step(*arguments)
-        self.logits.append(logits[:, 0])
-        return logits
+        def stepping(*arguments: Any) -> Tensor:
+            found = step(*arguments)
+            logits.append(found[:, 0])
+            return found
+
+        at_work.propose, at_work.extend, at_work.step = proposing, extending, stepping  # type: ignore[method-assign]
+        return at_work
 
 
 @pytest.mark.parametrize("flag", [None, *FLAGS])

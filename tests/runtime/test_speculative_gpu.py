@@ -41,7 +41,7 @@ def head(model: Any) -> EagleHead:
 def speculate(ready: Any, draft: Any, **arguments: Any) -> tuple[Tensor, Speculator]:
     backend = ready.effpass_engine.backend
     if isinstance(draft, (ModelDraft, EagleDraft)):
-        draft._backend = backend
+        draft.backend = backend
     speculator = Speculator(ready.effpass_engine, draft, switches=False)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:

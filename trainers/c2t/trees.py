@@ -143,9 +143,9 @@ def _of_prompt(
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), speculator.round(1, capacity) as (round_, _):
-            target, draft, progress = round_.target, speculator.draft, round_.progress
+            target, progress = round_.target, round_.progress
             target.prefill(input_ids, None, 1 << 15)
-            draft.begin(target, input_ids, None, target.capacity, 1 << 15)
+            round_.drafting.begin(input_ids, None, 1 << 15)
             round_.begin(
                 input_ids, prepared["logits_processor"], prepared["stopping_criteria"], prepared["generation_config"],
                 len(prompt) + room,
