@@ -4,11 +4,13 @@
 
 where n_q and n_k are the norms of each head that some models have. The pass acts on graphs of the decode engine, whose
 caches are written by `effpass::cache_write` and read by `effpass::cached_attention`, at few tokens. In front of
-`effpass::two_level_attention`, which has launches of its own, all but attention becomes one.
+`effpass::two_level_attention` and `effpass::tree_attention`, which have launches of their own, all but attention
+becomes one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from effpass.core.pattern import erase_unread
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.lowering.ops import cached_attention as operators
-from effpass.lowering.ops import rope_cache_write, rope_page_write, two_level_attention  # noqa: F401  (registers them)
-from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
+from effpass.lowering.ops import rope_cache_write, rope_page_write, tree_attention, two_level_attention  # noqa: F401
+from effpass.passes.graph.few_rows import MAX_ROWS, why_no_kernel, why_not_here, why_not_program
 from effpass.passes.graph.rms_norm import RMSNorm, rms_norm_at
 from effpass.passes.graph.rotary import Rotation, rotation_at
 from effpass.passes.graph.same_value import source
@@ -34,6 +36,9 @@ __all__ = ["FuseRopeAttention"]
 
 aten = torch.ops.aten
 ops = torch.ops.effpass
+
+# Attention that stays a launch of its own.
+_APART = (ops.two_level_attention.default, ops.tree_attention.default)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class FuseRopeAttention(GraphPass):
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         attentions = [
             node
-            for target in (ops.cached_attention.default, ops.two_level_attention.default)
+            for target in (ops.cached_attention.default, *_APART)
             for node in program.graph.find_nodes(op="call_function", target=target)
         ]
         if not attentions:
@@ -134,7 +139,7 @@ class FuseRopeAttention(GraphPass):
                 *((0.0, 0.0) if norm is None else (norm.eps, norm.offset)),
             )
             cached, start = site.attention.args[1:3], _written(site.write)[2]
-            if site.attention.target is ops.two_level_attention.default:
+            if site.attention.target in _APART:
                 if site.write.target is ops.page_write.default:
                     written = (ops.rope_page_write.default, (*arguments, start, *site.write.args[3:]))
                 else:
@@ -217,7 +222,9 @@ def _why_not(site: _Site, surroundings: Surroundings, reads: Mapping[Node, list[
     batch, _, tokens, _ = site.rotation.x.meta["val"].shape
     new = (site.key.value, site.value.value, site.query.norm_weight, site.key.norm_weight)
     others = [node for node in (*site.attention.args[1:3], *new) if isinstance(node, Node)]
-    if refusal := why_no_kernel(site.query.value, (batch, tokens), others, operators.has_kernel):
+    is_apart = site.attention.target in _APART
+    has_kernel, most = (rope_cache_write.has_kernel, math.inf) if is_apart else (operators.has_kernel, MAX_ROWS)
+    if refusal := why_no_kernel(site.query.value, (batch, tokens), others, has_kernel, most):
         return Refusal(name, *refusal)
     if reason := why_not_here(surroundings, site.inner, site.attention):
         return Refusal(name, reason)

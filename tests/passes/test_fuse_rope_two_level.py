@@ -8,7 +8,7 @@ import torch
 
 import effpass
 from effpass import backend
-from effpass.lowering.ops import cached_attention as operators
+from effpass.lowering.ops import cached_attention, rope_cache_write
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.session import Session
 
@@ -16,7 +16,8 @@ from effpass.runtime.session import Session
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_recorded_sparse_step(family: str, offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "has_kernel", lambda device, dtype, rows: True)
+    for operators in (cached_attention, rope_cache_write):
+        monkeypatch.setattr(operators, "has_kernel", lambda device, dtype, rows: True)
     backend.reports.clear()
     options = {"tokens": 16, "blocks": 4, "block": 16, "recent": 1, "dense_below": 1}
     passes = [{"sparse_attention": options}, *([{"kv_offload": {"pool": 5}}] if offload else [])]
