@@ -129,6 +129,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "quality": lambda document: measured_rows("quality"),
     "budgets": budget_rows,
     "prefix_kv": lambda document: measured_rows("prefix_kv", but=("nats", "%")),
+    "kv_offload": lambda document: measured_rows("kv_offload"),
     "training": lambda document: measured_rows("training"),
     "cost": cost_rows,
     "headline": headline_rows,
