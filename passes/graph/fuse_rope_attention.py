@@ -154,8 +154,8 @@ class FuseRopeAttention(GraphPass):
                 erase_unread(program, query)
                 return
             _, _, _, key_positions, query_positions, _, *how = site.attention.args
-            arguments = (*arguments, *cached, key_positions, query_positions, start, *how)
-            new = program.graph.call_function(ops.rope_cached_attention.default, arguments)
+            whole = (*arguments, *cached, key_positions, query_positions, start, *how)
+            new = program.graph.call_function(ops.rope_cached_attention.default, whole)
         new.meta.update(site.attention.meta)
         site.attention.replace_all_uses_with(new)
         program.replace_write(site.write, new, reads=[site.attention])
