@@ -117,11 +117,11 @@ def pool_errors(
 
 #: batch, groups, blocks, block, key size, value size, slots, most, copies, entry, begin, steps
 POOLS = {
-    "pool: tokens": (2, 3, 20, 16, 8, 8, 9, 5, 5, 1, 60, 40),
-    "pool: blocks, few copies": (1, 2, 12, 16, 8, 24, 6, 5, 2, 16, 100, 40),
+    "pool: tokens": (2, 3, 20, 16, 8, 8, 9, 5, 5, 1, 60, 16),
+    "pool: blocks, few copies": (1, 2, 12, 16, 8, 24, 6, 5, 2, 16, 100, 20),
     "pool: as many pages as blocks, to the end of the cache": (1, 1, 6, 16, 16, 0, 40, 5, 5, 1, 70, 30),
-    "pool: more heads than programs that copy": (5, 6, 6, 16, 4, 4, 5, 4, 4, 1, 30, 5),
-    "pool: nothing is copied ahead": (1, 2, 10, 16, 20, 12, 7, 4, 0, 1, 30, 30),
+    "pool: more heads than programs that copy": (5, 6, 6, 16, 4, 4, 5, 4, 4, 1, 30, 3),
+    "pool: nothing is copied ahead": (1, 2, 10, 16, 20, 12, 7, 4, 0, 1, 30, 16),
 }  # fmt: skip
 
 
