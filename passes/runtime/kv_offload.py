@@ -4,8 +4,7 @@ Beside `sparse_attention`, which reads a few thousand keys at a step, choosing b
 Blocks that a step read are copied to a pool on the device while the step goes on; a key whose block is not there is
 read through the bus by attention itself (:mod:`effpass.lowering.ops.block_pool`). AsyncTLS
 (https://arxiv.org/abs/2604.07815) keeps blocks likewise, and chooses tokens in the blocks of the step before, so that
-none is ever missing; reading what is missing makes that unnecessary, and the result is that of sparse attention, bit for
-bit.
+none is ever missing; reading what is missing makes that unnecessary, and the bits are those of sparse attention.
 """
 
 from __future__ import annotations
