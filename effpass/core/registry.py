@@ -30,6 +30,7 @@ STEP_KEYS = ("require", "verify")
 # effpass's own passes. They are read from here and not from installed metadata, so that a checkout that was never
 # installed, or was installed before a pass was added, has them all. pyproject.toml repeats this table for other tools.
 BUILTIN = {
+    "fg2_gdn": "effpass.passes.weights.fg2_gdn:FG2GDN",
     "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
     "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
     "fuse_rotary_table": "effpass.passes.graph.fuse_rotary_table:FuseRotaryTable",

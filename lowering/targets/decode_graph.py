@@ -58,11 +58,52 @@ _STOCK_ATTENTION = ("sdpa", "eager", "flash_attention", "flex_attention")
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer caches per position: G heads of K key and V value elements."""
+    """What one layer caches.
+
+    Attributes:
+        heads: G.
+        key_size: K elements of a key.
+        value_size: V elements of a value. Keys `[B, G, P, K]` and values `[B, G, P, V]` of P positions.
+        conv_channels: where it is not 0 the layer is linear attention, which caches the last `conv_tokens` inputs of a
+            convolution `[B, conv_channels, conv_tokens]` and a state `[B, G, K, V]`, float32 at the least.
+        conv_tokens: see there.
+    """
 
     heads: int
     key_size: int
     value_size: int
+    conv_channels: int = 0
+    conv_tokens: int = 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has a place for each position."""
+        return self.conv_channels == 0
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """Names of its tensors."""
+        return ("key", "value") if self.grows else ("conv", "state")
+
+    def shapes(self, batch: int, past: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of its tensors."""
+        if self.grows:
+            return (batch, self.heads, past, self.key_size), (batch, self.heads, past, self.value_size)
+        return (batch, self.conv_channels, self.conv_tokens), (batch, self.heads, self.key_size, self.value_size)
+
+    def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        """Of its tensors, in a cache of `dtype`."""
+        return dtype, dtype if self.grows else torch.promote_types(dtype, torch.float32)
+
+    def zeros(self, batch: int, past: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Its tensors, as they are before the first token."""
+        of = zip(self.shapes(batch, past), self.dtypes(dtype), strict=True)
+        return [torch.zeros(shape, dtype=kind, device=device) for shape, kind in of]
+
+    def to_json(self) -> list[int]:
+        """What the constructor takes."""
+        sizes = [self.heads, self.key_size, self.value_size]
+        return sizes if self.grows else [*sizes, self.conv_channels, self.conv_tokens]
 
 
 @dataclass(frozen=True)
@@ -99,7 +140,10 @@ class DecodeGraph:
             "attention_mask": {0: batch, 1: f"{past} + {tokens}"},
             "position_ids": {0: batch, 1: tokens},
         }
-        return fixed | {name: {0: batch, 2: past} for name in self._cache_names("past_key_values")}
+        for index, layer in enumerate(self.layers):
+            axes = {0: batch, 2: past} if layer.grows else {0: batch}
+            fixed |= {f"past_key_values.{index}.{part}": axes for part in layer.parts}
+        return fixed
 
     def module(self) -> Step:
         """The graph as it stands, rewritten or not, as a callable on plain tensors."""
@@ -108,14 +152,14 @@ class DecodeGraph:
         return self.program.module(check_guards=False)
 
     def _cache_names(self, prefix: str) -> list[str]:
-        return [f"{prefix}.{i}.{part}" for i in range(len(self.layers)) for part in ("key", "value")]
+        return [f"{prefix}.{i}.{part}" for i, layer in enumerate(self.layers) for part in layer.parts]
 
 
 def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
-    """Shapes of the model's key-value cache, found by running it on two tokens.
+    """Shapes of the model's cache, found by running it on two tokens.
 
     Raises:
-        ExportError: a layer keeps something other than keys and values (a recurrent or convolution state).
+        ExportError: a layer keeps something other than keys and values, or the state of effpass's linear attention.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -125,7 +169,11 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
         ids = torch.zeros(1, 2, dtype=torch.long, device=model_device(model))
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     layers = []
+    states = state_classes(model)
     for index, layer in enumerate(cache.layers):
+        if index in states:
+            layers.append(CacheLayer(*layer.state.shape[1:], *layer.conv.shape[1:]))
+            continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise ExportError(
                 f"layer {index} of {type(model).__name__} caches a {type(layer).__name__}; "
@@ -136,6 +184,14 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
     if not layers:
         raise ExportError(f"{type(model).__name__} used no cache", hint="it must take past_key_values and use_cache")
     return tuple(layers)
+
+
+def state_classes(model: Any) -> dict[int, type]:
+    """Cache layers of linear attention, by layer: what its module names `cache_layer`.
+
+    An instance holds `conv`, `state` and the number of tokens `seen`.
+    """
+    return {module.layer_idx: module.cache_layer for module in model.modules() if hasattr(module, "cache_layer")}
 
 
 def model_device(model: Any) -> torch.device:
@@ -208,11 +264,14 @@ def trace(
         torch.zeros(batch, tokens, dtype=torch.long),
         torch.ones(batch, past + tokens, dtype=torch.long),
         torch.arange(past, past + tokens).expand(batch, tokens).contiguous(),
-        *(torch.zeros(batch, y.heads, past, n, dtype=dtype) for y in layers for n in (y.key_size, y.value_size)),
+        *(tensor for layer in layers for tensor in layer.zeros(batch, past, dtype, CPU)),
     ]
     at_least_0, at_least_1 = torch.export.Dim.DYNAMIC(min=0), torch.export.Dim.DYNAMIC(min=1)
     two = {0: at_least_1, 1: at_least_1}
-    shapes = (two, two, two, *({0: at_least_1, 2: at_least_0} for _ in args[3:]))
+    by_layer = (
+        {0: at_least_1, 2: at_least_0} if layer.grows else {0: at_least_1} for layer in layers for _ in range(2)
+    )
+    shapes = (two, two, two, *by_layer)
     with torch.no_grad(), sizes_stay_free(), plain_attention(device):
         return torch.export.export(
             module,
@@ -239,14 +298,17 @@ def plain_attention(device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
-def relate_sizes(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> None:
+def relate_sizes(
+    layers: Sequence[CacheLayer], input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
+) -> None:
     """Tell a trace which sizes are the same."""
-    (batch, tokens), length = input_ids.shape, past[0].shape[2]
-    torch._check(attention_mask.shape[1] == length + tokens)
+    batch, tokens = input_ids.shape
     for tensor in (attention_mask, position_ids, *past):
         torch._check(tensor.shape[0] == batch)
-    for tensor in past:
-        torch._check(tensor.shape[2] == length)
+    lengths = [past[2 * i + part].shape[2] for i, layer in enumerate(layers) if layer.grows for part in (0, 1)]
+    for length in lengths:
+        torch._check(length == lengths[0])
+        torch._check(attention_mask.shape[1] == length + tokens)
 
 
 @contextmanager
@@ -270,12 +332,21 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
             assert self.keys is not None
             return self.keys.shape[-2]
 
-    inner = model.forward
+    inner, states = model.forward, state_classes(model)
+
+    def given_state(index: int, conv: Tensor, state: Tensor, seen: Any) -> Any:
+        layer = states[index]()
+        layer.conv, layer.state, layer.seen, layer.is_initialized = conv, state, seen, True
+        return layer
 
     def forward(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        relate_sizes(input_ids, attention_mask, position_ids, *past)
+        relate_sizes(layers, input_ids, attention_mask, position_ids, *past)
         cache: Any = DynamicCache()
-        cache.layers = [GivenLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
+        seen = attention_mask.shape[1] - input_ids.shape[1]
+        cache.layers = [
+            GivenLayer(*past[2 * i : 2 * i + 2]) if layer.grows else given_state(i, past[2 * i], past[2 * i + 1], seen)
+            for i, layer in enumerate(layers)
+        ]
         out = inner(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -283,10 +354,11 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
             past_key_values=cache,
             use_cache=True,
         )
-        return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
+        kept = ((y.conv, y.state) if hasattr(y, "conv") else (y.keys, y.values) for y in cache.layers)
+        return (out.logits, *(tensor for pair in kept for tensor in pair))
 
     names = ["input_ids", "attention_mask", "position_ids"]
-    names += [f"past_key_values_{i}_{part}" for i in range(len(layers)) for part in ("key", "value")]
+    names += [f"past_key_values_{i}_{part}" for i, layer in enumerate(layers) for part in layer.parts]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
     with ExitStack() as stack:

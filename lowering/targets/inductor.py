@@ -62,7 +62,7 @@ class InductorTarget(Target):
         from safetensors.torch import save_file
 
         text, tensors = graph_to_text(graph.program)
-        text["cache"] = [[y.heads, y.key_size, y.value_size] for y in graph.layers]
+        text["cache"] = [layer.to_json() for layer in graph.layers]
         text["dtype"] = str(graph.dtype).removeprefix("torch.")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, file, metadata={_GRAPH: json.dumps(text)})
@@ -137,7 +137,7 @@ def _compiled(
     """One compilation for all sizes, where `torch.compile` makes one for each size of 0 and 1."""
 
     def forward(*inputs: Tensor) -> Any:
-        relate_sizes(*inputs)
+        relate_sizes(layers, *inputs)
         return type(module).forward(module, *inputs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -99,30 +99,34 @@ def limited(
         what: the file's name, for messages.
         device: that it runs on.
     """
-    sizes: list[tuple[int, int]] = [(y.heads, size) for y in layers for size in (y.key_size, y.value_size)]
+    count = 3 + 2 * len(layers)
+    grows = next((3 + 2 * i for i, layer in enumerate(layers) if layer.grows), None)  # a tensor that tells P
 
     def checked(*inputs: Tensor) -> Sequence[Tensor]:
-        if len(inputs) != 3 + len(sizes):
-            raise ExportError(f"{what} takes {3 + len(sizes)} tensors, {len(inputs)} were given")
-        ids, past = inputs[0], inputs[3:]
-        if ids.dim() != 2 or past[0].dim() != 4 or not ids.numel():
+        if len(inputs) != count:
+            raise ExportError(f"{what} takes {count} tensors, {len(inputs)} were given")
+        ids = inputs[0]
+        if ids.dim() != 2 or not ids.numel() or (grows is not None and inputs[grows].dim() != 4):
+            past = "" if grows is None else f", the past {list(inputs[grows].shape)}"
             raise ExportError(
                 f"{what} takes input_ids [B, T] and a past [B, G, P, K] with B and T of at least 1; "
-                f"input_ids is {list(ids.shape)}, the past {list(past[0].shape)}"
+                f"input_ids is {list(ids.shape)}{past}"
             )
-        (batch, tokens), length = ids.shape, past[0].shape[2]
+        batch, tokens = ids.shape
+        length = inputs[1].shape[-1] - tokens if grows is None else inputs[grows].shape[2]
         expected: list[tuple[torch.dtype, tuple[int, ...]]]
         expected = [(torch.int64, (batch, n)) for n in (tokens, length + tokens, tokens)]
-        expected += [(dtype, (batch, heads, length, size)) for heads, size in sizes]
+        for layer in layers:
+            expected += zip(layer.dtypes(dtype), layer.shapes(batch, length), strict=True)
         for index, (tensor, (kind, shape)) in enumerate(zip(inputs, expected, strict=True)):
             if tensor.dtype != kind or tuple(tensor.shape) != shape:
                 raise ExportError(
-                    f"{what}: {_name(index)} is {_shown(tensor.dtype)}{list(tensor.shape)}; "
+                    f"{what}: {_name(index, layers)} is {_shown(tensor.dtype)}{list(tensor.shape)}; "
                     f"with these input_ids and this past it must be {_shown(kind)}{list(shape)}"
                 )
             if tensor.device != device:
                 raise ExportError(
-                    f"{what} runs on {device}, and {_name(index)} is on {tensor.device}",
+                    f"{what} runs on {device}, and {_name(index, layers)} is on {tensor.device}",
                     hint=f"make all of its tensors with device={str(device)!r}",
                 )
         for name, value, most in (("batch", batch, limits.batch), ("length", length + tokens, limits.length)):
@@ -137,12 +141,12 @@ def limited(
     return checked
 
 
-def _name(index: int) -> str:
+def _name(index: int, layers: Sequence[CacheLayer]) -> str:
     fixed = ("input_ids", "attention_mask", "position_ids")
     if index < len(fixed):
         return fixed[index]
     layer, part = divmod(index - len(fixed), 2)
-    return f"past_key_values.{layer}.{('key', 'value')[part]}"
+    return f"past_key_values.{layer}.{layers[layer].parts[part]}"
 
 
 def _shown(dtype: torch.dtype) -> str:

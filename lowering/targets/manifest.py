@@ -92,7 +92,7 @@ class Manifest:
     def to_metadata(self) -> dict[str, str]:
         values = {
             "dtype": str(self.dtype).removeprefix("torch."),
-            "cache": [[y.heads, y.key_size, y.value_size] for y in self.layers],
+            "cache": [layer.to_json() for layer in self.layers],
             "limits": asdict(self.limits),
             "tolerance": asdict(self.tolerance),
             "validation": [c.to_json() for c in self.checks],

@@ -103,8 +103,13 @@ def _other_evaluations(graph: DecodeGraph, cases: Sequence[DecodeCase]) -> tuple
         except Exception as error:  # Inductor raises whatever its parts do
             missing = f"; without Inductor, which can't compile the program: {type(error).__name__}"
     sizes = [int(case.attention_mask.sum()) for case in cases]
+    rows = [len(case.input_ids) for case in cases]
+    kinds = [layer for layer in graph.layers for _ in layer.parts]
     logits = [recording.logits.split(sizes) for recording in found]
-    caches = [[tensor.split(sizes) for tensor in recording.cache] for recording in found]
+    caches = [
+        [tensor.split(sizes if of.grows else rows) for of, tensor in zip(kinds, recording.cache, strict=True)]
+        for recording in found
+    ]
     return [
         [Recording(part, [tensor[i] for tensor in cache]) for i, part in enumerate(parts)]
         for parts, cache in zip(logits, caches, strict=True)

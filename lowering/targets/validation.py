@@ -86,8 +86,8 @@ class Recording:
 
     Attributes:
         logits: `[positions, vocab]`.
-        cache: `[positions, G, K or V]` per cache tensor, after the last call; empty for the original model, whose
-            cache may have another shape.
+        cache: `[positions, G, K or V]` per cache tensor, or a state as it is, after the last call; empty for the
+            original model, whose cache may have another shape.
     """
 
     logits: Tensor
@@ -181,17 +181,17 @@ def record_step(
     recordings = []
     for case in cases:
         batch = len(case.input_ids)
-        past: list[Tensor] = [
-            torch.zeros(batch, y.heads, 0, size, dtype=dtype, device=device)
-            for y in layers
-            for size in (y.key_size, y.value_size)
-        ]
+        past: list[Tensor] = [tensor for layer in layers for tensor in layer.zeros(batch, 0, dtype, device)]
         logits = []
         with plain_attention(device):
             for ids, mask, positions in case.calls(device):
                 out, *past = step(ids, mask, positions, *past)
                 logits.append(out)
-        cache = [_attended(t.transpose(1, 2), case) for t in past]
+        kinds = [layer for layer in layers for _ in layer.parts]
+        cache = [
+            _attended(tensor.transpose(1, 2), case) if layer.grows else tensor.cpu().float()
+            for layer, tensor in zip(kinds, past, strict=True)
+        ]
         recordings.append(Recording(_attended(torch.cat(logits, 1), case), cache))
     return recordings
 

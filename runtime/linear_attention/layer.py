@@ -23,7 +23,7 @@ from effpass.core.errors import ModelError
 from effpass.lowering.ops.gated_delta_rule import gated_delta_rule
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
-from effpass.runtime.linear_attention.state import StateBuffers, state_layer
+from effpass.runtime.linear_attention.state import StateBuffers, StateLayer, state_layer
 
 __all__ = ["GatedDeltaAttention"]
 
@@ -39,7 +39,12 @@ class GatedDeltaAttention(nn.Module):
         hidden_size: D.
         layer_idx: which layer of the cache is this one's.
         norm_eps: of the norm before the output's gate.
+
+    Attributes:
+        cache_layer: what stands for the layer in a transformers cache.
     """
+
+    cache_layer = StateLayer
 
     def __init__(self, settings: GatedDeltaSettings, hidden_size: int, layer_idx: int, norm_eps: float = 1e-6) -> None:
         super().__init__()

@@ -152,7 +152,7 @@ def state_layer(cache: Cache, index: int) -> StateLayer | StateBuffers:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if isinstance(layer, (StateLayer, StateBuffers)):
         return layer
     if isinstance(cache, DecodeCache) or (layer.is_initialized and layer.get_seq_length() > 0):
