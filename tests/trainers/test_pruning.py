@@ -15,7 +15,7 @@ from effpass.core.roofline import known
 from effpass.passes.weights.structured_pruning import cut_model
 from effpass.trainers.pruning import step_cost as step_cost_module
 from effpass.trainers.pruning.choice import best_layers, best_units, keep_indices, layer_count, score_units
-from effpass.trainers.pruning.cost import parameter_cost
+from effpass.trainers.pruning.cost import Cost, Term, parameter_cost
 from effpass.trainers.pruning.distillation import Distillation, check_head, hidden_states
 from effpass.trainers.pruning.masks import Masks
 from effpass.trainers.pruning.minimax import Minimax, Rates
@@ -231,9 +231,16 @@ def test_the_layer_that_does_nothing_goes_first():
         for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
             linear.weight.zero_()
     units = find_units(model)
-    assert best_layers(model, units, Calibration([IDS]), layer_count(4, 0.75)) == [0, 1, 3]
-    with pytest.raises(EffpassError, match=r"no number of layers is 0\.6 of them: the nearest is 2 of 4, 0\.500"):
-        layer_count(4, 0.6)
+    cost = parameter_cost(model, units)
+    assert best_layers(model, units, Calibration([IDS]), layer_count(cost, 4, 0.75)) == [0, 1, 3]
+    with pytest.raises(
+        EffpassError, match=r"no number of layers keeps 0\.6 of the parameters: the nearest is 2 of 4, 0\.5"
+    ):
+        layer_count(cost, 4, 0.6)
+    with pytest.raises(EffpassError, match=r"no number of layers keeps 0\.5"):
+        layer_count(cost, 1, 0.5)
+    half_outside = Cost("time", (Term(10.0),), outside=5.0)
+    assert layer_count(half_outside, 4, 0.75) == 2
 
 
 # -- costs and shapes -------------------------------------------------------------------------------------------------

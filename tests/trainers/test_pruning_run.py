@@ -236,7 +236,7 @@ def test_what_can_not_be_is_said_before_anything_is_made(model, text, tmp_path):
         ({"settings": replace(SETTINGS, keep=0.97, multiple=48)}, r"no shape keeps 0\.97 .* the nearest keeps"),
         ({"settings": replace(SETTINGS, units=("experts",))}, "has no experts to drop"),
         ({"settings": replace(SETTINGS, keep_of={"experts": 0.5})}, "this model has kv_groups, ffn_channels"),
-        ({"settings": replace(SETTINGS, choose="depth", keep=0.7)}, "no number of layers is 0.7"),
+        ({"settings": replace(SETTINGS, choose="depth", keep=0.7)}, "no number of layers keeps 0.7"),
         ({"settings": replace(SETTINGS, sequence_length=1000)}, "has 256 positions"),
         ({"text": short}, r"short\.txt: 10 tokens, and a batch of 4 rows takes 128"),
         ({"text": chat}, r"chat\.jsonl:2: no text; it has 'messages'"),

@@ -16,6 +16,7 @@ from effpass.core.errors import EffpassError
 from effpass.core.fingerprint import Fingerprint
 from effpass.passes.weights.keep_indices import PASS, VERSION, KeepIndices
 from effpass.passes.weights.prunable_units import Dimensions
+from effpass.trainers.pruning.cost import Cost
 from effpass.trainers.pruning.scores import Calibration
 from effpass.trainers.pruning.scores.depth import layer_scores
 from effpass.trainers.pruning.shapes import Shapes
@@ -40,17 +41,18 @@ def best_units(
     return found
 
 
-def layer_count(layers: int, keep: float) -> int:
+def layer_count(cost: Cost, layers: int, keep: float) -> int:
     """How many of so many layers stay.
 
     Raises:
-        EffpassError: no number of layers is that share; says the nearest.
+        EffpassError: no number of layers costs what is to be kept; says the nearest.
     """
-    count = min(max(round(keep * layers), 1), layers - 1)
-    if not count or abs(count / layers - keep) > _TOLERANCE:
+    count = min(range(1, layers), key=lambda n: abs(cost.depth_share(n, layers) - keep), default=layers)
+    share = cost.depth_share(count, layers)
+    if abs(share - keep) > _TOLERANCE:
         raise EffpassError(
-            f"no number of layers is {keep:.3g} of them: the nearest is {count} of {layers}, {count / layers:.3f}",
-            hint=f"--keep {count / layers:.3f}",
+            f"no number of layers keeps {keep:.3g} of the {cost.unit}: the nearest is {count} of {layers}, {share:.3f}",
+            hint=f"--keep {share:.3f}",
         )
     return count
 

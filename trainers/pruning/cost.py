@@ -35,15 +35,22 @@ class Cost:
     Attributes:
         unit: what is counted, ``"parameters"``.
         terms: see there.
+        outside: how much of it is not in the decoder's layers.
     """
 
     unit: str
     terms: tuple[Term, ...]
+    outside: float = 0.0
 
     def share(self, kept: Mapping[str, float]) -> float:
         """What is left of the cost where of each family a share `kept` stays (all, where it is not named)."""
         left = sum(t.amount * prod(kept.get(size, 1.0) for size in t.sizes) for t in self.terms)
         return left / sum(t.amount for t in self.terms)
+
+    def depth_share(self, kept: int, layers: int) -> float:
+        """What is left of the cost where `kept` of so many layers stay."""
+        total = sum(t.amount for t in self.terms)
+        return (self.outside + (total - self.outside) * kept / layers) / total
 
     def slope(self, kept: Mapping[str, float], size: str) -> float:
         """Cost, as a share of the whole, of all units of a family, the others being as they are."""

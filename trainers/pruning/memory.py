@@ -47,8 +47,7 @@ def estimate(config: Any, settings: Settings, device: torch.device) -> Estimate:
         tokens, layers = rows * length, text.num_hidden_layers
         activations += _PIECES * _FLOAT * min(PIECE, tokens * config.get_text_config(decoder=True).vocab_size)
         activations += tokens * sum(_masked_inputs(text, settings)) * element
-        if settings.distillation.hidden:  # states of both, and their difference
-            activations += tokens * layers * text.hidden_size * (2 * _FLOAT + element)
+        activations += tokens * layers * text.hidden_size * element  # the teacher's hidden states
     return Estimate(found.parameters + missing, state, activations, "", found.available)
 
 

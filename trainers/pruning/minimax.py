@@ -68,8 +68,8 @@ class Rates:
     masks: float = 1.0
     sizes: float = 2.0
     multipliers: float = 1000.0
-    budget: float = 30.0
-    gain: float = 10.0
+    budget: float = 140.0
+    gain: float = 20.0
     memory: float = 0.15
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class Minimax:
             self.pressure = dict.fromkeys(excess, self._level())
         pushes = []  # of the sizes that can move
         for size in self.removed:
-            price = float(self.prices(size, kept)[min(int(self.gone(size)), self.masks.units[size].count - 1)])
+            price = self._price(size, kept)
             pressure = self._pressed("", excess) + (self._pressed(size, excess) if size in self.keep_of else 0.0)
             push = (pressure - price) / max(pressure + price, 1e-30)
             before = self.removed[size]
@@ -183,8 +183,17 @@ class Minimax:
             if self.removed[size] != before:
                 pushes.append(abs(push))
         if pushes and max(pushes) < _FAST:
-            for name, over in excess.items():
-                self.pressure[name] *= math.exp(self.rates.budget / self.steps * over)
+            self._raise_pressure(excess)
+
+    def _raise_pressure(self, excess: Mapping[str, float]) -> None:
+        for name, over in excess.items():
+            self.pressure[name] *= math.exp(self.rates.budget / self.steps * over)
+
+    def _price(self, size: str, kept: Mapping[str, float]) -> float:
+        """Of the units between those that go and stay: a mean over a fiftieth of them."""
+        prices = self.prices(size, kept)
+        around, at = len(prices) // 100, min(int(self.gone(size)), len(prices) - 1)
+        return float(prices[max(0, at - around) : at + around + 1].mean())
 
     def _level(self) -> float:
         """The price at which dropping all that is cheaper would meet the budget."""
@@ -205,7 +214,12 @@ class Minimax:
 
     def order(self, family: str) -> Tensor:
         """The units of each set from the one that matters least: positions `[L, R, N]`."""
-        return (self.importance[family] * self.masks.soft[family].clamp(min=_LEAST).square()).argsort(-1)
+        key = self.importance[family] * self.masks.soft[family].clamp(min=_LEAST).square()
+        return self.sets(key).argsort(-1)
+
+    def sets(self, values: Tensor) -> Tensor:
+        """Values `[L, R, N]`, the last dimension being one set that as many go of as of any other."""
+        return values
 
     def gone(self, family: str) -> float:
         """How many units of a set go."""
@@ -216,10 +230,10 @@ class Minimax:
 
     def _going(self, family: str) -> Tensor:
         """The share of each unit that goes: 1 for those that matter least, `[L, R, N]`."""
-        order = self.order(family)
+        order, shape = self.order(family), self.importance[family].shape
         ranks = torch.arange(order.shape[-1], dtype=torch.float32, device=order.device)
-        share = (self.gone(family) - ranks).clamp(0, 1)
-        return torch.zeros_like(self.importance[family]).scatter_(-1, order, share.expand(order.shape))
+        share = (self.gone(family) * order.shape[-1] / shape[-1] - ranks).clamp(0, 1)
+        return torch.zeros_like(order, dtype=torch.float32).scatter_(-1, order, share.expand(order.shape)).view(shape)
 
     def residual(self, family: str) -> Tensor:
         """The mean of m² over the units that go, `[L]`."""
@@ -235,7 +249,7 @@ class Minimax:
         worth = torch.zeros(self.masks.units[size].count)
         for family, units in self.masks.units.items():
             if units.size == size:
-                sorted_ = self.importance[family].gather(-1, self.order(family)).sum((0, 1)).cpu()
+                sorted_ = self.sets(self.importance[family]).gather(-1, self.order(family)).sum((0, 1)).cpu()
                 worth += sorted_.view(len(worth), -1).sum(-1) * len(worth)
         return worth / max(self.cost.slope(kept, size), 1e-12)
 

@@ -18,7 +18,7 @@ __all__ = ["Shapes"]
 # How far a shape's cost may be from the one that was asked for.
 _TOLERANCE = 0.02
 # What a deviation of the cost weighs, squared, against deviations of the families' shares.
-_EXACTNESS = 100.0
+_EXACTNESS = 200.0
 # Candidates of a family but the finest, the nearest to what is wanted.
 _CANDIDATES = 9
 

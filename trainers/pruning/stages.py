@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def state_problem(model: Any, settings: Settings) -> Problem:
             raise EffpassError(f"keep of {family}: this model has {', '.join(units)} to prune")
     problem = Problem(units, cost, Shapes(model.config, units, settings.multiple, settings.devices))
     if settings.choose == "depth":
-        layer_count(model.config.get_text_config().num_hidden_layers, settings.keep)
+        layer_count(cost, model.config.get_text_config().num_hidden_layers, settings.keep)
     else:
         problem.even(settings)
     return problem
@@ -94,7 +94,7 @@ def choose(model: Any, problem: Problem, settings: Settings, rows: Rows) -> Lear
     calibration = Calibration(batches, settings.seed)
     with _computing(settings, device):
         if settings.choose == "depth":
-            count = layer_count(model.config.get_text_config().num_hidden_layers, settings.keep)
+            count = layer_count(problem.cost, model.config.get_text_config().num_hidden_layers, settings.keep)
             layers = best_layers(model, problem.units, calibration, count)
             return Learned(keep_indices(model, problem.units, layers=layers))
         scores = score_units(settings.choose, model, problem.units, calibration)
@@ -133,7 +133,7 @@ def learn(
     learner = make(masks, problem.cost, problem.shapes, settings.keep, settings.learning_steps, settings.keep_of)
     schedule = Schedule(warmup=settings.warmup, kind="constant")
     args = training_arguments(settings, settings.learning_steps, folder)
-    with masks.attached():
+    with masks.attached(), _under_autocast(trained, settings):
         trainer = Distiller(
             trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, schedule, recorder,
             learner,
@@ -207,10 +207,11 @@ def recover(
     set_experts(trained.model)
     rates = Schedule(warmup=settings.warmup, kind="cosine", final=0.05)
     args = training_arguments(settings, steps, folder)
-    trainer = Distiller(
-        trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, rates, recorder
-    )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _under_autocast(trained, settings):
+        trainer = Distiller(
+            trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, rates, recorder
+        )
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _merged(trained)
 
 
@@ -226,6 +227,10 @@ def _merged(trained: Trained) -> nn.Module:
             raise ModelError(f"{refusals[0].node}: {refusals[0].reason}", hint=refusals[0].hint)
     model.config.use_cache = True  # the Trainer has set it to False
     return model.eval()
+
+
+def _under_autocast(trained: Trained, settings: Settings) -> AbstractContextManager[None]:
+    return trained.under_autocast() if settings.dtype == "bfloat16" else nullcontext()
 
 
 @contextmanager

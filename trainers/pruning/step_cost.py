@@ -33,6 +33,7 @@ def step_cost(
     few = "experts" in units and batch * model.config.get_text_config().num_experts_per_tok < _experts(units["experts"])
     is_latent = bool(Dimensions.of(model.config).latent_dim)  # the cache is the latents', whatever reads them
     amounts: dict[tuple[str, ...], float] = {}
+    outside = 0.0
     for part in decode_parts(model, at, batch, context):
         sizes = terms_of(_module(part), units)
         if few and _module(part).startswith("mlp.experts"):
@@ -42,8 +43,9 @@ def step_cost(
         read = [(sizes, float(part.weight_bytes)), (cache, float(part.cache_bytes))]
         for key, amount in read if unit == "bytes" else [((), latency), (sizes, part.seconds - latency)]:
             amounts[key] = amounts.get(key, 0.0) + amount
+            outside += amount if part.layer is None else 0.0
     name = "bytes of a step" if unit == "bytes" else "predicted time of a step"
-    return Cost(name, tuple(Term(amount, sizes) for sizes, amount in sorted(amounts.items()) if amount))
+    return Cost(name, tuple(Term(amount, sizes) for sizes, amount in sorted(amounts.items()) if amount), outside)
 
 
 def _experts(units: Units) -> int:
