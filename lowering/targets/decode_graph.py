@@ -65,7 +65,7 @@ class CacheLayer:
         key_size: K elements of a key.
         value_size: V elements of a value. Keys `[B, G, P, K]` and values `[B, G, P, V]` of P positions.
         conv_channels: where it is not 0 the layer is linear attention, which caches the last `conv_tokens` inputs of a
-            convolution `[B, conv_channels, conv_tokens]` and a state `[B, G, K, V]`, float32 at the least.
+            convolution `[B, conv_tokens, conv_channels]` and a state `[B, G, K, V]`, float32 at the least.
         conv_tokens: see there.
     """
 
@@ -89,7 +89,7 @@ class CacheLayer:
         """Of its tensors."""
         if self.grows:
             return (batch, self.heads, past, self.key_size), (batch, self.heads, past, self.value_size)
-        return (batch, self.conv_channels, self.conv_tokens), (batch, self.heads, self.key_size, self.value_size)
+        return (batch, self.conv_tokens, self.conv_channels), (batch, self.heads, self.key_size, self.value_size)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """Of its tensors, in a cache of `dtype`."""
@@ -172,7 +172,8 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
     states = state_classes(model)
     for index, layer in enumerate(cache.layers):
         if index in states:
-            layers.append(CacheLayer(*layer.state.shape[1:], *layer.conv.shape[1:]))
+            (_, heads, key_size, value_size), (_, tokens, channels) = layer.state.shape, layer.conv.shape
+            layers.append(CacheLayer(heads, key_size, value_size, channels, tokens))
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise ExportError(

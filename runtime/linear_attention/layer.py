@@ -54,11 +54,12 @@ class GatedDeltaAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
         self.k_proj = nn.Linear(hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, settings.conv_kernel_size))
+        channels = 2 * keys + values
+        self.conv = nn.Conv1d(channels, channels, settings.conv_kernel_size, groups=channels, bias=False)
         decay_shape = (heads,) if settings.mode == "gdn" else (heads, key_size)
         self.f_proj = _linear(hidden_size, math.prod(decay_shape), 0 if settings.mode == "gdn" else rank)
         self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(decay_shape))
+        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # a vector: optimisers take matrices apart
         self.by_channel = settings.mode in ("fg2", "fg2+")
         steps, beta_rank = (heads * key_size, settings.beta_rank) if self.by_channel else (heads, 0)
         self.b_proj = _linear(hidden_size, steps, beta_rank)
@@ -71,8 +72,7 @@ class GatedDeltaAttention(nn.Module):
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
         """Initial values of the parameters that belong to no linear layer."""
-        bound = self.settings.conv_kernel_size**-0.5
-        self.conv_weight.uniform_(-bound, bound)
+        self.conv.reset_parameters()
         self.A_log.uniform_(*_RATES).log_()
         step = torch.empty_like(self.dt_bias).uniform_(*(math.log(x) for x in _STEPS)).exp_()
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -111,14 +111,17 @@ class GatedDeltaAttention(nn.Module):
         return self._projected(out, x), None
 
     def _convolved(self, mixed: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T, channels] through convolution and SiLU, and the last inputs [B, channels, kernel - 1]."""
-        mixed, size = mixed.transpose(1, 2), self.settings.conv_kernel_size - 1
-        full = F.pad(mixed, (size, 0)) if before is None else torch.cat((before.to(mixed.dtype), mixed), -1)
-        if mixed.shape[-1] == 1:
-            out = (full * self.conv_weight).sum(-1, keepdim=True)
-        else:
-            out = F.conv1d(full, self.conv_weight[:, None], groups=len(self.conv_weight))
-        return F.silu(out).transpose(1, 2), full[..., full.shape[-1] - size :]
+        """[B, T, channels] through convolution and SiLU, and the last inputs [B, kernel - 1, channels].
+
+        As a sum of products it leaves channels side by side, as the recurrence reads them, and compiles to one kernel.
+        """
+        tokens, size = mixed.shape[1], self.settings.conv_kernel_size - 1
+        full = F.pad(mixed, (0, 0, size, 0)) if before is None else torch.cat((before.to(mixed.dtype), mixed), 1)
+        taps = self.conv.weight[:, 0].to(mixed.dtype)
+        out = full[:, :tokens] * taps[:, 0]
+        for place in range(1, size + 1):
+            out = out + full[:, place : place + tokens] * taps[:, place]
+        return F.silu(out), full[:, tokens:]
 
     def _recurrence(self, mixed: Tensor, x: Tensor, state: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
         """Outputs [B, T, HV, V] and the state after them, which is `state` itself where `in_place`."""
@@ -134,11 +137,12 @@ class GatedDeltaAttention(nn.Module):
             None if self.w_proj is None else self.w_proj(x).view(by_channel),
         )  # fmt: skip
         bound = self.settings.lower_bound
+        dt_bias = self.dt_bias if self.settings.mode == "gdn" else self.dt_bias.view(heads, key_size)
         if in_place:
             assert state is not None
-            out = gated_delta_rule_step(*given, state, A_log=self.A_log, dt_bias=self.dt_bias, lower_bound=bound)
+            out = gated_delta_rule_step(*given, state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
             return out, state
-        return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=self.dt_bias, lower_bound=bound)
+        return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
 
     def _projected(self, out: Tensor, x: Tensor) -> Tensor:
         """[B, T, D] of outputs [B, T, HV, V]."""

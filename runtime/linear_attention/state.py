@@ -28,7 +28,7 @@ class StateLayer(CacheLayerMixin):
     """A layer of a transformers cache.
 
     Attributes:
-        conv: [B, channels, conv_kernel_size - 1] inputs of the convolution; None before the first token.
+        conv: [B, conv_kernel_size - 1, channels] inputs of the convolution; None before the first token.
         state: float32 [B, HV, K, V]; None before the first token.
         seen: tokens entered.
     """
@@ -117,7 +117,7 @@ class StateBuffers(BufferedLayer):
         if not self.is_initialized:
             of, (batch, _), device = self.settings, self.slots.positions.shape, self.slots.positions.device
             channels = 2 * of.num_key_heads * of.key_head_dim + of.num_value_heads * of.value_head_dim
-            self.conv = torch.zeros(batch, channels, of.conv_kernel_size - 1, dtype=dtype, device=device)
+            self.conv = torch.zeros(batch, of.conv_kernel_size - 1, channels, dtype=dtype, device=device)
             self.state = torch.zeros(
                 batch, of.num_value_heads, of.key_head_dim, of.value_head_dim, dtype=_state_type(dtype), device=device
             )

@@ -152,7 +152,7 @@ def test_a_bare_torch_compile_is_told_the_way(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, o: t.pop("layers.0.conv_weight"), "missing tensors: layers.0.conv_weight"),
+        (lambda t, o: t.pop("layers.0.conv.weight"), "missing tensors: layers.0.conv.weight"),
         (lambda t, o: o["options"]["settings"].update(mode="kda"), "layers.0.b_proj.weight is"),
         (lambda t, o: o["options"]["settings"].update(rank=3), "unknown setting 'rank'"),
         (lambda t, o: o["options"].update(layers=[]), "expected layers and settings"),

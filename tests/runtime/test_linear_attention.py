@@ -63,14 +63,15 @@ def test_the_layer_is_the_equation_token_by_token(mode):
     of, by_channel = made.settings, (2, 7, 4, 16)
     mixed = torch.cat((made.q_proj(x), made.k_proj(x), made.v_proj(x)), -1)
     padded = torch.cat((mixed.new_zeros(2, 3, mixed.shape[-1]), mixed), 1)
-    conv = sum(padded[:, i : i + 7] * made.conv_weight[:, i] for i in range(4))
+    conv = sum(padded[:, i : i + 7] * made.conv.weight[:, 0, i] for i in range(4))
     q, k, v = torch.nn.functional.silu(conv).split((32, 32, 64), -1)
     gate, beta = made.f_proj(x), made.b_proj(x)
     gate = gate if mode == "gdn" else gate.view(by_channel)
     beta = beta.view(by_channel) if mode.startswith("fg2") else beta
     write = made.w_proj(x).view(by_channel) if mode == "fg2+" else None
+    dt_bias = made.dt_bias if mode == "gdn" else made.dt_bias.view(4, 16)
     inputs = Inputs(
-        q.view(2, 7, 2, 16), k.view(2, 7, 2, 16), v.view(by_channel), gate, beta, write, made.A_log, made.dt_bias
+        q.view(2, 7, 2, 16), k.view(2, 7, 2, 16), v.view(by_channel), gate, beta, write, made.A_log, dt_bias
     )
     out, _ = reference(inputs, Settings(of.lower_bound, 16**-0.5, True, True), None, [0, 7, 14])
     normed = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-6) * made.norm_weight
@@ -186,7 +187,7 @@ def test_all_layers_may_be_linear():
     tokens = greedy(model, inputs)
     assert torch.equal(greedy(effpass.prepare(model, {"version": 1, "passes": []}), inputs), tokens)
     cache = model.effpass_engine._free[2].cache
-    assert [list(t.shape) for t in cache.layers[0].own_state()] == [[2, 192, 3], [2, 4, 16, 16]]
+    assert [list(t.shape) for t in cache.layers[0].own_state()] == [[2, 3, 192], [2, 4, 16, 16]]
     assert cache.layers[0].keys is None
 
 
