@@ -20,7 +20,7 @@ from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import allow_new_numpy
 
-MODULES = ("tree_attention", "top_tokens", "tree_growth", "tree_acceptance", "token_noise")
+MODULES = ("tree_attention", "tree_blocks", "top_tokens", "tree_growth", "tree_acceptance", "token_noise")
 KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise")
 
 
@@ -57,9 +57,23 @@ def words_of(nodes: list[list[int]], words: int) -> Tensor:
 
 
 def attention_case(
-    B: int, H: int, G: int, T: int, first: int, nodes: int, K: int, V: int, window: int, softcap: float, **of: Any
+    B: int,
+    H: int,
+    G: int,
+    T: int,
+    first: int,
+    nodes: int,
+    K: int,
+    V: int,
+    window: int,
+    softcap: float,
+    chosen: tuple[int, ...] = (),
+    **of: Any,
 ) -> tuple[tuple[Any, ...], Tensor]:
-    """Arguments of `tree_attention`, and what it gives: by a loop over queries, each with its slots gathered."""
+    """Arguments of `tree_attention`, and what it gives: by a loop over queries, each with its slots gathered.
+
+    Of `chosen` blocks of 64 slots, odd key-value heads have all but the second.
+    """
     torch.manual_seed(first + T)
     device = of["device"]
     query = torch.randn(B, T, H, K, **of).transpose(1, 2)
@@ -68,6 +82,10 @@ def attention_case(
     key_positions = torch.full((B, first + nodes), -1, dtype=torch.int32)
     query_positions = torch.full((B, T), -1, dtype=torch.int32)
     words = -(-nodes // 64)
+
+    def of_head(g: int) -> list[int]:
+        return [c for i, c in enumerate(chosen) if g % 2 == 0 or i != 1]
+
     ancestors = torch.zeros(B, T, words, dtype=torch.long)
     expected = torch.zeros(B, T, H, V, dtype=torch.float64, device=device)
     padding = 2  # of the first row's prompt
@@ -86,17 +104,22 @@ def attention_case(
         ancestors[b] = words_of([above[node] for node in asked], words)
         for t, node in enumerate(asked):
             position = int(query_positions[b, t])
-            seen = [s for s in range(length) if 0 <= key_positions[b, s] <= position]
-            seen += [first + j for j in sorted(above[node])]
-            seen = [s for s in seen if not window or position - int(key_positions[b, s]) < window]
-            if not above[node] or not seen:
-                continue
-            k, v = (x[b, :, seen].double().repeat_interleave(H // G, 0) for x in (keys, values))
-            score = torch.einsum("hk,hsk->hs", query[b, :, t].double(), k) * K**-0.5
-            score = softcap * torch.tanh(score / softcap) if softcap else score
-            expected[b, t] = torch.einsum("hs,hsv->hv", score.softmax(-1), v)
+            for g in range(G):
+                seen = [s for s in range(length) if 0 <= key_positions[b, s] <= position]
+                if chosen:
+                    seen = [s for s in seen if s // 64 in of_head(g)]
+                seen += [first + j for j in sorted(above[node])]
+                seen = [s for s in seen if not window or position - int(key_positions[b, s]) < window]
+                if not above[node] or not seen:
+                    continue
+                heads = slice(g * (H // G), (g + 1) * (H // G))
+                score = query[b, heads, t].double() @ keys[b, g, seen].double().mT * K**-0.5
+                score = softcap * torch.tanh(score / softcap) if softcap else score
+                expected[b, t, heads] = score.softmax(-1) @ values[b, g, seen].double()
     on_device = [x.to(device) for x in (key_positions, query_positions, torch.tensor(lengths).int(), ancestors)]
-    return (query, keys, values, *on_device, first, K**-0.5, window, softcap), expected
+    lists = [[*of_head(g), *[-1] * (len(chosen) + 1 - len(of_head(g)))] for g in range(G)]
+    listed = torch.tensor([lists] * B, dtype=torch.int32, device=device) if chosen else None
+    return (query, keys, values, *on_device, first, K**-0.5, window, softcap, listed, 64 if chosen else 0), expected
 
 
 def attention_errors(ops: Any, *case: Any, **of: Any) -> dict[str, float]:
@@ -370,6 +393,34 @@ def move_errors(ops: Any, L: int, B: int, G: int, K: int, V: int, steps: int, **
     }
 
 
+def blocks_errors(
+    ops: Any, B: int, H: int, G: int, K: int, slots: int, block: int, dense_below: int, share: int, **of: Any
+) -> dict[str, float]:
+    """Blocks that differ from a loop's, where scores are told apart by more than rounding."""
+    from effpass.lowering.ops.tree_blocks import most_blocks
+
+    torch.manual_seed(slots)
+    count = -(-slots // block)
+    query, means = torch.randn(B, H, K, **of), torch.randn(B, G, count, K, **of)
+    lengths = [max(1, slots - 3 * block * b - b) for b in range(B)]
+    most = most_blocks(slots, block, dense_below, share)
+    chosen = ops.choose_tree_blocks(
+        query, means, torch.tensor(lengths, device=of["device"]).int(), most, block, dense_below, share
+    )
+    faults = 0
+    for b, length in enumerate(lengths):
+        blocks = -(-length // block)
+        kept = length if length <= dense_below else dense_below + (length - dense_below) * share // 1024
+        wanted = min(max(2, -(-kept // block)), most, blocks)
+        for g in range(G):
+            asked = query[b, g * (H // G) : (g + 1) * (H // G)].double().sum(0)
+            score = [float(asked @ means[b, g, n].double()) for n in range(blocks)]
+            score[0] = score[-1] = float("inf")
+            expected = sorted(sorted(range(blocks), key=lambda n: -score[n])[:wanted])
+            faults += chosen[b, g].tolist() != expected + [-1] * (most - len(expected))
+    return {"blocks": float(faults)}
+
+
 def noise_errors(ops: Any, rows: int, steps: int, vocabulary: int, **of: Any) -> dict[str, float]:
     """Relative error of a few numbers, from SplitMix64 in Python's integers."""
     device, mask = of["device"], (1 << 64) - 1
@@ -401,6 +452,8 @@ ATTENTIONS = {
     "window, softcap": (2, 2, 1, 9, 200, 9, 24, 16, 30, 20.0),
     "a window inside the tree": (1, 2, 2, 40, 90, 40, 16, 16, 3, 0.0),
     "heads of 256": (1, 2, 1, 5, 80, 5, 256, 256, 0, 0.0),
+    "chosen blocks": (2, 8, 4, 7, 400, 7, 32, 32, 0, 0.0, (0, 2, 5, 6)),
+    "chosen blocks of large heads": (1, 4, 2, 20, 200, 20, 256, 256, 0, 0.0, (0, 1, 3)),
 }
 # rows, vocabulary, k, equal logits
 TOPS = {"one": (1, 5000, 1, True), "eight": (1, 2500, 8, False), "odd, few values": (2, 1500, 5, True),
@@ -419,6 +472,12 @@ ACCEPTANCES = {"one row": (1, 1, 1), "a tree": (4, 20, 5), "a large tree": (2, 7
 TAKES = {"rows": (3, 6), "one": (1, 1)}
 # L, B, G, K, V, steps
 MOVES = {"layers": (3, 3, 2, 16, 16, 4), "odd sizes": (1, 2, 1, 24, 10, 3), "one": (2, 1, 1, 8, 8, 1)}
+# B, H, G, K, slots, block, dense_below, share
+BLOCKS = {
+    "a quarter": (3, 4, 2, 16, 2000, 64, 512, 256),
+    "all": (1, 2, 2, 24, 300, 64, 4096, 256),
+    "the first and the last": (2, 2, 1, 8, 640, 64, 0, 0),
+}
 NOISES = {"rows": (3, 2, 1500), "few tokens": (1, 1, 5)}
 
 _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ...]]]] = {
@@ -428,6 +487,7 @@ _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ..
     "acceptance": (acceptance_errors, ACCEPTANCES),
     "take": (take_errors, TAKES),
     "move": (move_errors, MOVES),
+    "blocks": (blocks_errors, BLOCKS),
     "noise": (noise_errors, NOISES),
 }
 
@@ -481,7 +541,9 @@ def compile_all() -> dict[str, int]:
             some(1, heads, tokens, size, dtype=dtype), some(1, groups, 1024 + tokens, size, dtype=dtype),
             some(1, groups, 1024 + tokens, size, dtype=dtype), numbers(1, 1024 + tokens), numbers(1, tokens),
             numbers(1), numbers(1, tokens, words, **long), 1024, 0.1, window, 30.0 if window else 0.0,
+            numbers(1, groups, 12) if tokens == 64 else None, 64 if tokens == 64 else 0,
         )  # fmt: skip
+    ops.choose_tree_blocks(some(1, 32, 128), some(1, 8, 1024, 128), numbers(1), 300, 64, 4096, 256)
     for rows, vocabulary, k in ((1, 49152, 1), (64, 128256, 1), (8, 32000, 8)):
         ops.top_tokens(some(rows, vocabulary), k)
     real: Any = {"dtype": torch.float32}

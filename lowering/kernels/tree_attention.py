@@ -5,7 +5,8 @@ programs in tiles, in turn; each keeps a running softmax, and the last to finish
 a tile are nodes times the query heads of a group. Where they are more than fit into one tile, programs of the same
 slots run side by side, so that slots come from memory once.
 
-The tiles of the tree follow those of the prefix. A tile of the tree lies in one word of its ancestors.
+The tiles of the tree follow those of the prefix. A tile of the tree lies in one word of its ancestors. Where blocks of
+the prefix were chosen, tiles are parts of these.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _WORD = tl.constexpr(64)
 _LEAST_TILES = 4  # of a program, or merging costs more than it gains
 
 
-def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+def supported(query: Tensor, keys: Tensor, values: Tensor, block: int) -> bool:
+    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype, blocks of whole tiles."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == values.dtype == query.dtype
@@ -34,12 +35,13 @@ def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
         and 16 <= values.shape[-1] <= 256
         and keys.stride(-1) == values.stride(-1) == 1
         and query.numel() > 0
+        and block % 64 == 0
     )
 
 
 def tree_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
-    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float, chosen: Tensor | None, block: int,
 ) -> Tensor:  # fmt: skip
     """`effpass::tree_attention` where :func:`supported`."""
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
@@ -51,7 +53,10 @@ def tree_attention(
     options = launch_options(device, shape.pop("num_warps"))
     nodes = min(64 * ancestors.shape[2], slots - first)
     row_tiles = triton.cdiv(tokens * repeat, shape["BLOCK_R"])
-    tiles = triton.cdiv(first, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_N"])
+    chosen = None if chosen is None else chosen.contiguous()
+    most = 0 if chosen is None else chosen.shape[2]
+    slots_read = first if chosen is None else min(first, most * block)
+    tiles = triton.cdiv(slots_read, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_N"])
     programs = row_tiles * batch * groups
     splits = max(1, min(2 * multiprocessors(device) // programs, triton.cdiv(tiles, _LEAST_TILES)))
     out = query.new_empty((batch, tokens, heads, value_size))
@@ -61,11 +66,12 @@ def tree_attention(
         sums = query.new_empty((programs, splits, 2, shape["BLOCK_R"]), dtype=torch.float32)
         done = counters(device, programs)
     _attend[(row_tiles, splits, batch * groups)](
-        query, keys, values, key_positions, query_positions, lengths, ancestors, out, parts, sums, done,
+        query, keys, values, key_positions, query_positions, lengths, ancestors, chosen, out, parts, sums, done,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], key_positions.stride(0),
         query_positions.stride(0), *ancestors.stride()[:2], tokens, first, nodes, scale, softcap, window, GROUPS=groups,
         REPEAT=repeat, KEY=key_size, VALUE=value_size, SPLITS=splits, LEAST=_LEAST_TILES, SOFTCAP=softcap != 0,
-        WINDOW=window != 0, PDL=overlaps(device), **shape, **options,
+        WINDOW=window != 0, MOST=most, LISTED=triton.next_power_of_2(max(most, 1)), BLOCK=block, PDL=overlaps(device),
+        **shape, **options,
     )  # fmt: skip
     return out
 
@@ -89,12 +95,12 @@ def tile_shape(rows: int, key_size: int, value_size: int, element_size: int) -> 
 
 @triton.jit(do_not_specialize=["tokens", "first", "nodes", "window"])
 def _attend(
-    query, keys, values, key_positions, query_positions, lengths, ancestors, out, parts, sums, done, query_b, query_h,
-    query_t, keys_b, keys_h, keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b, ancestors_b,
-    ancestors_t, tokens, first, nodes, scale, softcap, window, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
+    query, keys, values, key_positions, query_positions, lengths, ancestors, chosen, out, parts, sums, done, query_b,
+    query_h, query_t, keys_b, keys_h, keys_s, values_b, values_h, values_s, key_positions_b, query_positions_b,
+    ancestors_b, ancestors_t, tokens, first, nodes, scale, softcap, window, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, PDL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, MOST: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row_tile, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
@@ -113,6 +119,12 @@ def _attend(
     there = tl.max(of_queries, 0) >= 0
     end = tl.where(there, tl.minimum(tl.load(lengths + b), first), 0)
     tiles = tl.cdiv(end, BLOCK_N)
+    if MOST > 0:
+        parts_of_block: tl.constexpr = BLOCK // BLOCK_N
+        chosen += head * MOST
+        listed = tl.arange(0, LISTED)
+        known = tl.load(chosen + listed, mask=listed < MOST, other=-1)
+        tiles = tl.where(there, tl.sum((known >= 0).to(tl.int32), 0) * parts_of_block, 0)
     all_tiles = tiles + tl.where(there, tl.cdiv(nodes, BLOCK_N), 0)
     active = tl.maximum(tl.minimum(tl.cdiv(all_tiles, LEAST), SPLITS), 1)
     if split < active:
@@ -122,7 +134,10 @@ def _attend(
         total = tl.zeros([BLOCK_R], tl.float32)
         sum_v = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
         for tile in tl.range(split, tiles, active, num_stages=STAGES):
-            slot = tile * BLOCK_N + span
+            if MOST > 0:
+                slot = tl.load(chosen + tile // parts_of_block) * BLOCK + tile % parts_of_block * BLOCK_N + span
+            else:
+                slot = tile * BLOCK_N + span
             of_keys = tl.load(key_positions + slot, mask=slot < end, other=-1)
             reach = slot < end
             if WINDOW:

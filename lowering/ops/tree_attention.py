@@ -8,7 +8,10 @@ The cache has two parts. Its first n slots are the *prefix*, of another length i
 hold the tree. A node is an ancestor of itself. Ancestors are bits: bit j % 64 of word j // 64 is slot first + j's. A
 query without any visible slot (a node that pads the tree) gives 0.
 
-Shapes: B batch, T nodes, S slots, H query heads, G key-value heads, K key size, V value size, W words.
+Where blocks of the prefix were chosen for each key-value head (:mod:`effpass.lowering.ops.tree_blocks`), the slots of
+others are not visible, and are not read.
+
+Shapes: B batch, T nodes, S slots, H query heads, G key-value heads, K key size, V value size, W words, M chosen blocks.
 Every slot holds finite numbers (a new cache is zeros): a masked slot has weight 0, and 0 · NaN is NaN.
 
 The operator reads a decode engine's cache, which no exported program has: it has no ONNX body, and no gradient.
@@ -35,7 +38,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, tor
 
 def _tree_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
-    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float, chosen: Tensor | None, block: int,
 ) -> Tensor:  # fmt: skip
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -54,6 +57,9 @@ def _tree_attention(
     if window:
         visible &= of_queries - of_keys < window
     visible = visible[:, None]
+    if chosen is not None:
+        kept = (slot // block == chosen[..., None]).any(2) | (slot >= first)
+        visible = visible & kept.repeat_interleave(heads // groups, 1)[:, :, None]
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0)
     out = weights.view(batch, groups, heads // groups * tokens, slots) @ values.to(wide)
@@ -64,11 +70,12 @@ def _tree_attention(
     "effpass::tree_attention",
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor values, Tensor key_positions, Tensor query_positions, Tensor lengths, "
-    "Tensor ancestors, int first, float scale, int window, float softcap) -> Tensor",
+    "Tensor ancestors, int first, float scale, int window, float softcap, Tensor? chosen=None, int block=0) -> Tensor",
 )
 def tree_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
-    ancestors: Tensor, first: int, scale: float, window: int, softcap: float,
+    ancestors: Tensor, first: int, scale: float, window: int, softcap: float, chosen: Tensor | None = None,
+    block: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attention of T nodes; query heads share the keys of their group, which are not copied.
 
@@ -84,6 +91,8 @@ def tree_attention(
         scale: factor on the scores.
         window: how many positions a query sees, its own included; 0 for all before it.
         softcap: bound on the scores; 0 for none.
+        chosen: int32 [B, G, M]: blocks of the prefix to read, ascending, then -1; None for all.
+        block: slots of such a block.
 
     Returns:
         [B, T, H, V], contiguous.
@@ -91,31 +100,34 @@ def tree_attention(
     Raises:
         EffpassError: H is no multiple of G, or sizes don't match.
     """
-    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first, chosen, block)
     # The prefix ends where the longest row's does; what lies between it and the tree would be most of the work.
     end, tree = min(int(lengths.max()), first), slice(first, first + WORD * ancestors.shape[2])
     read_keys, read_values = (torch.cat((x[:, :, :end], x[:, :, tree]), 2) for x in (keys, values))
     positions = torch.cat((key_positions[:, :end], key_positions[:, tree]), 1)
     return _tree_attention(
-        query, read_keys, read_values, positions, query_positions, lengths, ancestors, end, scale, window, softcap
-    )
+        query, read_keys, read_values, positions, query_positions, lengths, ancestors, end, scale, window, softcap,
+        chosen, block,
+    )  # fmt: skip
 
 
 @tree_attention.register_kernel("cuda")
-def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap):  # type: ignore[no-untyped-def]
-    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap,  # type: ignore[no-untyped-def]
+      chosen=None, block=0):  # fmt: skip
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first, chosen, block)
     arguments = (
-        query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap
+        query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap, chosen,
+        block,
     )  # fmt: skip
     kernels = triton_kernels("tree_attention")
-    if kernels and kernels.supported(query, keys, values):
+    if kernels and kernels.supported(query, keys, values, block):
         return kernels.tree_attention(*arguments)
     return _tree_attention(*arguments)  # nothing may wait for `lengths`
 
 
 def _check(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
-    ancestors: Tensor, first: int,
+    ancestors: Tensor, first: int, chosen: Tensor | None, block: int,
 ) -> None:  # fmt: skip
     (batch, heads, tokens, key_size), (_, groups, slots, size) = query.shape, keys.shape
     if heads % groups or key_size != size or values.shape[:3] != keys.shape[:3] or keys.shape[0] != batch:
@@ -133,11 +145,16 @@ def _check(
         )
     if not 0 <= first <= slots:
         raise EffpassError(f"effpass::tree_attention: the tree begins at slot {first} of {slots}")
+    if chosen is not None and (chosen.shape[:2] != (batch, groups) or block < 1):
+        raise EffpassError(
+            f"effpass::tree_attention: chosen {tuple(chosen.shape)} of blocks of {block} slots, expected [B, G, M]"
+        )
 
 
 @tree_attention.register_fake
-def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap):  # type: ignore[no-untyped-def]
-    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first)
+def _(query, keys, values, key_positions, query_positions, lengths, ancestors, first, scale, window, softcap,  # type: ignore[no-untyped-def]
+      chosen=None, block=0):  # fmt: skip
+    _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first, chosen, block)
     batch, heads, tokens, _ = query.shape
     return query.new_empty((batch, tokens, heads, values.shape[-1]))
 

@@ -69,7 +69,7 @@ def test_interpreted_kernels_against_loops(interpreted: Any, name: str) -> None:
 @needs_triton
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path) -> None:
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) == 19
+    assert len(shared) == 20
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -121,6 +121,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
             torch.zeros(2, 3, **long), *tree, torch.tensor([-1]), torch.tensor(9), ids, count, position,
             torch.zeros(2, **long), torch.ones((), dtype=torch.bool), torch.zeros(2, **long), 3,
         ),
+        "choose_tree_blocks": (
+            torch.randn(2, 4, 8), torch.randn(2, 2, 9, 8), torch.tensor([300, 20]).int(), 4, 64, 0, 256,
+        ),
         "take_tokens": (ids, count, position, torch.zeros(2, **long), 3),
         "move_slots": (
             torch.randn(2, 2, 1, 12, 4), torch.randn(2, 2, 1, 12, 4), torch.zeros(2, 12, dtype=torch.int32),
@@ -140,8 +143,9 @@ def test_flops(name: str) -> None:
     arguments = samples()[name]
     with FlopCounterMode(display=False) as counter:
         getattr(ops, name)(*arguments)
-    # Two products of 2 x 4 heads x 6 nodes x 26 slots x 16.
-    assert counter.get_total_flops() == (2 * 2 * 4 * 6 * 26 * 32 if name == "tree_attention" else 0)
+    # Two products of 2 x 4 heads x 6 nodes x 26 slots x 16; one of 2 x 2 heads x 9 blocks x 8.
+    expected = {"tree_attention": 2 * 2 * 4 * 6 * 26 * 32, "choose_tree_blocks": 2 * 2 * 2 * 9 * 8}
+    assert counter.get_total_flops() == expected.get(name, 0)
 
 
 def test_ancestors_are_bits() -> None:
@@ -177,6 +181,8 @@ def test_noise_is_exponential() -> None:
         ("tree_attention", {7: 27}, "the tree begins at slot 27 of 26"),
         ("grow_layer", {13: 1}, "10 candidates and 6 nodes, and there is room for 9 and 64"),
         ("grow_layer", {14: 21}, "9 candidates and 66 nodes"),
+        ("tree_attention", {11: torch.zeros(2, 3, 4), 12: 64}, "chosen (2, 3, 4) of blocks of 64 slots"),
+        ("choose_tree_blocks", {2: torch.tensor([1])}, "lengths (1,)"),
         ("token_noise", {2: 1 << 21}, "2097152 tokens"),
     ],
 )
