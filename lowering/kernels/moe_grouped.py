@@ -67,7 +67,8 @@ def fits(tiles: tuple[Tile, Tile], device: torch.device) -> bool:
     """Whether what is on its way of both products has room in a multiprocessor's shared memory."""
     if device.type != "cuda":
         return True
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    room = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     first, second = tiles
     # A step is as many bytes deep in every type.
     widths = ((first, first.rows + 2 * first.columns), (second, second.rows + second.columns))
