@@ -30,6 +30,7 @@ BUILTIN = {
         "afa-lora": "effpass.cli.train_sft:afa_lora",
         "c2t": "effpass.cli.train_c2t:c2t",
         "draft": "effpass.cli.train_draft:draft",
+        "fg2-gdn": "effpass.cli.train_fg2_gdn:fg2_gdn",
         "grpo": "effpass.cli.train_grpo:grpo",
         "lm": "effpass.cli.train_lm:lm",
         "prune": "effpass.cli.train_prune:prune",

@@ -8,6 +8,7 @@ better than loading it without its layers.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from effpass.runtime.linear_attention.attention_layers import attention_layers
 from effpass.runtime.linear_attention.layer import GatedDeltaAttention
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
 
-__all__ = ["MODEL_TYPE", "is_hybrid", "linear_layers", "make_hybrid"]
+__all__ = ["MODEL_TYPE", "hybrid_config", "is_hybrid", "linear_layers", "make_hybrid"]
 
 MODEL_TYPE = "effpass_hybrid"
 
@@ -124,14 +125,25 @@ def make_hybrid(model: Any, layers: Sequence[int], settings: GatedDeltaSettings)
     if is_hybrid(config):
         raise ModelError(f"{type(model).__name__} has linear attention already", hint="convert the model as it was")
     attention_layers(model, layers)
-    base: Any = type(config)
-    config.__class__ = _config_class(base)  # one object, shared by the model's modules
-    config.base_model_type = base.model_type
-    config.linear_attention = {"layers": sorted(layers), **settings.to_dict()}
+    _describe(config, layers, settings)  # one object, shared by the model's modules
     made = _replace(model, sorted(layers), settings)
     of_model: Any = type(model)
     model.__class__ = _model_class(of_model, config.__class__)
     return made
+
+
+def hybrid_config(config: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> Any:
+    """The config that a model of `config` has once :func:`make_hybrid` has changed it."""
+    config = copy.deepcopy(config)
+    _describe(config, layers, settings)
+    return config
+
+
+def _describe(config: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> None:
+    base: Any = type(config)
+    config.__class__ = _config_class(base)
+    config.base_model_type = base.model_type
+    config.linear_attention = {"layers": sorted(layers), **settings.to_dict()}
 
 
 def _replace(model: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> dict[int, GatedDeltaAttention]:

@@ -1,0 +1,1 @@
+"""Learn linear attention from the attention that it replaces."""

@@ -1,0 +1,87 @@
+"""Which layers are replaced, and what the new ones begin with: the projections of the attention that was there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effpass.core.errors import ModelError
+from effpass.runtime.linear_attention import GatedDeltaAttention, GatedDeltaSettings
+from effpass.trainers.fg2_gdn.settings import Settings
+
+__all__ = ["chosen_layers", "layer_settings", "projections", "start_from"]
+
+
+def chosen_layers(settings: Settings, count: int) -> list[int]:
+    """Numbers of the layers to replace, of `count`.
+
+    A share is spread evenly, and what stays comes last in each run: of 3 in 4 layers, every fourth stays.
+
+    Raises:
+        ModelError: no such layers.
+    """
+    if settings.layers is None:
+        stays = round(count * (1 - settings.share))
+        kept = {-(-count * (i + 1) // stays) - 1 for i in range(stays)} if stays else set()
+        return [i for i in range(count) if i not in kept]
+    chosen = sorted(set(settings.layers))
+    if not chosen or len(chosen) != len(settings.layers) or chosen[0] < 0 or chosen[-1] >= count:
+        raise ModelError(f"layers: got {list(settings.layers)}", hint=f"numbers from 0 to {count - 1}, each once")
+    return chosen
+
+
+def layer_settings(settings: Settings, config: Any) -> GatedDeltaSettings:
+    """Of layers with as many heads as the model's queries have, each of their size."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    size = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // heads
+    return GatedDeltaSettings(
+        settings.mode, heads, heads, size, size, settings.conv_kernel_size, settings.gate_rank, settings.beta_rank,
+        settings.lower_bound,
+    )  # fmt: skip
+
+
+def projections(attention: nn.Module, head_dim: int) -> dict[str, Tensor] | None:
+    """The weights [out, in] of queries, keys, values and output; None where an attention has no such ones (latents)."""
+    found = {}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if isinstance(weight, Tensor):
+            found[name] = weight
+    if len(found) == 4:
+        return found
+    fused, output = getattr(attention, "qkv_proj", None), getattr(attention, "o_proj", None)
+    if fused is not None and output is not None:  # Phi-3
+        shared = (fused.weight.shape[0] - output.weight.shape[1]) // 2
+        q, k, v = fused.weight.split((output.weight.shape[1], shared, shared))
+        return {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": output.weight}
+    fused, output = getattr(attention, "c_attn", None), getattr(attention, "c_proj", None)
+    if fused is not None and output is not None:  # GPT-2, whose weights are [in, out]
+        q, k, v = fused.weight.T.chunk(3)
+        return {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": output.weight.T}
+    return None
+
+
+@torch.no_grad()
+def start_from(layer: GatedDeltaAttention, attention: nn.Module) -> bool:
+    """Give a new layer the projections of `attention`, and a convolution that lets each token pass as it is.
+
+    Keys and values that several query heads share are repeated for each of them.
+
+    Returns:
+        Whether there were projections to take.
+    """
+    size = layer.settings.key_head_dim
+    given = projections(attention, size)
+    wanted = {name: getattr(layer, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    if given is None or given["q_proj"].shape != wanted["q_proj"].shape:
+        return False
+    for name, weight in given.items():
+        if weight.shape != wanted[name].shape:
+            shared = weight.unflatten(0, (-1, size))
+            weight = shared.repeat_interleave(wanted[name].shape[0] // weight.shape[0], dim=0).flatten(0, 1)
+        wanted[name].copy_(weight)
+    layer.conv.weight.zero_()[..., -1] = 1
+    return True
