@@ -251,6 +251,12 @@ def test_what_can_not_be_is_said_before_anything_is_made(model, text, tmp_path):
         run(model, text, tmp_path)
 
 
+def test_several_processes_are_refused(model, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EffpassError, match="pruning runs in one process"):
+        run(model, text, tmp_path)
+
+
 def test_quantised_models_are_refused(text, tmp_path):
     folder = checkpoint(tmp_path / "quantised")
     config = json.loads((folder / "config.json").read_text())

@@ -27,7 +27,7 @@ _TENSORS, _PLAIN = "masks.safetensors", "masks.json"
 
 def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArguments:
     """What the Trainer is told."""
-    args = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         gradient_accumulation_steps=settings.accumulate,
@@ -45,8 +45,6 @@ def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArgum
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    args._n_gpu = min(1, args.n_gpu)  # it would copy the model to every device that it sees
-    return args
 
 
 class OffsetRecorder(Recorder):

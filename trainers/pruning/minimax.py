@@ -10,7 +10,8 @@ MaskPrune (arXiv 2502.14008) states the ingredients: masks and sizes learned tog
 through estimator. The problem above is UVC's (arXiv 2203.08243, same author) with masks in the place of weights and one
 s for all layers. How the players move is a choice made here; a step is
 
-    order   units by a m², a being the running mean of (∂L/∂m)²: what dropping a unit adds to the loss, to second order
+    order   units by a m², a being the running mean of (∂L/∂m)²; to second order and up to a factor common to all units,
+            what dropping one adds to the loss
     masks   m ← m − η ∂L/∂m / rms, then m / (1 + 2 η y w), w being the share of the unit that goes (proximal step)
     sizes   s ← s + η_s (Z − p) / (Z + p), where p is a of the unit between those that go and stay, over what it costs
     y       ← y + η_y (mean of m² over the units that go)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import uuid
@@ -76,6 +77,8 @@ def prune(
             device, something in the way of the output.
         ModelError: the model can't be read or pruned.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EffpassError("pruning runs in one process", hint="start it without torchrun")
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
     if save_model is not None and save_model.exists():
