@@ -40,7 +40,8 @@ def step_cost(
             sizes = tuple(size for size in sizes if size != "experts")
         cache = () if is_latent else tuple(size for size in sizes if size == "kv_groups")
         latency = at.latency[part.kind]
-        read = [(sizes, float(part.weight_bytes)), (cache, float(part.cache_bytes))]
+        cut = sizes if part.kind == "matmul" else ()  # norms keep their weights
+        read = [(cut, float(part.weight_bytes)), (cache, float(part.cache_bytes))]
         for key, amount in read if unit == "bytes" else [((), latency), (sizes, part.seconds - latency)]:
             amounts[key] = amounts.get(key, 0.0) + amount
             outside += amount if part.layer is None else 0.0
