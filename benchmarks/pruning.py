@@ -177,11 +177,7 @@ def ablations(device: str, smoke: bool) -> Iterator[Row]:
 def recovery(device: str, smoke: bool) -> Iterator[Row]:
     """After the same minimax cut at 0.7: all weights, LoRA, and an annealed adapter."""
     base = _run(device, smoke, 0.7)
-    runs = {
-        "afa-lora": replace(base, recovery="afa-lora", rate=1e-3),
-        "lora": replace(base, recovery="lora", rate=1e-3),
-        "full": base,
-    }
+    runs = {kind: replace(base, recovery=kind) for kind in ("afa-lora", "lora", "full")}
     found = _over_seeds(runs, smoke)
     if found is not None:
         yield from _compared(found, base, "0.7 of the parameters, recovery (adapters at 1e-3)", ours="afa-lora")

@@ -39,6 +39,7 @@ from effpass.trainers.run_folder import Recorder
 __all__ = ["Found", "Run", "Size", "losses_of", "results"]
 
 _STARTED = time.time()
+_ADAPTERS = 1e-3  # learning rate after the cut
 TEXT = ("$EFFPASS_DATA/text/*.txt", "$EFFPASS_DATA/gsm8k/train.jsonl", "$STDLIB/*.py")
 _OPTIONS: dict[str, dict[str, Any]] = {"mona": {"capturable": True, "nan_policy": "skip"}, "adamw": {"fused": True}}
 
@@ -211,6 +212,7 @@ def _settings(run: Run) -> Settings:
         choose="minimax" if is_learned else "taylor" if run.sizes else run.choose,  # type: ignore[arg-type]
         cost=run.cost,  # type: ignore[arg-type]
         recovery=run.recovery,  # type: ignore[arg-type]
+        recovery_lr=None if run.recovery == "full" else _ADAPTERS,
         steps=run.size.steps,
         batch=run.size.batch,
         accumulate=run.size.accumulate,

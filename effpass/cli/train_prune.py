@@ -79,8 +79,13 @@ def prune(
     hidden: Annotated[float, typer.Option("--hidden", help="Weight of that of hidden states.")] = 1.0,
     optimizer: Optimizer = "mona",
     lr: Annotated[
-        float | None, typer.Option("--lr", help="Learning rate.", show_default="1e-4 for full, 1e-3 for adapters")
-    ] = None,  # type: ignore[arg-type]
+        float | None,
+        typer.Option("--lr", help="Learning rate.", show_default="1e-4 for full, 1e-3 for adapters"),  # type: ignore[arg-type]
+    ] = None,
+    recovery_lr: Annotated[
+        float | None,
+        typer.Option("--recovery-lr", help="After the cut.", show_default="1e-4 for full, 1e-3 for adapters"),  # type: ignore[arg-type]
+    ] = None,
     weight_decay: WeightDecay = 0.0,
     clip: Clip = 1.0,
     steps: Annotated[int, typer.Option("--steps", help="Before and after the cut together.")] = 1000,
@@ -108,10 +113,10 @@ def prune(
     from effpass.trainers.pruning.run import prune as run
     from effpass.trainers.pruning.settings import CHOOSERS, COSTS, RATES, Settings
 
-    for name, value in (("--method", method), ("--recovery", recovery)):
-        choice(value, ("full", "lora", "afa-lora") if name == "--recovery" else ("full", "lora"), name)
+    choice(method, ("full", "lora"), "--method")
+    choice(recovery, ("full", "lora", "afa-lora"), "--recovery")
     common = what_learns(
-        method="full", optimizer=optimizer, lr=RATES[recovery] if lr is None else lr, schedule="cosine", warmup=0,
+        method="full", optimizer=optimizer, lr=RATES[method] if lr is None else lr, schedule="cosine", warmup=0,
         weight_decay=weight_decay, clip=clip, rank=rank, alpha=alpha, dropout=dropout, targets=targets,
         activation=activation, anneal_end=anneal_end, anneal=anneal, dtype=dtype,
     )  # fmt: skip
@@ -121,6 +126,7 @@ def prune(
         units=tuple(part.strip() for part in (units or "").split(",") if part.strip()),
         cost=choice(cost, COSTS, "--cost"), cost_batch=cost_batch, cost_context=cost_context, multiple=multiple,
         devices=devices, method=method, recovery=recovery,  # type: ignore[arg-type]
+        recovery_lr=RATES[recovery] if recovery_lr is None else recovery_lr,
         distillation=Distillation(task, logits, hidden), steps=steps, learning=learning, batch=batch,
         accumulate=accumulate, sequence_length=sequence_length, calibration=calibration, warmup=warmup, seed=seed,
         log_every=log_every, save_every=save_every,

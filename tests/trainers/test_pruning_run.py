@@ -274,6 +274,7 @@ def test_quantised_models_are_refused(text, tmp_path):
         ({"keep_of": {"ffn_channels": 0.0}}, "keep of ffn_channels: got 0.0"),
         ({"steps": 5}, "steps: got 5, expected at least 20"),
         ({"learning": 1.0}, "learning: got 1.0"),
+        ({"recovery_lr": 0.0}, "recovery_lr: got 0.0, expected a positive number"),
         ({"batch": 3}, "a batch of 3 rows can't be cut into 2 micro-batches"),
         ({"save_every": 7}, r"save_every: got 7, expected a multiple of log_every \(3\)"),
     ],

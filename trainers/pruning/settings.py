@@ -40,6 +40,7 @@ class Settings:
         devices: that share a layer by tensor parallelism.
         method: what learns while masks do: all weights or a LoRA adapter.
         recovery: what learns afterwards: the same, or an annealed adapter.
+        recovery_lr: its largest learning rate; None for that of `optimizer`.
         lora, anneal: of the adapters.
         distillation: of the loss, before and after the cut.
         steps: optimiser steps before and after the cut together.
@@ -64,6 +65,7 @@ class Settings:
     devices: int = 1
     method: Literal["full", "lora"] = "full"
     recovery: Literal["full", "lora", "afa-lora"] = "full"
+    recovery_lr: float | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     anneal: Anneal = field(default_factory=Anneal)
     distillation: Distillation = field(default_factory=Distillation)
@@ -96,6 +98,8 @@ class Settings:
                 raise EffpassError(f"{name}: got {value}, expected at least {low}")
         if self.batch % self.accumulate:
             raise EffpassError(f"a batch of {self.batch} rows can't be cut into {self.accumulate} micro-batches")
+        if self.recovery_lr is not None and not 0 < self.recovery_lr < float("inf"):
+            raise EffpassError(f"recovery_lr: got {self.recovery_lr}, expected a positive number")
         if not 0 < self.learning < 1:
             raise EffpassError(f"learning: got {self.learning}, expected a share above 0 and below 1")
         if self.save_every % self.log_every:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,11 @@ def recover(
     set_experts(trained.model)
     rates = Schedule(warmup=settings.warmup, kind="cosine", final=0.05)
     args = training_arguments(settings, steps, folder)
+    optimizer = settings.optimizer
+    if settings.recovery_lr is not None:
+        optimizer = replace(optimizer, lr=settings.recovery_lr)
     with _under_autocast(trained, settings):
-        trainer = Distiller(
-            trained, teacher, settings.distillation, args, rows, first_step, settings.optimizer, rates, recorder
-        )
+        trainer = Distiller(trained, teacher, settings.distillation, args, rows, first_step, optimizer, rates, recorder)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _merged(trained)
 
