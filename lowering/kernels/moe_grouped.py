@@ -26,7 +26,7 @@ from effpass.lowering.kernels.launch import launch_options, multiprocessors, ove
 from effpass.lowering.kernels.moe_gate import gate
 from effpass.lowering.kernels.moe_route import combine, route
 
-__all__ = ["TILES", "Tile", "fits", "moe_ffn"]
+__all__ = ["TILES", "Tile", "fits", "moe_ffn", "products"]
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,57 @@ def moe_ffn(
 
     All tensors but `gate_up` and `down` are contiguous; of those either of the last two strides is 1.
     """
-    (tokens, width), each, (count, _, inner) = x.shape, experts.shape[1], down.shape
-    pairs = tokens * each
+    each, (count, width, _) = experts.shape[1], down.shape
     order, starts = route(experts, count)
-    hidden, outputs = x.new_empty(pairs, inner), x.new_empty(pairs, width)
+    outputs = x.new_empty(experts.numel(), width)
+    gate = (activation, alpha, limit, offset, interleaved)
+    products(
+        x, None, each, order, starts, experts.numel(), tiles, outputs, gate_up, gate_up_bias, down, down_bias, *gate
+    )
+    return combine(outputs, experts, weights, count, x.new_empty(x.shape))
+
+
+def products(
+    x: Tensor,
+    reads: Tensor | None,
+    each: int,
+    order: Tensor,
+    starts: Tensor,
+    pairs: int,
+    tiles: tuple[Tile, Tile],
+    outputs: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    interleaved: bool,
+) -> None:
+    """The outputs of sorted pairs, without their weights.
+
+    Args:
+        x: [R, D].
+        reads: int32; pair p reads row `reads[p · each]` of x. None: row p // each.
+        each: as above.
+        order: int32 [P], pairs sorted by expert.
+        starts: int32 [E + 1], where those of each of these experts begin in `order`.
+        pairs: how many they are at most.
+        tiles: of the two products.
+        outputs: [P, D]; row p is written for each pair p of these experts.
+        gate_up: this and what follows as in :func:`moe_ffn`.
+    """
+    width, inner = down.shape[1:]
+    hidden = x.new_empty(order.shape[0], inner)
     first, second = tiles
     of_gate = {"alpha": alpha, "limit": limit, "offset": offset, "ACTIVATION": activation, "LIMITED": limit != 0,
                "INTERLEAVED": interleaved}  # fmt: skip
     of_none = {"alpha": 0.0, "limit": 0.0, "offset": 0.0, "ACTIVATION": "", "LIMITED": False, "INTERLEAVED": False}
-    _launch(x, gate_up, gate_up_bias, hidden, order, starts, each, inner, first, of_gate)
-    _launch(hidden, down, down_bias, outputs, order, starts, each, width, second, of_none)
-    return combine(outputs, experts, weights, count, x.new_empty(x.shape))
+    of_pairs = (order, starts, pairs, reads, each)
+    _launch(x, gate_up, gate_up_bias, hidden, *of_pairs, inner, first, of_gate)
+    _launch(hidden, down, down_bias, outputs, *of_pairs, width, second, of_none)
 
 
 def _launch(
@@ -114,6 +154,8 @@ def _launch(
     out: Tensor,
     order: Tensor,
     starts: Tensor,
+    pairs: int,
+    reads: Tensor | None,
     each: int,
     columns: int,
     tile: Tile,
@@ -122,7 +164,7 @@ def _launch(
     """One grouped product: of gathered rows with a gate behind it, or of sorted rows."""
     if rows.element_size() == 4:
         tile = _without_tensor_cores(tile)
-    count, depth, pairs = weight.shape[0], weight.shape[2], order.shape[0]
+    count, depth = weight.shape[0], weight.shape[2]
     across = triton.cdiv(columns, tile.columns)
     # Every expert with rows has one tile that may not be full.
     most = (min(pairs, count) + pairs // tile.rows) * across
@@ -138,7 +180,7 @@ def _launch(
     if tile.tma and not gated and _reachable(rows):
         of_rows = TensorDescriptor.from_tensor(rows, [tile.rows, block_k])
     _grouped[(programs,)](
-        rows, weight, tiles, of_rows, bias, out, order, starts, *weight.stride(), each, **of_gate, COUNT=count,
+        rows, weight, tiles, of_rows, bias, out, order, starts, reads, *weight.stride(), each, **of_gate, COUNT=count,
         SLOTS=triton.next_power_of_2(count), DEPTH=depth, COLUMNS=columns, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
         BLOCK_K=block_k, TALL_WEIGHTS=tile.tall_weights, TRANSPOSED=transposed, PDL=overlaps(rows.device),
         **launch_options(rows.device, tile.warps, tile.stages),
@@ -162,10 +204,10 @@ def _reachable(tensor: Tensor) -> bool:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["each"])
+@triton.jit(do_not_specialize=["each"], do_not_specialize_on_alignment=["starts"])
 def _grouped(
-    rows, weight, weight_tiles, row_tiles, bias, out, order, starts, stride_e, stride_n, stride_k, each, alpha, limit,
-    offset, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, COUNT: tl.constexpr,
+    rows, weight, weight_tiles, row_tiles, bias, out, order, starts, reads, stride_e, stride_n, stride_k, each, alpha,
+    limit, offset, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, COUNT: tl.constexpr,
     SLOTS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TALL_WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +232,10 @@ def _grouped(
         row, column = first + local % down * BLOCK_M, local // down * BLOCK_N  # neighbours share weights
         place = tl.minimum(row + m, last - 1)
         pair = tl.load(order + place)
-        of_row = rows + (pair // each if gated else place).to(tl.int64)[:, None] * DEPTH + k[None, :]
+        source = place
+        if gated:
+            source = pair // each if reads is None else tl.load(reads + pair * each)
+        of_row = rows + source.to(tl.int64)[:, None] * DEPTH + k[None, :]
         n = column * (2 if INTERLEAVED else 1) + tl.arange(0, wide)
         limit_n: tl.constexpr = every if INTERLEAVED or not gated else COLUMNS
         of_n = weight + expert.to(tl.int64) * stride_e + tl.minimum(n, limit_n - 1)[:, None] * stride_n

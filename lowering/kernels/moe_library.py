@@ -20,7 +20,7 @@ from effpass.lowering.kernels.moe_gate import gate
 from effpass.lowering.kernels.moe_route import combine, route
 from effpass.lowering.ops.moe_ffn_grouped import Groups, linear, takes
 
-__all__ = ["moe_ffn", "supported"]
+__all__ = ["moe_ffn", "plain_options", "products", "supported"]
 
 
 def supported(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
@@ -49,28 +49,66 @@ def moe_ffn(
     Args:
         by_expert: one product an expert, after waiting for the number of rows of each.
     """
-    (tokens, width), each, (count, _, inner) = x.shape, experts.shape[1], down.shape
-    pairs = tokens * each
-    places = experts.new_empty(pairs, dtype=torch.int32)
+    each, count = experts.shape[1], down.shape[0]
+    places = experts.new_empty(experts.numel(), dtype=torch.int32)
     order, starts = route(experts, count, places)
+    bounds = starts.tolist() if by_expert else None
+    gate = (activation, alpha, limit, offset, interleaved)
+    outputs = products(
+        x, None, each, order, starts, starts[1:], bounds, experts.numel(), gate_up, gate_up_bias, down, down_bias, *gate
+    )
+    return combine(outputs, experts, weights, count, x.new_empty(x.shape), places)
+
+
+def products(
+    x: Tensor,
+    reads: Tensor | None,
+    each: int,
+    order: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    bounds: list[int] | None,
+    pairs: int,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    interleaved: bool,
+) -> Tensor:
+    """The outputs of sorted pairs, without their weights, sorted.
+
+    Args:
+        x: this and what follows up to `starts` as in `moe_grouped.products`.
+        ends: int32 [E], where the pairs of each of these experts end, from the first of them on.
+        bounds: the same on the host, from 0 on, for one product an expert; None for a grouped one.
+        pairs: how many they are at most.
+        gate_up: this and what follows as in :func:`moe_ffn`.
+
+    Returns:
+        [pairs, D].
+    """
+    (count, width, inner), device = down.shape, x.device
     rows, hidden = x.new_empty(pairs, width), x.new_empty(pairs, inner)
     block = min(triton.next_power_of_2(width), 1024)
     _gather[(pairs, triton.cdiv(width, block))](
-        x, order, starts, rows, each, COUNT=count, WIDTH=width, BLOCK=block,
-        **_plain(x.device, max(1, block // 256)),
+        x, reads, order, starts, rows, each, COUNT=count, WIDTH=width, BLOCK=block,
+        **plain_options(device, max(1, block // 256)),
     )  # fmt: skip
-    groups = Groups(order, starts[1:], starts.tolist() if by_expert else None)
+    groups = Groups(order, ends, bounds)
     projected = linear(rows, gate_up, gate_up_bias, groups)
     block = min(triton.next_power_of_2(inner), 1024)
     _gate[(pairs, triton.cdiv(inner, block))](
         projected, starts, hidden, alpha, limit, offset, COUNT=count, INNER=inner, ACTIVATION=activation,
-        LIMITED=limit != 0, INTERLEAVED=interleaved, BLOCK=block, **_plain(x.device, max(1, block // 256)),
+        LIMITED=limit != 0, INTERLEAVED=interleaved, BLOCK=block, **plain_options(device, max(1, block // 256)),
     )  # fmt: skip
-    outputs = linear(hidden, down, down_bias, groups)
-    return combine(outputs, experts, weights, count, x.new_empty(x.shape), places)
+    return linear(hidden, down, down_bias, groups)
 
 
-def _plain(device: torch.device, num_warps: int) -> dict[str, Any]:
+def plain_options(device: torch.device, num_warps: int) -> dict[str, Any]:
     """Launch options without overlap: the library's kernels on either side know nothing of it."""
     return {**launch_options(device, num_warps), "launch_pdl": False} if device.type == "cuda" else {}
 
@@ -78,24 +116,26 @@ def _plain(device: torch.device, num_warps: int) -> dict[str, Any]:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["each"])
+@triton.jit(do_not_specialize=["each"], do_not_specialize_on_alignment=["starts"])
 def _gather(
-    x, order, starts, rows, each, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x, reads, order, starts, rows, each, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if row < tl.load(starts + COUNT):
-        token = (tl.load(order + row) // each).to(tl.int64)
-        value = tl.load(x + token * WIDTH + n, mask=n < WIDTH)
+    place = tl.load(starts) + row
+    if place < tl.load(starts + COUNT):
+        pair = tl.load(order + place)
+        source = pair // each if reads is None else tl.load(reads + pair * each)
+        value = tl.load(x + source.to(tl.int64) * WIDTH + n, mask=n < WIDTH)
         tl.store(rows + row.to(tl.int64) * WIDTH + n, value, mask=n < WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["starts"])
 def _gate(
     projected, starts, hidden, alpha, limit, offset, COUNT: tl.constexpr, INNER: tl.constexpr,
     ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, n = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if row < tl.load(starts + COUNT):
+    if row < tl.load(starts + COUNT) - tl.load(starts):
         projected += row.to(tl.int64) * 2 * INNER
         of_gate = n * 2 if INTERLEAVED else n
         of_up = n * 2 + 1 if INTERLEAVED else n + INNER

@@ -26,7 +26,7 @@ from effpass.core.errors import EffpassError, did_you_mean
 from effpass.lowering.ops.fused_linear import ACTIVATIONS
 from effpass.lowering.ops.moe_ffn_grouped import Groups, group, linear
 
-__all__ = ["TOLERANCE", "combine", "gated", "moe_ffn", "split"]
+__all__ = ["TOLERANCE", "check", "combine", "gated", "moe_ffn", "split"]
 
 #: What an output of a kernel may differ from the reference, relative to the largest value of the output. The kernel
 #: keeps float32 between the first product and h, where the reference rounds four times, and sums in another order.
@@ -140,13 +140,13 @@ def moe_ffn(
     Raises:
         EffpassError: shapes, types, the activation or α don't fit, or an id is negative (on the CPU).
     """
-    _check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
+    check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
     return _moe_ffn(
         x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha, limit, offset, interleaved, keep
     )
 
 
-def _check(
+def check(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -157,6 +157,7 @@ def _check(
     activation: str,
     alpha: float,
 ) -> None:
+    """Raise an :class:`EffpassError` where the arguments of a layer of experts do not belong together."""
     if activation not in ACTIVATIONS:
         raise EffpassError(f"effpass::moe_ffn: activation {activation!r}" + did_you_mean(activation, ACTIVATIONS))
     if alpha != 1 and activation != "silu":
@@ -185,7 +186,7 @@ def _check(
 
 @moe_ffn.register_fake
 def _(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha, limit, offset, interleaved, keep):  # type: ignore[no-untyped-def]
-    _check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
+    check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
     pairs = experts.shape[0] * experts.shape[1]
     return x.new_empty(x.shape), x.new_empty((pairs, gate_up.shape[1]) if keep else 0)
 
@@ -194,7 +195,7 @@ def _(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, a
 def _(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha, limit, offset, interleaved, keep):  # type: ignore[no-untyped-def]
     from effpass.lowering.ops.moe_ffn_choice import run
 
-    _check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
+    check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
     arguments = (x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha, limit, offset,
                  interleaved)  # fmt: skip
     out = None if keep else run(*arguments)

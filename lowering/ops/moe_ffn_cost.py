@@ -21,7 +21,7 @@ import sympy
 
 from effpass.core.errors import EffpassError
 
-__all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "seconds", "thresholds"]
+__all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "predict_load", "seconds", "thresholds"]
 
 #: Rows and columns of a tile in both products, by kernel. None: the kernel reads weights for each pair, or a library's.
 KERNELS: dict[str, tuple[int, int, int] | None] = {
@@ -85,14 +85,13 @@ class Fit:
 
 _T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
 _START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
-_ARGUMENTS = (_T, _K, _E, _D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
+_P, _A = sympy.symbols("P A", positive=True)
+_OF_TOKENS, _OF_LOAD = (_T, _K, _E), (_P, _A)
+_ARGUMENTS = (_D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
 
 
-@functools.cache
-def seconds(kernel: str) -> sympy.Expr:
-    """The model of a kernel, over the symbols T, k, E, D, F, b (bytes of a number), S and its constants."""
-    pairs = _T * _K
-    met = _E * (1 - (1 - _K / _E) ** _T)
+def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
+    """The model of a kernel for P pairs that meet A experts."""
     expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
     tile = KERNELS[kernel]
     if tile is None:  # nothing is shared, and a row of a tile is all there is
@@ -108,16 +107,36 @@ def seconds(kernel: str) -> sympy.Expr:
 
 
 @functools.cache
-def _function(kernel: str) -> Callable[..., float]:
-    return sympy.lambdify(_ARGUMENTS, seconds(kernel), modules=[{"Max": max, "ceiling": math.ceil}, "math"])
+def seconds(kernel: str) -> sympy.Expr:
+    """The model of a kernel, over the symbols T, k, E, D, F, b (bytes of a number), S and its constants."""
+    return _load(kernel, _T * _K, _E * (1 - (1 - _K / _E) ** _T))
+
+
+@functools.cache
+def _function(kernel: str, of_load: bool) -> Callable[..., float]:
+    arguments, model = (_OF_LOAD, _load(kernel, _P, _A)) if of_load else (_OF_TOKENS, seconds(kernel))
+    return sympy.lambdify((*arguments, *_ARGUMENTS), model, modules=[{"Max": max, "ceiling": math.ceil}, "math"])
 
 
 def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multiprocessors: int) -> float:
     """Seconds of a layer of `tokens` tokens, where every expert is as likely as any other."""
-    each = min(shape.each, shape.experts)
+    load = (tokens, min(shape.each, shape.experts), shape.experts)
+    return _evaluate(kernel, False, load, shape, constants, multiprocessors)
+
+
+def predict_load(
+    kernel: str, pairs: float, met: float, shape: Shape, constants: Constants, multiprocessors: int
+) -> float:
+    """Seconds of a layer with `pairs` pairs of which `met` experts, more than none, have any."""
+    return _evaluate(kernel, True, (pairs, met), shape, constants, multiprocessors)
+
+
+def _evaluate(
+    kernel: str, of_load: bool, load: tuple[float, ...], shape: Shape, constants: Constants, multiprocessors: int
+) -> float:
     return float(
-        _function(kernel)(
-            tokens, each, shape.experts, shape.width, shape.inner, shape.element_size, multiprocessors,
+        _function(kernel, of_load)(
+            *load, shape.width, shape.inner, shape.element_size, multiprocessors,
             constants.start, constants.call, constants.bandwidth, constants.rate,
         )
     )  # fmt: skip

@@ -1,0 +1,236 @@
+"""Who sends what to whom when experts are spread over ranks: which rows, in which stage, in which order.
+
+A token is sent to a rank once, however many of its experts live there: that is a *row*. Rank r holds the experts
+r·L … r·L + L - 1, and computes them in N *stages* of L / N experts each. A row is sent in the stage of the first of its
+experts there, and its sum comes back after that of the last, so that how much travels does not depend on N:
+
+    arriving rows     by stage of the first expert, sending rank, token
+    returning sums    by stage of the last expert, computing rank, token
+    pairs             by sending rank, token, place among its experts; a row each of `words`
+
+Everybody learns three counts by expert from everybody (:func:`summarise`); everything else about sizes follows on the
+host, for any N (:func:`plan`). Positions stay on the device. GPUs have kernels for what is not sizes
+(:mod:`effpass.lowering.kernels.expert_routes`); here it is plain PyTorch.
+
+Shapes: T tokens, k experts a token, W ranks, L experts a rank, R rows, P pairs, N stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effpass.core.errors import EffpassError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Departures", "Pairs", "Plan", "Summary", "arrivals", "departures", "plan", "summarise"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a rank's tokens want.
+
+    Attributes:
+        first: [T, W], the first expert that a token has at a rank, 0 … L - 1; L: none.
+        last: [T, W], the last one; -1: none.
+        counts: int64 [3, W·L]: rows by their first expert, rows by their last one, pairs by their expert.
+    """
+
+    first: Tensor
+    last: Tensor
+    counts: Tensor
+
+
+def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
+    """The summary of `experts` [T, k]; ids from W·L on are nobody's.
+
+    Raises:
+        EffpassError: on the CPU, when an id is negative. On a GPU nothing may wait for the ids.
+    """
+    ids, every = experts.long(), ranks * local
+    if not ids.is_cuda and ids.numel() and int(ids.min()) < 0:
+        raise EffpassError(
+            f"effpass::expert_parallel got the expert id {int(ids.min())}",
+            hint=f"ids are 0 ... {every - 1}; {every} and more for an expert that nobody holds",
+        )
+    ids = ids.clamp(max=every)
+    rank, own = ids // local, ids % local
+    shape = (ids.shape[0], ranks + 1)
+    first = ids.new_full(shape, local).scatter_reduce_(1, rank, own, "amin")[:, :ranks]
+    last = ids.new_full(shape, -1).scatter_reduce_(1, rank, own, "amax")[:, :ranks]
+    begin, nobody = torch.arange(0, every, local, device=ids.device), ids.new_tensor(every)
+    found = (torch.where(last >= 0, begin + first, nobody), torch.where(last >= 0, begin + last, nobody), ids)
+    counts = ids.new_zeros(3, every + 1)
+    for count, values in zip(counts, found, strict=True):
+        flat = values.reshape(-1)
+        count.scatter_add_(0, flat, torch.ones_like(flat))
+    return Summary(first, last, counts[:, :every])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of all that travels, as one rank sees them, and where things begin.
+
+    Attributes:
+        stages: N.
+        sent: [N][W], rows that go to each rank in each stage.
+        got: [N][W], rows that come from each rank.
+        returned: [N][W], sums of rows that go back to each rank after each stage.
+        regained: [N][W], sums that come back.
+        pairs_sent: [W].
+        pairs_got: [W].
+        loads: [L], pairs of each expert of this rank.
+        ends: [L], where the pairs of each expert end among all of this rank, sorted by expert.
+        targets: int64 [N, W], the position at which rank r's buffer holds this rank's rows of a stage.
+    """
+
+    stages: int
+    sent: list[list[int]]
+    got: list[list[int]]
+    returned: list[list[int]]
+    regained: list[list[int]]
+    pairs_sent: list[int]
+    pairs_got: list[int]
+    loads: list[int]
+    ends: list[int]
+    targets: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        """Experts of a stage."""
+        return len(self.loads) // self.stages
+
+    @property
+    def rows_sent(self) -> int:
+        return sum(map(sum, self.sent))
+
+    @property
+    def rows_got(self) -> int:
+        return sum(map(sum, self.got))
+
+
+def plan(counts: NDArray[np.int64], me: int, stages: int) -> Plan:
+    """The plan of rank `me`.
+
+    Args:
+        counts: [W, 3, W, L], the counts of every rank.
+        me: this rank.
+        stages: N, a divisor of L.
+    """
+    ranks, local = counts.shape[0], counts.shape[3]
+    rows, leaving = counts[:, :2].reshape(ranks, 2, ranks, stages, local // stages).sum(-1).transpose(1, 0, 2, 3)
+    pairs = counts[:, 2]  # sender, receiver, expert
+    mine = pairs[:, me].sum(0)
+    arriving = rows.transpose(1, 2, 0).reshape(ranks, -1)  # receiver; stage and sender
+    begins = (arriving.cumsum(1) - arriving).reshape(ranks, stages, ranks)
+    return Plan(
+        stages=stages,
+        sent=rows[me].T.tolist(),
+        got=rows[:, me].T.tolist(),
+        returned=leaving[:, me].T.tolist(),
+        regained=leaving[me].T.tolist(),
+        pairs_sent=pairs[me].sum(-1).tolist(),
+        pairs_got=pairs[:, me].sum(-1).tolist(),
+        loads=mine.tolist(),
+        ends=mine.cumsum().tolist(),
+        targets=begins[:, :, me].T,
+    )
+
+
+@dataclass(frozen=True)
+class Departures:
+    """What a rank sends and where it will find what comes back.
+
+    Attributes:
+        tokens: [R], of each row to send, in the order of `Plan.sent`.
+        back: [T, W], the position of the sum that comes back; -1: none.
+        words: int32 [P, 3 + 1 or 2], what the receiver must know of each pair: its row there, its expert there, its
+            token, and the bits of its weight.
+    """
+
+    tokens: Tensor
+    back: Tensor
+    words: Tensor
+
+
+def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, first_token: int = 0) -> Departures:
+    """Put rows and pairs into the order in which they are sent.
+
+    Args:
+        summary: of `experts`.
+        experts: [T, k].
+        weights: [T, k], float32 or float64.
+        plan: with as many stages as will run.
+        first_token: the number of token 0 among the tokens of all ranks.
+    """
+    (tokens, ranks), each = summary.first.shape, experts.shape[1]
+    local, rows, never, device = len(plan.loads), plan.rows_sent, plan.stages * summary.first.shape[1], experts.device
+    here, rank = summary.last >= 0, torch.arange(ranks, device=device)
+    arrives = torch.where(here, summary.first // plan.size * ranks + rank, never).reshape(-1)
+    leaves = torch.where(here, summary.last // plan.size * ranks + rank, never).reshape(-1)
+    numbers = torch.arange(rows, device=device)
+
+    order = arrives.argsort(stable=True)[:rows]
+    begins = np.array(plan.sent).reshape(-1)
+    shift = torch.from_numpy(plan.targets.reshape(-1) - (begins.cumsum() - begins)).to(device)
+    target = arrives.new_empty(tokens * ranks)
+    target[order] = numbers + shift[arrives[order]]
+    back = arrives.new_full((tokens * ranks,), -1)
+    back[leaves.argsort(stable=True)[:rows]] = numbers
+
+    ids = experts.long().clamp(max=ranks * local)
+    pairs = (ids // local).reshape(-1).argsort(stable=True)[: sum(plan.pairs_sent)]
+    token, expert = pairs // each, ids.reshape(-1)[pairs]
+    words = torch.stack((target[token * ranks + expert // local], expert % local, token + first_token), 1)
+    bits = weights.reshape(-1)[pairs].unsqueeze(1).view(torch.int32)
+    return Departures(order // ranks, back.view(tokens, ranks), torch.cat((words.int(), bits), 1))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a rank computes. The pairs of a row stand beside each other.
+
+    Attributes:
+        words: int32 [P, 4 or 5], as in :class:`Departures`.
+        order: [P], the pairs sorted by expert.
+        starts: [L + 1], where those of each expert begin.
+        begin: [R], where the pairs of each row begin, rows in the order in which their sums go back.
+        end: [R], where they end.
+    """
+
+    words: Tensor
+    order: Tensor
+    starts: Tensor
+    begin: Tensor
+    end: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """[P]."""
+        bits = self.words[:, 3:].clone(memory_format=torch.contiguous_format)  # 8 bytes must begin at 0
+        return bits.view(torch.float32 if bits.shape[1] == 1 else torch.float64).squeeze(1)
+
+
+def arrivals(words: Tensor, plan: Plan) -> Pairs:
+    """Read what the other ranks sent of their pairs.
+
+    Args:
+        words: int32 [P, 4 or 5], pairs by sender, as :func:`departures` made them.
+        plan: as there.
+    """
+    row, expert = words[:, 0].long(), words[:, 1].long()
+    pairs = torch.arange(words.shape[0], device=words.device)
+    end = row.new_zeros(plan.rows_got).scatter_reduce_(0, row, pairs + 1, "amax")
+    begin = torch.full_like(end, words.shape[0]).scatter_reduce_(0, row, pairs, "amin")
+    leaves = torch.zeros_like(end).scatter_reduce_(0, row, expert // plan.size, "amax")
+    # Pairs came by sending rank and token.
+    by_token = begin.argsort()
+    leaving = by_token[leaves[by_token].argsort(stable=True)]
+    starts = words.new_tensor([0, *plan.ends])
+    return Pairs(words, expert.argsort(stable=True), starts, begin[leaving], end[leaving])
