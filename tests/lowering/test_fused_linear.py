@@ -13,14 +13,15 @@ from effpass.core.errors import EffpassError
 from effpass.lowering.ops.fused_linear import rms_norm
 
 ops = torch.ops.effpass
-FLOAT32 = 1e-6  # sums of up to a hundred products, relative to the largest value
 
 
 @pytest.mark.parametrize("case", kernel_cases.LINEARS.values(), ids=kernel_cases.LINEARS)
 def test_reference_against_float64(case):
+    """Within what adding up `inner` products in some order costs: the order is the machine's matrix library's."""
+    tolerance = torch.finfo(torch.float32).eps * case[1] ** 0.5  # of a random walk of roundings, to the largest value
     found = kernel_cases.linear_errors(ops, *case, device="cpu", dtype=torch.float32)
     assert set(found) > {"product 0", "product 1", "product 2", "residual"}
-    assert all(value <= FLOAT32 for value in found.values()), found
+    assert all(value <= tolerance for value in found.values()), found
 
 
 @pytest.mark.parametrize("activation", kernel_cases.ACTIVATIONS)
