@@ -10,7 +10,7 @@ so that padding, eviction and layers of different lengths need no mask, and no m
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,17 @@ import effpass.lowering.ops.cached_attention  # noqa: F401  (registers the opera
 from effpass.core.errors import EffpassError, ModelError
 from effpass.lowering.ops.block_pool import BlockPool
 
-__all__ = ["BufferedLayer", "DecodeCache", "Reader", "Slots", "attention_windows", "cannot_crop", "layer_windows"]
+__all__ = [
+    "BufferedLayer",
+    "DecodeCache",
+    "Reader",
+    "Slots",
+    "attention_windows",
+    "cannot_crop",
+    "full_layers",
+    "layer_windows",
+    "new_layers",
+]
 
 
 class Slots:
@@ -77,6 +87,7 @@ class BufferedLayer(CacheLayerMixin):
         latents: where the model caches latents (MLA), keys and values side by side `[B, 1, S, K + V]`; they are views.
         pool: where keys and values are in host memory, which blocks of them are on the device.
         keeps_places: what stands in a slot stays there until it is cropped.
+        keeps_keys: False for linear attention, which keeps a state.
     """
 
     is_compileable = True
@@ -84,6 +95,7 @@ class BufferedLayer(CacheLayerMixin):
     latents: Tensor | None = None
     pool: BlockPool | None = None
     keeps_places = True
+    keeps_keys = True
 
     def __init__(self, slots: Slots, window: int) -> None:
         super().__init__()
@@ -210,7 +222,8 @@ class DecodeCache(Cache):
         layers: Sequence[BufferedLayer] | None = None,
     ) -> None:
         if layers is None:
-            layers = _new_layers(config, Slots(batch, capacity, device))
+            slots = Slots(batch, capacity, device)
+            layers = new_layers(config, slots, lambda window: BufferedLayer(slots, window))
         self.slots = layers[0].slots
         super().__init__(layers=list(layers))
         self.batch, self.capacity = batch, capacity
@@ -294,18 +307,38 @@ def cannot_crop(tokens: int) -> EffpassError:
     )
 
 
-def _new_layers(config: Any, slots: Slots) -> list[BufferedLayer]:
+def new_layers(config: Any, slots: Slots, make: Callable[[int], BufferedLayer]) -> list[BufferedLayer]:
+    """Buffers of a model's layers.
+
+    Args:
+        config: the model's.
+        slots: for linear attention, which needs the number of rows.
+        make: for a layer that keeps keys, from its window.
+    """
     windows = layer_windows(config)
     if not _is_hybrid(config):
-        return [BufferedLayer(slots, window) for window in windows]
+        return [make(window) for window in windows]
     from effpass.runtime.linear_attention.hybrid import linear_layers
     from effpass.runtime.linear_attention.state import StateBuffers
 
     linear, settings = linear_layers(config)
-    return [
-        StateBuffers(slots, settings) if index in linear else BufferedLayer(slots, window)
-        for index, window in enumerate(windows)
-    ]
+    return [StateBuffers(slots, settings) if i in linear else make(window) for i, window in enumerate(windows)]
+
+
+def full_layers(config: Any) -> tuple[list[int], dict[int, str]]:
+    """Which layers keep keys of all tokens, and what the others do instead, in words.
+
+    Raises:
+        ModelError: as :func:`layer_windows`.
+    """
+    linear = config.linear_attention["layers"] if _is_hybrid(config) else []
+    windows = layer_windows(config)
+    others = {
+        i: "it is linear attention, which keeps a state" if i in linear else f"it sees {window} positions only"
+        for i, window in enumerate(windows)
+        if window or i in linear
+    }
+    return [i for i in range(len(windows)) if i not in others], others
 
 
 def _is_hybrid(config: Any) -> bool:
@@ -329,7 +362,7 @@ def attention_windows(config: Any) -> list[int]:
 
 
 def layer_windows(config: Any) -> list[int]:
-    """Likewise of a model that may be a hybrid, whose layers of linear attention count as full.
+    """Likewise of a model that may be a hybrid; its layers of linear attention have the windows of what they replaced.
 
     Raises:
         ModelError: as :func:`attention_windows`.

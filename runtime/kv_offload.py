@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.ops.block_pool import COUNTED, BlockPool, join, side_stream
-from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, attention_windows
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, new_layers
 from effpass.runtime.host_memory import HostMemory, Slab
 from effpass.runtime.prefix_kv.layer import EvictingLayer
 from effpass.runtime.prefix_kv.plan import token_bytes
@@ -107,10 +107,11 @@ class Offload:
     def evicting(self, model: Any, batch: int, capacity: int) -> OffloadedCache:
         """A cache whose layers are as large as their share of a budget, which is known after the prompt."""
         device, transfers = model.device, Transfers()
-        layers: list[BufferedLayer] = [
-            EvictingLayer(batch, window, device) if window else OffloadedEvictingLayer(batch, device, self)
-            for window in attention_windows(model.config)
-        ]
+
+        def layer(window: int) -> BufferedLayer:
+            return EvictingLayer(batch, window, device) if window else OffloadedEvictingLayer(batch, device, self)
+
+        layers = new_layers(model.config, Slots(batch, 0, device), layer)
         return OffloadedCache(model, batch, capacity, layers, self, transfers)
 
     def counters(self) -> OffloadCounters:

@@ -129,7 +129,7 @@ class SparseReader:
         """Bring the indices up to date; what is returned says which layers are attended to sparsely."""
         for index in range(len(cache.layers)):
             layer = cache.buffers(index)
-            if layer.window or not layer.is_initialized:
+            if layer.window or not layer.keeps_keys or not layer.is_initialized:
                 continue
             state = self._layer(cache, index, layer)
             length = layer.slots.length

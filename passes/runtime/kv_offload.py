@@ -22,7 +22,7 @@ from effpass.core.report import Refusal
 from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.runtime.sparse_attention import SparseAttention
 from effpass.runtime.attach import engine_of
-from effpass.runtime.cache import attention_windows
+from effpass.runtime.cache import full_layers
 from effpass.runtime.host_memory import HostMemory
 from effpass.runtime.kv_offload import Offload, OffloadCounters
 from effpass.runtime.prefix_kv.budget import parse_bytes
@@ -98,21 +98,17 @@ class KVOffload(RuntimePass):
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Place the model's caches in host memory; hits are layers."""
         runs: Any = inner_model(model)
-        windows = attention_windows(runs.config)
-        sliding = [
-            Refusal(f"layer {index}", f"it sees {window} positions only, which stay on the device")
-            for index, window in enumerate(windows)
-            if window
-        ]
-        if 0 not in windows:
-            return 0, sliding
+        full, others = full_layers(runs.config)
+        on_device = [Refusal(f"layer {i}", f"{what}, and stays on the device") for i, what in others.items()]
+        if not full:
+            return 0, on_device
         settings, options = runs.effpass_reader, self.options
         assert isinstance(settings, SparseSettings)
         how, limit = settings.selection, options.host_memory
         memory = HostMemory(None if limit is None else parse_bytes("host_memory", limit))
         runs.effpass_offload = Offload(memory, how.block, how.kept_blocks, options.pages(how), options.prefetch)
         engine_of(runs).release()
-        return windows.count(0), sliding
+        return len(full), on_device
 
 
 def counters(model: Any) -> OffloadCounters:

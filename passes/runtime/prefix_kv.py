@@ -21,7 +21,7 @@ from effpass.core.model import inner_model
 from effpass.core.pass_ import RuntimePass
 from effpass.core.report import Refusal
 from effpass.runtime.attach import engine_of
-from effpass.runtime.cache import attention_windows
+from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.prefix_kv.budget import Budget
 from effpass.runtime.prefix_kv.plan import Limits, Settings, token_bytes
@@ -94,7 +94,7 @@ class PrefixKV(RuntimePass):
         if not hasattr(runs, "config") or not hasattr(runs, "generate"):
             raise ModelError(f"{type(runs).__name__} is no transformers model that generates")
         check_decodable(runs)
-        full = attention_windows(runs.config).count(0)
+        full = len(full_layers(runs.config)[0])
         if self.profile is not None:
             self.profile.check(runs, full)
             for name in ("importance", "pool"):
@@ -115,17 +115,10 @@ class PrefixKV(RuntimePass):
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Give the model's engine sessions with a budget; hits are layers."""
         runs = inner_model(model)
-        windows = attention_windows(runs.config)
-        sliding = [
-            Refusal(f"layer {index}", f"it sees {window} positions only, and stays outside the budget")
-            for index, window in enumerate(windows)
-            if window
-        ]
-        if 0 not in windows:
-            return 0, sliding
-        settings = self._settings()
-        engine_of(runs).new_session = _NewSession(settings)
-        return windows.count(0), sliding
+        full, others = full_layers(runs.config)
+        if full:
+            engine_of(runs).new_session = _NewSession(self._settings())
+        return len(full), [Refusal(f"layer {i}", f"{what}, and stays outside the budget") for i, what in others.items()]
 
     def _settings(self) -> Settings:
         options = self.options

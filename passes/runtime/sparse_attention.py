@@ -34,7 +34,7 @@ from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
 from effpass.passes.runtime.mla_absorption import absorb, latent_layers
 from effpass.runtime.attach import engine_of
-from effpass.runtime.cache import attention_windows
+from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.sparse_attention import SparseSettings
 from effpass.runtime.sparse_audit import Audit
@@ -154,23 +154,19 @@ class SparseAttention(Pass):
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Make the model's caches choose; hits are layers."""
-        runs, windows = inner_model(model), attention_windows(inner_model(model).config)
-        sliding = [
-            Refusal(f"layer {index}", f"it sees {window} positions only, and attends to all of them")
-            for index, window in enumerate(windows)
-            if window
-        ]
-        if 0 not in windows:
-            return 0, sliding
+        runs = inner_model(model)
+        full, others = full_layers(runs.config)
+        left_alone = [Refusal(f"layer {i}", f"{what}, and stays as it is") for i, what in others.items()]
+        if not full:
+            return 0, left_alone
         absorb(runs)
         options = self.options
         channels = None if self._channels is None else self._channels[1]
-        full = [index for index, window in enumerate(windows) if not window]
         audits = {index: Audit(runs.device) for index in full} if options.audit else None
         below = self._break_even(runs) if options.dense_below is None else options.dense_below
         runs.effpass_reader = SparseSettings(options.selection, below, channels, options.prompts, audits)
         engine_of(runs).release()
-        return len(full), sliding
+        return len(full), left_alone
 
     def _break_even(self, model: Any) -> int:
         device, dtype = device_and_dtype(model)
@@ -245,14 +241,13 @@ def _why_not(attention: Attention) -> tuple[str, str] | None:
 def _sizes(model: Any) -> dict[int, tuple[int, int]]:
     """Key-value heads and key size as they are cached, of each layer with full attention."""
     text = model.config.get_text_config(decoder=True)
-    windows = attention_windows(model.config)
     if latent_layers(model):
         size = (1, text.kv_lora_rank + text.qk_rope_head_dim)
     else:
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         size = (getattr(text, "num_key_value_heads", None) or heads, head_dim)
-    return {index: size for index, window in enumerate(windows) if not window}
+    return dict.fromkeys(full_layers(model.config)[0], size)
 
 
 def recall(model: Any) -> dict[int, tuple[float, float]]:

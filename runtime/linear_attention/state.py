@@ -104,6 +104,7 @@ class StateBuffers(BufferedLayer):
 
     is_croppable = False
     keeps_places = False
+    keeps_keys = False
     update = lazy_initialization = _is_no_attention  # type: ignore[assignment]
     conv: Tensor
     state: Tensor

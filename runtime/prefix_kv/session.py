@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from effpass.core.errors import EffpassError
-from effpass.runtime.cache import DecodeCache, attention_windows
+from effpass.runtime.cache import DecodeCache, Slots, cannot_crop, new_layers
 from effpass.runtime.prefix_kv.layer import EvictingLayer
 from effpass.runtime.prefix_kv.plan import Growth, Limits, Settings, token_bytes
 from effpass.runtime.prefix_kv.quantized import layer_class
@@ -47,7 +47,8 @@ class BudgetSession(Session):
     def __init__(self, model: Any, batch: int, capacity: int, backend: Backend | None, settings: Settings) -> None:
         self.settings = settings
         super().__init__(model, batch, capacity, backend)
-        self.full = [i for i in range(len(self.cache)) if not self._kept(i).is_sliding]
+        self.keyed = [i for i in range(len(self.cache)) if self.cache.buffers(i).keeps_keys]
+        self.full = [i for i in self.keyed if not self._kept(i).is_sliding]
         layer = layer_class(settings.kv_cache_dtype)
         self.token_bytes = len(self.full) * token_bytes(model.config, model.dtype.itemsize, layer.bytes_of)
         self._lengths: list[int] = []  # tokens of each sequence, padding left out
@@ -63,9 +64,9 @@ class BudgetSession(Session):
                     hint="leave it out, or kv_offload",
                 )
             return offload.evicting(self.model, batch, capacity)
-        layer, device = layer_class(self.settings.kv_cache_dtype), self.model.device
-        windows = attention_windows(self.model.config)
-        return DecodeCache(self.model.config, batch, capacity, device, [layer(batch, w, device) for w in windows])
+        layer, device, config = layer_class(self.settings.kv_cache_dtype), self.model.device, self.model.config
+        layers = new_layers(config, Slots(batch, 0, device), lambda window: layer(batch, window, device))
+        return DecodeCache(config, batch, capacity, device, layers)
 
     def _kept(self, index: int) -> EvictingLayer:
         layer = self.cache.layers[index]
@@ -118,11 +119,14 @@ class BudgetSession(Session):
         self._end_prompt(positions)
         self._lengths, self._pinned = lengths, pinned
         self._settled_at = self.length
-        for index in range(len(self.cache)):
+        for index in self.keyed:
             slots = self._kept(index).slots
             slots.seen = self.length
             slots.is_dense = is_token is None and slots.length == self.length == max(lengths)
             slots.positions[rows:] = -1
+        for index in range(len(self.cache)):
+            if not self.cache.buffers(index).keeps_keys:
+                self.cache.buffers(index).slots = self._kept(self.keyed[0]).slots  # made anew where the layer grew
 
     def _online(
         self,
@@ -139,7 +143,7 @@ class BudgetSession(Session):
         staging = self._stage(input_ids, positions, is_token, chunk, keep, inputs, 0, lengths, None, limits)
         counts = limits.counts(self.settings, self._searched(staging, limits, lengths))
         self._grow(counts, limits)
-        for index in range(len(self.cache)):
+        for index in self.keyed:
             self._settle(staging, index, 0, lengths, counts, limits)
 
     def mass(self, staging: Staging, mean: int) -> tuple[Tensor, Tensor]:
@@ -207,11 +211,11 @@ class BudgetSession(Session):
             self.cache = staged
 
         staging = Staging(
-            kept, self.model.config, rows, tokens, self.length > 0, importance, policy.window,
+            kept, self.model.config, row, rows, tokens, self.length > 0, importance, policy.window,
             None if counts is None else settle,
         )  # fmt: skip
         if keep is not None:
-            for index in range(len(kept)):
+            for index in self.keyed:
                 staging.staged(index).pinned[:, -tokens:] = keep
         if is_token is not None:
             for slots in staging.distinct_slots():
@@ -301,6 +305,8 @@ class BudgetSession(Session):
         removed = self.length - length
         if removed <= 0:
             return
+        if not self.cache.is_croppable:
+            raise cannot_crop(removed)
         last = self._position - self._moves * removed
         for slots in self.cache.distinct_slots():
             slots.positions.masked_fill_(slots.positions > last, -1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import effpass.lowering.ops.received_attention  # noqa: F401  (registers the operator)
 from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots
+from effpass.runtime.linear_attention.state import StateBuffers
 from effpass.runtime.prefix_kv.layer import EvictingLayer
 
 __all__ = ["StagedLayer", "Staging"]
@@ -62,13 +63,28 @@ class StagedLayer(BufferedLayer):
         self.is_initialized = False
 
 
+class StagedState(StateBuffers):
+    """Linear attention's state of some sequences of a batch: views of what decoding will go on with."""
+
+    def __init__(self, kept: StateBuffers, slots: Slots, row: int) -> None:
+        super().__init__(slots, kept.settings)
+        self.kept, self.row = kept, row
+
+    def read(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        conv, state = self.kept.read(self.kept.slots.positions.shape[0], dtype)
+        here = slice(self.row, self.row + rows)
+        self.conv, self.state, self.is_initialized = conv[here], state[here], True
+        return self.conv, self.state
+
+
 class Staging(DecodeCache):
     """Staged layers for `rows` sequences and a prompt of `tokens`.
 
     Args:
         cache: what decoding will read, and what earlier turns left.
         config: the model's.
-        rows: sequences.
+        row: the first of the sequences, in `cache`.
+        rows: how many there are.
         tokens: of the prompt.
         goes_on: earlier turns left something.
         importance: of the policy.
@@ -80,6 +96,7 @@ class Staging(DecodeCache):
         self,
         cache: DecodeCache,
         config: Any,
+        row: int,
         rows: int,
         tokens: int,
         goes_on: bool,
@@ -88,12 +105,15 @@ class Staging(DecodeCache):
         settle: Callable[[int], None] | None,
     ) -> None:
         device = cache.slots.positions.device
-        kept = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
-        alike, before = Slots(rows, tokens, device), [layer.slots.length if goes_on else 0 for layer in kept]
-        layers = [
-            StagedLayer(layer, Slots(rows, n + tokens, device) if goes_on else alike, rows, n)
-            for layer, n in zip(kept, before, strict=True)
-        ]
+        alike, layers = Slots(rows, tokens, device), list[BufferedLayer]()
+        for kept in cache.layers:
+            if isinstance(kept, StateBuffers):
+                layers.append(StagedState(kept, alike, row))
+                continue
+            assert isinstance(kept, EvictingLayer)
+            before = kept.slots.length if goes_on else 0
+            slots = Slots(rows, before + tokens, device) if goes_on else alike
+            layers.append(StagedLayer(kept, slots, rows, before))
         super().__init__(config, rows, tokens, device, layers)
         self._left = self._tokens = tokens
         self._importance, self._window = importance, window

@@ -268,7 +268,7 @@ def test_keys_of_another_type_are_refused() -> None:
 def test_layers_that_slide_stay_on_the_device() -> None:
     _, model = pair("gemma3")
     (refusal,) = model.effpass_report.passes[-1].refusals
-    assert refusal.reason == "it sees 8 positions only, which stay on the device"
+    assert refusal.reason == "it sees 8 positions only, and stays on the device"
     generate(model, families.batch(LENGTH), 2)
     (cache,) = model.effpass_offload.caches
     assert [layer.pool is None for layer in cache.layers] == [True, False]

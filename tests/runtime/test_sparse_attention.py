@@ -195,7 +195,7 @@ def test_keys_that_are_stored_in_other_types_are_refused() -> None:
 def test_a_model_whose_layers_all_slide_has_nothing_to_choose() -> None:
     report = prepared(families.make("mistral"), {"sparse_attention": WIDE}).effpass_report
     assert report.hits == 0
-    assert report.passes[0].refusals[0].reason == "it sees 8 positions only, and attends to all of them"
+    assert report.passes[0].refusals[0].reason == "it sees 8 positions only, and stays as it is"
 
 
 def test_copies_choose_for_themselves() -> None:
