@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from effpass.core.errors import ModelError
 
 __all__ = ["Absorbed", "absorbed_class", "is_latent_attention"]
 
@@ -50,7 +53,13 @@ class Absorbed:
 
     def _up_projections(self: Any) -> Tensor:
         """`[H, N + V, L]`, a view of the weight as it is."""
-        return self.kv_b_proj.weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        weight = self.kv_b_proj.weight
+        if is_traceable_wrapper_subclass(weight):
+            raise ModelError(
+                f"kv_b_proj of layer {self.layer_idx} holds a {type(weight).__name__}, and was absorbed as it was",
+                hint="quantise the model first, and prepare it then",
+            )
+        return weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
 
 
 @functools.cache

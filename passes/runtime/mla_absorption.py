@@ -5,7 +5,8 @@
 transformers caches the latents c of DeepSeek-V2's attention (https://arxiv.org/abs/2405.04434, section 2.1) and expands
 all of them to keys and values of every head at every step. Absorbed, a step projects its query and its output instead,
 and all heads read one key of latents, whose first part is the value. The projections are views of `kv_b_proj`, so that
-no weight is copied and none goes stale. It acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
+no weight is copied and none goes stale; a quantised one is dequantised, since it is read along both of its sides, and
+its scales hold for one. It acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from effpass.core.errors import ModelError
 from effpass.core.model import inner_model
 from effpass.core.pass_ import RuntimePass
 from effpass.core.report import Refusal
+from effpass.passes.weights.quantized import plain_linear, scheme_of
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.latent_attention import Absorbed, absorbed_class, is_latent_attention
 
@@ -55,13 +57,13 @@ def latent_layers(model: Any) -> dict[str, Any]:
     layers = {name: module for name, module in inner_model(model).named_modules() if is_latent_attention(module)}
     for name, module in layers.items():
         up = module.kv_b_proj
-        if type(up) is not nn.Linear or up.bias is not None:
+        if (type(up) is not nn.Linear and scheme_of(up) is None) or up.bias is not None:
             raise ModelError(
                 f"{name}.kv_b_proj is a {type(up).__name__}, and only a plain linear without bias can be absorbed",
-                hint="merge adapters first (merge_lora before this pass), and load the model unquantised",
+                hint="merge adapters first (merge_lora before this pass)",
             )
         expected = (module.num_heads * (module.qk_nope_head_dim + module.v_head_dim), module.kv_lora_rank)
-        if tuple(up.weight.shape) != expected or not up.weight.is_contiguous():
+        if (up.out_features, up.in_features) != expected or not (scheme_of(up) or up.weight.is_contiguous()):
             raise ModelError(f"{name}.kv_b_proj.weight is {tuple(up.weight.shape)}, expected {expected}, contiguous")
         if isinstance(up.weight, torch.Tensor) and up.weight.is_meta:
             raise ModelError(f"{name}.kv_b_proj is not in memory (offloaded)", hint="load the model without offloading")
@@ -69,9 +71,16 @@ def latent_layers(model: Any) -> dict[str, Any]:
 
 
 def absorb(model: Any) -> int:
-    """Absorb every layer with latent attention that is not yet; returns how many."""
+    """Absorb every layer with latent attention that is not yet; returns how many.
+
+    Raises:
+        ModelError: a layer can't be absorbed; the model is unchanged.
+    """
     layers = [module for module in latent_layers(model).values() if not isinstance(module, Absorbed)]
+    dtype = inner_model(model).get_input_embeddings().weight.dtype
+    plain = {m: plain_linear(m.kv_b_proj, dtype) for m in layers if scheme_of(m.kv_b_proj) is not None}
     for module in layers:
+        module.kv_b_proj = plain.get(module, module.kv_b_proj)
         cls: type[Any] = type(module)
         module.__class__ = absorbed_class(cls)  # type: ignore[arg-type]
     return len(layers)

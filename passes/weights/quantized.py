@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from effpass.core.errors import ModelError
 
-__all__ = ["dequantize_linears", "dequantized", "scheme_of", "tensor_scheme"]
+__all__ = ["dequantize_linears", "dequantized", "plain_linear", "scheme_of", "tensor_scheme"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,6 +64,20 @@ def dequantized(module: nn.Module) -> Tensor:
     )
 
 
+def plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    """An ordinary `nn.Linear` of `dtype` that does what a quantised layer does.
+
+    Raises:
+        ModelError: as :func:`dequantized`.
+    """
+    weight, bias = dequantized(module).to(dtype), getattr(module, "bias", None)
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(dtype), False))
+    return linear.train(module.training)
+
+
 def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, int] | None) -> Tensor:
     """W · s with one scale per block of `block_size` (the last ones may be cut off), or one for all."""
     if scale is None:
@@ -95,15 +109,9 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
                 f"{name} ({tensor_scheme(parameter)}) is no linear layer's weight and can't be dequantised here",
                 hint="load the model unquantised",
             )
-    weights = {name: dequantized(module).to(dtype) for name, module in quantised.items()}
-    for name, module in quantised.items():
-        out_features, in_features = weights[name].shape
-        with torch.device("meta"):
-            linear = nn.Linear(in_features, out_features, bias=False)
-        linear.weight = nn.Parameter(weights.pop(name), requires_grad=False)
-        bias = getattr(module, "bias", None)
-        linear.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(dtype), False))
-        model.set_submodule(name, linear.train(module.training))
+    linears = {name: plain_linear(module, dtype) for name, module in quantised.items()}
+    for name, linear in linears.items():
+        model.set_submodule(name, linear)
     if quantised:
         for attribute in (
             "hf_quantizer",

@@ -9,9 +9,11 @@ from typing import Any
 import families
 import pytest
 import torch
+from lora_models import SCHEMES
 
 import effpass
 from effpass.core.errors import ModelError
+from effpass.passes.weights.quantized import scheme_of
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.latent_attention import Absorbed
 from effpass.runtime.session import Session
@@ -143,6 +145,25 @@ def test_weights_may_change_afterwards() -> None:
         with torch.no_grad():
             changed.model.layers[1].self_attn.kv_b_proj.weight.mul_(1.5)
     torch.testing.assert_close(generate(ready, given).logits[3], generate(model, given).logits[3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "bitsandbytes"])
+def test_a_quantised_projection_is_dequantised(scheme: str) -> None:
+    model = make("deepseek_v3")
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj = SCHEMES[scheme](layer.self_attn.kv_b_proj)
+        layer.self_attn.o_proj = SCHEMES[scheme](layer.self_attn.o_proj)
+    given, ready = families.batch(12), effpass.prepare(copy.deepcopy(model), ABSORBED)
+    assert [scheme_of(layer.self_attn.kv_b_proj) for layer in ready.model.layers] == [None, None]
+    assert None not in [scheme_of(layer.self_attn.o_proj) for layer in ready.model.layers]
+    got, wanted = generate(ready, given), generate(model, given)
+    assert torch.equal(got.sequences, wanted.sequences)
+    torch.testing.assert_close(got.logits[3], wanted.logits[3], rtol=1e-4, atol=1e-5)
+    if scheme == "torchao":
+        attention = ready.model.layers[1].self_attn
+        attention.kv_b_proj = SCHEMES[scheme](attention.kv_b_proj)
+        with pytest.raises(ModelError, match="kv_b_proj of layer 1 holds a Int8Tensor, and was absorbed as it was"):
+            generate(ready, given)
 
 
 def test_models_that_have_nothing_to_absorb_are_refused() -> None:
