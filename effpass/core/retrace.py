@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["Retraced", "like", "retrace"]
 
@@ -183,7 +184,8 @@ class _Retrace:
     def _emit(self, node: Node, target: Any, value: Any) -> Node:
         """Put `node` into the new graph as it is, with `value` as its value."""
         args, kwargs = self._mapped((node.args, node.kwargs))
-        new = self.graph.create_node("call_function", target, args, kwargs, name=node.name)
+        op = node.op if target is node.target else "call_function"
+        new = self.graph.create_node(op, target, args, kwargs, name=node.name)
         new.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
         return self._add(new, value)
 
@@ -215,11 +217,21 @@ class _Retrace:
         # Inputs are told apart by node and never by value, since equal calls share their values.
         call = _with_inputs(arguments, given)
         values = [self.value[n] for n in given]
+        if any(is_traceable_wrapper_subclass(v) for v in values):
+            return self._left_as_it_is(node)
         recorded = pytree.tree_leaves(node.meta.get("example_value"))
         if not any(isinstance(v, Tensor) for v in (*values, *recorded)):
             return self._symbolic(node, call, list(given), values, recorded)
         template = self._template(node, call, values)
         return self._instantiate(node, template, list(given))
+
+    def _left_as_it_is(self, node: Node) -> Node:
+        """A call on a quantised weight: what its class makes of it has tensors inside that are nobody's input here."""
+
+        def value(x: Tensor) -> Tensor:
+            return x if is_traceable_wrapper_subclass(x) else like(self.fake_mode, x)
+
+        return self._emit(node, node.target, pytree.tree_map_only(Tensor, value, node.meta["example_value"]))
 
     def _symbolic(self, node: Node, call: Any, given: list[Node], values: list[Any], recorded: list[Any]) -> Any:
         """A call without tensors: arithmetic on sizes is done here, a side effect is only recorded."""
