@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effpass.core.errors import ExportError
 from effpass.core.model import inner_model
+from effpass.lowering.targets.plain_tensors import plain_tensors
 
 __all__ = [
     "CPU",
@@ -235,7 +236,7 @@ def export_decode_graph(model: Any) -> DecodeGraph:
     name = type(model).__name__
     layers = cache_layers(model)
     dtype, device = model.dtype, model_device(model)
-    with _flat_forward(model, layers) as names:
+    with plain_tensors(model), _flat_forward(model, layers) as names:
         try:
             program = trace(model, names, layers, dtype, device)
         except Exception as error:  # torch.export raises whatever the model's code does

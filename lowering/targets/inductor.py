@@ -40,6 +40,7 @@ from effpass.lowering.targets.tolerance import require_cpp_compiler, require_tri
 __all__ = ["InductorTarget"]
 
 _GRAPH = "graph"
+_ALIGNMENT = 64  # bytes: what PyTorch's own allocations have, and its products of int8 weights on a CPU rely on
 
 
 class InductorTarget(Target):
@@ -74,7 +75,7 @@ class InductorTarget(Target):
         if _GRAPH not in metadata:
             raise ExportError(f"{file.name} holds weights only, no graph", hint="`effpass export` writes both")
         try:
-            tensors = {name: tensor.to(device) for name, tensor in read_safetensors(file).items()}
+            tensors = {name: _aligned(tensor.to(device)) for name, tensor in read_safetensors(file).items()}
             text = parse_json(metadata[_GRAPH].encode())
             layers = [CacheLayer(*map(int, sizes)) for sizes in text["cache"]]
             dtype = getattr(torch, text["dtype"])
@@ -93,7 +94,7 @@ class InductorTarget(Target):
         old, header, start = _header(file)
         header["__metadata__"] = {**old, **metadata}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)  # most tensors are used where they are in the file
         stamped = file.with_name(f"{file.name}.stamped")
         with file.open("rb") as source, stamped.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
@@ -111,6 +112,10 @@ class InductorTarget(Target):
         with file.open("rb") as stream:
             stream.seek(start)
             return digest_of([json.dumps([header, other], sort_keys=True), sha256(stream)])
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _header(file: Path) -> tuple[dict[str, str], dict[str, Any], int]:
