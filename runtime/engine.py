@@ -156,4 +156,10 @@ def check_decodable(model: Any) -> None:
             f"{name} does not attend through transformers' AttentionInterface",
             hint="transformers' own generate runs it",
         )
+    for path, module in model.named_modules():
+        if getattr(module, "waits_for_ranks", False):
+            raise ModelError(
+                f"{path} waits for other ranks in every forward, and each ends with its own sequences",
+                hint="transformers' own generate runs it, with synced_gpus=True",
+            )
     layer_windows(model.config)

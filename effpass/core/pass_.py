@@ -155,6 +155,11 @@ class Pass:
         return self.exact
 
     @property
+    def over_ranks(self) -> bool:
+        """Whether the prepared model is one process's part, which no file can hold."""
+        return False
+
+    @property
     def artifact(self) -> Artifact | None:
         """The artifact this pass applies, for provenance; None when it has none."""
         return None

@@ -89,6 +89,11 @@ def check_passes(planned: Sequence[Planned]) -> None:
                 "effpass owns; a file holds neither",
                 hint="leave it out of this recipe; use effpass.prepare(model, recipe) or `effpass generate` with it",
             )
+        if pass_.over_ranks:
+            raise PassRefusedError(
+                f"{name} spreads the model over processes, and a file is for one",
+                hint="export in one process, without torchrun",
+            )
         if not pass_.has_first_hand and ("program" not in pass_.entrances or not pass_.has_second_hand):
             raise PassRefusedError(
                 f"{name} can't act on an exported program; it acts on: {', '.join(pass_.entrances)}",

@@ -4,36 +4,51 @@
 
 What the layer was written as does not matter afterwards: products of sorted rows wait for nobody, and those of a copy
 of its expert for each row copy nothing. The kernel is chosen by the number of tokens (EPS-MoE,
-https://arxiv.org/abs/2410.12247) from a model of the device (:mod:`effpass.lowering.ops.moe_ffn_choice`).
+https://arxiv.org/abs/2410.12247) from a model of the device (:mod:`effpass.lowering.ops.moe_ffn_choice`). With
+`expert_parallel`, several processes share the experts (:mod:`effpass.passes.graph.moe_gemm_ranks`).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
+from effpass.core.errors import PassRefusedError
 from effpass.core.inline import program_values
 from effpass.core.matching import Surroundings
-from effpass.core.pass_ import GraphPass, Match
+from effpass.core.pass_ import GraphPass, Match, Pass
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.passes.graph.moe_gemm_gate import Gate
 from effpass.passes.graph.moe_gemm_inside import Miss
 from effpass.passes.graph.moe_gemm_layer import Layer, Product, layer_of, product_at
 from effpass.passes.graph.moe_gemm_loop import Loop, accumulators, loop_of
+from effpass.passes.graph.moe_gemm_ranks import check_ranks, ranks, spread
 
-__all__ = ["MoeGemm"]
+__all__ = ["MoeGemm", "MoeGemmOptions"]
 
 aten = torch.ops.aten
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+
+
+@dataclass(frozen=True)
+class MoeGemmOptions:
+    """Options.
+
+    Attributes:
+        expert_parallel: with several processes, spread experts over them. ``"dp"``: each has tokens of its own;
+            ``"tp"``: all have the same ones.
+    """
+
+    expert_parallel: Literal["dp", "tp"] | None = None
 
 
 class MoeGemm(GraphPass):
@@ -41,11 +56,48 @@ class MoeGemm(GraphPass):
 
     name = "moe_gemm"
     exact = True
+    entrances = ("model", "program", "backend")  # type: ignore[assignment]  # the first with expert_parallel
+    Options = MoeGemmOptions
+    options: MoeGemmOptions
+
+    @property
+    def over_ranks(self) -> bool:
+        return self.options.expert_parallel is not None and ranks() > 1
+
+    # -- several processes, on the model ------------------------------------------------------------------------------
+
+    @property
+    def has_first_hand(self) -> bool:
+        return self.over_ranks
+
+    def check_beside(self, before: Sequence[Pass]) -> None:
+        loops = [pass_.name for pass_ in before if pass_.kind == "runtime"]
+        if self.over_ranks and self.options.expert_parallel == "dp" and loops:
+            raise PassRefusedError(
+                f"moe_gemm: with expert_parallel: dp ranks generate sequences of their own, and {loops[0]} acts in"
+                " effpass's loop, which does not wait for other ranks",
+                hint=f"leave {loops[0]} out, or give all ranks the same prompts (expert_parallel: tp)",
+            )
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        if self.over_ranks:
+            check_ranks(model)
+
+    def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
+        """Give each process its share of the experts; hits are layers."""
+        return spread(model, self.options.expert_parallel == "tp")
+
+    # -- one process, in a program ------------------------------------------------------------------------------------
 
     def could_act(self, weight_names: Sequence[str]) -> bool:
         return any("expert" in name for name in weight_names)
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
+        if self.over_ranks:
+            raise PassRefusedError(
+                "moe_gemm: expert_parallel needs effpass.prepare(model, recipe) before torch.compile",
+                hint="only there can a process let go of the experts that others hold",
+            )
         products = {p.node: p for node in program.graph.nodes if (p := product_at(node)) is not None}
         loops = accumulators(program.graph)
         if not products and not loops:

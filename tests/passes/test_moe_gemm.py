@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decode_step import enliven
-from families import CONFIGS, MOE, batch, make
+from families import CONFIGS, batch, make
+from moe_families import LAYERS, MORE
 from moe_reference import layer
 from product_programs import program_of
 
@@ -15,25 +16,6 @@ from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager
 from effpass.lowering.ops.moe_ffn import TOLERANCE
 from effpass.passes.graph.moe_gemm import MoeGemm
-
-MORE = {
-    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 4, **MOE}),
-    "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**CONFIGS["deepseek_v3"][2]}),
-    "gpt_oss": (
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        {
-            "num_local_experts": 4,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            **MOE,
-        },
-    ),
-}
-# Layers with experts in a model of two layers: DeepSeek's first one is dense.
-LAYERS = {"mixtral": 2, "qwen3_moe": 2, "olmoe": 2, "gpt_oss": 2, "deepseek_v2": 1, "deepseek_v3": 1}
 
 
 @pytest.fixture(autouse=True)

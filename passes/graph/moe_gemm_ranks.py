@@ -1,0 +1,176 @@
+"""Spread a model's experts over the ranks that torchrun started: the first hand of `moe_gemm`.
+
+Each rank keeps its share of every layer's experts and lets go of the others; the layer becomes a call of
+`effpass::expert_parallel`. It happens on the model, before anything is traced: there alone memory is saved, and
+transformers' experts still stand as a module, whatever implementation computes them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import effpass.lowering.ops.expert_parallel  # noqa: F401  (registers the operator)
+from effpass.core.errors import ModelError, PassRefusedError
+from effpass.core.report import Refusal
+from effpass.passes.graph.moe_gemm_gate import Gate, gate_at
+from effpass.passes.graph.moe_gemm_inside import Miss
+
+__all__ = ["SpreadExperts", "check_ranks", "ranks", "spread"]
+
+
+def ranks() -> int:
+    """How many processes torchrun started; 1 without it."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class SpreadExperts(nn.Module):
+    """This rank's share of a layer's experts, called like all of them.
+
+    Args:
+        experts: the module of all E experts; not changed.
+        gate: of them.
+        replicated: whether all ranks have the same tokens.
+        group: the process group.
+    """
+
+    gate_up_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter | None
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(self, experts: Any, gate: Gate, replicated: bool, group: Any) -> None:
+        super().__init__()
+        world, me = dist.get_world_size(group), dist.get_rank(group)
+        for name in _NAMES:
+            weight = getattr(experts, name, None)
+            if weight is not None:
+                local = weight.shape[0] // world
+                own = weight.detach()[me * local : (me + 1) * local].clone()
+                self.register_parameter(name, nn.Parameter(own, requires_grad=weight.requires_grad))
+            else:
+                self.register_parameter(name, None)
+        self.num_experts, self.transposed = experts.gate_up_proj.shape[0], _transposed(experts)
+        self.gate = (gate.activation, float(gate.alpha), float(gate.limit), float(gate.offset), gate.interleaved)
+        self.replicated, self.group = replicated, group.group_name
+
+    @property
+    def waits_for_ranks(self) -> bool:
+        """Whether a call needs the others to make it too, with tokens of their own."""
+        return not self.replicated
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, D] → [T, D], with ids [T, k] of all experts and weights [T, k]."""
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if self.transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        return torch.ops.effpass.expert_parallel(
+            hidden_states, top_k_index, top_k_weights, gate_up, self.gate_up_proj_bias, down, self.down_proj_bias,
+            *self.gate, self.replicated, 0, self.group,
+        )  # fmt: skip
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise ModelError(
+            f"{prefix.rstrip('.')} holds {self.gate_up_proj.shape[0]} of {self.num_experts} experts, and a checkpoint"
+            " of this process would lack the others",
+            hint="save the model before effpass.prepare spreads its experts",
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.gate_up_proj.shape[0]} of {self.num_experts} experts, {'TP' if self.replicated else 'DP'} + EP"
+
+
+_NAMES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Raise an :class:`EffpassError` where the experts of `model` can't be shared out evenly, or no group is up."""
+    count = ranks()
+    if not (dist.is_available() and dist.is_initialized()):
+        raise PassRefusedError(
+            f"moe_gemm: expert_parallel with {count} processes, and no process group is up",
+            hint="call torch.distributed.init_process_group() before effpass.prepare(model, recipe)",
+        )
+    found = _layers(model)
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no layer of stacked experts (gate_up_proj and down_proj)",
+            hint="leave expert_parallel out for this model",
+        )
+    for name, experts in found.items():
+        total = experts.gate_up_proj.shape[0]
+        if total % count:
+            raise PassRefusedError(
+                f"moe_gemm: {name} has {total} experts, and {count} ranks can't share them evenly",
+                hint=f"start as many processes as divide {total}",
+            )
+
+
+def spread(model: nn.Module, replicated: bool) -> tuple[int, list[Refusal]]:
+    """Put :class:`SpreadExperts` in the place of each layer's experts; hits are layers."""
+    hits, refusals = 0, []
+    for name, experts in _layers(model).items():
+        try:
+            gate = _gate(name, experts)
+        except _Whole as reason:
+            refusals.append(Refusal(name, str(reason), "all its experts stay on every rank"))
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, SpreadExperts(experts, gate, replicated, dist.group.WORLD))
+        hits += 1
+    return hits, refusals
+
+
+class _Whole(Exception):
+    """Why a layer's experts can't be spread."""
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """transformers' modules of stacked experts, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate") and getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3
+    }
+
+
+def _transposed(experts: Any) -> bool:
+    """Whether weights are stored [E, D, 2 F] and [E, F, D]."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def _gate(name: str, experts: Any) -> Gate:
+    """The gate of a layer, read off a trace of it.
+
+    Raises:
+        _Whole: the operator can't compute these experts.
+    """
+    if getattr(experts, "_is_expert_parallel", False):
+        raise _Whole("transformers has spread its experts already")
+    if getattr(experts, "has_post_expert_norm", False):
+        raise _Whole("there is a norm behind each expert")
+    for weight in (getattr(experts, n, None) for n in _NAMES):
+        if weight is not None and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
+            raise _Whole(f"a weight is a {type(weight.data).__name__}")
+        if weight is not None and (weight.is_meta or not weight.is_floating_point()):
+            raise _Whole("its weights are not in memory" if weight.is_meta else f"a weight is {weight.dtype}")
+    both = experts.gate_up_proj.shape[2 if _transposed(experts) else 1]
+    trace = make_fx(lambda projected: experts._apply_gate(projected), tracing_mode="fake", pre_dispatch=True)
+    with torch.no_grad():
+        traced = trace(torch.empty(2, both, dtype=experts.gate_up_proj.dtype))
+    (placeholder,), (output,) = (traced.graph.find_nodes(op=op) for op in ("placeholder", "output"))
+    try:
+        gate = gate_at(output.args[0])
+    except Miss as miss:
+        raise _Whole(miss.reason) from None
+    if gate is None or gate.projected is not placeholder:
+        raise _Whole("its gate is none that effpass::moe_ffn computes")
+    return gate

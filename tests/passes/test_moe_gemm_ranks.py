@@ -1,0 +1,127 @@
+"""`moe_gemm` with `expert_parallel`: models whose experts two processes share are the models that one process has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import make
+from moe_families import LAYERS
+
+import effpass
+from effpass.core.errors import PassRefusedError, RecipeError
+from effpass.core.manager import Planned
+from effpass.core.recipe import Recipe
+from effpass.lowering.targets.export import check_passes
+
+WORKER = Path(__file__).with_name("moe_ranks_worker.py")
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
+    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), common.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(WORKER), str(folder)],
+            env={**common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)[-6000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((family, "dp") for family in LAYERS), ("qwen3_moe", "tp"), ("gpt_oss", "tp")]
+)
+def test_every_family(family, attention, results):
+    for rank in results:
+        found = rank["logits"][f"{family}, {attention}"]
+        assert found["error"] < 1e-5
+        assert found["felt"] > 1e-3  # what the experts do can be seen
+        assert found["hits"] == LAYERS[family]
+        assert found["share"] == 1 / WORLD
+
+
+def test_one_graph_for_every_length(results):
+    for rank in results:
+        assert rank["compiled"]["error"] < 1e-5
+        assert rank["compiled"]["graphs"] == 1
+
+
+def test_generation(results):
+    """The same prompts run on the decode engine; with own prompts ranks end at different lengths."""
+    for rank in results:
+        assert rank["generated"]["tp"]
+        assert rank["generated"]["tp, engine"] is None
+        assert rank["generated"]["dp"]
+        assert "synced_gpus=True" in rank["generated"]["dp, engine"]
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("odd", r"model.layers.0.mlp.experts has 3 experts, and 2 ranks can't share them evenly\n.*divide 3"),
+        ("dense", "LlamaForCausalLM has no layer of stacked experts"),
+        ("saved", "model.layers.0.mlp.experts holds 2 of 4 experts, and a checkpoint of this process would lack"),
+        ("beside", "prefix_kv acts in effpass's loop, which does not wait for other ranks"),
+        ("backend", r"expert_parallel needs effpass.prepare\(model, recipe\) before torch.compile"),
+        ("whole layer", "model.layers.0.mlp.experts: there is a norm behind each expert"),
+        ("hits", "1"),
+    ],
+)
+def test_refusals(what, reason, results):
+    assert [bool(re.search(reason, rank["refused"][what], re.DOTALL)) for rank in results] == [True] * WORLD
+
+
+RECIPE = {"version": 1, "passes": [{"moe_gemm": {"expert_parallel": "dp"}}]}
+
+
+def test_processes_without_a_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = make("mixtral")
+    with pytest.raises(PassRefusedError, match=r"2 processes, and no process group is up\n.*init_process_group"):
+        effpass.prepare(model, RECIPE)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+
+
+def test_a_file_is_for_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    planned = [Planned(pass_) for pass_ in Recipe.parse(RECIPE).build()]
+    with pytest.raises(PassRefusedError, match="moe_gemm spreads the model over processes, and a file is for one"):
+        check_passes(planned)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_passes(planned)
+
+
+def test_in_one_process_the_recipe_is_that_of_one_process():
+    model = effpass.prepare(make("mixtral"), RECIPE)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+    assert model.effpass_report.passes == []  # it acts on the graph
+
+
+def test_the_option_is_checked():
+    with pytest.raises(RecipeError, match=r"moe_gemm.expert_parallel: got 'ep' \(str\), expected 'dp' or 'tp'"):
+        Recipe.parse({"version": 1, "passes": [{"moe_gemm": {"expert_parallel": "ep"}}]}).build()
