@@ -10,7 +10,8 @@ device: what a round accepts changes numbers in buffers alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ import effpass.lowering.ops.tree_acceptance
 import effpass.lowering.ops.tree_attention  # noqa: F401  (registers the operators)
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import WORD
+from effpass.lowering.ops.tree_blocks import PARTS, block_means, most_blocks
 from effpass.runtime.cache import BufferedLayer, DecodeCache, Reader, Slots, attention_windows
+from effpass.runtime.speculative.sparse import SharedBlocks
 
 __all__ = ["TreeCache"]
 
@@ -30,9 +33,10 @@ class _TreeLayer(BufferedLayer):
     """Buffers that are a part of a tensor for several layers; nodes are written where the tree stands."""
 
     cache: TreeCache
+    means: Tensor | None = None  # [B, G, N, K], of the keys of each block
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values, self.latents = self.cache.place(self, key_states, value_states)
+        self.keys, self.values, self.latents, self.means = self.cache.place(self, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -56,7 +60,7 @@ class _TreeReader(Reader):
             return None
         return torch.ops.effpass.tree_attention(
             query, keys, values, cache.slots.positions, cache.query_positions, cache.lengths, cache.ancestors,
-            cache.base, scale, cache.buffers(index).window, softcap,
+            cache.base, scale, cache.buffers(index).window, softcap, *cache.chosen(index, query),
         )  # fmt: skip
 
     def ready(self, cache: DecodeCache) -> Hashable:
@@ -73,6 +77,7 @@ class _Stack:
     keys: Tensor
     values: Tensor
     latents: Tensor | None = None
+    means: Tensor | None = None  # [L, B, G, N, K]
     used: int = 0
 
 
@@ -85,6 +90,7 @@ class TreeCache(DecodeCache):
         capacity: slots of the prefix.
         nodes: slots of the tree.
         device: where they are.
+        blocks: which of the prefix sparse calls attend to; None for all.
 
     Attributes:
         base: the tree's first slot, which is `capacity`.
@@ -94,9 +100,15 @@ class TreeCache(DecodeCache):
         has_tree: calls are on nodes; before, they are on a prompt.
         start: int32 `[1]`, on the device: the first slot that the current call writes.
         ancestors: int64 `[B, T, W]`: of the current call's nodes.
+        is_sparse: the current call attends to chosen blocks.
     """
 
-    def __init__(self, config: Any, batch: int, capacity: int, nodes: int, device: torch.device) -> None:
+    is_sparse = False
+
+    def __init__(
+        self, config: Any, batch: int, capacity: int, nodes: int, device: torch.device,
+        blocks: SharedBlocks | None = None,
+    ) -> None:  # fmt: skip
         slots = Slots(batch, capacity + nodes, device)
         layers = [_TreeLayer(slots, window) for window in attention_windows(config)]
         super().__init__(config, batch, capacity, device, layers)
@@ -110,10 +122,14 @@ class TreeCache(DecodeCache):
         self.start = self._starts[0]
         self.ancestors = torch.zeros(batch, 1, self.words, dtype=torch.long, device=device)
         self.reader = _TreeReader()
+        self._blocks = blocks
+        self._chosen: Tensor | None = None  # by the last layer that chose, of the current call
         self._stacks: list[_Stack] = []
 
-    def place(self, layer: BufferedLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Buffers for `layer`, whose first `keys` `[rows, G, T, K]` and `values` are given, and its latents."""
+    def place(
+        self, layer: BufferedLayer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Buffers for `layer`, whose first `keys` `[rows, G, T, K]` and `values` are given, its latents and means."""
         batch, slots = self.slots.positions.shape
         groups, sizes = keys.shape[1], [keys.shape[3], values.shape[3]]
         for stack in self._stacks:
@@ -132,14 +148,20 @@ class TreeCache(DecodeCache):
                 stack = _Stack(whole[..., : sizes[0]], whole[..., sizes[0] :], whole)
             else:
                 stack = _Stack(keys.new_zeros(*shape, sizes[0]), values.new_zeros(*shape, sizes[1]))
+            if self._blocks is not None:
+                stack.means = keys.new_zeros(*shape[:3], -(-self.base // self._blocks.block), sizes[0])
             self._stacks.append(stack)
         index, stack.used = stack.used, stack.used + 1
-        return stack.keys[index], stack.values[index], None if stack.latents is None else stack.latents[index]
+        latents, means = (None if x is None else x[index] for x in (stack.latents, stack.means))
+        return stack.keys[index], stack.values[index], latents, means
 
     def begin_tree(self) -> None:
         """From here on calls are on nodes; every row's prefix is what the prompts filled."""
         self.lengths.fill_(self.slots.length)
         self.has_tree = True
+        for stack in self._stacks:
+            for layer in range(stack.used):  # one at a time: what a long prompt's means take on the way is not small
+                self._bring_up(stack, slice(layer, layer + 1), self.slots.length)
 
     def reset(self) -> None:
         super().reset()
@@ -178,3 +200,36 @@ class TreeCache(DecodeCache):
                 stack.keys, stack.values, self.slots.positions, self.lengths, path, taken, self.base,
                 stack is self._stacks[-1],
             )  # fmt: skip
+        for stack in self._stacks:
+            self._bring_up(stack, slice(stack.used), path.shape[1])
+
+    # -- sparse calls -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def sparse(self) -> Iterator[None]:
+        """Inside, a call attends to blocks that its first node, the root, chooses."""
+        self.is_sparse = self._blocks is not None
+        try:
+            yield
+        finally:
+            self.is_sparse, self._chosen = False, None
+
+    def chosen(self, index: int, query: Tensor) -> tuple[Tensor | None, int]:
+        """Blocks int32 `[B, G, M]` of the prefix that a layer with `query` `[B, H, T, K]` attends to; their size."""
+        how, means = self._blocks, self.buffers(index).means  # type: ignore[attr-defined]
+        if not self.is_sparse or how is None or self.buffers(index).window:
+            return None, 0
+        if self._chosen is None or how.anchors is None or index in how.anchors:
+            share = round(how.share * PARTS)
+            most = most_blocks(self.base, how.block, how.dense_below, share)
+            self._chosen = torch.ops.effpass.choose_tree_blocks(
+                query[:, :, 0], means, self.lengths, most, how.block, how.dense_below, share
+            )
+        return self._chosen, how.block
+
+    def _bring_up(self, stack: _Stack, layers: slice, width: int) -> None:
+        if stack.means is not None and width:
+            assert self._blocks is not None
+            block_means(
+                stack.keys[layers], self.slots.positions, self.lengths, stack.means[layers], self._blocks.block, width
+            )

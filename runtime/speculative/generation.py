@@ -79,7 +79,7 @@ def generate(
             if behind >= draft.kind.catches_up or (speculates and behind > 0):
                 round_.catch_up()
                 behind = 0
-            round_.step(plain=not speculates)
+            round_.step(plain=not speculates, reached=watch.reached)
             behind = 0 if speculates or pace.has_given_up else behind + 1
             watch.look(plain=not speculates)
         watch.finish()
@@ -122,6 +122,11 @@ class _Watch:
         self._waiting.append((plain, is_timed, copies, arrived))
         while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][3].query()):
             self._arrive()
+
+    @property
+    def reached(self) -> int:
+        """Columns in use of the longest row, as far as the device has told."""
+        return max(self._counts)
 
     def finish(self) -> None:
         while self._waiting:

@@ -5,6 +5,9 @@ Processors and criteria that see more than scores and last tokens are transforme
 called along the accepted path alone, with each node's own prefix (:mod:`effpass.runtime.speculative.walk`); such a
 round waits for the device.
 
+Where verification is sparse, tokens that sparse calls entered are run again from time to time, in one dense call
+(:mod:`effpass.runtime.speculative.sparse`).
+
 Where a token is sampled, noise that belongs to its column decides (:mod:`effpass.lowering.ops.token_noise`): what comes
 out has the model's distribution, and with one seed is the same text whatever was proposed.
 
@@ -27,10 +30,12 @@ from effpass.lowering.ops.tree_acceptance import accept_tokens
 from effpass.runtime.choice import SEES_LAST_TOKEN, SEES_SCORES
 from effpass.runtime.cuda_graph import record
 from effpass.runtime.session import ENDS
+from effpass.runtime.speculative.dense_again import DenseAgain
 from effpass.runtime.speculative.drafts import Draft
 from effpass.runtime.speculative.progress import Progress
 from effpass.runtime.speculative.session import TreeSession
 from effpass.runtime.speculative.shapes import Sampled
+from effpass.runtime.speculative.sparse import SparseVerification
 from effpass.runtime.speculative.tree import TokenTree
 from effpass.runtime.speculative.walk import Walk
 
@@ -43,9 +48,10 @@ class Round:
     """Decodes with one target and one draft; its buffers and graphs serve call after call.
 
     Args:
-        target: has room for the draft's trees.
+        target: has room for the draft's trees, and for what a dense call runs again.
         draft: proposes.
         columns: of prompt and answer.
+        sparse: what verification leaves out; None where it is dense.
 
     Attributes:
         progress: what was emitted.
@@ -56,12 +62,17 @@ class Round:
 
     was_recorded = False
 
-    def __init__(self, target: TreeSession, draft: Draft, columns: int) -> None:
+    def __init__(
+        self, target: TreeSession, draft: Draft, columns: int, sparse: SparseVerification | None = None
+    ) -> None:
         self.target, self.draft, self.drafting = target, draft, draft.start(target)
         self.progress = Progress(target.batch, columns, target.model.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
         self._itself = torch.ones_like(self._parents)[:, :, None]
+        self._sparse, self._again = sparse, None
+        if sparse is not None and (tokens := sparse.tokens(draft.kind.depth)):
+            self._again = DenseAgain(target, self.progress, tokens)
 
     def begin(
         self, prompt: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: Any, limit: int
@@ -86,6 +97,8 @@ class Round:
         known = torch.cat(ends) if ends and self.is_fixed else prompt.new_zeros(0)
         progress.begin(prompt, target.position, known, config._pad_token_tensor if pads else 0, limit)
         target.cache.begin_tree()
+        if self._again is not None:
+            self._again.begin()
         features = target.prompt_features
         if features is not None:
             if progress.features is None:
@@ -96,13 +109,19 @@ class Round:
         self._take((self._alone(), target.logits[:, None], features), commits=False)
         progress.totals.zero_()
 
-    def step(self, *, plain: bool = False) -> None:
-        """One round; `plain` leaves the draft out."""
+    def step(self, *, plain: bool = False, reached: int = 0) -> None:
+        """One round; `plain` leaves the draft out. `reached` are columns in use of the longest row, at least."""
+        self.was_recorded, verification = False, "plain" if plain else "round"
+        is_sparse = self._sparse is not None and self._sparse.acts_on(reached)
+        if is_sparse:
+            verification = f"sparse {verification}"
+            if self._again is not None and self._again.is_due(1 if plain else self.draft.kind.depth + 1):
+                self._run(("dense again",), self._again.run)
         if self.is_fixed:
-            how = "plain" if plain else "round", self._samples, _names(self._processors)
-            self._run(how, lambda: self._take(self._verify(plain)))
+            how = verification, self._samples, _names(self._processors)
+            self._run(how, lambda: self._take(self._verify(plain, is_sparse)))
         else:
-            self._take(self._run(("plain" if plain else "round", "verify"), lambda: self._verify(plain)))
+            self._take(self._run((verification, "verify"), lambda: self._verify(plain, is_sparse)))
 
     def catch_up(self) -> None:
         """Let the draft run what plain steps have emitted, as much as one call takes."""
@@ -119,12 +138,12 @@ class Round:
         progress, itself = self.progress, self._itself
         return TokenTree(progress.root[:, None], self._parents, progress.position[:, None], itself, 0)
 
-    def _verify(self, plain: bool) -> _Verified:
+    def _verify(self, plain: bool, is_sparse: bool) -> _Verified:
         if plain:
             tree = self._alone()
         else:
             tree = self.drafting.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
-        return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors)
+        return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors, is_sparse=is_sparse)
 
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:
         """Enter what the target makes of a tree."""
@@ -188,8 +207,8 @@ class Round:
         """`work`, recorded when it is first done; what it returns stays where it is."""
         if self.target.model.device.type != "cuda":
             return work()
-        self.was_recorded = key not in self._graphs
-        if self.was_recorded:
+        if key not in self._graphs:
+            self.was_recorded = True
             self._graphs[key] = self._record(work)
         graph, result = self._graphs[key]
         graph.replay()
@@ -198,6 +217,8 @@ class Round:
     def _record(self, work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         cache = self.target.cache
         state = [*self.progress.state(), cache.lengths, cache.slots.positions, *self.drafting.state()]
+        if self._again is not None:
+            state.append(self._again.known)
         saved, results = [t.clone() for t in state], []
 
         def try_out() -> None:

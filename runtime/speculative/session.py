@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from effpass.core.derived_arguments import DerivedArguments
 from effpass.core.errors import ModelError
 from effpass.runtime.session import Backend, Session
 from effpass.runtime.speculative.cache import TreeCache
+from effpass.runtime.speculative.sparse import SparseVerification, Verifier
 
 __all__ = ["TreeSession", "decoder_layers"]
 
@@ -21,12 +22,13 @@ class TreeSession(Session):
     """Runs a prompt as :class:`Session` does, and then trees.
 
     Args:
-        model: a transformers causal LM. Calls are made while `reading_cache` and :meth:`tapping` are entered.
+        model: a transformers causal LM. Calls are made while `reading_cache` and :meth:`attached` are entered.
         batch: rows of the buffers B.
         capacity: slots of the prefix.
         nodes: slots of the tree.
         backend: compiles the model's calls for a CUDA graph; None runs the model as it is.
         taps: layers whose inputs are handed out as *features*, side by side, `[..., len(taps) · D]`.
+        sparse: what sparse calls leave out; None where there are none.
 
     Attributes:
         prompt_features: of the last prompt, `[rows, T, len(taps) · D]`; None without taps, and once it was dropped.
@@ -38,15 +40,16 @@ class TreeSession(Session):
     cache: TreeCache
 
     def __init__(
-        self, model: Any, batch: int, capacity: int, nodes: int, backend: Backend | None, taps: Sequence[int] = ()
-    ) -> None:
-        self._nodes = nodes
+        self, model: Any, batch: int, capacity: int, nodes: int, backend: Backend | None, taps: Sequence[int] = (),
+        sparse: SparseVerification | None = None,
+    ) -> None:  # fmt: skip
+        self._nodes, self._verifier = nodes, None if sparse is None else Verifier(model, sparse)
         super().__init__(model, batch, capacity, backend)
         self.cache.reader = self._reader
         self._tapped = [decoder_layers(model)[index] for index in taps]
         self._inputs: list[Tensor] = []
         self._function = _with_features(model.forward, self._inputs, len(taps))
-        self._calls: dict[int, Callable[..., Any]] = {}  # tokens → compiled
+        self._calls: dict[tuple[int, bool], Callable[..., Any]] = {}  # tokens, is sparse → compiled
         self._is_recording = False
         self.prompt_features: Tensor | None = None
         # Nodes beyond the model's positions are beyond the longest answer too: what they give is never looked at.
@@ -55,7 +58,8 @@ class TreeSession(Session):
         self._last_position = None if longest is None else longest - 1
 
     def _new_cache(self, batch: int, capacity: int) -> TreeCache:
-        cache = TreeCache(self.model.config, batch, capacity, self._nodes, self.model.device)
+        blocks = None if self._verifier is None else self._verifier.settings.blocks
+        cache = TreeCache(self.model.config, batch, capacity, self._nodes, self.model.device, blocks)
         self._reader = cache.reader
         return cache
 
@@ -65,8 +69,8 @@ class TreeSession(Session):
         return self._position[:, 0]
 
     @contextmanager
-    def tapping(self) -> Iterator[None]:
-        """Inside, the layers in `taps` hand out their inputs."""
+    def attached(self) -> Iterator[None]:
+        """Inside, the layers in `taps` hand out their inputs, and sparse calls are sparse."""
         inputs = self._inputs
 
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,7 +78,8 @@ class TreeSession(Session):
 
         handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._tapped]
         try:
-            yield
+            with nullcontext() if self._verifier is None else self._verifier.attached():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -94,7 +99,14 @@ class TreeSession(Session):
         return logits
 
     def run(
-        self, tokens: Tensor, positions: Tensor, ancestors: Tensor, first: int = 0, **inputs: Any
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor,
+        first: int = 0,
+        *,
+        is_sparse: bool = False,
+        **inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits `[B, T, vocab]` and features of nodes, whose keys go to the tree's slots from `first` on.
 
@@ -103,24 +115,33 @@ class TreeSession(Session):
             positions: int32 `[B, T]`; -1 for padding, whose logits mean nothing.
             ancestors: int64 `[B, T, W]`.
             first: see above.
+            is_sparse: the first node is a root, and the call leaves out what `sparse` says.
             inputs: what the model takes beside them.
 
         Raises:
             EffpassError: the nodes have no room.
         """
         self.cache.enter(positions, ancestors, first)
-        call = self._calls.get(tokens.shape[1], self._function) if self._is_recording else self._function
-        if self._is_recording and call is self._function and self.backend is not None:
-            call = self._calls[tokens.shape[1]] = self._compile(self._function)
-        return call(
-            input_ids=tokens,
-            position_ids=positions.clamp(0, self._last_position),
-            past_key_values=self.cache,
-            effpass_cache=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **inputs,
-        )
+        key, call = (tokens.shape[1], is_sparse), self._function
+        if self._is_recording and self.backend is not None:
+            call = self._calls.get(key) or self._compile(self._function)
+            self._calls[key] = call
+        with self._sparse(positions) if is_sparse else nullcontext():
+            return call(
+                input_ids=tokens,
+                position_ids=positions.clamp(0, self._last_position),
+                past_key_values=self.cache,
+                effpass_cache=self.cache,
+                use_cache=True,
+                return_dict=True,
+                **inputs,
+            )
+
+    @contextmanager
+    def _sparse(self, positions: Tensor) -> Iterator[None]:
+        assert self._verifier is not None
+        with self.cache.sparse(), self._verifier.on(positions):
+            yield
 
     @contextmanager
     def recording(self) -> Iterator[None]:

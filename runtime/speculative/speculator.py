@@ -16,6 +16,7 @@ from effpass.runtime.speculative.drafts import Draft
 from effpass.runtime.speculative.pace import Pace
 from effpass.runtime.speculative.round import Round
 from effpass.runtime.speculative.session import TreeSession
+from effpass.runtime.speculative.sparse import settings_of
 
 __all__ = ["Speculation", "Speculator"]
 
@@ -87,7 +88,7 @@ class Speculator:
         found: Round | None = None
         try:
             found = self._take(rows, capacity)
-            with reading_cache(engine.model), found.target.tapping(), draft.running():
+            with reading_cache(engine.model), found.target.attached(), draft.running():
                 found.target.begin(rows)
                 yield found, self._paces.setdefault(found.target.batch, Pace(switches=self._switches))
         except torch.OutOfMemoryError as error:
@@ -106,9 +107,10 @@ class Speculator:
         if found is None or found.target.capacity < capacity:
             del found  # before a larger one is made
             capacity += -capacity % _CAPACITY_STEP
-            kind = self.draft.kind
-            target = TreeSession(engine.model, batch, capacity, kind.nodes, engine.backend, self.draft.taps)
-            found = Round(target, self.draft, capacity)
+            kind, sparse = self.draft.kind, settings_of(engine.model)
+            nodes = kind.nodes if sparse is None else max(kind.nodes, sparse.tokens(kind.depth))
+            target = TreeSession(engine.model, batch, capacity, nodes, engine.backend, self.draft.taps, sparse)
+            found = Round(target, self.draft, capacity, sparse)
         elif any([found.target.has_moved(), found.drafting.has_moved()]):  # both take note
             found.forget_graphs()
         return found

@@ -17,6 +17,8 @@ from effpass.lowering.ops import cached_attention, fused_linear, rope_cache_writ
 from effpass.runtime.engine import Engine
 from effpass.runtime.speculative import Eagle2, EagleDraft, EagleHead, HeadConfig, ModelDraft, Speculator, generate
 from effpass.runtime.speculative.round import Round
+from effpass.runtime.speculative.shared_experts import ExpertBudget
+from effpass.runtime.speculative.sparse import SharedBlocks, SparseVerification
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +39,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Round, "_run", as_recorded)
 
 
-def run(family: str, make_draft: Any) -> None:
-    """The text is plain decoding's, from two compiled graphs with every layer fused: the target's and the draft's."""
+def run(family: str, make_draft: Any, expected: torch.Tensor | None = None, graphs: int = 2) -> None:
+    """The text is plain decoding's or `expected`, from compiled graphs with every layer fused: of target and draft."""
     model, given = families.make(family), families.batch(11)
     inputs = {k: given[k] for k in ("input_ids", "attention_mask")}
-    expected = families.make(family).generate(**inputs, max_new_tokens=16, eos_token_id=None)
+    if expected is None:
+        expected = families.make(family).generate(**inputs, max_new_tokens=16, eos_token_id=None)
     engine = Engine(model, backend=backend.DecodeBackend())
     draft = make_draft(model, backend.DecodeBackend())
     speculator = Speculator(engine, draft, switches=False)
@@ -52,7 +55,7 @@ def run(family: str, make_draft: Any) -> None:
     out = model.generate(**inputs, max_new_tokens=16, eos_token_id=None, custom_generate=loop)
     torch._dynamo.reset()
     assert torch.equal(out, expected)
-    assert len(backend.reports) == 2
+    assert len(backend.reports) == graphs
     layers = {model.config.num_hidden_layers, 1 if isinstance(draft, EagleDraft) else model.config.num_hidden_layers}
     for report in backend.reports:
         (rope,) = [entry for entry in report.passes if entry.name == "fuse_rope_attention"]
@@ -76,3 +79,25 @@ def test_a_recorded_round_with_a_head(recorded: None) -> None:
         return EagleDraft(head, Eagle2(3, 2, 6), compile_)
 
     run("llama", draft)
+
+
+def test_a_recorded_sparse_round(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the blocks and of the experts: the text is that of sparse rounds that were not compiled."""
+    settings = SparseVerification(SharedBlocks(0.5, 4, 4), ExpertBudget(0.5, rescales=True), refresh=2)
+
+    def draft(model: Any, compile_: Any) -> ModelDraft:
+        model.effpass_sparse_verification = settings
+        return ModelDraft(families.make("qwen3_moe", seed=3), Eagle2(3, 2, 6), compile_)
+
+    model, given = families.make("qwen3_moe"), families.batch(11)
+    speculator = Speculator(Engine(model), draft(model, None), switches=False)
+    inputs = {k: given[k] for k in ("input_ids", "attention_mask")}
+    expected = model.generate(
+        **inputs,
+        max_new_tokens=16,
+        eos_token_id=None,
+        custom_generate=lambda _, ids, **how: generate(speculator, ids, **how),
+    )
+    plain = families.make("qwen3_moe").generate(**inputs, max_new_tokens=16, eos_token_id=None)
+    assert not torch.equal(expected, plain)
+    run("qwen3_moe", draft, expected, graphs=3)  # dense calls that run tokens again are one more

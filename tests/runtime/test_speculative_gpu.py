@@ -139,7 +139,7 @@ def test_rounds_do_not_wait_for_the_device(draft: str) -> None:
         made = EagleDraft(head(model), KINDS["eagle2"])
     _, found = speculate(ready, made, **given, **FREE)
     (round_,) = found._free.values()
-    with torch.no_grad(), reading_cache(ready), round_.target.tapping(), made.running():
+    with torch.no_grad(), reading_cache(ready), round_.target.attached(), made.running():
         round_.progress.position.fill_(12)
         torch.cuda.set_sync_debug_mode("error")
         try:
