@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
+from benchmarks import moe_ranks, moe_ranks_stack, moe_symmetric
 from benchmarks.backend import _compile, _decode_step, _dtype, _free
 from benchmarks.decode import NO_PASSES, PROMPT, _greedy
 from benchmarks.optimizer import matmul_rate as measured_rate
@@ -39,6 +40,7 @@ SHAPES = {
     "deepseek-v2-lite": Shape(6, 64, 2048, 1408),
     "deepseek-v2": Shape(6, 160, 5120, 1536),
 }
+SEVERAL_GPUS = ("qwen3-30b-a3b", "deepseek-v2")
 TINY = Shape(2, 4, 64, 96)
 TOKENS = (1, 16, 128, 1024, 8192)
 LARGEST_GRAPH = 1024
@@ -308,4 +310,7 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     **{name: lambda device, smoke, name=name: _layer(name, device, smoke) for name in SHAPES},  # type: ignore[misc]
     "autotuned": autotuned,
     "stack": stack,
+    **{f"eps-{name}": functools.partial(moe_ranks.layers, name, SHAPES[name]) for name in SEVERAL_GPUS},
+    **{f"eps-stack-{name}": functools.partial(moe_ranks_stack.stack, name) for name in SEVERAL_GPUS},
+    **{f"eps-symmetric-{name}": functools.partial(moe_symmetric.cells, name, SHAPES[name]) for name in SEVERAL_GPUS},
 }
