@@ -20,8 +20,10 @@ from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import allow_new_numpy
 
-MODULES = ("tree_attention", "tree_blocks", "top_tokens", "tree_growth", "tree_acceptance", "token_noise")
-KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise")
+MODULES = (
+    "tree_attention", "tree_blocks", "chosen_channels", "top_tokens", "tree_growth", "tree_acceptance", "token_noise",
+)  # fmt: skip
+KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise", "_up", "_down")
 
 
 def random_parents(nodes: int, padding: int, seed: int) -> list[int]:
@@ -421,6 +423,21 @@ def blocks_errors(
     return {"blocks": float(faults)}
 
 
+def channels_errors(
+    ops: Any, tokens: int, width: int, channels: int, tile: int, chosen: tuple[int, ...], **of: Any
+) -> dict[str, float]:
+    """Against the whole network, in which channels of other tiles are 0."""
+    torch.manual_seed(tokens)
+    x, active = torch.randn(tokens, width, **of), torch.randn(tokens, channels, **of)
+    up, down = torch.randn(channels, width, **of) * width**-0.5, torch.randn(width, channels, **of)
+    got = ops.chosen_channels(x, active, up, down, torch.tensor(chosen, device=of["device"]).int(), tile)
+    hidden = active.double() * (x.double() @ up.double().mT)
+    hidden = hidden.view(tokens, -1, tile)
+    left = torch.zeros_like(hidden)
+    left[:, list(chosen)] = hidden[:, list(chosen)]
+    return {"channels": error(got, left.flatten(1) @ down.double().mT)}
+
+
 def noise_errors(ops: Any, rows: int, steps: int, vocabulary: int, **of: Any) -> dict[str, float]:
     """Relative error of a few numbers, from SplitMix64 in Python's integers."""
     device, mask = of["device"], (1 << 64) - 1
@@ -478,6 +495,14 @@ BLOCKS = {
     "all": (1, 2, 2, 24, 300, 64, 4096, 256),
     "the first and the last": (2, 2, 1, 8, 640, 64, 0, 0),
 }
+# tokens, width, channels, tile, chosen
+CHANNELS = {
+    "one token": (1, 72, 128, 32, (0, 3)),
+    "a tree": (20, 200, 640, 64, (0, 2, 3, 5, 9)),
+    "rows of two programs": (70, 64, 768, 16, tuple(range(1, 48, 2))),
+    "all": (9, 96, 192, 64, (0, 1, 2)),
+    "one tile": (40, 128, 256, 64, (3,)),
+}
 NOISES = {"rows": (3, 2, 1500), "few tokens": (1, 1, 5)}
 
 _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ...]]]] = {
@@ -488,6 +513,7 @@ _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ..
     "take": (take_errors, TAKES),
     "move": (move_errors, MOVES),
     "blocks": (blocks_errors, BLOCKS),
+    "channels": (channels_errors, CHANNELS),
     "noise": (noise_errors, NOISES),
 }
 
@@ -544,6 +570,11 @@ def compile_all() -> dict[str, int]:
             numbers(1, groups, 12) if tokens == 64 else None, 64 if tokens == 64 else 0,
         )  # fmt: skip
     ops.choose_tree_blocks(some(1, 32, 128), some(1, 8, 1024, 128), numbers(1), 300, 64, 4096, 256)
+    for rows, dtype in ((1, torch.bfloat16), (20, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32)):
+        ops.chosen_channels(
+            some(rows, 4096, dtype=dtype), some(rows, 14336, dtype=dtype), some(14336, 4096, dtype=dtype),
+            some(4096, 14336, dtype=dtype), numbers(112), 64,
+        )  # fmt: skip
     for rows, vocabulary, k in ((1, 49152, 1), (64, 128256, 1), (8, 32000, 8)):
         ops.top_tokens(some(rows, vocabulary), k)
     real: Any = {"dtype": torch.float32}
