@@ -21,6 +21,7 @@ from triton_interpreter import allow_new_numpy
 
 from effpass.lowering.ops.block_pool import BlockPool
 from effpass.lowering.ops.block_sparse_attention import BlockSelection, Spans, _selected
+from effpass.lowering.ops.two_level_attention import TOLERANCE
 from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection, gather_slots, parted
 
 # -- brute force ------------------------------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ def step_errors(
     values = keys[..., :value_size] if latent else torch.randn(batch, groups, slots, value_size, **of)
     positions = positions_of(lengths, slots, padding).to(device)
     filled = max(lengths) + padding
+    keys[:, :, filled:], values[:, :, filled:] = float("nan"), float("nan")  # nobody may read them
     of_channels = torch.stack([torch.randperm(key_size)[:channels] for _ in range(groups)]).to(device, torch.int32)
     index = KeyIndex.empty(how, of_channels, batch, slots, key_size, of["dtype"])
     table, host, store_k, store_v = None, None, keys, values
@@ -348,6 +350,10 @@ STEPS: dict[str, tuple[Selection, dict[str, Any]]] = {
         Selection(tokens=17, blocks=4, block=32, statistic="mean"),
         {**_SMALL, "key_size": 40, "value_size": 24, "lengths": [258, 0], "slots": 300, "softcap": 5.0},
     ),
+    "both, first tokens, one head a group": (
+        Selection(tokens=8, blocks=3, block=16, recent=1, aggregation="max"),
+        {**_SMALL, "heads": 2, "key_size": 24, "value_size": 16, "channels": 24, "lengths": [5, 1], "slots": 41},
+    ),
     "both, pipelined": (
         Selection(tokens=24, blocks=6, block=16, recent=1, is_pipelined=True),
         {**_SMALL, "lengths": [197, 197], "slots": 260},
@@ -392,6 +398,7 @@ LATENTS = {
     "several parts": (1, 20, 700, 80, 64, 650, 0),
     "padding": (2, 5, 200, 48, 32, 131, 40),
     "first token": (1, 4, 64, 24, 16, 1, 0),
+    "a row of padding, 40 heads": (3, 40, 150, 32, 16, 129, 129),
 }
 
 # selection, then B, H, G, T, S, K, V, filled, padding, softcap
@@ -417,6 +424,12 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[Any], dict[str, float]], s
         yield name, lambda ops, how=how, sizes=sizes: step_errors(ops, how, **sizes, **of), "two_level_attention"
     for name, case in LATENTS.items():
         yield f"dense latents: {name}", lambda ops, case=case: latent_errors(ops, *case, **of), "latent_attention"
+        half = {**of, "dtype": torch.float16}  # tiles by the tensor memory accelerator
+        yield (
+            f"half latents: {name}",
+            lambda ops, case=case, of=half: latent_errors(ops, *case, **of),
+            "latent_attention",
+        )
     for name, case in PROMPTS.items():
         yield f"prompt: {name}", lambda ops, case=case: prompt_errors(ops, *case, **of), "block_sparse_attention"
     for name, case in POOLS.items():
@@ -425,6 +438,11 @@ def cases(**of: Any) -> Iterator[tuple[str, Callable[[Any], dict[str, float]], s
         yield f"rope, pages: {name}", lambda ops, case=case: turned_errors(ops, *case, **of), "rope_page_write"
     for name, case in ROPES.items():
         yield f"rope: {name}", lambda ops, case=case: rope_errors(ops, *case, **of), "rope_cache_write"
+
+
+def tolerance(name: str, dtype: torch.dtype) -> float:
+    """Of all that the case `name` finds in `dtype`."""
+    return TOLERANCE[torch.float16 if name.startswith("half") else dtype]
 
 
 # -- programs ---------------------------------------------------------------------------------------------------------
@@ -459,8 +477,8 @@ def compile_all() -> dict[str, int]:
     )
     index_kernels, two_level, chosen, latent, sparse, rope, pool, turned = map(_kernels, names)
     kernels = ("_index", "_score", "_choose", "_narrow", "_attend", "_combine", "_select", "_write", "_plan", "_copy",
-               "_arrive", "_turn")  # fmt: skip
-    launches = compile_instead((index_kernels, two_level, chosen, sparse, rope, pool, turned), kernels)
+               "_arrive", "_turn", "_latent")  # fmt: skip
+    launches = compile_instead((index_kernels, two_level, chosen, latent, sparse, rope, pool, turned), kernels)
     shared: dict[str, int] = {}
 
     def end(case: str) -> None:
@@ -471,12 +489,13 @@ def compile_all() -> dict[str, int]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def step(
-        how: Selection, B: int, H: int, G: int, K: int, V: int, C: int, S: int, paged: bool = False, far: bool = False
-    ) -> None:
+        how: Selection, B: int, H: int, G: int, K: int, V: int, C: int, S: int, paged: bool = False, far: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
         with torch.device("meta"):
-            index = KeyIndex.empty(how, some(G, C, dtype=torch.int32), B, S, K, torch.bfloat16)
-        keys = some(B, G, S, K)
-        values = keys[..., :V] if V < K else some(B, G, S, V)
+            index = KeyIndex.empty(how, some(G, C, dtype=torch.int32), B, S, K, dtype)
+        keys = some(B, G, S, K, dtype=dtype)
+        values = keys[..., :V] if V < K else some(B, G, S, V, dtype=dtype)
         numbers = some(B, S, dtype=torch.int32), some(B, 1, dtype=torch.int32), some(1, dtype=torch.int32)
         table = some(B, G, S // how.block, dtype=torch.int32) if paged else None
         host = None
@@ -491,9 +510,9 @@ def compile_all() -> dict[str, int]:
             index.labels, index.ranges, how.block, how.statistic,
         )  # fmt: skip
         two_level.two_level_attention(
-            some(B, H, 1, K), keys, values, table, host, *numbers, index.channels, index.statistics, index.seen,
-            index.labels, index.ranges, index.scores, index.chosen_blocks, index.chosen_tokens, 0.1, 0.0, how.block,
-            how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
+            some(B, H, 1, K, dtype=dtype), keys, values, table, host, *numbers, index.channels, index.statistics,
+            index.seen, index.labels, index.ranges, index.scores, index.chosen_blocks, index.chosen_tokens, 0.1, 0.0,
+            how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
         )  # fmt: skip
 
     both, gqa, mla = Selection(), (32, 8, 128, 128, 32), (20, 1, 576, 512, 128)
@@ -511,10 +530,19 @@ def compile_all() -> dict[str, int]:
     end("GQA, blocks")
     step(Selection(levels="tokens"), 1, *gqa, 98304)
     end("GQA, tokens")
-    latents = some(1, 1, 98304, 576)
-    numbers = some(1, 98304, dtype=torch.int32), some(1, 1, dtype=torch.int32), some(1, dtype=torch.int32)
-    latent.cached_attention(some(1, 20, 1, 576), latents, latents[..., :512], *numbers, 0.1, 0, 0.0)
-    end("dense latents")
+    step(Selection(aggregation="max"), 8, *mla, 98304)
+    end("MLA, max, batch 8")
+    step(Selection(statistic="mean_std", aggregation="max"), 8, *gqa, 98304)
+    end("GQA, max, mean and deviation, batch 8")
+    step(Selection(tokens=4096, blocks=250, statistic="mean"), 8, 28, 4, 96, 112, 96, 40000)
+    end("odd sizes")
+    step(both, 1, *gqa, 98304, dtype=torch.float32)
+    end("GQA, float32")
+    for dtype in (torch.bfloat16, torch.float32):
+        latents = some(1, 1, 98304, 576, dtype=dtype)
+        numbers = some(1, 98304, dtype=torch.int32), some(1, 1, dtype=torch.int32), some(1, dtype=torch.int32)
+        latent.cached_attention(some(1, 20, 1, 576, dtype=dtype), latents, latents[..., :512], *numbers, 0.1, 0, 0.0)
+        end(f"dense latents, {dtype}")
     for size, block_k in ((128, 128), (128, 64)):
         how, length = BlockSelection(0.12, block_k=block_k), 65536
         keys, positions = some(1, 8, length, size), some(1, length, dtype=torch.int32)

@@ -1,12 +1,15 @@
 """Two-level sparse attention in three launches: kernels of `two_level_attention`.
 
-    score    statistics of all blocks times the query; one more program a head enters the new key into the index
+    score    statistics of all blocks times the query; more programs a head enter the new key into the index
     choose   top-k blocks, then the label scores of their tokens
     attend   top-k tokens, then attention over them (:mod:`effpass.lowering.kernels.chosen_attention`)
 
-A choice is made by every program that needs it, each for itself: that costs no more time than by one of them, and no
-program waits for another. Before it waits for the launch in front, a launch reads what an earlier one has written: the
-query (which `score` waits for), and in `score` the statistics, which the step before left.
+A step is short, so that what counts is how long each program is: there are as many as the device holds, of many warps
+each, and what the query heads of a group share is summed before anything is multiplied. (Where their highest score
+counts instead, they are the columns of a matrix product.) A choice is made by every program that needs it, each for
+itself: that costs no more time than by one of them, and no program waits for another. Before it waits for the launch in
+front, a launch reads what an earlier one has written: the query (which `score` waits for), `seen`, and in `score` the
+statistics, which the step before left.
 
 Where whole blocks are attended to, `choose` falls away; where all tokens are looked at, `narrow` stands for it: it
 keeps the best of every 8192 tokens, until at most 16384 are left.
@@ -14,21 +17,36 @@ keeps the best of every 8192 tokens, until at most 16384 are left.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from effpass.lowering.kernels.chosen_attention import BLOCKS, LISTED, TOKENS, attend_chosen, block_keys, fits
-from effpass.lowering.kernels.key_index import STATISTICS, index_block, indexable, label_shape, strides
-from effpass.lowering.kernels.largest import NEVER, choose, in_order
+from effpass.lowering.kernels.chosen_attention import (
+    BLOCKS,
+    LISTED,
+    TILING,
+    TOKENS,
+    Tiling,
+    attend_chosen,
+    beside,
+    block_keys,
+    fits,
+    forced_blocks,
+    grid_of,
+)
+from effpass.lowering.kernels.key_index import STATISTICS, index_token, indexable, label_shape, strides
+from effpass.lowering.kernels.largest import NEVER, cut, in_order, ranks, write_ranked
 from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
 
 __all__ = ["supported", "two_level_attention"]
 
 _MOST = 16384  # scores that one program chooses among
 _NARROWED = 8192
+_LABELLED = 16384  # bytes of labels that one program scores at once
 
 
 def supported(
@@ -51,62 +69,76 @@ def two_level_attention(
     key_positions: Tensor, query_positions: Tensor, filled: Tensor, channels: Tensor, statistics: Tensor, seen: Tensor,
     labels: Tensor, ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float,
     softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
+    how: Tiling = TILING,
 ) -> Tensor:  # fmt: skip
     """`effpass::two_level_attention` where :func:`supported`."""
     (batch, heads, _, key_size), (groups, of_label) = query.shape, channels.shape
     device, slots, repeat, of_heads = query.device, key_positions.shape[1], heads // groups, batch * groups
     query = query if query.stride(-1) == 1 else query.contiguous()
     blocks, kept, tokens = triton.cdiv(slots, block), chosen_blocks.shape[2], chosen_tokens.shape[2]
-    shape = label_shape(of_label, key_size)
-    block_r = max(16, triton.next_power_of_2(repeat))
-    is_max, pdl = aggregation == "max", overlaps(device)
+    is_max, pdl, processors = aggregation == "max", overlaps(device), multiprocessors(device)
+    # The columns of a matrix product are 16 at least.
+    block_r = triton.next_power_of_2(repeat) if not is_max else max(16, triton.next_power_of_2(repeat))
+    shape, common = label_shape(of_label, key_size), {"GROUPS": groups, "REPEAT": repeat, "BLOCK_R": block_r}
+    common |= {"CHANNELS": of_label, "MAX": is_max, "PDL": pdl}
     of_query = (query.stride(0), query.stride(1))
     cached = (*strides(keys, block_table), key_positions.stride(0))
 
-    width = statistics.shape[3] * key_size if kept else 16
-    chunk = min(256, max(16, triton.next_power_of_2(width)))
-    block_n = 64 if width <= 256 else 16
-    _score[((triton.cdiv(blocks, block_n) if kept else 0) + 1, of_heads)](
-        query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, *of_query,
-        *cached, slots, blocks, host, GROUPS=groups, REPEAT=repeat, KEY=key_size, CHANNELS=of_label, BLOCK=block,
-        STATISTIC=STATISTICS[statistic], HAS_BLOCKS=kept > 0, HAS_LABELS=tokens > 0, MAX=is_max, WIDTH=width,
-        HOST=0 if host is None else host.shape[-1],
-        PDL=pdl, BLOCK_R=block_r, BLOCK_N=block_n, CHUNK=chunk, **shape, **launch_options(device, 4, 3),
+    width = statistics.shape[3] * key_size
+    main = 1 << (key_size.bit_length() - 1)
+    rest = 0 if main == key_size else max(16, triton.next_power_of_2(key_size - main))
+    row_bytes, of_heads_bytes = width * statistics.element_size(), repeat * key_size * query.element_size()
+    block_n = max(16 if is_max else 4, 1 << (how.scored // row_bytes).bit_length() - 1) if kept else 16
+    # A program reads the query too: not more of it than of statistics, unless all programs stand on the device at once.
+    while kept and block_n * row_bytes < of_heads_bytes and triton.cdiv(blocks, block_n) * of_heads > 4 * processors:
+        block_n *= 2
+    num_warps = 16 if block_n * width > 8192 else 8
+    entering = triton.cdiv(key_size, shape["BLOCK_K"]) if kept else 1
+    wanted = None if is_max or not tokens else query.new_empty((of_heads, of_label), dtype=torch.float32)
+    _score[((triton.cdiv(blocks, block_n) if kept else 0) + entering, of_heads)](
+        query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, wanted,
+        *of_query, *cached, slots, blocks, host, **common, KEY=key_size, BLOCK=block, STATISTIC=STATISTICS[statistic],
+        HAS_BLOCKS=kept > 0, HAS_LABELS=tokens > 0, HOST=0 if host is None else host.shape[-1], ENTERING=entering,
+        BLOCK_N=block_n, MAIN=main, REST=rest, **shape, **launch_options(device, num_warps),
     )  # fmt: skip
     of_scores = slots_of = None
-    of_labels = (channels, labels, ranges, key_positions, query_positions)
+    of_labels = (wanted, channels, labels, ranges, key_positions, query_positions)
+    at_once = max(64, _LABELLED // shape["HALF"])  # tokens
     if kept and tokens:
         kind, candidates, limit = TOKENS, kept * block, tokens
         of_scores = torch.empty((of_heads, candidates), dtype=torch.float32, device=device)
-        splits = max(1, min(triton.cdiv(candidates, shape["TILE"]), 2 * multiprocessors(device) // of_heads, kept))
+        programs = 1 if is_max or 8 * of_heads <= processors else how.choosing
+        splits = min(kept, max(1, programs * processors // of_heads))
+        share = triton.next_power_of_2(triton.cdiv(kept, splits))
+        rows, columns = grid_of(blocks)
         _choose[(splits, of_heads)](
             query, filled, seen, scores, chosen_blocks, of_scores, *of_labels, *of_query, key_positions.stride(0),
-            query_positions.stride(0), slots, blocks, GROUPS=groups, REPEAT=repeat, CHANNELS=of_label, BLOCK=block,
-            KEPT=kept, SINK=sink, RECENT=recent, PIPELINED=is_pipelined, MAX=is_max, PDL=pdl, SPLITS=splits,
-            BLOCK_R=block_r, ALL=triton.next_power_of_2(max(blocks, 16)),
-            SHARE=triton.next_power_of_2(triton.cdiv(kept, splits)), HALF=shape["HALF"], TILE=shape["TILE"],
-            **launch_options(device, 8),
+            query_positions.stride(0), slots, blocks, **common, BLOCK=block, KEPT=kept, SINK=sink, RECENT=recent,
+            PIPELINED=is_pipelined, SPLITS=splits, ROWS=rows, COLUMNS=columns, SHARE=share, HALF=shape["HALF"],
+            TILE=min(share * block, at_once),
+            **beside(programs, device, 8 if rows * columns <= 512 else 16 if programs == 1 else how.choosing_warps),
         )  # fmt: skip
     elif kept:
         kind, candidates, limit = BLOCKS, blocks, kept
     else:
         kind, limit = LISTED, tokens
-        of_scores, slots_of = _narrow_all(query, filled, of_labels, tokens, slots, repeat, is_max, block_r, shape)
+        of_scores, slots_of = _narrow_all(query, filled, of_labels, tokens, slots, common, shape["HALF"], at_once)
         candidates = of_scores.shape[1]
     return attend_chosen(
         query, keys, values, block_table, host, key_positions, query_positions, filled, chosen_blocks, chosen_tokens,
         of_scores, slots_of, seen, scores, scale, softcap, block, sink, recent, is_pipelined, kind, candidates, limit,
+        how,
     )  # fmt: skip
 
 
 def _narrow_all(
-    query: Tensor, filled: Tensor, of_labels: tuple[Tensor, ...], tokens: int, slots: int, repeat: int, is_max: bool,
-    block_r: int, shape: dict[str, int],
+    query: Tensor, filled: Tensor, of_labels: tuple[Any, ...], tokens: int, slots: int, common: dict[str, Any],
+    half: int, at_once: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores and slots [B G, L] of at most 16384 tokens, among them the best `tokens` of all."""
-    channels, _, _, key_positions, query_positions = of_labels
-    groups, of_label = channels.shape
-    of_heads, device = query.shape[0] * groups, query.device
+    _, channels, _, _, key_positions, query_positions = of_labels
+    of_heads, device = query.shape[0] * channels.shape[0], query.device
+    rows, columns = grid_of(_NARROWED)
     count, before, places = slots, None, None
     while True:
         chunks, keep = triton.cdiv(count, _NARROWED), min(tokens, _NARROWED)
@@ -118,9 +150,8 @@ def _narrow_all(
         )
         _narrow[(chunks, of_heads)](
             query, filled, scratch, places, new_scores, new_places, *of_labels, query.stride(0), query.stride(1),
-            key_positions.stride(0), query_positions.stride(0), slots, count, GROUPS=groups, REPEAT=repeat,
-            CHANNELS=of_label, KEEP=keep, FIRST=is_first, MAX=is_max, PDL=overlaps(device), BLOCK_R=block_r,
-            ALL=_NARROWED, HALF=shape["HALF"], TILE=shape["TILE"], **launch_options(device, 8),
+            key_positions.stride(0), query_positions.stride(0), slots, count, **common, KEEP=keep, FIRST=is_first,
+            ROWS=rows, COLUMNS=columns, HALF=half, TILE=min(at_once, _NARROWED), **launch_options(device, 16),
         )  # fmt: skip
         before, places, narrowed = new_scores, new_places, chunks * keep
         if narrowed <= _MOST or narrowed >= count:
@@ -128,84 +159,97 @@ def _narrow_all(
         count = narrowed
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["slots", "blocks"])
+@triton.jit
 def _score(
-    query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, query_b,
-    query_h, keys_b, keys_h, keys_s, positions_b, slots, blocks, host, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
-    KEY: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, STATISTIC: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    HAS_LABELS: tl.constexpr, MAX: tl.constexpr, WIDTH: tl.constexpr, HOST: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, wanted,
+    query_b, query_h, keys_b, keys_h, keys_s, positions_b, slots, blocks, host, GROUPS: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
+    KEY: tl.constexpr, BLOCK: tl.constexpr, STATISTIC: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HOST: tl.constexpr, ENTERING: tl.constexpr, BLOCK_N: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 of a head enters the new key, the others score blocks."""
+    """The first programs of a head enter the new key, the others score blocks."""
     part, head = tl.program_id(0), tl.program_id(1)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
     end = tl.load(filled)
-    last = (end - 1) // BLOCK
-    first = (part - 1) * BLOCK_N
-    n, r, c = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, CHUNK)
-    inside = (n >= 0) & (n < tl.minimum(blocks, last + 1))
-    rows = statistics + (head.to(tl.int64) * blocks + n) * WIDTH
-    if WIDTH <= CHUNK:
-        whole = tl.load(rows[:, None] + c[None, :], mask=inside[:, None] & (c < WIDTH)[None, :], other=0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if part == 0:
-        index_block(
-            last, b, group, head, end, keys, block_table, key_positions, channels, statistics, seen, labels, ranges,
+    if part < ENTERING:
+        index_token(
+            part, b, group, head, end, keys, block_table, key_positions, channels, statistics, seen, labels, ranges,
             keys_b, keys_h, keys_s, positions_b, slots, blocks, host, KEY, CHANNELS, BLOCK, STATISTIC, HAS_BLOCKS,
-            HAS_LABELS, HOST, BLOCK_K, HALF,
+            HAS_LABELS, HOST, PDL, HALF, BLOCK_K,
         )  # fmt: skip
-    elif first <= last:
-        of_rows = r < REPEAT
-        heads_of = query + b * query_b + (group * REPEAT + r) * query_h
+        if wanted is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+            if part == 0:
+                _write_wanted(
+                    wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF
+                )
+    elif HAS_BLOCKS:
+        last = (end - 1) // BLOCK
+        n, r, c = (part - ENTERING) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, MAIN)
+        inside = n < tl.minimum(blocks, last + 1)
         # The last block's numbers are being written: it is always kept, and its score is no part of the choice.
-        there = tl.load(seen + head * blocks + n, mask=inside, other=0) > 0
-        found = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        if WIDTH <= CHUNK:
-            q = _block_query(heads_of, of_rows, c, KEY, WIDTH, STATISTIC)
-            found = tl.dot(whole, tl.trans(q.to(whole.dtype)), input_precision="ieee")
-        else:
-            for column in range(0, WIDTH, CHUNK):
-                of_chunk = column + c
-                wanted = inside[:, None] & (of_chunk < WIDTH)[None, :]
-                s = tl.load(rows[:, None] + of_chunk[None, :], mask=wanted, other=0)
-                q = _block_query(heads_of, of_rows, of_chunk, KEY, WIDTH, STATISTIC)
-                found = tl.dot(s, tl.trans(q.to(s.dtype)), found, input_precision="ieee")
-        score = _aggregated(found, of_rows, MAX)
+        there = tl.load(seen + head * blocks + n, mask=inside & (n < last), other=0) > 0
+        width: tl.constexpr = KEY if STATISTIC == 1 else 2 * KEY
+        rows = statistics + (head.to(tl.int64) * blocks + n) * width
+        of_rest = MAIN + tl.arange(0, REST if REST > 0 else 1)
+        in_rest = inside[:, None] & (of_rest < KEY)[None, :]
+        first = tl.load(rows[:, None] + c[None, :], mask=inside[:, None], other=0)
+        second, rest, second_rest = first, first, first
+        if STATISTIC != 1:
+            second = tl.load(rows[:, None] + (KEY + c)[None, :], mask=inside[:, None], other=0)
+        if REST > 0:
+            rest = tl.load(rows[:, None] + of_rest[None, :], mask=in_rest, other=0)
+            if STATISTIC != 1:
+                second_rest = tl.load(rows[:, None] + (KEY + of_rest)[None, :], mask=in_rest, other=0)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        heads_of = query + b * query_b + (group * REPEAT + r) * query_h
+        score = _products(first, second, heads_of, r < REPEAT, c, KEY, STATISTIC, MAX)
+        if REST > 0:
+            score += _products(rest, second_rest, heads_of, r < REPEAT, of_rest, KEY, STATISTIC, MAX)
+        if MAX:
+            score = tl.max(tl.where((r < REPEAT)[None, :], score, float("-inf")), 1)
         score = tl.where(n == last, float("inf"), tl.where(there, score, float("-inf")))
         tl.store(scores + (head * 2 + end % 2) * blocks + n, score, mask=inside)
 
 
 @triton.jit
-def _block_query(heads_of, of_rows, c, KEY: tl.constexpr, WIDTH: tl.constexpr, STATISTIC: tl.constexpr):
-    """What the statistics of a block are multiplied with, [R, columns]."""
-    q = tl.load(heads_of[:, None] + (c % KEY)[None, :], mask=of_rows[:, None] & (c < WIDTH)[None, :], other=0)
-    if STATISTIC == 0:
-        q = tl.where((c < KEY)[None, :], tl.minimum(q, 0), tl.maximum(q, 0))
-    elif STATISTIC == 2:
-        q = tl.where((c < KEY)[None, :], q, tl.abs(q))
-    return q
-
-
-@triton.jit
-def _aggregated(found, of_rows, MAX: tl.constexpr):
+def _products(
+    first, second, heads_of, of_rows, c, KEY: tl.constexpr, STATISTIC: tl.constexpr, MAX: tl.constexpr
+):  # fmt: skip
+    """Scores of blocks by the columns `c` of their statistics [N, C]: their sum over the query heads [N], or [N, R]."""
+    q = tl.load(heads_of[:, None] + c[None, :], mask=of_rows[:, None] & (c < KEY)[None, :], other=0)
     if MAX:
-        return tl.max(tl.where(of_rows[None, :], found, float("-inf")), 1)
+        other = tl.maximum(q, 0) if STATISTIC == 0 else tl.abs(q)
+        if STATISTIC == 0:
+            q = tl.minimum(q, 0)
+        found = tl.dot(first, tl.trans(q.to(first.dtype)), input_precision="ieee")
+        if STATISTIC != 1:
+            found = tl.dot(second, tl.trans(other.to(first.dtype)), found, input_precision="ieee")
+        return found
     else:
-        return tl.sum(tl.where(of_rows[None, :], found, 0), 1)
+        q = q.to(tl.float32)
+        if STATISTIC == 1:
+            return tl.sum(first.to(tl.float32) * tl.sum(q, 0)[None, :], 1)
+        else:
+            weight = tl.sum(tl.minimum(q, 0) if STATISTIC == 0 else q, 0)
+            other = tl.sum(tl.maximum(q, 0) if STATISTIC == 0 else tl.abs(q), 0)
+            return tl.sum(first.to(tl.float32) * weight[None, :] + second.to(tl.float32) * other[None, :], 1)
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _label_query(
-    query, channels, b, group, query_b, query_h, REPEAT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr,
+def _of_channels(
+    query, channels, b, group, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """The query's channels of a label, in halves [R, C/2], and their sum [R]."""
+    """The query's channels of a label in halves, [R, C/2]."""
     half: tl.constexpr = CHANNELS // 2
     r, j = tl.arange(0, BLOCK_R), tl.arange(0, HALF)
     inside = (r < REPEAT)[:, None] & (j < half)[None, :]
@@ -214,34 +258,72 @@ def _label_query(
     other_half = tl.load(channels + group * CHANNELS + half + j, mask=j < half, other=0)
     q0 = tl.load(heads_of[:, None] + first_half[None, :], mask=inside, other=0)
     q1 = tl.load(heads_of[:, None] + other_half[None, :], mask=inside, other=0)
-    return q0, q1, tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    return q0, q1
+
+
+@triton.jit
+def _write_wanted(
+    wanted, query, channels, b, group, head, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHANNELS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """What labels are multiplied with, float32 [C]: the query's channels, summed over the heads that share keys."""
+    half: tl.constexpr = CHANNELS // 2
+    j = tl.arange(0, HALF)
+    q0, q1 = _of_channels(query, channels, b, group, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
+    tl.store(wanted + head * CHANNELS + j, tl.sum(q0.to(tl.float32), 0), mask=j < half)
+    tl.store(wanted + head * CHANNELS + half + j, tl.sum(q1.to(tl.float32), 0), mask=j < half)
+
+
+@triton.jit
+def _label_query(
+    wanted, query, channels, b, group, head, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHANNELS: tl.constexpr, MAX: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """What labels are multiplied with, in halves, and its sum: [C/2] and [], or of each head [R, C/2] and [R]."""
+    if MAX:
+        q0, q1 = _of_channels(query, channels, b, group, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
+        return q0, q1, tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
+    else:
+        half: tl.constexpr = CHANNELS // 2
+        j = tl.arange(0, HALF)
+        q0 = tl.load(wanted + head * CHANNELS + j, mask=j < half, other=0)
+        q1 = tl.load(wanted + head * CHANNELS + half + j, mask=j < half, other=0)
+        return q0, q1, tl.sum(q0 + q1, 0)
 
 
 @triton.jit
 def _label_scores(
-    q0, q1, q_sum, slot, visible, head, labels, ranges, slots, REPEAT: tl.constexpr, CHANNELS: tl.constexpr,
-    MAX: tl.constexpr, BLOCK_R: tl.constexpr, HALF: tl.constexpr,
+    q0, q1, q_sum, slot, live, head, labels, ranges, slots, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHANNELS: tl.constexpr, MAX: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    """Of the labels in `slot` [N], where `live`."""
     half: tl.constexpr = CHANNELS // 2
     j = tl.arange(0, HALF)
     at = head.to(tl.int64) * slots + slot
-    code = tl.load(labels + at[:, None] * half + j[None, :], mask=visible[:, None] & (j < half)[None, :], other=0)
-    step = tl.load(ranges + at * 2, mask=visible, other=0).to(tl.float32)
-    low = tl.load(ranges + at * 2 + 1, mask=visible, other=0).to(tl.float32)
-    found = tl.dot((code & 15).to(q0.dtype), tl.trans(q0), input_precision="ieee")
-    found = tl.dot((code >> 4).to(q0.dtype), tl.trans(q1), found, input_precision="ieee")
-    found = found * step[:, None] + low[:, None] * q_sum[None, :]
-    score = _aggregated(found, tl.arange(0, BLOCK_R) < REPEAT, MAX)
-    return tl.where(visible, score, float("-inf"))
+    code = tl.load(labels + at[:, None] * half + j[None, :], mask=live[:, None] & (j < half)[None, :], other=0)
+    step = tl.load(ranges + at * 2, mask=live, other=0).to(tl.float32)
+    low = tl.load(ranges + at * 2 + 1, mask=live, other=0).to(tl.float32)
+    if MAX:
+        found = tl.dot((code & 15).to(q0.dtype), tl.trans(q0), input_precision="ieee")
+        found = tl.dot((code >> 4).to(q0.dtype), tl.trans(q1), found, input_precision="ieee")
+        found = found * step[:, None] + low[:, None] * q_sum[None, :]
+        return tl.max(tl.where((tl.arange(0, BLOCK_R) < REPEAT)[None, :], found, float("-inf")), 1)
+    else:
+        # A code in the first bits of 1.0's mantissa is 1 + code / 16, which is cheaper than a conversion.
+        first = (((code & 15).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
+        other = (((code >> 4).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
+        found = tl.sum(first * q0[None, :] + other * q1[None, :], 1) - q_sum
+        return found * (16 * step) + low * q_sum
 
 
-@triton.jit(do_not_specialize=["slots", "blocks"])
+@triton.jit
 def _choose(
-    query, filled, seen, scores, chosen_blocks, of_scores, channels, labels, ranges, key_positions, query_positions,
-    query_b, query_h, positions_b, query_positions_b, slots, blocks, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, KEPT: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
-    PIPELINED: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
-    ALL: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+    query, filled, seen, scores, chosen_blocks, of_scores, wanted, channels, labels, ranges, key_positions,
+    query_positions, query_b, query_h, positions_b, query_positions_b, slots, blocks, GROUPS: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIPELINED: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The chosen blocks, shared out to the programs of a head, and the scores of their tokens."""
     split, head = tl.program_id(0), tl.program_id(1)
@@ -249,72 +331,102 @@ def _choose(
     share: tl.constexpr = (KEPT + SPLITS - 1) // SPLITS
     begin = split * share
     stop = tl.minimum(begin + share, KEPT)
-    q0, q1, q_sum = _label_query(query, channels, b, group, query_b, query_h, REPEAT, CHANNELS, BLOCK_R, HALF)
     end = tl.load(filled)
     now = tl.load(query_positions + b * query_positions_b)
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    there, forced = forced_blocks(place, end, head, seen, blocks, BLOCK, SINK, RECENT)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    key = block_keys(end, head, seen, scores, blocks, BLOCK, SINK, RECENT, PIPELINED, ALL)
-    chosen, rank, count = choose(key, KEPT)
+    q0, q1, q_sum = _label_query(
+        wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
+    )  # fmt: skip
+    key = block_keys(place, there, forced, end, head, seen, scores, blocks, BLOCK, PIPELINED)
+    low, bound, count = cut(key, place, KEPT, ROWS * COLUMNS)
+    chosen = (key > low) | ((key == low) & (place < bound))
+    rank = ranks(chosen)
     numbers = chosen_blocks + head * KEPT
-    tl.store(numbers + rank, tl.arange(0, ALL), mask=chosen & (rank >= begin) & (rank < stop))
+    write_ranked(numbers, rank, place, chosen & (rank >= begin) & (rank < stop))
     rest = begin + tl.arange(0, SHARE)
     tl.store(numbers + rest, tl.full([SHARE], -1, tl.int32), mask=(rest < stop) & (rest >= count))
     tl.debug_barrier()
     of_scores += head.to(tl.int64) * KEPT * BLOCK
-    for first in range(begin * BLOCK, stop * BLOCK, TILE):
-        i = first + tl.arange(0, TILE)
-        inside = i < stop * BLOCK
-        n = tl.load(numbers + i // BLOCK, mask=inside, other=-1, cache_modifier=".cg")
-        slot = n * BLOCK + i % BLOCK
-        live = (n >= 0) & (slot < tl.minimum(end, slots))
-        position = tl.load(key_positions + b * positions_b + slot, mask=live, other=-1)
-        visible = (position >= 0) & (position <= now)
-        score = _label_scores(
-            q0, q1, q_sum, slot, visible, head, labels, ranges, slots, REPEAT, CHANNELS, MAX, BLOCK_R, HALF
-        )
-        tl.store(of_scores + i, score, mask=inside)
+    if TILE >= SHARE * BLOCK:
+        _score_tokens(
+            begin * BLOCK, stop * BLOCK, numbers, of_scores, q0, q1, q_sum, now, b, head, end, labels, ranges,
+            key_positions, positions_b, slots, REPEAT, BLOCK_R, CHANNELS, MAX, BLOCK, HALF, TILE,
+        )  # fmt: skip
+    else:
+        for first in range(begin * BLOCK, stop * BLOCK, TILE):
+            _score_tokens(
+                first, stop * BLOCK, numbers, of_scores, q0, q1, q_sum, now, b, head, end, labels, ranges,
+                key_positions, positions_b, slots, REPEAT, BLOCK_R, CHANNELS, MAX, BLOCK, HALF, TILE,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["slots", "count"])
-def _narrow(
-    query, filled, old_scores, old_places, new_scores, new_places, channels, labels, ranges, key_positions,
-    query_positions, query_b, query_h, positions_b, query_positions_b, slots, count, GROUPS: tl.constexpr,
-    REPEAT: tl.constexpr, CHANNELS: tl.constexpr, KEEP: tl.constexpr, FIRST: tl.constexpr, MAX: tl.constexpr,
-    PDL: tl.constexpr, BLOCK_R: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
+@triton.jit
+def _score_tokens(
+    first, stop, numbers, of_scores, q0, q1, q_sum, now, b, head, end, labels, ranges, key_positions, positions_b,
+    slots, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The best KEEP of ALL tokens; the first time their scores are computed, later read."""
+    """Those of places `first` to `stop` among the tokens of the blocks `numbers`."""
+    i = first + tl.arange(0, TILE)
+    n = tl.load(numbers + i // BLOCK, mask=i < stop, other=-1, cache_modifier=".cg")
+    slot = n * BLOCK + i % BLOCK
+    live = (n >= 0) & (slot < tl.minimum(end, slots))
+    position = tl.load(key_positions + b * positions_b + slot, mask=live, other=-1)
+    score = _label_scores(q0, q1, q_sum, slot, live, head, labels, ranges, slots, REPEAT, BLOCK_R, CHANNELS, MAX, HALF)
+    score = tl.where((position >= 0) & (position <= now), score, float("-inf"))
+    tl.store(of_scores + i, score, mask=i < stop)
+
+
+@triton.jit
+def _narrow(
+    query, filled, old_scores, old_places, new_scores, new_places, wanted, channels, labels, ranges, key_positions,
+    query_positions, query_b, query_h, positions_b, query_positions_b, slots, count, GROUPS: tl.constexpr,
+    REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
+    KEEP: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The best KEEP of some thousand tokens; the first time their scores are computed, later read."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
-    place = tl.arange(0, ALL)
+    many: tl.constexpr = ROWS * COLUMNS
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     if FIRST:
-        q0, q1, q_sum = _label_query(query, channels, b, group, query_b, query_h, REPEAT, CHANNELS, BLOCK_R, HALF)
+        q0, q1, q_sum = _label_query(
+            wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
+        )  # fmt: skip
         end = tl.minimum(tl.load(filled), slots)
         now = tl.load(query_positions + b * query_positions_b)
-        old_scores += (head.to(tl.int64) * tl.num_programs(0) + chunk) * ALL
-        for first in range(0, tl.maximum(tl.minimum(end - chunk * ALL, ALL), 0), TILE):
+        old_scores += (head.to(tl.int64) * tl.num_programs(0) + chunk) * many
+        for first in range(0, tl.maximum(tl.minimum(end - chunk * many, many), 0), TILE):
             i = first + tl.arange(0, TILE)
-            slot = chunk * ALL + i
+            slot = chunk * many + i
             position = tl.load(key_positions + b * positions_b + slot, mask=slot < end, other=-1)
-            visible = (position >= 0) & (position <= now)
             score = _label_scores(
-                q0, q1, q_sum, slot, visible, head, labels, ranges, slots, REPEAT, CHANNELS, MAX, BLOCK_R, HALF
-            )
-            tl.store(old_scores + i, score, mask=i < ALL)
+                q0, q1, q_sum, slot, slot < end, head, labels, ranges, slots, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
+            )  # fmt: skip
+            score = tl.where((position >= 0) & (position <= now), score, float("-inf"))
+            tl.store(old_scores + i, score, mask=i < many)
         tl.debug_barrier()
-        score = tl.load(old_scores + place, mask=chunk * ALL + place < end, other=float("-inf"), cache_modifier=".cg")
-        where = chunk * ALL + place
+        score = tl.load(old_scores + place, mask=chunk * many + place < end, other=float("-inf"), cache_modifier=".cg")
+        where = chunk * many + place
     else:
-        at = head.to(tl.int64) * count + chunk * ALL + place
-        inside = chunk * ALL + place < count
+        at = head.to(tl.int64) * count + chunk * many + place
+        inside = chunk * many + place < count
         score = tl.load(old_scores + at, mask=inside, other=float("-inf"))
         where = tl.load(old_places + at, mask=inside, other=0)
-    chosen, rank, kept = choose(tl.where(score > float("-inf"), in_order(score), NEVER), KEEP)
+    key = tl.where(score > float("-inf"), in_order(score), NEVER)
+    low, bound, kept = cut(key, place, KEEP, many)
+    chosen = (key > low) | ((key == low) & (place < bound))
+    rank = ranks(chosen)
     out = (head.to(tl.int64) * tl.num_programs(0) + chunk) * KEEP
     tl.store(new_scores + out + rank, score, mask=chosen)
     tl.store(new_places + out + rank, where, mask=chosen)
-    tl.store(new_scores + out + place, tl.full([ALL], float("-inf"), tl.float32), mask=(place >= kept) & (place < KEEP))
+    none = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+    tl.store(new_scores + out + place, none, mask=(place >= kept) & (place < KEEP))

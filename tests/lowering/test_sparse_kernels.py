@@ -14,15 +14,14 @@ import sparse_kernel_cases
 import torch
 
 from effpass.lowering.ops import rope_cache_write, rope_page_write  # noqa: F401  (registers the operators)
-from effpass.lowering.ops.two_level_attention import TOLERANCE
 
 CASES = [name for name, _, _ in sparse_kernel_cases.cases(device=torch.device("cpu"), dtype=torch.float32)]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have at compute capability 9.0
 
 
-def run(mode: str, **environment: str) -> dict:
-    command = [sys.executable, "-W", "ignore", sparse_kernel_cases.__file__, mode]
+def run(*arguments: str, program: str = sparse_kernel_cases.__file__, **environment: str) -> dict:
+    command = [sys.executable, "-W", "ignore", program, *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -36,7 +35,16 @@ def interpreted() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_against_brute_force(interpreted, name):
-    assert all(value <= TOLERANCE[torch.float32] for value in interpreted[name].values()), interpreted[name]
+    tolerance = sparse_kernel_cases.tolerance(name, torch.float32)
+    assert all(value <= tolerance for value in interpreted[name].values()), interpreted[name]
+
+
+@needs_triton
+def test_the_largest_of_any_scores_are_those_of_a_sort():
+    program = Path(sparse_kernel_cases.__file__).with_name("largest_cases.py")
+    found = run(program=str(program), TRITON_INTERPRET="1")
+    assert len(found) == 23
+    assert {name: wrong for name, wrong in found.items() if any(wrong.values())} == {}
 
 
 @needs_triton
@@ -44,6 +52,9 @@ def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path):
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     launches = [name.rpartition(".")[2] for name in shared if name.startswith("GQA: ")]
     assert launches == ["_index", "_score", "_choose", "_attend"]  # a prompt's, and three a step
+    assert [name for name in shared if name.startswith("dense latents, torch.bfloat16")] == [
+        f"dense latents, torch.bfloat16: latent_attention.{kernel}" for kernel in ("_latent", "_combine")
+    ]
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -62,8 +73,16 @@ def test_kernels_against_brute_force(poisoned, name, dtype):
     of = {"device": torch.device("cuda"), "dtype": dtype}
     (case,) = [case for known, case, _ in sparse_kernel_cases.cases(**of) if known == name]
     found = case(torch.ops.effpass)
-    assert all(value <= TOLERANCE[dtype] for value in found.values()), found
+    assert all(value <= sparse_kernel_cases.tolerance(name, dtype) for value in found.values()), found
     assert case(torch.ops.effpass) == found  # the same bits
+
+
+@pytest.mark.gpu
+def test_the_largest_of_any_scores_on_a_gpu():
+    import largest_cases
+
+    found = {name: largest_cases.differences(name, "cuda") for name in largest_cases.CASES}
+    assert {name: wrong for name, wrong in found.items() if any(wrong.values())} == {}
 
 
 def _long_case(levels: str, batch: int, is_pipelined: bool = False):
