@@ -71,7 +71,7 @@ class PassManager:
                 self._refuse_entrance(planned.pass_, "model")
         passes = [planned.pass_ for planned in self.planned]
         for index, pass_ in enumerate(passes):
-            pass_.check_beside(passes[:index])
+            pass_.check_beside(passes[:index], passes[index + 1 :])
         for pass_ in passes:
             pass_.check_model(model)
         for planned in self.planned:

@@ -72,10 +72,11 @@ class Pass:
 
     # -- first hand -------------------------------------------------------------------------------------------------
 
-    def check_beside(self, before: Sequence[Pass]) -> None:
-        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act behind those in `before`.
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act between these.
 
-        Called with the passes that stand in front of it in the recipe, before any pass checks the model.
+        Called with the passes that stand in front of it in the recipe and those behind it, before any pass checks the
+        model.
         """
 
     def check_model(self, model: torch.nn.Module) -> None:

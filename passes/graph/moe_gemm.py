@@ -70,8 +70,8 @@ class MoeGemm(GraphPass):
     def has_first_hand(self) -> bool:
         return self.over_ranks
 
-    def check_beside(self, before: Sequence[Pass]) -> None:
-        loops = [pass_.name for pass_ in before if pass_.kind == "runtime"]
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        loops = [pass_.name for pass_ in (*before, *behind) if pass_.kind == "runtime"]
         if self.over_ranks and self.options.expert_parallel == "dp" and loops:
             raise PassRefusedError(
                 f"moe_gemm: with expert_parallel: dp ranks generate sequences of their own, and {loops[0]} acts in"
@@ -81,7 +81,7 @@ class MoeGemm(GraphPass):
 
     def check_model(self, model: torch.nn.Module) -> None:
         if self.over_ranks:
-            check_ranks(model)
+            check_ranks(model, self.options.expert_parallel == "tp")
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Give each process its share of the experts; hits are layers."""

@@ -2,7 +2,8 @@
 
 Each rank keeps its share of every layer's experts and lets go of the others; the layer becomes a call of
 `effpass::expert_parallel`. It happens on the model, before anything is traced: there alone memory is saved, and
-transformers' experts still stand as a module, whatever implementation computes them.
+transformers' experts still stand as a module, whatever implementation computes them. Where transformers has spread them
+already while it loaded the model, each rank keeps what it has, and only the way to them is another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import effpass.lowering.ops.expert_parallel  # noqa: F401  (registers the operator)
@@ -35,10 +37,9 @@ class SpreadExperts(nn.Module):
     """This rank's share of a layer's experts, called like all of them.
 
     Args:
-        experts: the module of all E experts; not changed.
+        experts: the module of all E experts, or of this rank's, where transformers has spread them; not changed.
         gate: of them.
         replicated: whether all ranks have the same tokens.
-        group: the process group.
     """
 
     gate_up_proj: nn.Parameter
@@ -46,17 +47,13 @@ class SpreadExperts(nn.Module):
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
 
-    def __init__(self, experts: Any, gate: Gate, replicated: bool, group: Any) -> None:
+    def __init__(self, experts: Any, gate: Gate, replicated: bool) -> None:
         super().__init__()
-        world, me = dist.get_world_size(group), dist.get_rank(group)
+        group: Any = experts.gate_up_proj.device_mesh.get_group() if _spread_already(experts) else dist.group.WORLD
         for name in _NAMES:
             weight = getattr(experts, name, None)
-            if weight is not None:
-                local = weight.shape[0] // world
-                own = weight.detach()[me * local : (me + 1) * local].clone()
-                self.register_parameter(name, nn.Parameter(own, requires_grad=weight.requires_grad))
-            else:
-                self.register_parameter(name, None)
+            own = None if weight is None else nn.Parameter(_share(weight, group), requires_grad=weight.requires_grad)
+            self.register_parameter(name, own)
         self.num_experts, self.transposed = experts.gate_up_proj.shape[0], _transposed(experts)
         self.gate = (gate.activation, float(gate.alpha), float(gate.limit), float(gate.offset), gate.interleaved)
         self.replicated, self.group = replicated, group.group_name
@@ -91,8 +88,8 @@ class SpreadExperts(nn.Module):
 _NAMES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
-def check_ranks(model: nn.Module) -> None:
-    """Raise an :class:`EffpassError` where the experts of `model` can't be shared out evenly, or no group is up."""
+def check_ranks(model: nn.Module, replicated: bool) -> None:
+    """Raise an :class:`EffpassError` where the experts of `model` can't be shared out, or no group is up."""
     count = ranks()
     if not (dist.is_available() and dist.is_initialized()):
         raise PassRefusedError(
@@ -107,7 +104,13 @@ def check_ranks(model: nn.Module) -> None:
         )
     for name, experts in found.items():
         total = experts.gate_up_proj.shape[0]
-        if total % count:
+        if _spread_already(experts):
+            if not replicated:
+                raise PassRefusedError(
+                    f"moe_gemm: transformers has spread {name} over ranks that all have the same tokens",
+                    hint="expert_parallel: tp; or load the model without a distributed_config",
+                )
+        elif total % count:
             raise PassRefusedError(
                 f"moe_gemm: {name} has {total} experts, and {count} ranks can't share them evenly",
                 hint=f"start as many processes as divide {total}",
@@ -121,10 +124,10 @@ def spread(model: nn.Module, replicated: bool) -> tuple[int, list[Refusal]]:
         try:
             gate = _gate(name, experts)
         except _Whole as reason:
-            refusals.append(Refusal(name, str(reason), "all its experts stay on every rank"))
+            refusals.append(Refusal(name, str(reason), "it stays as it is on every rank"))
             continue
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SpreadExperts(experts, gate, replicated, dist.group.WORLD))
+        setattr(model.get_submodule(parent), child, SpreadExperts(experts, gate, replicated))
         hits += 1
     return hits, refusals
 
@@ -142,6 +145,29 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _spread_already(experts: Any) -> bool:
+    """Whether transformers has given each rank its part, and calls the layer with ids of all experts."""
+    # Set on the module while a model is loaded with a DistributedConfig. Older versions change the router instead.
+    calls = getattr(vars(experts).get("forward"), "__qualname__", "")
+    return calls.startswith("EpDispatchExpertsParallel.") and _part(experts.gate_up_proj) is not None
+
+
+def _part(weight: Any) -> Tensor | None:
+    """What this rank has of a weight whose first dimension alone is cut; None of any other."""
+    if not isinstance(weight.data, DTensor) or weight.data.placements != (Shard(0),):
+        return None
+    return weight.detach().to_local()
+
+
+def _share(weight: Any, group: Any) -> Tensor:
+    """The experts of `weight` [E, …] that are this rank's."""
+    part = _part(weight)
+    if part is not None:
+        return part
+    local = weight.shape[0] // group.size()
+    return weight.detach()[group.rank() * local : (group.rank() + 1) * local].clone()
+
+
 def _transposed(experts: Any) -> bool:
     """Whether weights are stored [E, D, 2 F] and [E, F, D]."""
     return bool(getattr(experts, "is_transposed", False))
@@ -153,12 +179,14 @@ def _gate(name: str, experts: Any) -> Gate:
     Raises:
         _Whole: the operator can't compute these experts.
     """
-    if getattr(experts, "_is_expert_parallel", False):
-        raise _Whole("transformers has spread its experts already")
+    if getattr(experts, "_is_expert_parallel", False) and not _spread_already(experts):
+        raise _Whole("transformers has spread its experts in a way of its own")
     if getattr(experts, "has_post_expert_norm", False):
         raise _Whole("there is a norm behind each expert")
     for weight in (getattr(experts, n, None) for n in _NAMES):
-        if weight is not None and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
+        if weight is not None and _spread_already(experts):
+            weight = _part(weight)
+        elif weight is not None and (type(weight) is not nn.Parameter or type(weight.data) is not Tensor):
             raise _Whole(f"a weight is a {type(weight.data).__name__}")
         if weight is not None and (weight.is_meta or not weight.is_floating_point()):
             raise _Whole("its weights are not in memory" if weight.is_meta else f"a weight is {weight.dtype}")

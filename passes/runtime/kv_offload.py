@@ -69,7 +69,7 @@ class KVOffload(RuntimePass):
     Options = KVOffloadOptions
     options: KVOffloadOptions
 
-    def check_beside(self, before: Sequence[Pass]) -> None:
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
         sparse = next((pass_ for pass_ in before if isinstance(pass_, SparseAttention)), None)
         if sparse is None:
             raise PassRefusedError(

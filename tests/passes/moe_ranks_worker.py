@@ -5,6 +5,7 @@ moe_ranks_worker.py FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_POR
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -62,18 +63,68 @@ def logits(rank: int) -> dict[str, Any]:
     return found
 
 
+def cached(run: Any, length: int) -> torch.Tensor:
+    """Logits of a prefill and of three greedy steps on its cache: [B, 4, vocabulary]."""
+    ids, past, found = batch(length, padding=0)["input_ids"], None, []
+    for _ in range(4):
+        out = run(input_ids=ids, past_key_values=past, use_cache=True)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        found.append(out.logits[:, -1])
+    return torch.stack(found, 1)
+
+
 def compiled(rank: int) -> dict[str, Any]:
-    """One graph for several lengths."""
+    """One graph for several lengths; and prefill and decoding on a cache."""
     from torch._dynamo.utils import counters
 
-    model, lengths = enliven(make("qwen3_moe")), (9, 14 + rank, 21)
-    counters.clear()
-    with torch.no_grad():
-        expected = [model(**batch(n), use_cache=False).logits for n in lengths]
-        prepared = effpass.optimize(model, recipe("dp"), inner="aot_eager", dynamic=True, fullgraph=True)
-        got = [prepared(**batch(n), use_cache=False).logits for n in lengths]
-    errors = [float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)]
-    return {"error": max(errors), "graphs": counters["stats"]["unique_graphs"]}
+    found: dict[str, Any] = {}
+    for attention, lengths in (("dp", (9, 14 + rank, 21)), ("tp", ())):
+        model, own = enliven(make("qwen3_moe", num_hidden_layers=1)), rank if attention == "dp" else 0
+        torch._dynamo.reset()
+        counters.clear()
+        with torch.no_grad():
+            expected = [model(**batch(n), use_cache=False).logits for n in lengths]
+            decoded = cached(model, 11 + own)
+            prepared = effpass.optimize(model, recipe(attention), inner="aot_eager", dynamic=True, fullgraph=True)
+            errors = [
+                float((prepared(**batch(n), use_cache=False).logits - logits).abs().max())
+                for n, logits in zip(lengths, expected, strict=True)
+            ]
+            graphs = counters["stats"]["unique_graphs"]
+            errors.append(float((cached(prepared, 11 + own) - decoded).abs().max()))
+        found[attention] = {"errors": errors, "graphs": graphs}
+    return found
+
+
+def loaded(rank: int) -> dict[str, Any] | None:
+    """Models of which transformers loaded this rank's part alone; None with a transformers that can't."""
+    if importlib.util.find_spec("transformers.distributed.expert_parallel") is None:
+        return None
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found: dict[str, Any] = {}
+    for family in ("mixtral", "deepseek_v2"):
+        whole, folder = enliven(make(family)), Path(sys.argv[1], family)
+        if rank == 0:
+            whole.save_pretrained(folder)
+        dist.barrier()
+        both = DistributedConfig(tp_size=2, ep_size=2)
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=both)
+        refusal = message(lambda model=model: effpass.prepare(model, recipe("dp")))
+        prepared, inputs = effpass.prepare(model, recipe("tp")), batch(9)
+        prompt, how = batch(7, padding=0)["input_ids"], {"max_new_tokens": 6, "do_sample": False}
+        with torch.no_grad():
+            error = float((prepared(**inputs).logits - whole(**inputs).logits).abs().max())
+        found[family] = {
+            "error": error,
+            "hits": prepared.effpass_report.passes[0].hits,
+            "kept": [p.shape[0] for name, p in prepared.named_parameters() if name.endswith("experts.down_proj")],
+            "text": torch.equal(prepared.generate(prompt, **how), whole.generate(prompt, **how)),
+            "engine": prepared.effpass_report.generates,
+            "dp": refusal,
+        }
+    return found
 
 
 def generated(rank: int) -> dict[str, Any]:
@@ -98,14 +149,16 @@ def refused(rank: int) -> dict[str, str]:
     normed = make("qwen3_moe")
     normed.model.layers[0].mlp.experts.has_post_expert_norm = True
     prepared = effpass.prepare(normed, recipe("tp"))
-    both = {"version": 1, "passes": [{"prefix_kv": {"budget": 0.5}}, {"moe_gemm": {"expert_parallel": "dp"}}]}
+    cache, spreading = {"prefix_kv": {"budget": 0.5}}, {"moe_gemm": {"expert_parallel": "dp"}}
+    orders = [{"version": 1, "passes": [cache, spreading]}, {"version": 1, "passes": [spreading, cache]}]
     options = {"passes": [{"moe_gemm": {"expert_parallel": "dp"}}], "inner": "eager"}
     with torch.no_grad():
         return {
             "odd": message(lambda: effpass.prepare(odd, recipe("dp"))),
             "dense": message(lambda: effpass.prepare(make("llama"), recipe("dp"))),
             "saved": message(spread.state_dict),
-            "beside": message(lambda: effpass.prepare(make("mixtral"), both)),
+            "behind": message(lambda: effpass.prepare(make("mixtral"), orders[0])),
+            "before": message(lambda: effpass.prepare(make("mixtral"), orders[1])),
             "backend": message(lambda: torch.compile(make("mixtral"), backend="effpass", options=options)(**batch(9))),
             "whole layer": str(prepared.effpass_report.passes[0].refusals[0]),
             "hits": str(prepared.effpass_report.passes[0].hits),
@@ -116,7 +169,7 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found = {part.__name__: part(rank) for part in (logits, compiled, generated, refused)}
+    found = {part.__name__: part(rank) for part in (logits, compiled, loaded, generated, refused)}
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

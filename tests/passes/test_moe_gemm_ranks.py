@@ -65,10 +65,29 @@ def test_every_family(family, attention, results):
         assert found["share"] == 1 / WORLD
 
 
-def test_one_graph_for_every_length(results):
+def test_compiled(results):
+    """One graph for every length; on a cache, prefill and decoding are those of one process too."""
     for rank in results:
-        assert rank["compiled"]["error"] < 1e-5
-        assert rank["compiled"]["graphs"] == 1
+        own, shared = rank["compiled"]["dp"], rank["compiled"]["tp"]
+        assert len(own["errors"]) == 4
+        assert max(own["errors"]) < 1e-5
+        assert own["graphs"] == 1
+        assert len(shared["errors"]) == 1
+        assert max(shared["errors"]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_models_that_transformers_loaded_in_parts(family, results):
+    for rank in results:
+        if rank["loaded"] is None:
+            pytest.skip("needs transformers with ep_dispatch_experts")
+        found = rank["loaded"][family]
+        assert found["error"] < 1e-5
+        assert found["hits"] == LAYERS[family]
+        assert found["kept"] == [2] * LAYERS[family]  # of 4
+        assert found["text"]
+        assert found["engine"] is None
+        assert re.search("transformers has spread .* over ranks that all have the same tokens", found["dp"])
 
 
 def test_generation(results):
@@ -86,7 +105,8 @@ def test_generation(results):
         ("odd", r"model.layers.0.mlp.experts has 3 experts, and 2 ranks can't share them evenly\n.*divide 3"),
         ("dense", "LlamaForCausalLM has no layer of stacked experts"),
         ("saved", "model.layers.0.mlp.experts holds 2 of 4 experts, and a checkpoint of this process would lack"),
-        ("beside", "prefix_kv acts in effpass's loop, which does not wait for other ranks"),
+        ("behind", "prefix_kv acts in effpass's loop, which does not wait for other ranks"),
+        ("before", "prefix_kv acts in effpass's loop, which does not wait for other ranks"),
         ("backend", r"expert_parallel needs effpass.prepare\(model, recipe\) before torch.compile"),
         ("whole layer", "model.layers.0.mlp.experts: there is a norm behind each expert"),
         ("hits", "1"),
