@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from effpass.cli.console import stderr, stdout
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from effpass.cli.text import ids_of, pieces, read_text
 
 __all__ = ["sparse_attention"]
 
@@ -39,23 +36,20 @@ def sparse_attention(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Choose the channels of each layer's keys that `sparse_attention` keeps in four bits a number."""
-    text = _read(data)
+    text = read_text(data)
     loaded = load(model, device, dtype, trust_remote_code)
-    from effpass.core.errors import ModelError
     from effpass.passes.runtime.mla_absorption import absorb
     from effpass.runtime.sparse_channels import calibrate
 
-    if loaded.tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
+    ids = ids_of(text, loaded, model)
     is_latent = absorb(loaded.model) > 0
-    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     progress = stderr()
 
     def each(length: int) -> None:
         progress.print(f"a sample of {length} tokens", markup=False)
 
     artifact = calibrate(
-        loaded.model, _samples(ids, tokens, samples), channels=channels or (128 if is_latent else 32),
+        loaded.model, pieces(ids, tokens, samples), channels=channels or (128 if is_latent else 32),
         provenance={"model": model, "data": data.name}, each=each,
     )  # fmt: skip
     artifact.save(output)
@@ -65,21 +59,3 @@ def sparse_attention(
         f"{output}: {artifact.options['channels']} channels of {len(shares)} layers, {mean:.0%} of |q k| in the mean",
         markup=False, soft_wrap=True,
     )  # fmt: skip
-
-
-def _read(data: Path) -> str:
-    from effpass.core.errors import EffpassError
-
-    try:
-        text = data.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EffpassError(f"--data {data}: can't be read as UTF-8 text: {error}", hint="give a text file") from error
-    if not text.strip():
-        raise EffpassError(f"--data {data}: there is no text in it")
-    return text
-
-
-def _samples(ids: Tensor, length: int, samples: int) -> Iterator[Tensor]:
-    """Pieces int64 `[1, length]` of `ids` `[1, T]`; the last one may be shorter."""
-    for first in range(0, min(ids.shape[1], length * samples), length):
-        yield ids[:, first : first + length]

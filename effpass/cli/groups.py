@@ -40,6 +40,7 @@ BUILTIN = {
         "moe": "effpass.cli.calibrate_moe:moe",
         "prefix-kv": "effpass.cli.calibrate_prefix_kv:prefix_kv",
         "sparse-attention": "effpass.cli.calibrate_sparse_attention:sparse_attention",
+        "sparse-verification": "effpass.cli.calibrate_sparse_verification:sparse_verification",
     },
 }
 

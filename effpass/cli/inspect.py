@@ -12,6 +12,7 @@ import typer
 from effpass.cli import units
 from effpass.cli.console import megabytes, print_json, stdout, step
 from effpass.cli.model import Device, Dtype, Json, Model, RecipeFile, TrustRemoteCode, load, read_recipe
+from effpass.cli.text import read_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,12 @@ def inspect(
             metavar="NAME", help="Predict for a known device: h100. Default: measure this one.", show_default=False
         ),
     ] = None,
+    redundancy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Run this text, and say what tokens of a tree would read alike.", show_default=False
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every candidate that was left alone.")] = False,
     json: Json = False,
     device: Device = "cpu",
@@ -58,6 +65,7 @@ def inspect(
         from effpass.core.roofline import known
 
         known(predict_for)  # an unknown name is refused before anything is loaded
+    text = None if redundancy is None else read_text(redundancy, "--redundancy")
     loaded = load(model, device, dtype, trust_remote_code)
     from effpass import api
 
@@ -66,6 +74,12 @@ def inspect(
             loaded.model, parsed, batch=batch, tokens=tokens, cache_length=cache_length, predict_for=predict_for
         )
     report = {"model": model, "recipe": str(recipe), **found.to_json()}
+    alike = None
+    if redundancy is not None and text is not None:
+        from effpass.cli.redundancy import look
+
+        alike = look(loaded, parsed, text, redundancy)
+        report["redundancy"] = alike.to_json()
     if html is not None:
         from effpass.cli.html_report import write_report
 
@@ -74,6 +88,10 @@ def inspect(
         print_json(report)
     else:
         _show(stdout(), found, verbose)
+        if alike is not None:
+            from effpass.cli.redundancy import show
+
+            show(stdout(), alike)
         if html is not None:
             stdout().print(f"report: {html}", markup=False, soft_wrap=True)
     if found.unmet:

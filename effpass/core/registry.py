@@ -40,6 +40,7 @@ BUILTIN = {
     "moe_gemm": "effpass.passes.graph.moe_gemm:MoeGemm",
     "prefix_kv": "effpass.passes.runtime.prefix_kv:PrefixKV",
     "sparse_attention": "effpass.passes.runtime.sparse_attention:SparseAttention",
+    "sparse_verification": "effpass.passes.runtime.sparse_verification:SparseVerificationPass",
     "structured_pruning": "effpass.passes.weights.structured_pruning:StructuredPruning",
 }
 

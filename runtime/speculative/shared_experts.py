@@ -19,7 +19,24 @@ from torch import Tensor, nn
 
 from effpass.core.errors import ModelError
 
-__all__ = ["ExpertBudget", "attached", "expert_modules", "share_experts"]
+__all__ = ["ExpertBudget", "ExpertRule", "attached", "expert_modules", "rescales", "share_experts"]
+
+
+class ExpertRule(Protocol):
+    """Which experts a call leaves out."""
+
+    def narrow(
+        self, layer: int, chosen: Tensor, weights: Tensor, experts: int, is_node: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What stays of the choice of each token, anew.
+
+        Args:
+            layer: number of the layer, of those with experts.
+            chosen: int64 `[T, k]`.
+            weights: `[T, k]`.
+            experts: E, of the layer.
+            is_node: bool `[T]`: rows that are no padding.
+        """
 
 
 @dataclass(frozen=True)
@@ -38,12 +55,18 @@ class ExpertBudget:
         """B: of a layer with so many `experts`, of which a token takes `each`; one token's always."""
         return min(experts, max(each, round(self.share * experts)))
 
+    def narrow(
+        self, layer: int, chosen: Tensor, weights: Tensor, experts: int, is_node: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        kept = self.of(experts, chosen.shape[1])
+        return share_experts(chosen, weights, is_node, experts, kept, self.rescales)
+
 
 class Call(Protocol):
     """What the experts need to know of the current call.
 
     Attributes:
-        is_on: it has a budget.
+        is_on: it leaves experts out.
         is_node: bool `[T]`: rows that vote.
     """
 
@@ -65,18 +88,26 @@ def expert_modules(model: Any) -> dict[str, nn.Module]:
     return found
 
 
+def rescales(config: Any) -> bool:
+    """Whether a model's router makes the weights of a token's choice sum to 1."""
+    return bool(getattr(config.get_text_config(decoder=True), "norm_topk_prob", True))
+
+
 @contextmanager
-def attached(model: Any, budget: ExpertBudget, call: Call) -> Iterator[None]:
-    """Inside, the experts of `model` have a budget in calls that are on."""
+def attached(model: Any, rule: ExpertRule, call: Call) -> Iterator[None]:
+    """Inside, tokens of `model` leave experts out in calls that are on."""
 
-    def within(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not call.is_on:
-            return None
-        hidden, chosen, weights = args
-        kept = budget.of(module.num_experts, chosen.shape[1])
-        return hidden, *share_experts(chosen, weights, call.is_node, module.num_experts, kept, budget.rescales)
+    def within(layer: int) -> Any:
+        def narrow(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not call.is_on:
+                return None
+            hidden, chosen, weights = args
+            return hidden, *rule.narrow(layer, chosen, weights, module.num_experts, call.is_node)
 
-    handles = [module.register_forward_pre_hook(within) for module in expert_modules(model).values()]
+        return narrow
+
+    modules = expert_modules(model).values()
+    handles = [module.register_forward_pre_hook(within(layer)) for layer, module in enumerate(modules)]
     try:
         yield
     finally:

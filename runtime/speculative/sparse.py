@@ -1,9 +1,11 @@
 """Sparse verification: a target that reads less when it looks at a tree, the same for all nodes.
 
     attention   blocks of the prefix, chosen by the root's query (:mod:`effpass.lowering.ops.tree_blocks`)
+    channels    in which the tree's nodes together have most (:mod:`effpass.runtime.speculative.shared_channels`)
     experts     those that the tree's nodes together like best (:mod:`effpass.runtime.speculative.shared_experts`)
 
-("Accelerate Speculative Decoding with Sparse Computation in Verification", https://arxiv.org/abs/2512.21911.) What is
+("Accelerate Speculative Decoding with Sparse Computation in Verification", https://arxiv.org/abs/2512.21911; its own
+rules for channels and experts, token by token, are in :mod:`effpass.runtime.speculative.token_rules`.) What is
 accepted is then what the sparse model says, and its keys and values are in the cache; so every few rounds the tokens
 since are run again, densely, and their keys and values take the place of those (SpecPV, https://arxiv.org/abs/2512.02337).
 """
@@ -19,7 +21,9 @@ from torch import Tensor
 
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.ancestors import MOST_NODES
-from effpass.runtime.speculative.shared_experts import ExpertBudget, attached
+from effpass.runtime.speculative import shared_channels, shared_experts
+from effpass.runtime.speculative.shared_channels import ChannelRule
+from effpass.runtime.speculative.shared_experts import ExpertRule
 
 __all__ = ["ROOM", "SharedBlocks", "SparseVerification", "Verifier", "settings_of"]
 
@@ -49,17 +53,21 @@ class SparseVerification:
 
     Attributes:
         blocks: of the prefix; None for none.
-        experts: what the experts of each layer may be; None for all.
+        experts: which a call reads; None for all.
+        channels: likewise, of feed-forward networks that all tokens go through.
         refresh: rounds after which tokens are run again densely; None for never.
     """
 
     blocks: SharedBlocks | None = None
-    experts: ExpertBudget | None = None
+    experts: ExpertRule | None = None
+    channels: ChannelRule | None = None
     refresh: int | None = 8
 
     def acts_on(self, length: int) -> bool:
         """Whether a verification behind `length` tokens is another than a dense one."""
-        return self.experts is not None or (self.blocks is not None and length > self.blocks.dense_below)
+        if self.experts is not None or self.channels is not None:
+            return True
+        return self.blocks is not None and length > self.blocks.dense_below
 
     def tokens(self, depth: int) -> int:
         """That a dense call runs again, of rounds with trees of `depth`; 0 where there is none.
@@ -107,7 +115,9 @@ class Verifier:
         """Inside, calls while :attr:`is_on` are sparse; others are as they were."""
         with ExitStack() as stack:
             if self.settings.experts is not None:
-                stack.enter_context(attached(self._model, self.settings.experts, self))
+                stack.enter_context(shared_experts.attached(self._model, self.settings.experts, self))
+            if self.settings.channels is not None:
+                stack.enter_context(shared_channels.attached(self._model, self.settings.channels, self))
             yield
 
     @contextmanager

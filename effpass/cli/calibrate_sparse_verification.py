@@ -1,0 +1,60 @@
+"""`effpass calibrate sparse-verification`: find the layers that choose blocks for those behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effpass.cli.console import stderr, stdout
+from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
+from effpass.cli.text import ids_of, pieces, read_text
+
+__all__ = ["sparse_verification"]
+
+
+def sparse_verification(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="Text in UTF-8, as the model will see it.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the artifact goes.", show_default=False)
+    ],
+    attention: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the blocks that are chosen.")] = 0.25,
+    block: Annotated[int, typer.Option(min=1, help="Tokens of a block, as in the recipe.")] = 64,
+    similarity: Annotated[
+        float, typer.Option(min=0, max=1, help="Of a layer's choice to that of the layer it takes, at the least.")
+    ] = 0.6,
+    nodes: Annotated[int, typer.Option(min=2, help="Last tokens of a sample, which stand for a tree's nodes.")] = 32,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a sample.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="At most so many samples, from the start of FILE.")] = 16,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Choose the layers that choose blocks in `sparse_verification`, and by which shares tokens may skip experts."""
+    text = read_text(data)
+    loaded = load(model, device, dtype, trust_remote_code)
+    from effpass.runtime.speculative.calibrated import calibrate
+    from effpass.runtime.speculative.redundancy import Budgets
+
+    progress = stderr()
+
+    def each(length: int) -> None:
+        progress.print(f"a sample of {length} tokens", markup=False)
+
+    artifact = calibrate(
+        loaded.model, pieces(ids_of(text, loaded, model), tokens, samples, least=nodes + 1),
+        Budgets(attention, block, nodes=nodes), similarity=similarity,
+        provenance={"model": model, "data": data.name}, each=each,
+    )  # fmt: skip
+    artifact.save(output)
+    anchors, layers = artifact.tensors["anchors"].tolist(), len(artifact.metrics["blocks"])
+    told = f"{len(anchors)} of {layers} layers choose blocks"
+    told += f": {', '.join(map(str, anchors))}" if anchors else ""
+    stdout().print(f"{output}: {told}", markup=False, soft_wrap=True)

@@ -1,0 +1,50 @@
+"""A file of text, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ids_of", "pieces", "read_text"]
+
+
+def read_text(path: Path, option: str = "--data") -> str:
+    """What `option` names, before anything slow begins.
+
+    Raises:
+        EffpassError: it is no text in UTF-8, or empty.
+    """
+    from effpass.core.errors import EffpassError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EffpassError(f"{option} {path}: can't be read as UTF-8 text: {error}", hint="give a text file") from error
+    if not text.strip():
+        raise EffpassError(f"{option} {path}: there is no text in it")
+    return text
+
+
+def ids_of(text: str, loaded: Any, model: str) -> Tensor:
+    """Token ids int64 `[1, T]`.
+
+    Raises:
+        ModelError: the model has no tokenizer.
+    """
+    from effpass.core.errors import ModelError
+
+    if loaded.tokenizer is None:
+        raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
+    return loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def pieces(ids: Tensor, length: int, count: int, least: int = 1) -> Iterator[Tensor]:
+    """Pieces int64 `[1, length]` of `ids` `[1, T]`, up to `count`; the last one may be as short as `least`."""
+    for first in range(0, min(ids.shape[1], length * count), length):
+        piece = ids[:, first : first + length]
+        if first == 0 or piece.shape[1] >= least:
+            yield piece

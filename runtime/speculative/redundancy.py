@@ -1,0 +1,242 @@
+"""What sparse verification rests on, measured: how much of what the nodes of a tree read is the same.
+
+A sample's last tokens stand for a tree's nodes, the first of them for the root; they are one path, whose tokens are
+farther from one another than siblings are. Everything is computed densely, and nothing changes the model.
+
+Shapes: T nodes, G key-value heads, N blocks, F channels, E experts, k experts a token, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from effpass.core.errors import EffpassError
+from effpass.lowering.ops.tree_blocks import PARTS, most_blocks
+from effpass.runtime.attention import reading_cache
+from effpass.runtime.cache import DecodeCache, Reader
+from effpass.runtime.engine import check_decodable
+from effpass.runtime.session import Session
+from effpass.runtime.speculative import shared_channels, shared_experts
+from effpass.runtime.speculative.shared_channels import TILE, gated_networks, share_channels
+from effpass.runtime.speculative.shared_experts import ExpertBudget, expert_modules, share_experts
+from effpass.runtime.speculative.token_rules import tail_shares
+
+__all__ = ["Budgets", "Redundancy", "measure"]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What is left out while looking.
+
+    Attributes:
+        attention: share of the prefix's blocks that a node keeps.
+        block: tokens of a block.
+        channels: share of the channels of a network.
+        experts: share of the experts of a layer.
+        nodes: T, the last tokens of each sample.
+    """
+
+    attention: float = 0.25
+    block: int = 64
+    channels: float = 0.5
+    experts: float = 0.5
+    nodes: int = 32
+
+
+@dataclass
+class Redundancy:
+    """Means over samples.
+
+    Attributes:
+        budgets: see above.
+        tokens: length of each sample.
+        blocks: by layer, of the blocks that the root chooses, the share that another node chooses too; the first and
+            the last block, which all have, don't count.
+        layers: numbers of these layers, in the order of `similar`.
+        similar: `[L, L]`, Jaccard similarity of what the root chooses in two layers.
+        channels: by network: union over the nodes of the channels that are largest for each, as a share of F; and the
+            share of the nodes' Σ a² that the shared channels hold.
+        experts: by layer: union over the nodes of their experts, as a share of E; and the share of the nodes' weights
+            that the shared experts hold.
+        expert_shares: by layer, medians over tokens of the share of weights that the 1, 2, ... k - 1 lowest have.
+    """
+
+    budgets: Budgets
+    tokens: list[int] = field(default_factory=list)
+    blocks: dict[int, float] = field(default_factory=dict)
+    layers: list[int] = field(default_factory=list)
+    similar: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    channels: dict[str, tuple[float, float]] = field(default_factory=dict)
+    experts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    expert_shares: dict[str, list[float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "nodes": self.budgets.nodes,
+            "tokens": self.tokens,
+            "blocks": {str(layer): share for layer, share in self.blocks.items()},
+            "similar": self.similar.tolist(),
+            "channels": self.channels,
+            "experts": self.experts,
+        }
+
+
+def measure(
+    model: Any,
+    samples: Iterable[Tensor],
+    budgets: Budgets | None = None,
+    *,
+    with_blocks: bool = True,
+    each: Callable[[int], None] = lambda tokens: None,
+) -> Redundancy:
+    """Run `samples` densely and look.
+
+    Args:
+        model: a transformers causal LM.
+        samples: int64 `[1, T]` each, longer than `budgets.nodes`.
+        budgets: see :class:`Budgets`.
+        with_blocks: look at attention; False where a layer caches latents.
+        each: called with the length of each sample that was run.
+
+    Raises:
+        EffpassError: no sample, or one that is too short.
+    """
+    check_decodable(model)
+    budgets = budgets or Budgets()
+    look = _Look(model, budgets)
+    lengths = []
+    with torch.inference_mode(False), torch.no_grad(), look.attached(), reading_cache(model):
+        for ids in samples:
+            length, nodes = ids.shape[1], budgets.nodes
+            if length <= nodes:
+                raise EffpassError(
+                    f"a sample of {length} tokens, of which the last {nodes} stand for a tree's nodes",
+                    hint="give longer text, or fewer nodes",
+                )
+            session = Session(model, 1, length, None)
+            session.cache.reader = look if with_blocks else None
+            session.begin(1)
+            ids = ids.to(model.device)
+            session.prefill(ids[:, :-nodes], None, 4096)
+            with look.at_nodes():
+                session.prefill(ids[:, -nodes:], None, nodes)
+            lengths.append(length)
+            each(length)
+    if not lengths:
+        raise EffpassError("there is nothing to look at", hint="give text")
+    return look.found(lengths)
+
+
+class _Look(Reader):
+    """Looks on while a model runs: as the reader of a cache, and as a rule that leaves nothing out."""
+
+    def __init__(self, model: Any, budgets: Budgets) -> None:
+        self.is_on, self.is_node = True, torch.ones(budgets.nodes, dtype=torch.bool, device=model.device)
+        self._model, self._of, self._at_nodes = model, budgets, False
+        self._networks = {module: name for name, module in gated_networks(model)[0].items()}
+        self._experts = list(expert_modules(model))
+        self._roots: dict[int, Tensor] = {}  # layer → blocks of the current sample's root, [G, N]
+        self._similar: list[Tensor] = []
+        self._seen: dict[tuple[str, Any], list[Any]] = defaultdict(list)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        with shared_channels.attached(self._model, self, self), shared_experts.attached(self._model, self, self):
+            yield
+
+    @contextmanager
+    def at_nodes(self) -> Iterator[None]:
+        """Inside, a call is on nodes."""
+        self._at_nodes = True
+        self._roots.clear()
+        try:
+            yield
+        finally:
+            self._at_nodes = False
+        roots = list(self._roots.values())
+        self._similar.append(torch.tensor([[_jaccard(a, b) for b in roots] for a in roots]))
+
+    def attend(
+        self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
+    ) -> None:
+        if not self._at_nodes or cache.buffers(index).window:
+            return
+        nodes, block, share = query.shape[2], self._of.block, round(self._of.attention * PARTS)
+        prefix = cache.slots.length - nodes
+        count = -(-prefix // block)
+        whole = pad(keys[:, :, :prefix].float(), (0, 0, 0, count * block - prefix)).unflatten(2, (count, block)).sum(3)
+        slots = torch.tensor([min(block, prefix - block * n) for n in range(count)], device=keys.device)
+        means = (whole / slots[:, None]).to(keys.dtype)
+        lengths = torch.full((nodes,), prefix, dtype=torch.int32, device=keys.device)
+        chosen = torch.ops.effpass.choose_tree_blocks(
+            query[0].transpose(0, 1), means.expand(nodes, -1, -1, -1), lengths, most_blocks(prefix, block, 0, share),
+            block, 0, share,
+        ).long()  # fmt: skip
+        kept = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=keys.device)
+        kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)[:, :, 1 : count - 1]  # by score alone
+        self._roots[index] = kept[0]
+        if kept[0].any() and nodes > 1:
+            self._seen["blocks", index].append(float((kept[1:] & kept[0]).sum() / (kept[0].sum() * (nodes - 1))))
+
+    def ready(self, cache: DecodeCache) -> None:
+        return None
+
+    def forget(self) -> None:
+        return
+
+    def run(self, network: Any, x: Tensor, is_node: Tensor) -> Tensor:
+        """As :class:`ChannelRule`."""
+        if self._at_nodes:
+            active = network.act_fn(network.gate_proj(x)).flatten(0, -2)
+            energy, channels = active.float().square(), active.shape[1]
+            own = energy.topk(max(1, round(self._of.channels * channels)), dim=1).indices
+            union = torch.zeros(channels, dtype=torch.bool, device=x.device).scatter(0, own.flatten(), True)
+            tile = math.gcd(channels, TILE)
+            kept = max(1, round(self._of.channels * channels / tile))
+            tiles = share_channels(active, is_node, kept, tile).long()
+            held = energy.sum(0).view(-1, tile)[tiles].sum() / energy.sum().clamp(min=1e-30)
+            self._seen["channels", self._networks[network]].append((float(union.float().mean()), float(held)))
+        return type(network).forward(network, x)
+
+    def narrow(
+        self, layer: int, chosen: Tensor, weights: Tensor, experts: int, is_node: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`ExpertRule`."""
+        name = self._experts[layer]
+        self._seen["shares", name].append(tail_shares(weights).cpu())
+        if self._at_nodes:
+            kept = ExpertBudget(self._of.experts, rescales=False).of(experts, chosen.shape[1])
+            _, left = share_experts(chosen, weights, is_node, experts, kept, rescales=False)
+            held = left.float().sum() / weights.float().sum().clamp(min=1e-30)
+            self._seen["experts", name].append((len(chosen.unique()) / experts, float(held)))
+        return chosen, weights
+
+    def found(self, lengths: list[int]) -> Redundancy:
+        of: dict[str, dict[Any, Any]] = defaultdict(dict)
+        for (what, where), values in self._seen.items():
+            if what == "shares":
+                of[what][where] = torch.cat(values).median(0).values.tolist()
+            elif what == "blocks":
+                of[what][where] = sum(values) / len(values)
+            else:
+                of[what][where] = tuple(sum(v) / len(v) for v in zip(*values, strict=True))
+        similar = torch.stack(self._similar).mean(0)
+        return Redundancy(
+            self._of, lengths, of["blocks"], list(self._roots), similar, of["channels"], of["experts"], of["shares"]
+        )
+
+
+def _jaccard(a: Tensor, b: Tensor) -> float:
+    """Of two sets of blocks `[G, N]`; 0 where layers have other heads."""
+    if a.shape != b.shape:
+        return 0.0
+    return float((a & b).sum() / (a | b).sum().clamp(min=1))
