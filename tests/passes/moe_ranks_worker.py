@@ -1,6 +1,7 @@
 """What each process of test_moe_gemm_ranks runs: models whose experts `effpass.prepare` spread, against whole ones.
 
-moe_ranks_worker.py FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; leaves FOLDER/RANK.json
+moe_ranks_worker.py FOLDER PART,PART,…     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, and DEVICE=cuda for
+one GPU a rank; leaves FOLDER/RANK.json
 """
 
 from __future__ import annotations
@@ -16,12 +17,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from decode_step import enliven
-from families import CONFIGS, batch, make
+from families import CONFIGS
+from families import batch as batch_on_cpu
+from families import make as make_on_cpu
 from moe_families import LAYERS, MORE
 
 import effpass
 
 CONFIGS.update(MORE)
+DEVICE = os.environ.get("DEVICE", "cpu")
+
+
+def make(family: str, **overrides: Any) -> Any:
+    return make_on_cpu(family, **overrides).to(DEVICE)
+
+
+def lively(family: str, **overrides: Any) -> Any:
+    return enliven(make_on_cpu(family, **overrides)).to(DEVICE)
+
+
+def batch(length: int, **how: int) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in batch_on_cpu(length, **how).items()}
 
 
 def recipe(attention: str) -> dict[str, Any]:
@@ -41,7 +57,7 @@ def logits(rank: int) -> dict[str, Any]:
     found = {}
     for family in LAYERS:
         for attention in ("dp", "tp") if family in ("qwen3_moe", "gpt_oss") else ("dp",):
-            model = enliven(make(family))
+            model = lively(family)
             inputs = batch(9 if attention == "tp" else 9 + 4 * rank)
             with torch.no_grad():
                 expected = model(**inputs).logits
@@ -79,7 +95,7 @@ def compiled(rank: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for attention, lengths in (("dp", (9, 14 + rank, 21)), ("tp", ())):
-        model, own = enliven(make("qwen3_moe", num_hidden_layers=1)), rank if attention == "dp" else 0
+        model, own = lively("qwen3_moe", num_hidden_layers=1), rank if attention == "dp" else 0
         torch._dynamo.reset()
         counters.clear()
         with torch.no_grad():
@@ -105,7 +121,7 @@ def loaded(rank: int) -> dict[str, Any] | None:
 
     found: dict[str, Any] = {}
     for family in ("mixtral", "deepseek_v2"):
-        whole, folder = enliven(make(family)), Path(sys.argv[1], family)
+        whole, folder = lively(family), Path(sys.argv[1], family)
         if rank == 0:
             whole.save_pretrained(folder)
         dist.barrier()
@@ -131,7 +147,7 @@ def generated(rank: int) -> dict[str, Any]:
     """The same prompts on all ranks, on the decode engine; own ones, by transformers' loop, of own lengths."""
     found: dict[str, Any] = {}
     for attention in ("tp", "dp"):
-        model = enliven(make("mixtral"))
+        model = lively("mixtral")
         prompt = batch(7, padding=0, seed=rank if attention == "dp" else 0)["input_ids"]
         how: dict[str, Any] = {"max_new_tokens": 6 + (3 * rank if attention == "dp" else 0), "do_sample": False}
         expected = model.generate(prompt, **how)
@@ -165,11 +181,16 @@ def refused(rank: int) -> dict[str, str]:
         }
 
 
+PARTS = {part.__name__: part for part in (logits, compiled, loaded, generated, refused)}
+
+
 def main() -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found = {part.__name__: part(rank) for part in (logits, compiled, loaded, generated, refused)}
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    found = {part: PARTS[part](rank) for part in sys.argv[2].split(",")}
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
