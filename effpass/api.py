@@ -249,7 +249,8 @@ def generate(
 
     def run() -> None:
         try:
-            with torch.inference_mode():
+            # A thread starts on the first GPU, and kernels are launched on the current one.
+            with torch.cuda.device_of(next(model.parameters())), torch.inference_mode():
                 model.generate(**inputs.to(model.device), streamer=streamer, **options)  # type: ignore[operator]
         except BaseException as error:
             failure.append(error)

@@ -10,6 +10,7 @@ import typer
 
 from effpass.cli.console import stderr, step
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load, read_recipe
+from effpass.cli.ranks import placed
 from effpass.core.errors import ArtifactError, EffpassError, ModelError
 from effpass.core.prompt import open_image
 
@@ -54,28 +55,35 @@ def generate(
         raise EffpassError("the prompt is empty", hint="effpass generate MODEL --prompt 'some text'")
     parsed = read_recipe(recipe)
     images = [open_image(path) for path in image or ()]
-    loaded = load(model, device, dtype, trust_remote_code, images=bool(images))
-    if loaded.tokenizer is None:
-        raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
-    from effpass import api
-    from effpass.core.model import inner_model
+    with placed(parsed, device) as place:
+        if dtype is None and place.runs_on != place.loads_on and place.runs_on != "cpu":
+            dtype = "auto"  # as without a recipe that spreads the model
+        loaded = load(model, place.loads_on, dtype, trust_remote_code, images=bool(images))
+        if loaded.tokenizer is None:
+            raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
+        from effpass import api
+        from effpass.core.model import inner_model
 
-    ready: Any = loaded.model if adapter is None else _attach(loaded.model, adapter)
-    with step("preparing" if parsed is None else "rewriting"):
-        ready = api.prepare(ready, parsed or {"version": 1, "passes": []})
-    options: dict[str, Any] = {"images": images, "processor": loaded.processor, "max_new_tokens": max_new_tokens}
-    if draft is not None or tree is not None:
-        if not hasattr(inner_model(ready), "effpass_engine"):
-            raise ModelError(
-                f"{model} does not run on the decode engine, which a draft needs", hint="leave --draft out"
-            )
-        options.update(draft=draft, tree=tree)
-    for piece in api.generate(ready, loaded.tokenizer, text, **options):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    if draft is not None:
-        stderr().print(str(inner_model(ready).effpass_engine.last_speculation))
+        ready: Any = loaded.model if adapter is None else _attach(loaded.model, adapter)
+        with step("preparing" if parsed is None else "rewriting"):
+            ready = api.prepare(ready, parsed or {"version": 1, "passes": []})
+        if place.runs_on != place.loads_on:
+            ready.to(place.runs_on)
+        options: dict[str, Any] = {"images": images, "processor": loaded.processor, "max_new_tokens": max_new_tokens}
+        if draft is not None or tree is not None:
+            if not hasattr(inner_model(ready), "effpass_engine"):
+                raise ModelError(
+                    f"{model} does not run on the decode engine, which a draft needs", hint="leave --draft out"
+                )
+            options.update(draft=draft, tree=tree)
+        for piece in api.generate(ready, loaded.tokenizer, text, **options):
+            if place.writes:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        if place.writes:
+            sys.stdout.write("\n")
+        if draft is not None and place.writes:
+            stderr().print(str(inner_model(ready).effpass_engine.last_speculation))
 
 
 def _attach(model: Any, adapter: Path) -> Any:

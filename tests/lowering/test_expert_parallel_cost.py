@@ -166,3 +166,24 @@ def test_a_stage_is_computed_by_the_kernel_for_its_load():
 def test_a_link_is_between_gpus(device, size):
     with pytest.raises(EffpassError, match="there is no link to measure"):
         measure_link(Ranks(None, "none", size, 0), torch.device(device), torch.bfloat16)
+
+
+def test_the_command_keeps_what_it_measured_between_ranks(cache, monkeypatch, capsys):
+    """Of a group of four that is there in name alone."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from effpass.cli.calibrate_moe import _link
+    from effpass.lowering.ops import expert_parallel_fit as fit
+
+    slow, device = replace(LINK, rate=100e9), torch.device("cpu")
+    monkeypatch.setattr(fit, "measure_link", lambda ranks, device, dtype: slow)
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        _link(device, torch.bfloat16)
+    finally:
+        dist.destroy_process_group()
+    assert choice._read(choice._file(device, 4)) == slow
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("DeepSeek-V2, stages on 4 ranks: from 64 tokens a rank 1, from ")
+    assert len([line for line in lines if "stages on 4 ranks" in line]) == 4
