@@ -360,7 +360,11 @@ STEPS: dict[str, tuple[Selection, dict[str, Any]]] = {
     ),
     "budget beyond the length": (
         Selection(tokens=256, blocks=16, block=16),
-        {**_SMALL, "lengths": [143, 60], "slots": 256, "padding": 2},
+        {**_SMALL, "heads": 3, "groups": 1, "lengths": [143, 60], "slots": 256, "padding": 2},
+    ),
+    "both, several parts, read at once": (
+        Selection(tokens=200, blocks=14, block=16),
+        {**_SMALL, "heads": 1, "groups": 1, "lengths": [310], "slots": 310},
     ),
     "blocks": (
         Selection(tokens=96, block=16, levels="blocks"),

@@ -26,6 +26,7 @@ __all__ = [
     "LISTED",
     "TILING",
     "TOKENS",
+    "Programs",
     "Tiling",
     "attend_chosen",
     "beside",
@@ -42,25 +43,30 @@ BLOCKS, TOKENS, LISTED = (tl.constexpr(i) for i in range(3))
 _REGISTERS = 65536  # of a multiprocessor
 
 
+class Programs(NamedTuple):
+    """How many programs stand on a multiprocessor where there are heads for all, and warps of one, there and alone."""
+
+    together: int
+    num_warps: int
+    alone: int
+
+    def warps(self, programs: int) -> int:
+        return self.num_warps if programs > 1 else self.alone
+
+
 class Tiling(NamedTuple):
     """How the three launches of a step are cut.
 
-    Where there are few heads one program stands on a multiprocessor, of 16 warps.
-
     Attributes:
         scored: bytes of statistics that a program reads.
-        choosing: programs a multiprocessor that choose blocks, where there are heads for all.
-        choosing_warps: of one of them.
-        attending: programs a multiprocessor that attend, where there are heads for all.
-        attending_warps: of one of them.
+        choose: programs that choose blocks.
+        attend: programs that choose tokens and attend.
         whole: bytes of keys and values that a program reads at once, where that is all it reads.
     """
 
     scored: int = 16 << 10
-    choosing: int = 2
-    choosing_warps: int = 16
-    attending: int = 2
-    attending_warps: int = 8
+    choose: Programs = Programs(2, 16, 16)
+    attend: Programs = Programs(2, 8, 16)
     whole: int = 64 << 10
 
 
@@ -137,7 +143,7 @@ def attend_chosen(
         all_rows, columns = triton.next_power_of_2(chosen_blocks.shape[2]), block
     rows, splits, programs = shares(
         heads // groups, limit * unit, row_bytes, value_size, batch * groups, multiprocessors(device),
-        1 if row_bytes > 512 or all_rows * columns > 8192 else how.attending,
+        1 if row_bytes > 512 or all_rows * columns > 8192 else how.attend.together,
     )  # fmt: skip
     parts_of, of_rows = heads // groups // rows, batch * (heads // rows)
     out = query.new_empty((batch, 1, heads, value_size))
@@ -168,7 +174,7 @@ def attend_chosen(
         BLOCK_REST=max(16, triton.next_power_of_2(key_size - value_size)) if latent else 16, BLOCK_V=block_v,
         BLOCK_S=max(1, min(32, 8192 // (live * block_v))),
         # Slots come from a list, and pages from a table by them: 7 stages are two or three tiles under way.
-        **beside(programs, device, how.attending_warps if programs > 1 else 16, 1 if is_whole else 7),
+        **beside(programs, device, how.attend.warps(programs), 1 if is_whole else 7),
     )  # fmt: skip
     return out
 

@@ -21,10 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from effpass.lowering.kernels.chosen_attention import fits, is_latent
 from effpass.lowering.kernels.launch import interpreted, launch_options, multiprocessors, overlaps
 
-__all__ = ["cached_attention", "supported"]
+__all__ = ["TILING", "Tiling", "cached_attention", "supported"]
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
     """Slots of a tile, warps, buffers for tiles, programs a multiprocessor, and how tiles are read."""
 
     block_n: int
@@ -34,8 +34,8 @@ class _Tiling(NamedTuple):
     has_descriptors: bool = True
 
 
-_TILING = _Tiling(64, 4, 2)
-_WIDE = _Tiling(16, 4, 2, has_descriptors=False)  # of float32
+TILING = Tiling(64, 4, 2)
+_WIDE = Tiling(16, 4, 2, has_descriptors=False)  # of float32
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -58,12 +58,13 @@ def cached_attention(
     scale: float,
     window: int,
     softcap: float,
+    how: Tiling = TILING,
 ) -> Tensor:
-    """`effpass::cached_attention` where :func:`supported`, without a window."""
+    """`effpass::cached_attention` where :func:`supported`, without a window; `how` for types of two bytes."""
     assert not window
     query = query if query.stride(-1) == 1 else query.contiguous()
     (batch, heads, _, key_size), (_, groups, slots, value_size) = query.shape, values.shape
-    device, how = query.device, _TILING if query.element_size() == 2 else _WIDE
+    device, how = query.device, how if query.element_size() == 2 else _WIDE
     repeat = heads // groups
     rows = max(r for r in range(1, min(repeat, 32) + 1) if repeat % r == 0)
     parts_of, of_rows = repeat // rows, batch * (heads // rows)

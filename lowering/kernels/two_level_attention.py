@@ -107,7 +107,7 @@ def two_level_attention(
     if kept and tokens:
         kind, candidates, limit = TOKENS, kept * block, tokens
         of_scores = torch.empty((of_heads, candidates), dtype=torch.float32, device=device)
-        programs = 1 if is_max or 8 * of_heads <= processors else how.choosing
+        programs = 1 if is_max or 8 * of_heads <= processors else how.choose.together
         splits = min(kept, max(1, programs * processors // of_heads))
         share = triton.next_power_of_2(triton.cdiv(kept, splits))
         rows, columns = grid_of(blocks)
@@ -116,7 +116,7 @@ def two_level_attention(
             query_positions.stride(0), slots, blocks, **common, BLOCK=block, KEPT=kept, SINK=sink, RECENT=recent,
             PIPELINED=is_pipelined, SPLITS=splits, ROWS=rows, COLUMNS=columns, SHARE=share, HALF=shape["HALF"],
             TILE=min(share * block, at_once),
-            **beside(programs, device, 8 if rows * columns <= 512 else 16 if programs == 1 else how.choosing_warps),
+            **beside(programs, device, 8 if rows * columns <= 512 else how.choose.warps(programs)),
         )  # fmt: skip
     elif kept:
         kind, candidates, limit = BLOCKS, blocks, kept
