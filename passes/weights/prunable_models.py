@@ -17,7 +17,17 @@ from effpass.passes.weights.lora_fold import stores_transposed
 from effpass.passes.weights.prunable_units import FAMILIES, Dimensions, layers_with, write_sizes
 from effpass.passes.weights.pruned_experts import pruned_expert_shapes
 
-__all__ = ["check_heads", "check_result", "check_units", "set_sizes"]
+__all__ = ["check_groups", "check_heads", "check_result", "check_units", "set_sizes"]
+
+
+def check_groups(before: Dimensions) -> None:
+    """Raise :class:`ModelError` where key-value heads have no equal share of the query heads."""
+    heads, groups = before.num_attention_heads, before.num_key_value_heads
+    if heads % groups:
+        raise ModelError(
+            f"{heads} query heads can't be paired with {groups} key-value heads: each needs as many",
+            hint="num_attention_heads of the config must be a multiple of num_key_value_heads",
+        )
 
 
 def check_heads(families: Collection[str], before: Dimensions, parameters: Mapping[str, Any]) -> None:
@@ -30,6 +40,7 @@ def check_heads(families: Collection[str], before: Dimensions, parameters: Mappi
     """
     if not {"kv_groups", "query_heads"} & set(families):
         return
+    check_groups(before)
     if any(".attn.c_attn." in name for name in parameters):
         raise ModelError(
             "heads of GPT-2 can't be pruned: their size is width / heads, so a config with fewer heads describes"

@@ -213,6 +213,13 @@ def test_a_head_count_that_the_config_does_not_accept(tmp_path: Path) -> None:
     assert "not a multiple" in error.value.message
 
 
+def test_heads_that_make_no_groups(tmp_path: Path) -> None:
+    model = make("qwen3", num_attention_heads=6, num_key_value_heads=4, head_dim=16)
+    make_keep_artifact(model, tmp_path / "keep", kv_groups=[[0, 1], [2, 3]])
+    with pytest.raises(ModelError, match="6 query heads can't be paired with 4 key-value heads"):
+        pruning(tmp_path / "keep").check_model(model)
+
+
 def test_other_models(tmp_path: Path) -> None:
     folder = artifact(build("llama"), tmp_path / "keep", "kv_groups")
     with pytest.raises(ArtifactError, match="wrong weights"):

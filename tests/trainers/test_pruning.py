@@ -310,7 +310,23 @@ def test_sizes_that_kernels_devices_and_configs_take():
     experts = make("deepseek_v3", n_routed_experts=16)
     assert Shapes(experts.config, find_units(experts)).allowed["experts"] == tuple(range(2, 9))  # of each of two groups
     with pytest.raises(EffpassError, match="no units can go"):
-        Shapes(model.config, units, multiple=2048, devices=8)
+        Shapes(model.config, units, multiple=2048, devices=4)
+    with pytest.raises(EffpassError, match="no number of kv_groups up to 4 can be shared by 8 devices"):
+        Shapes(model.config, units, devices=8)
+    three = make("qwen3", num_attention_heads=6, num_key_value_heads=3, head_dim=8)  # all three can't be shared either
+    assert Shapes(three.config, find_units(three), devices=2).allowed["kv_groups"] == (2,)
+
+
+def test_heads_that_only_together_make_no_config():
+    """Llama wants its width of 96 divisible by the number of heads: 3 groups of 4 heads or 4 of 3, and not 3 of 3."""
+    model = make("llama", hidden_size=96, num_attention_heads=16, num_key_value_heads=4, head_dim=8)
+    units = find_units(model, ("kv_groups", "query_heads"))
+    cost, shapes = parameter_cost(model, units), Shapes(model.config, units)
+    assert shapes.allowed == {"kv_groups": (1, 2, 3, 4), "query_heads": (1, 2, 3, 4)}
+    wanted = {"kv_groups": 0.75, "query_heads": 0.75}
+    sizes = shapes.nearest(cost, cost.share(wanted), wanted)
+    assert 96 % (sizes["kv_groups"] * sizes["query_heads"]) == 0
+    assert sizes not in ({"kv_groups": 3, "query_heads": 3}, shapes.counts)
 
 
 def test_the_shape_next_to_what_is_wanted_costs_what_is_asked_for():
@@ -330,6 +346,10 @@ def test_the_shape_next_to_what_is_wanted_costs_what_is_asked_for():
         Shapes(model.config, units, multiple=768).nearest(
             cost, 0.8, {"kv_groups": 1, "ffn_channels": 0.5}, {"kv_groups": 0.99}
         )
+    sizes = shapes.nearest(cost, 0.995, {"kv_groups": 1, "ffn_channels": 1})
+    assert sizes != shapes.counts, "something goes"
+    with pytest.raises(EffpassError, match="single kinds leaves kv_groups 4 of 4, ffn_channels 1536 of 1536"):
+        shapes.nearest(cost, 0.7, {}, {"kv_groups": 0.9, "ffn_channels": 0.99})
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -462,7 +482,7 @@ def test_masks_that_go_shrink_by_the_proximal_step_and_the_others_by_nothing():
     shrunk = 1 / (1 + 2 * Rates().masks / 100 * 10.0)
     found = masks.soft["ffn_channels"][1, 0]
     torch.testing.assert_close(found[:10], torch.full((10,), shrunk))
-    assert float(found[10]) == pytest.approx(1 / (1 + 2 * Rates().masks / 100 * 10.0 * 0.5))  # half of it goes
+    assert float(found[10].detach()) == pytest.approx(1 / (1 + 2 * Rates().masks / 100 * 10.0 * 0.5))  # half of it goes
     assert bool((found[11:] == 1).all())
 
 

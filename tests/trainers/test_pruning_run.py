@@ -15,6 +15,7 @@ from tiny_tuning import checkpoint, metrics, quiet, weights
 import effpass
 from effpass.core.errors import EffpassError, ModelError
 from effpass.passes.weights.keep_indices import KeepIndices
+from effpass.passes.weights.structured_pruning import save_pruned
 from effpass.trainers.afa_lora import LoraSettings
 from effpass.trainers.lm.config import OptimizerConfig
 from effpass.trainers.loop import Loop
@@ -96,15 +97,46 @@ def test_a_run_leaves_an_artifact_for_the_whole_model_and_a_stock_checkpoint(fin
     assert not torch.equal(logits(applied), logits(smaller))
 
 
-def test_the_checkpoint_trains_on_with_the_trainer(finished, tmp_path):
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
+def test_the_checkpoint_is_the_masked_model_and_trains_on_as_it_does(family, tmp_path):
+    """Its logits, its text, and a step of the Trainer on it; none of them needs more than transformers."""
+    from transformers import AutoModelForCausalLM
 
-    smaller = AutoModelForCausalLM.from_pretrained(finished / "model")
-    before = smaller.model.layers[0].mlp.up_proj.weight.clone()
-    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
-    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
-    Trainer(smaller, args, train_dataset=rows).train()
-    assert not torch.equal(before, smaller.model.layers[0].mlp.up_proj.weight)
+    extra = {"qwen3": GROUPS, "qwen3_moe": {"num_experts": 8}, "deepseek_v3": {"n_routed_experts": 8}}[family]
+    folder = checkpoint(tmp_path / "model", family, **extra)
+    whole, masked = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    problem = stages.state_problem(whole, SETTINGS)
+    learned = stages.choose(whole, problem, replace(SETTINGS, choose="random"), _Calibration())
+    stages.cut_model(whole, learned.keep)
+    save_pruned(whole, tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    masks = stages.hard_masks(masked, problem, learned)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ids = torch.arange(8)[None]
+    with masks.attached():
+        torch.testing.assert_close(logits(small), logits(masked), rtol=0, atol=1e-5)
+        assert torch.equal(small.generate(ids, **options), masked.generate(ids, **options))
+        _train_one_step(masked, tmp_path / "masked")
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    _train_one_step(small, tmp_path / "trained")
+    stages.cut_model(masked, learned.keep)
+    for (name, ours), theirs in zip(small.named_parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
+    moved = {name: float((p - before[name]).abs().max()) for name, p in small.named_parameters()}
+    readers = [name for name in moved if "o_proj" in name or "down_proj" in name]
+    assert readers
+    assert all(moved[name] > 1e-3 for name in readers), "the step must move them, or this test is empty"
+
+
+def _train_one_step(model: Any, folder: Path) -> None:
+    """Of plain gradient descent: an adaptive step blows the rounding of small gradients up."""
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(folder), max_steps=1, optim="sgd", learning_rate=5.0, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": torch.arange(i, i + 8), "labels": torch.arange(i, i + 8)} for i in range(8)]
+    Trainer(model, args, train_dataset=rows).train()
 
 
 class _KilledError(Exception):
@@ -255,6 +287,13 @@ def test_several_processes_are_refused(model, text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EffpassError, match="pruning runs in one process"):
         run(model, text, tmp_path)
+
+
+def test_heads_that_make_no_groups_are_refused(text, tmp_path):
+    folder = checkpoint(tmp_path / "odd", "qwen3", num_attention_heads=6, num_key_value_heads=4, head_dim=8)
+    with pytest.raises(ModelError, match="6 query heads can't be paired with 4 key-value heads"):
+        run(folder, text, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
 def test_quantised_models_are_refused(text, tmp_path):

@@ -103,8 +103,8 @@ def prune(
     say(str(found))
     check_memory(found, "raise --accumulate, lower --batch, or learn an adapter: --method lora")
     teacher: Any = load_model(source, dtype=settings.dtype).model.to(device).requires_grad_(False)
-    check_head(teacher)
     problem = state_problem(teacher, settings)
+    check_head(teacher)
     if not resume:
         _prepare(work, run, data, validation, tokenizer, settings)
     state = _Run(work, source, settings, problem, teacher, say, found, save_model is not None)
@@ -234,7 +234,7 @@ def _told(problem: Problem, keep: KeepIndices) -> str:
         return f"{len(keep.layers)} of {keep.before.num_hidden_layers} layers"
     sizes = {u.size: _size(problem, u.family, keep) for u in problem.units.values() if u.size == u.family}
     share = problem.cost.share(problem.shapes.share(sizes))
-    parts = [f"{number} of {problem.shapes.allowed[size][-1]} {size}" for size, number in sizes.items()]
+    parts = [f"{number} of {problem.shapes.counts[size]} {size}" for size, number in sizes.items()]
     return f"{', '.join(parts)}; {share:.3f} of the {problem.cost.unit}"
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from effpass.core.errors import EffpassError
@@ -26,7 +27,8 @@ _CANDIDATES = 9
 class Shapes:
     """
     Attributes:
-        allowed: numbers of units of a set that may stay, ascending, all of them last; by size.
+        counts: units of a set, by size.
+        allowed: how many of them may stay, ascending; by size.
 
     Args:
         config: of the model.
@@ -36,25 +38,31 @@ class Shapes:
         devices: that share a layer by tensor parallelism: heads and channels are divisible by it.
 
     Raises:
-        EffpassError: nothing is left that may go.
+        EffpassError: nothing is left that may go, or no number of units can be shared by the devices.
     """
 
     def __init__(self, config: Any, units: Mapping[str, Units], multiple: int | None = None, devices: int = 1) -> None:
+        self._config, self._before = config, Dimensions.of(config)
+        self._heads: dict[tuple[int, int], bool] = {}
+        self.counts = {family: found.count for family, found in units.items() if found.size == family}
         self.allowed: dict[str, tuple[int, ...]] = {}
-        self._counts = {u.family: u.count for u in units.values()}
-        before = Dimensions.of(config)
-        for family, found in units.items():
-            if found.size != family:
-                continue
+        for family, count in self.counts.items():
             if family.endswith("channels"):
-                step = math.lcm(_multiple(found.count) if multiple is None else multiple, devices)
-                numbers = list(range(step, found.count, step))
+                step = math.lcm(_multiple(count) if multiple is None else multiple, devices)
+                numbers = [*range(step, count, step), *([count] if count % devices == 0 else [])]
             elif family == "experts":
-                numbers = list(range(least_experts(config), found.count))
+                numbers = list(range(least_experts(config), count + 1))
             else:
-                numbers = [n for n in range(1, found.count) if _accepts(config, before, family, n, devices)]
-            self.allowed[family] = (*numbers, found.count)
-        if all(len(numbers) == 1 for numbers in self.allowed.values()):
+                numbers = [n for n in range(1, count + 1) if self._accepts({family: n})]
+                if family == "kv_groups":
+                    numbers = [n for n in numbers if n % devices == 0]
+            if not numbers:
+                raise EffpassError(
+                    f"no number of {family} up to {count} can be shared by {devices} devices",
+                    hint=f"a smaller --tensor-parallel, or --units without {family}",
+                )
+            self.allowed[family] = tuple(numbers)
+        if all(numbers[0] == self.counts[size] for size, numbers in self.allowed.items()):
             raise EffpassError(
                 f"no units can go: {multiple or 'the default'} is the multiple, {devices} devices share a layer",
                 hint="a smaller --multiple",
@@ -62,14 +70,14 @@ class Shapes:
 
     def most(self, size: str) -> float:
         """The largest share of a family that may go."""
-        return 1 - self.allowed[size][0] / self.allowed[size][-1]
+        return 1 - self.allowed[size][0] / self.counts[size]
 
     def count(self, units: Units, sizes: Mapping[str, int]) -> int:
         """Kept units of a set, where `sizes` are chosen."""
-        return units.count * sizes[units.size] // self.allowed[units.size][-1]
+        return units.count * sizes[units.size] // self.counts[units.size]
 
     def share(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        return {size: number / self.allowed[size][-1] for size, number in sizes.items()}
+        return {size: number / self.counts[size] for size, number in sizes.items()}
 
     def nearest(
         self, cost: Cost, keep: float, wanted: Mapping[str, float], keep_of: Mapping[str, float] | None = None
@@ -84,34 +92,53 @@ class Shapes:
             EffpassError: no sizes cost that; says the nearest.
         """
         found: list[tuple[float, float, dict[str, int]]] = []
-        fixed = {size: min(self.allowed[size], key=lambda n: abs(n / self.allowed[size][-1] - s))
-                 for size, s in (keep_of or {}).items()}  # fmt: skip
-        free = [size for size in self.allowed if size not in fixed]
+        wanted = {**wanted, **(keep_of or {})}
+        by_distance = {
+            size: sorted(numbers, key=lambda n: abs(n / self.counts[size] - wanted[size]))
+            for size, numbers in self.allowed.items()
+        }
+        free = [size for size in self.allowed if size not in (keep_of or {})]
         finest = max(free, key=lambda size: len(self.allowed[size]), default=None)
-        for candidates in (_CANDIDATES, None):
-            others = [
-                sorted(self.allowed[size], key=lambda n: abs(n / self.allowed[size][-1] - wanted[size]))[:candidates]
-                for size in free if size != finest
-            ]  # fmt: skip
-            for numbers in itertools.product(*others):
-                sizes = {**fixed, **dict(zip((s for s in free if s != finest), numbers, strict=True))}
-                for number in self.allowed[finest] if finest is not None else (0,):
-                    every = sizes if finest is None else {**sizes, finest: number}
-                    shares = self.share(every)
+        for most in (_CANDIDATES, None):
+            counts = {size: most if size in free else 1 for size in self.allowed if size != finest} | {finest: None}
+            for numbers in itertools.product(*(by_distance[size][: counts[size]] for size in self.allowed)):
+                sizes = dict(zip(self.allowed, numbers, strict=True))
+                if sizes != self.counts and self._accepts(sizes):  # something goes
+                    shares = self.share(sizes)
                     far = sum((shares[size] - wanted[size]) ** 2 for size in free)
-                    found.append((abs(cost.share(shares) - keep), far, every))
+                    found.append((abs(cost.share(shares) - keep), far, sizes))
             near = [entry for entry in found if entry[0] <= _TOLERANCE]
             if near:
-                best = min(near, key=lambda entry: entry[1] + _EXACTNESS * entry[0] ** 2)
-                return {size: best[2][size] for size in self.allowed}
-        smaller = [entry for entry in found if cost.share(self.share(entry[2])) < 1]
-        _, _, sizes = min(smaller, key=lambda entry: entry[:2])
+                return min(near, key=lambda entry: entry[1] + _EXACTNESS * entry[0] ** 2)[2]
+        if not found:
+            told = ", ".join(f"{size} {by_distance[size][0]} of {count}" for size, count in self.counts.items())
+            raise EffpassError(
+                f"no shape keeps {keep:.3g} of the {cost.unit}: what is asked for of single kinds leaves {told}",
+                hint="another --keep-of, or a smaller --multiple",
+            )
+        _, _, sizes = min(found, key=lambda entry: entry[:2])
         share = cost.share(self.share(sizes))
-        told = ", ".join(f"{size} {number} of {self.allowed[size][-1]}" for size, number in sizes.items())
+        told = ", ".join(f"{size} {number} of {self.counts[size]}" for size, number in sizes.items())
         raise EffpassError(
             f"no shape keeps {keep:.3g} of the {cost.unit}: the nearest keeps {share:.3f} ({told})",
             hint=f"--keep {share:.3f}, or another --multiple",
         )
+
+    def _accepts(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a config with so many groups, and query heads of each, can be made."""
+        before = self._before
+        heads = sizes.get("kv_groups", before.num_key_value_heads), sizes.get("query_heads", before.heads_per_group)
+        if heads not in self._heads:
+            after = replace(before, num_attention_heads=heads[0] * heads[1], num_key_value_heads=heads[0])
+            smaller = copy.deepcopy(self._config)
+            try:
+                write_sizes(smaller, after)
+                type(smaller).from_dict(smaller.to_dict())
+            except Exception:  # whatever a config class does not accept
+                self._heads[heads] = False
+            else:
+                self._heads[heads] = True
+        return self._heads[heads]
 
 
 def _multiple(count: int) -> int:
@@ -119,19 +146,3 @@ def _multiple(count: int) -> int:
         if count >= 16 * step and count % step == 0:
             return step
     return max(8 if count > 16 else 1, 2 ** int(math.log2(max(1, count // 16))))  # 16 bytes of 16-bit numbers
-
-
-def _accepts(config: Any, before: Dimensions, family: str, number: int, devices: int) -> bool:
-    """Whether a config with so many groups, or query heads of each, can be made."""
-    groups = number if family == "kv_groups" else before.num_key_value_heads
-    own = number if family == "query_heads" else before.heads_per_group
-    if groups % devices:
-        return False
-    smaller = copy.deepcopy(config)
-    after = type(before)(**{**vars(before), "num_attention_heads": groups * own, "num_key_value_heads": groups})
-    try:
-        write_sizes(smaller, after)
-        type(smaller).from_dict(smaller.to_dict())
-    except Exception:  # whatever a config class does not accept
-        return False
-    return True

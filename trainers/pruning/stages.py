@@ -31,7 +31,7 @@ from effpass.trainers.pruning.step_cost import step_cost
 from effpass.trainers.pruning.units import Units, find_units
 from effpass.trainers.run_folder import Recorder
 
-__all__ = ["Learned", "Problem", "choose", "cut", "learn", "recover", "state_problem"]
+__all__ = ["Learned", "Problem", "choose", "cut", "hard_masks", "learn", "recover", "state_problem"]
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 
@@ -162,13 +162,8 @@ def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
     if learned.kept is None:
         cut_model(model, learned.keep)
         return
-    masks = Masks(model, problem.units)
-    masks.softness = 0.0
-    for family, of_layers in learned.kept.items():
-        index = torch.stack(list(of_layers.values())).to(masks.hard[family].device)
-        masks.hard[family] = torch.zeros_like(masks.hard[family]).scatter_(-1, index, 1.0)
     with torch.no_grad():
-        with masks.attached():
+        with hard_masks(model, problem, learned).attached():
             expected = model(input_ids=ids, use_cache=False).logits
         cut_model(model, learned.keep)
         found = model(input_ids=ids, use_cache=False).logits
@@ -177,6 +172,17 @@ def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
         raise EffpassError(
             f"the cut model's logits are {far:.2g} of their size from those of the masked one", hint="report this"
         )
+
+
+def hard_masks(model: Any, problem: Problem, learned: Learned) -> Masks:
+    """Masks of 0 and 1, under which `model` computes what the cut one does."""
+    assert learned.kept is not None
+    masks = Masks(model, problem.units)
+    masks.softness = 0.0
+    for family, of_layers in learned.kept.items():
+        index = torch.stack(list(of_layers.values())).to(masks.hard[family].device)
+        masks.hard[family] = torch.zeros_like(masks.hard[family]).scatter_(-1, index, 1.0)
+    return masks
 
 
 # -- after ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effpass.core.errors import EffpassError, ModelError, did_you_mean
-from effpass.passes.weights.prunable_models import check_heads
+from effpass.passes.weights.prunable_models import check_groups, check_heads
 from effpass.passes.weights.prunable_units import FAMILIES, Dimensions, layers_with
 
 __all__ = ["Units", "find_units"]
@@ -59,9 +59,10 @@ def find_units(model: Any, families: Sequence[str] = ()) -> dict[str, Units]:
 
     Raises:
         EffpassError: an unknown family.
-        ModelError: the model has none of a family, or can't lose any.
+        ModelError: the model has none of a family, or can't lose any, or its heads make no groups.
     """
     d = Dimensions.of(model.config)
+    check_groups(d)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for family in families:
         if family not in FAMILIES:
