@@ -23,7 +23,7 @@ from triton_interpreter import allow_new_numpy
 MODULES = (
     "tree_attention", "tree_blocks", "chosen_channels", "top_tokens", "tree_growth", "tree_acceptance", "token_noise",
 )  # fmt: skip
-KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise", "_up", "_down")
+KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise", "_up", "_down", "_largest")
 
 
 def random_parents(nodes: int, padding: int, seed: int) -> list[int]:
@@ -423,19 +423,20 @@ def blocks_errors(
     return {"blocks": float(faults)}
 
 
-def channels_errors(
-    ops: Any, tokens: int, width: int, channels: int, tile: int, chosen: tuple[int, ...], **of: Any
-) -> dict[str, float]:
-    """Against the whole network, in which channels of other tiles are 0."""
+def channels_errors(ops: Any, tokens: int, width: int, channels: int, chosen: int, **of: Any) -> dict[str, float]:
+    """Of the best of few different energies, and of the network whose other channels are 0."""
     torch.manual_seed(tokens)
+    energy = torch.randint(0, 4 * channels, (channels,)).float() ** 3
+    energy[1::3] = energy[0]
+    order = sorted(range(channels), key=lambda c: -float(energy[c]))  # stable: of equal ones the first
+    best = ops.largest_channels(energy.to(of["device"]), chosen)
+    faults = best.tolist() != sorted(order[:chosen])
     x, active = torch.randn(tokens, width, **of), torch.randn(tokens, channels, **of)
-    up, down = torch.randn(channels, width, **of) * width**-0.5, torch.randn(width, channels, **of)
-    got = ops.chosen_channels(x, active, up, down, torch.tensor(chosen, device=of["device"]).int(), tile)
+    up, down = torch.randn(channels, width, **of) * width**-0.5, torch.randn(channels, width, **of).t()
+    got = ops.chosen_channels(x, active, up, down, best)
     hidden = active.double() * (x.double() @ up.double().mT)
-    hidden = hidden.view(tokens, -1, tile)
-    left = torch.zeros_like(hidden)
-    left[:, list(chosen)] = hidden[:, list(chosen)]
-    return {"channels": error(got, left.flatten(1) @ down.double().mT)}
+    hidden[:, [c for c in range(channels) if c not in order[:chosen]]] = 0
+    return {"channels": error(got, hidden @ down.double().mT), "largest": float(faults)}
 
 
 def noise_errors(ops: Any, rows: int, steps: int, vocabulary: int, **of: Any) -> dict[str, float]:
@@ -495,13 +496,13 @@ BLOCKS = {
     "all": (1, 2, 2, 24, 300, 64, 4096, 256),
     "the first and the last": (2, 2, 1, 8, 640, 64, 0, 0),
 }
-# tokens, width, channels, tile, chosen
+# tokens, width, channels, chosen
 CHANNELS = {
-    "one token": (1, 72, 128, 32, (0, 3)),
-    "a tree": (20, 200, 640, 64, (0, 2, 3, 5, 9)),
-    "rows of two programs": (70, 64, 768, 16, tuple(range(1, 48, 2))),
-    "all": (9, 96, 192, 64, (0, 1, 2)),
-    "one tile": (40, 128, 256, 64, (3,)),
+    "one token": (1, 72, 130, 7),
+    "a tree": (20, 200, 640, 300),
+    "rows of two programs": (70, 64, 768, 97),
+    "all": (9, 96, 192, 192),
+    "one channel": (40, 128, 256, 1),
 }
 NOISES = {"rows": (3, 2, 1500), "few tokens": (1, 1, 5)}
 
@@ -573,8 +574,9 @@ def compile_all() -> dict[str, int]:
     for rows, dtype in ((1, torch.bfloat16), (20, torch.bfloat16), (64, torch.bfloat16), (64, torch.float32)):
         ops.chosen_channels(
             some(rows, 4096, dtype=dtype), some(rows, 14336, dtype=dtype), some(14336, 4096, dtype=dtype),
-            some(4096, 14336, dtype=dtype), numbers(112), 64,
+            some(14336, 4096, dtype=dtype).t(), numbers(7168),
         )  # fmt: skip
+    ops.largest_channels(some(14336, dtype=torch.float32), 7168)
     for rows, vocabulary, k in ((1, 49152, 1), (64, 128256, 1), (8, 32000, 8)):
         ops.top_tokens(some(rows, vocabulary), k)
     real: Any = {"dtype": torch.float32}

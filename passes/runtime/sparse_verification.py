@@ -27,7 +27,7 @@ from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.speculative.calibrated import PASS, load_calibrated
-from effpass.runtime.speculative.shared_channels import ChannelBudget, ChannelRule, gated_networks
+from effpass.runtime.speculative.shared_channels import ChannelBudget, ChannelRule, gated_networks, lay_by_channel
 from effpass.runtime.speculative.shared_experts import ExpertBudget, ExpertRule, expert_modules, rescales
 from effpass.runtime.speculative.sparse import ROOM, SharedBlocks, SparseVerification
 from effpass.runtime.speculative.token_rules import TokenChannels, TokenExperts
@@ -185,8 +185,13 @@ class SparseVerificationPass(RuntimePass):
             alone += [Refusal(f"layer {i}", f"{what}, and reads all of that") for i, what in others.items()]
         if self._leaves_channels:
             networks, others_ = gated_networks(runs)
-            by_token = options.skip_below is not None
-            channels = TokenChannels(options.skip_below) if by_token else ChannelBudget(options.channels)  # type: ignore[arg-type]
+            if options.channels is not None:
+                channels = ChannelBudget(options.channels)
+                for network in networks.values():
+                    lay_by_channel(network)
+            else:
+                assert options.skip_below is not None
+                channels = TokenChannels(options.skip_below)
             hits += len(networks)
             alone += [Refusal(name, f"{why}, and is read wholly") for name, why in others_.items()]
         if self._leaves_experts:

@@ -8,7 +8,6 @@ Shapes: T nodes, G key-value heads, N blocks, F channels, E experts, k experts a
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from effpass.runtime.cache import DecodeCache, Reader
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.session import Session
 from effpass.runtime.speculative import shared_channels, shared_experts
-from effpass.runtime.speculative.shared_channels import TILE, gated_networks, share_channels
+from effpass.runtime.speculative.shared_channels import ChannelBudget, gated_networks, share_channels
 from effpass.runtime.speculative.shared_experts import ExpertBudget, expert_modules, share_experts
 from effpass.runtime.speculative.token_rules import tail_shares
 
@@ -200,10 +199,8 @@ class _Look(Reader):
             energy, channels = active.float().square(), active.shape[1]
             own = energy.topk(max(1, round(self._of.channels * channels)), dim=1).indices
             union = torch.zeros(channels, dtype=torch.bool, device=x.device).scatter(0, own.flatten(), True)
-            tile = math.gcd(channels, TILE)
-            kept = max(1, round(self._of.channels * channels / tile))
-            tiles = share_channels(active, is_node, kept, tile).long()
-            held = energy.sum(0).view(-1, tile)[tiles].sum() / energy.sum().clamp(min=1e-30)
+            shared = share_channels(active, is_node, ChannelBudget(self._of.channels).of(channels)).long()
+            held = energy[:, shared].sum() / energy.sum().clamp(min=1e-30)
             self._seen["channels", self._networks[network]].append((float(union.float().mean()), float(held)))
         return type(network).forward(network, x)
 

@@ -1,15 +1,14 @@
 """Channels of feed-forward networks that a tree shares: those in which its nodes have most, and no others, are read.
 
-    v_j = Σ_t Σ_{c of tile j} a_tc²  over the nodes t;  the tiles of the largest v stay          a: act(W_gate x)
+    v_c = Σ_t a_tc²  over the nodes t;  the channels of the largest v stay                       a: act(W_gate x)
 
-The gate is computed whole and decides which rows of W_up and columns of W_down are read, in tiles of 64, so that tensor
-cores and memory get whole pieces (:mod:`effpass.lowering.ops.chosen_channels`). A channel that goes would have added
-a · u, of which u is not known: what is lost in expectation is a².
+The gate is computed whole and decides which rows of W_up and columns of W_down are read
+(:mod:`effpass.lowering.ops.chosen_channels`). A channel that goes would have added a · u, of which u is not known: what
+is lost in expectation is a².
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 import effpass.lowering.ops.chosen_channels  # noqa: F401  (registers the operator)
 
-__all__ = ["ChannelBudget", "ChannelRule", "attached", "gated_networks", "share_channels"]
+__all__ = ["ChannelBudget", "ChannelRule", "attached", "gated_networks", "lay_by_channel", "share_channels"]
 
-TILE = 64
+_PIECE = 16  # channels that go or stay are a multiple of it, for loads of whole pieces
 
 
 class ChannelRule(Protocol):
@@ -42,31 +41,39 @@ class ChannelBudget:
 
     share: float
 
+    def of(self, channels: int) -> int:
+        """M: of a network with so many."""
+        kept = max(1, round(self.share * channels))
+        return kept if kept < _PIECE or kept == channels else kept - kept % _PIECE
+
     def run(self, network: Any, x: Tensor, is_node: Tensor) -> Tensor:
         channels = network.up_proj.out_features
-        tile = math.gcd(channels, TILE)
-        kept = max(1, round(self.share * channels / tile))
-        if kept * tile >= channels:
+        kept = self.of(channels)
+        if kept >= channels:
             return type(network).forward(network, x)
         rows = x.flatten(0, -2)
         active = network.act_fn(network.gate_proj(rows))
-        tiles = share_channels(active, is_node, kept, tile)
+        chosen = share_channels(active, is_node, kept)
         up, down = network.up_proj.weight, network.down_proj.weight
-        return torch.ops.effpass.chosen_channels(rows, active, up, down, tiles, tile).view(x.shape)
+        return torch.ops.effpass.chosen_channels(rows, active, up, down, chosen).view(x.shape)
 
 
-def share_channels(active: Tensor, is_node: Tensor, kept: int, tile: int) -> Tensor:
-    """Tiles that stay, int32 `[kept]`, ascending.
+def share_channels(active: Tensor, is_node: Tensor, kept: int) -> Tensor:
+    """Channels that stay, int32 `[kept]`, ascending.
 
     Args:
         active: `[T, F]`, the gate's output behind its activation.
         is_node: bool `[T]`: whose channels count.
-        kept: tiles.
-        tile: channels of one; divides F.
+        kept: M.
     """
     of_nodes = torch.where(is_node[:, None], active.float(), 0)
-    energy = of_nodes.square().sum(0).view(-1, tile).sum(1)
-    return energy.topk(kept).indices.sort().values.int()
+    return torch.ops.effpass.largest_channels(of_nodes.square().sum(0), kept)
+
+
+def lay_by_channel(network: Any) -> None:
+    """Let W_down lie in memory channel by channel, as the same weight: what reads a channel reads one piece."""
+    weight = network.down_proj.weight
+    weight.data = weight.data.t().contiguous().t()
 
 
 def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -70,7 +70,7 @@ def test_interpreted_kernels_against_loops(interpreted: Any, name: str) -> None:
 @needs_triton
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path) -> None:
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) == 28
+    assert len(shared) == 29
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -127,8 +127,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
         ),
         "chosen_channels": (
             torch.randn(5, 8), torch.randn(5, 12), torch.randn(12, 8), torch.randn(8, 12),
-            torch.tensor([0, 2]).int(), 4,
+            torch.tensor([0, 2, 9]).int(),
         ),
+        "largest_channels": (torch.rand(12), 5),
         "take_tokens": (ids, count, position, torch.zeros(2, **long), 3),
         "move_slots": (
             torch.randn(2, 2, 1, 12, 4), torch.randn(2, 2, 1, 12, 4), torch.zeros(2, 12, dtype=torch.int32),
@@ -148,11 +149,11 @@ def test_flops(name: str) -> None:
     arguments = samples()[name]
     with FlopCounterMode(display=False) as counter:
         getattr(ops, name)(*arguments)
-    # Two products of 2 x 4 heads x 6 nodes x 26 slots x 16; one of 2 x 2 heads x 9 blocks x 8; two of 5 x 8 x 2 tiles.
+    # Two products of 2 x 4 heads x 6 nodes x 26 slots x 16; one of 2 x 2 heads x 9 blocks x 8; two of 5 x 8 x 3.
     expected = {
         "tree_attention": 2 * 2 * 4 * 6 * 26 * 32,
         "choose_tree_blocks": 2 * 2 * 2 * 9 * 8,
-        "chosen_channels": 2 * 2 * 5 * 8 * 2 * 4,
+        "chosen_channels": 2 * 2 * 5 * 8 * 3,
     }
     assert counter.get_total_flops() == expected.get(name, 0)
 
@@ -192,7 +193,7 @@ def test_noise_is_exponential() -> None:
         ("grow_layer", {14: 21}, "9 candidates and 66 nodes"),
         ("tree_attention", {11: torch.zeros(2, 3, 4), 12: 64}, "chosen (2, 3, 4) of blocks of 64 slots"),
         ("choose_tree_blocks", {2: torch.tensor([1])}, "lengths (1,)"),
-        ("chosen_channels", {5: 5}, "tiles of 5"),
+        ("largest_channels", {1: 13}, "13 channels of (12,)"),
         ("chosen_channels", {3: torch.randn(12, 8)}, "down (12, 8)"),
         ("token_noise", {2: 1 << 21}, "2097152 tokens"),
     ],

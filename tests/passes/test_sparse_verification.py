@@ -166,3 +166,18 @@ def test_more_rounds_than_one_call_takes_are_refused_when_the_tree_is_known() ->
     model = effpass.prepare(families.make("llama"), recipe(**SMALL, refresh=90))
     with pytest.raises(EffpassError, match="refresh: 90 rounds of trees of depth 3"):
         speculate(model, "llama")
+
+
+def test_weights_that_lie_by_channel_are_the_same_weights(tmp_path: Path) -> None:
+    """`channels` turns W_down round in memory; outputs, gradients and checkpoints don't know."""
+    model, theirs = effpass.prepare(families.make("llama"), recipe(channels=0.5)), families.make("llama")
+    weight, other = (m.model.layers[0].mlp.down_proj.weight for m in (model, theirs))
+    assert (weight.stride(), other.stride()) == ((1, 64), (96, 1))
+    assert torch.equal(weight, other)
+    ids = GIVEN["input_ids"]
+    for run in (model, theirs):
+        run(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(weight.grad, other.grad)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(theirs).from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(ids).logits, theirs(ids).logits)
