@@ -29,11 +29,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False},
     ),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+         "tie_word_embeddings": False},
+    ),
     "glm-4.7-flash": ("glm4_moe_lite", {}),  # the defaults of transformers' config
     "tiny-qwen3": (
         "qwen3",
         {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    ),
+    "tiny-moe": (
+        "qwen3_moe",
+        {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False},
     ),
     "tiny-glm": (
         "glm4_moe_lite",
