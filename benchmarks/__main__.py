@@ -21,6 +21,7 @@ AREAS = (
     "prefix_kv",
     "quality",
     "sparse_attention",
+    "speculative",
     "training",
 )
 
