@@ -19,6 +19,7 @@ AREAS = (
     "moe",
     "optimizer",
     "prefix_kv",
+    "pruning",
     "quality",
     "sparse_attention",
     "speculative",
@@ -34,12 +35,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append rows to this file, one JSON object a line")
     parser.add_argument("--case", action="append", help="only these cases")
     parser.add_argument(
-        "--model", action="append", help="areas adapters and quality: a folder, or a name under models/"
+        "--model", action="append", help="areas that take trained models: a folder, or a name under models/"
     )
     parser.add_argument(
         "--data",
         type=Path,
-        help="areas adapters, quality and training: folder of texts (environment variable EFFPASS_DATA)",
+        help="areas that read texts: their folder (environment variable EFFPASS_DATA)",
     )
     arguments = parser.parse_args()
     if arguments.model:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,14 +42,23 @@ def passes_table(document: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+# What stands in the place of a table of rows that have not been taken.
+_NONE = "No rows have been committed yet.\n"
+
+
+def _rows(area: str) -> list[dict[str, Any]]:
+    """The committed rows of an area, in the order they were taken; none before the first were."""
+    path = ROOT / "benchmarks" / "results" / f"{area}.jsonl"
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def measured_rows(area: str, but: tuple[str, ...] = ()) -> str:
-    """The committed rows of an area, one line each, in the order they were taken; none in a unit of `but`."""
+    """The committed rows of an area, one line each; none in a unit of `but`."""
     lines = [
         "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
-    for text in (ROOT / "benchmarks" / "results" / f"{area}.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
+    for row in _rows(area):
         if row["unit"] in but:
             continue
         peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
@@ -59,7 +69,7 @@ def measured_rows(area: str, but: tuple[str, ...] = ()) -> str:
         lines.append(
             f"| {row['case']} | {row['metric']} | {ours} | {peer} | {ratio} | {bound} | {row['runs']} | {where} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
 
 def cost_rows(document: Path) -> str:
@@ -93,6 +103,25 @@ def budget_rows(document: Path) -> str:
             shown = (f"{values[name]:.4g}" for name in ("whole", ours, *methods))
             lines.append(f"| {case} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def pruning_rows(document: Path) -> str:
+    """The committed rows of area `pruning` on quality: the difference to each peer, and what is left of the cost."""
+    lines = ["| model, cost, run | figure | ours | peer | difference, nats | left, of ours and of the peer | device |"]
+    lines.append("|---|---|--:|--:|---|---|---|")
+    for row in _rows("pruning"):
+        if row["peer"] is not None and row["unit"] in _QUALITY:
+            difference, _, left, _ = row["note"].split("; ")
+            difference = difference.removeprefix("difference ").replace(" nats over", " over")
+            lines.append(
+                f"| {row['case']} | {row['metric']} | {row['ours']:.4g} | {row['peer']:.4g} ({row['peer_name']}) |"
+                f" {difference} | {left} | {row['device']} |"
+            )
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
+
+
+# Units of perplexities and of losses.
+_QUALITY = ("", "nats")
 
 
 def memory_rows(document: Path) -> str:
@@ -130,6 +159,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "budgets": budget_rows,
     "prefix_kv": lambda document: measured_rows("prefix_kv", but=("nats", "%")),
     "kv_offload": lambda document: measured_rows("kv_offload"),
+    "pruning": pruning_rows,
+    "pruning_speed": lambda document: measured_rows("pruning", but=_QUALITY),
     "training": lambda document: measured_rows("training"),
     "cost": cost_rows,
     "headline": headline_rows,
