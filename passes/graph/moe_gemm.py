@@ -101,6 +101,7 @@ class MoeGemm(GraphPass):
         products = {p.node: p for node in program.graph.nodes if (p := product_at(node)) is not None}
         loops = accumulators(program.graph)
         if not products and not loops:
+            yield from _unknown(program)
             return
         surroundings = Surroundings.of(program)
         matches: list[Match] = []
@@ -145,6 +146,15 @@ class MoeGemm(GraphPass):
             out = _experts(program, tensors, layer.gate, layer.anchor)
         layer.anchor.replace_all_uses_with(out)
         _erase(program, layer.inner)
+
+
+def _unknown(program: Program) -> Iterator[Refusal]:
+    """Weights of experts in a program that has no layer of a known form."""
+    for node in program.graph.find_nodes(op="placeholder"):
+        weight = program.weight_of(node)
+        if weight is not None and "expert" in weight.name and node.meta["val"].ndim == 3 and node.users:
+            written = "its experts are written neither as grouped nor as copied products, nor as a loop over them"
+            yield Refusal(weight.name, written, "set experts_implementation to grouped_mm, where the model has it")
 
 
 def _rewrite_loop(program: Program, loop: Loop) -> None:
