@@ -35,6 +35,7 @@ __all__ = [
     "forced_blocks",
     "grid_of",
     "is_latent",
+    "unit_of",
 ]
 
 # What a program chooses among: blocks; tokens of the blocks of a list; tokens of a list.
@@ -88,6 +89,11 @@ def grid_of(count: int) -> tuple[int, int]:
     return whole // columns, columns
 
 
+def unit_of(blocks: int) -> int:
+    """What kernels count `blocks` in: where they know that rows are aligned they read four numbers at once."""
+    return 4 if blocks % 4 == 0 else 1
+
+
 def is_latent(keys: Tensor, values: Tensor) -> bool:
     """Whether values are the first channels of the keys."""
     return (
@@ -136,6 +142,7 @@ def attend_chosen(
     (batch, heads, _, key_size), value_size = query.shape, values.shape[-1]
     groups = keys.shape[1] if block_table is None else block_table.shape[1]
     device, slots = query.device, key_positions.shape[1]
+    blocks = triton.cdiv(slots, block)
     latent, unit = is_latent(keys, values), block if kind is BLOCKS else 1
     row_bytes = (key_size if latent else key_size + value_size) * query.element_size()
     all_rows, columns = grid_of(candidates)
@@ -164,13 +171,13 @@ def attend_chosen(
     _attend[(splits, of_rows)](
         query, keys, values, block_table, key_positions, query_positions, filled, chosen_blocks, chosen_tokens,
         of_scores, places, seen, scores, out, parts, sums, done, query.stride(0), query.stride(1), *at, *of_values,
-        key_positions.stride(0), query_positions.stride(0), slots, triton.cdiv(slots, block), scale, softcap, host,
+        key_positions.stride(0), query_positions.stride(0), slots, blocks // unit_of(blocks), scale, softcap, host,
         GROUPS=groups, PARTS_OF=parts_of, REPEAT=rows, KEY=value_size if latent else key_size,
         HOST=0 if host is None else host.shape[-1], REST=key_size - value_size if latent else 0, VALUE=value_size,
         LATENT=latent, KIND=kind.value, CANDIDATES=0 if kind is BLOCKS else candidates, LIMIT=limit, BLOCK=block,
-        SINK=sink, RECENT=recent, PIPELINED=is_pipelined, SOFTCAP=softcap != 0, SPLITS=splits, PDL=overlaps(device),
-        ROWS=all_rows, COLUMNS=columns, SHARE=triton.next_power_of_2(share), BLOCK_R=block_r, LIVE=live,
-        BLOCK_N=block_n, BLOCK_K=block_v if latent else max(16, triton.next_power_of_2(key_size)),
+        SINK=sink, RECENT=recent, PIPELINED=is_pipelined, UNIT=unit_of(blocks), SOFTCAP=softcap != 0, SPLITS=splits,
+        PDL=overlaps(device), ROWS=all_rows, COLUMNS=columns, SHARE=triton.next_power_of_2(share), BLOCK_R=block_r,
+        LIVE=live, BLOCK_N=block_n, BLOCK_K=block_v if latent else max(16, triton.next_power_of_2(key_size)),
         BLOCK_REST=max(16, triton.next_power_of_2(key_size - value_size)) if latent else 16, BLOCK_V=block_v,
         BLOCK_S=max(1, min(32, 8192 // (live * block_v))),
         # Slots come from a list, and pages from a table by them: 7 stages are two or three tiles under way.
@@ -241,19 +248,20 @@ def block_keys(n, there, forced, end, head, seen, scores, blocks, BLOCK: tl.cons
     return tl.where(there, tl.where(forced, FORCED, key), NEVER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks"])
 def _attend(
     query, keys, values, block_table, key_positions, query_positions, filled, chosen_blocks, chosen_tokens, of_scores,
     places, seen, scores, out, parts, sums, done, query_b, query_h, keys_b, keys_h, keys_s, values_b, values_h,
     values_s, positions_b, query_positions_b, slots, blocks, scale, softcap, host, GROUPS: tl.constexpr,
     PARTS_OF: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr,
     HOST: tl.constexpr, LATENT: tl.constexpr, KIND: tl.constexpr, CANDIDATES: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIPELINED: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr,
-    BLOCK_R: tl.constexpr, LIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIPELINED: tl.constexpr, UNIT: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SHARE: tl.constexpr, BLOCK_R: tl.constexpr, LIVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     split, part = tl.program_id(0), tl.program_id(1)
+    blocks *= UNIT
     head = part // PARTS_OF  # the key-value head of a row
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
     r, dk, dv, span = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)

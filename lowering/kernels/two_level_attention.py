@@ -37,8 +37,10 @@ from effpass.lowering.kernels.chosen_attention import (
     fits,
     forced_blocks,
     grid_of,
+    unit_of,
 )
 from effpass.lowering.kernels.key_index import STATISTICS, index_token, indexable, label_shape, strides
+from effpass.lowering.kernels.key_labels import label_query, label_scores, write_wanted
 from effpass.lowering.kernels.largest import NEVER, cut, in_order, ranks, write_ranked
 from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
 
@@ -107,15 +109,16 @@ def two_level_attention(
     if kept and tokens:
         kind, candidates, limit = TOKENS, kept * block, tokens
         of_scores = torch.empty((of_heads, candidates), dtype=torch.float32, device=device)
+        unit = unit_of(blocks)
         programs = 1 if is_max or 8 * of_heads <= processors else how.choose.together
         splits = min(kept, max(1, programs * processors // of_heads))
         share = triton.next_power_of_2(triton.cdiv(kept, splits))
         rows, columns = grid_of(blocks)
         _choose[(splits, of_heads)](
             query, filled, seen, scores, chosen_blocks, of_scores, *of_labels, *of_query, key_positions.stride(0),
-            query_positions.stride(0), slots, blocks, **common, BLOCK=block, KEPT=kept, SINK=sink, RECENT=recent,
-            PIPELINED=is_pipelined, SPLITS=splits, ROWS=rows, COLUMNS=columns, SHARE=share, HALF=shape["HALF"],
-            TILE=min(share * block, at_once),
+            query_positions.stride(0), slots, blocks // unit, **common, BLOCK=block, KEPT=kept, SINK=sink,
+            RECENT=recent, PIPELINED=is_pipelined, UNIT=unit, SPLITS=splits, ROWS=rows, COLUMNS=columns, SHARE=share,
+            HALF=shape["HALF"], TILE=min(share * block, at_once),
             **beside(programs, device, 8 if rows * columns <= 512 else how.choose.warps(programs)),
         )  # fmt: skip
     elif kept:
@@ -162,7 +165,7 @@ def _narrow_all(
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks"])
 def _score(
     query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, wanted,
     query_b, query_h, keys_b, keys_h, keys_s, positions_b, slots, blocks, host, GROUPS: tl.constexpr,
@@ -183,9 +186,7 @@ def _score(
         )  # fmt: skip
         if wanted is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
             if part == 0:
-                _write_wanted(
-                    wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF
-                )
+                write_wanted(wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
     elif HAS_BLOCKS:
         last = (end - 1) // BLOCK
         n, r, c = (part - ENTERING) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, MAIN)
@@ -241,93 +242,22 @@ def _products(
             return tl.sum(first.to(tl.float32) * weight[None, :] + second.to(tl.float32) * other[None, :], 1)
 
 
-# -- labels -----------------------------------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _of_channels(
-    query, channels, b, group, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """The query's channels of a label in halves, [R, C/2]."""
-    half: tl.constexpr = CHANNELS // 2
-    r, j = tl.arange(0, BLOCK_R), tl.arange(0, HALF)
-    inside = (r < REPEAT)[:, None] & (j < half)[None, :]
-    heads_of = query + b * query_b + (group * REPEAT + r) * query_h
-    first_half = tl.load(channels + group * CHANNELS + j, mask=j < half, other=0)
-    other_half = tl.load(channels + group * CHANNELS + half + j, mask=j < half, other=0)
-    q0 = tl.load(heads_of[:, None] + first_half[None, :], mask=inside, other=0)
-    q1 = tl.load(heads_of[:, None] + other_half[None, :], mask=inside, other=0)
-    return q0, q1
-
-
-@triton.jit
-def _write_wanted(
-    wanted, query, channels, b, group, head, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHANNELS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """What labels are multiplied with, float32 [C]: the query's channels, summed over the heads that share keys."""
-    half: tl.constexpr = CHANNELS // 2
-    j = tl.arange(0, HALF)
-    q0, q1 = _of_channels(query, channels, b, group, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
-    tl.store(wanted + head * CHANNELS + j, tl.sum(q0.to(tl.float32), 0), mask=j < half)
-    tl.store(wanted + head * CHANNELS + half + j, tl.sum(q1.to(tl.float32), 0), mask=j < half)
-
-
-@triton.jit
-def _label_query(
-    wanted, query, channels, b, group, head, query_b, query_h, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHANNELS: tl.constexpr, MAX: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """What labels are multiplied with, in halves, and its sum: [C/2] and [], or of each head [R, C/2] and [R]."""
-    if MAX:
-        q0, q1 = _of_channels(query, channels, b, group, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
-        return q0, q1, tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
-    else:
-        half: tl.constexpr = CHANNELS // 2
-        j = tl.arange(0, HALF)
-        q0 = tl.load(wanted + head * CHANNELS + j, mask=j < half, other=0)
-        q1 = tl.load(wanted + head * CHANNELS + half + j, mask=j < half, other=0)
-        return q0, q1, tl.sum(q0 + q1, 0)
-
-
-@triton.jit
-def _label_scores(
-    q0, q1, q_sum, slot, live, head, labels, ranges, slots, REPEAT: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHANNELS: tl.constexpr, MAX: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Of the labels in `slot` [N], where `live`."""
-    half: tl.constexpr = CHANNELS // 2
-    j = tl.arange(0, HALF)
-    at = head.to(tl.int64) * slots + slot
-    code = tl.load(labels + at[:, None] * half + j[None, :], mask=live[:, None] & (j < half)[None, :], other=0)
-    step = tl.load(ranges + at * 2, mask=live, other=0).to(tl.float32)
-    low = tl.load(ranges + at * 2 + 1, mask=live, other=0).to(tl.float32)
-    if MAX:
-        found = tl.dot((code & 15).to(q0.dtype), tl.trans(q0), input_precision="ieee")
-        found = tl.dot((code >> 4).to(q0.dtype), tl.trans(q1), found, input_precision="ieee")
-        found = found * step[:, None] + low[:, None] * q_sum[None, :]
-        return tl.max(tl.where((tl.arange(0, BLOCK_R) < REPEAT)[None, :], found, float("-inf")), 1)
-    else:
-        # A code in the first bits of 1.0's mantissa is 1 + code / 16, which is cheaper than a conversion.
-        first = (((code & 15).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
-        other = (((code >> 4).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
-        found = tl.sum(first * q0[None, :] + other * q1[None, :], 1) - q_sum
-        return found * (16 * step) + low * q_sum
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks"])
 def _choose(
     query, filled, seen, scores, chosen_blocks, of_scores, wanted, channels, labels, ranges, key_positions,
     query_positions, query_b, query_h, positions_b, query_positions_b, slots, blocks, GROUPS: tl.constexpr,
     REPEAT: tl.constexpr, BLOCK_R: tl.constexpr, CHANNELS: tl.constexpr, MAX: tl.constexpr, PDL: tl.constexpr,
     BLOCK: tl.constexpr, KEPT: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, PIPELINED: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr,
-    TILE: tl.constexpr,
+    UNIT: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+    HALF: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The chosen blocks, shared out to the programs of a head, and the scores of their tokens."""
     split, head = tl.program_id(0), tl.program_id(1)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
+    blocks *= UNIT
     share: tl.constexpr = (KEPT + SPLITS - 1) // SPLITS
     begin = split * share
     stop = tl.minimum(begin + share, KEPT)
@@ -338,7 +268,7 @@ def _choose(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    q0, q1, q_sum = _label_query(
+    q0, q1, q_sum = label_query(
         wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
     )  # fmt: skip
     key = block_keys(place, there, forced, end, head, seen, scores, blocks, BLOCK, PIPELINED)
@@ -376,12 +306,12 @@ def _score_tokens(
     slot = n * BLOCK + i % BLOCK
     live = (n >= 0) & (slot < tl.minimum(end, slots))
     position = tl.load(key_positions + b * positions_b + slot, mask=live, other=-1)
-    score = _label_scores(q0, q1, q_sum, slot, live, head, labels, ranges, slots, REPEAT, BLOCK_R, CHANNELS, MAX, HALF)
+    score = label_scores(q0, q1, q_sum, slot, live, head, labels, ranges, slots, REPEAT, BLOCK_R, CHANNELS, MAX, HALF)
     score = tl.where((position >= 0) & (position <= now), score, float("-inf"))
     tl.store(of_scores + i, score, mask=i < stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "count"])
 def _narrow(
     query, filled, old_scores, old_places, new_scores, new_places, wanted, channels, labels, ranges, key_positions,
     query_positions, query_b, query_h, positions_b, query_positions_b, slots, count, GROUPS: tl.constexpr,
@@ -398,7 +328,7 @@ def _narrow(
         gdc_wait()
         gdc_launch_dependents()
     if FIRST:
-        q0, q1, q_sum = _label_query(
+        q0, q1, q_sum = label_query(
             wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
         )  # fmt: skip
         end = tl.minimum(tl.load(filled), slots)
@@ -408,7 +338,7 @@ def _narrow(
             i = first + tl.arange(0, TILE)
             slot = chunk * many + i
             position = tl.load(key_positions + b * positions_b + slot, mask=slot < end, other=-1)
-            score = _label_scores(
+            score = label_scores(
                 q0, q1, q_sum, slot, slot < end, head, labels, ranges, slots, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
             )  # fmt: skip
             score = tl.where((position >= 0) & (position <= now), score, float("-inf"))
