@@ -14,6 +14,7 @@ from effpass.core.errors import EffpassError
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.speculative import Eagle2, ModelDraft, Speculator, Static, chain, generate
 from effpass.runtime.speculative.cache import TreeCache
+from effpass.runtime.speculative.shared_channels import ChannelBudget
 from effpass.runtime.speculative.shared_experts import ExpertBudget, share_experts
 from effpass.runtime.speculative.sparse import ROOM, SharedBlocks, SparseVerification
 
@@ -67,6 +68,8 @@ def difference(cache: TreeCache, theirs: Any) -> float:
     ("family", "settings"),
     [
         ("llama", SparseVerification(FEW, None, refresh=7)),
+        ("llama", SparseVerification(FEW, None, refresh=17)),  # 68 tokens in one call: two words of ancestors
+        ("llama", SparseVerification(None, None, ChannelBudget(0.3), refresh=7)),
         ("mixtral", SparseVerification(None, ExpertBudget(0.5, rescales=True), refresh=5)),
         ("qwen3_moe", SparseVerification(FEW, ExpertBudget(0.5, rescales=False), refresh=4)),
     ],
