@@ -69,7 +69,7 @@ def difference(cache: TreeCache, theirs: Any) -> float:
     [
         ("llama", SparseVerification(FEW, None, refresh=7)),
         ("llama", SparseVerification(FEW, None, refresh=17)),  # 68 tokens in one call: two words of ancestors
-        ("llama", SparseVerification(None, None, ChannelBudget(0.3), refresh=7)),
+        ("llama", SparseVerification(None, None, ChannelBudget(0.3), refresh=8)),
         ("mixtral", SparseVerification(None, ExpertBudget(0.5, rescales=True), refresh=5)),
         ("qwen3_moe", SparseVerification(FEW, ExpertBudget(0.5, rescales=False), refresh=4)),
     ],
