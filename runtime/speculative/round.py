@@ -35,7 +35,6 @@ from effpass.runtime.speculative.drafts import Draft
 from effpass.runtime.speculative.progress import Progress
 from effpass.runtime.speculative.session import TreeSession
 from effpass.runtime.speculative.shapes import Sampled
-from effpass.runtime.speculative.sparse import SparseVerification
 from effpass.runtime.speculative.tree import TokenTree
 from effpass.runtime.speculative.walk import Walk
 
@@ -51,7 +50,6 @@ class Round:
         target: has room for the draft's trees, and for what a dense call runs again.
         draft: proposes.
         columns: of prompt and answer.
-        sparse: what verification leaves out; None where it is dense.
 
     Attributes:
         progress: what was emitted.
@@ -62,16 +60,14 @@ class Round:
 
     was_recorded = False
 
-    def __init__(
-        self, target: TreeSession, draft: Draft, columns: int, sparse: SparseVerification | None = None
-    ) -> None:
+    def __init__(self, target: TreeSession, draft: Draft, columns: int) -> None:
         self.target, self.draft, self.drafting = target, draft, draft.start(target)
         self.progress = Progress(target.batch, columns, target.model.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
         self._itself = torch.ones_like(self._parents)[:, :, None]
-        self._sparse, self._again = sparse, None
-        if sparse is not None and (tokens := sparse.tokens(draft.kind.depth)):
+        self._again: DenseAgain | None = None
+        if target.sparse is not None and (tokens := target.sparse.tokens(draft.kind.depth)):
             self._again = DenseAgain(target, self.progress, tokens)
 
     def begin(
@@ -112,7 +108,7 @@ class Round:
     def step(self, *, plain: bool = False, reached: int = 0) -> None:
         """One round; `plain` leaves the draft out. `reached` are columns in use of the longest row, at least."""
         self.was_recorded, verification = False, "plain" if plain else "round"
-        is_sparse = self._sparse is not None and self._sparse.acts_on(reached)
+        is_sparse = self.target.sparse is not None and self.target.sparse.acts_on(reached)
         if is_sparse:
             verification = f"sparse {verification}"
             if self._again is not None and self._again.is_due(1 if plain else self.draft.kind.depth + 1):

@@ -31,6 +31,7 @@ class TreeSession(Session):
         sparse: what sparse calls leave out; None where there are none.
 
     Attributes:
+        sparse: as given.
         prompt_features: of the last prompt, `[rows, T, len(taps) · D]`; None without taps, and once it was dropped.
 
     Raises:
@@ -43,7 +44,8 @@ class TreeSession(Session):
         self, model: Any, batch: int, capacity: int, nodes: int, backend: Backend | None, taps: Sequence[int] = (),
         sparse: SparseVerification | None = None,
     ) -> None:  # fmt: skip
-        self._nodes, self._verifier = nodes, None if sparse is None else Verifier(model, sparse)
+        self._nodes, self.sparse = nodes, sparse
+        self._verifier = None if sparse is None else Verifier(model, sparse)
         super().__init__(model, batch, capacity, backend)
         self.cache.reader = self._reader
         self._tapped = [decoder_layers(model)[index] for index in taps]
@@ -58,7 +60,7 @@ class TreeSession(Session):
         self._last_position = None if longest is None else longest - 1
 
     def _new_cache(self, batch: int, capacity: int) -> TreeCache:
-        blocks = None if self._verifier is None else self._verifier.settings.blocks
+        blocks = None if self.sparse is None else self.sparse.blocks
         cache = TreeCache(self.model.config, batch, capacity, self._nodes, self.model.device, blocks)
         self._reader = cache.reader
         return cache

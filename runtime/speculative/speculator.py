@@ -110,7 +110,7 @@ class Speculator:
             kind, sparse = self.draft.kind, settings_of(engine.model)
             nodes = kind.nodes if sparse is None else max(kind.nodes, sparse.tokens(kind.depth))
             target = TreeSession(engine.model, batch, capacity, nodes, engine.backend, self.draft.taps, sparse)
-            found = Round(target, self.draft, capacity, sparse)
+            found = Round(target, self.draft, capacity)
         elif any([found.target.has_moved(), found.drafting.has_moved()]):  # both take note
             found.forget_graphs()
         return found
