@@ -28,13 +28,27 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.kernel_choice import triton_kernels
-from effpass.lowering.ops.two_level_attention_index import KeyIndex, gather_slots, index_blocks, parted
+from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection, gather_slots, index_blocks, parted
 
-__all__ = ["TOLERANCE", "attend", "block_scores", "score_blocks", "top", "two_level_attention"]
+__all__ = [
+    "KERNELS",
+    "TOLERANCE",
+    "attend",
+    "block_scores",
+    "has_kernels",
+    "score_blocks",
+    "top",
+    "two_level_attention",
+]
 
 #: What an output of the kernels may differ from the reference, relative to its largest value, where both choose the
 #: same tokens. As in :mod:`effpass.lowering.ops.cached_attention`.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
+#: What a GPU's kernels take.
+KERNELS = (
+    "kernels take float32, float16 and bfloat16; heads of 16 to 256 channels, up to 32 of which share a key, or latents"
+    " of a power of two up to 512 with a rotated part of up to 128; labels of 32 channels or more"
+)
 
 
 def attend(
@@ -56,6 +70,34 @@ def attend(
         query, keys, values, block_table, host, key_positions, query_positions, filled, rows.channels, rows.statistics,
         rows.seen, rows.labels, rows.ranges, rows.scores, rows.chosen_blocks, rows.chosen_tokens, scale, softcap,
         how.block, how.sink, how.recent, how.statistic, how.aggregation, how.is_pipelined,
+    )  # fmt: skip
+
+
+def has_kernels(
+    how: Selection, heads: int, groups: int, key_size: int, value_size: int, channels: int, dtype: torch.dtype
+) -> bool:
+    """Whether a GPU's kernels take a layer. The reference reads `filled`, which a CUDA graph can't hold.
+
+    Args:
+        how: what is chosen.
+        heads: query heads H.
+        groups: key-value heads G.
+        key_size: K.
+        value_size: V; below K, with one key-value head, it is that of latents.
+        channels: of a label.
+        dtype: of keys, values and queries.
+    """
+    kernels = triton_kernels("two_level_attention")
+    if kernels is None:
+        return False
+    with torch.device("meta"):
+        index = KeyIndex.empty(how, torch.empty(groups, channels, dtype=torch.int32), 1, how.block, key_size, dtype)
+        query, keys = (torch.empty(1, count, 1, key_size, dtype=dtype) for count in (heads, groups))
+        is_latent = groups == 1 and value_size < key_size
+        values = keys[..., :value_size] if is_latent else torch.empty(1, groups, 1, value_size, dtype=dtype)
+    return kernels.supported(
+        query, keys, values, index.channels, index.labels, index.seen, index.chosen_blocks, index.chosen_tokens,
+        how.block,
     )  # fmt: skip
 
 
@@ -253,6 +295,13 @@ def two_level_attention(
         ):
             return kernels.two_level_attention(
                 query, keys, values, block_table, host, key_positions, query_positions, filled, *arguments
+            )
+        if torch.cuda.is_current_stream_capturing():
+            raise EffpassError(
+                f"effpass::two_level_attention: no kernel for a query {tuple(query.shape)}, keys {tuple(keys.shape)}, "
+                f"values {tuple(values.shape)} and labels of {channels.shape[1]} channels in {query.dtype}, and a CUDA "
+                "graph can't hold the reference",
+                hint=KERNELS,
             )
     return _two_level_attention(
         query, keys, values, block_table, host, key_positions, query_positions, int(filled), *arguments

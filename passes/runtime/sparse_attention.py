@@ -30,6 +30,7 @@ from effpass.core.report import Refusal
 from effpass.core.roofline import ceilings, device_and_dtype
 from effpass.lowering.ops import block_sparse_attention_causal  # noqa: F401  (registers the operator)
 from effpass.lowering.ops.block_sparse_attention import BlockSelection
+from effpass.lowering.ops.two_level_attention import KERNELS, has_kernels
 from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
 from effpass.passes.runtime.mla_absorption import absorb, latent_layers
@@ -151,6 +152,24 @@ class SparseAttention(Pass):
         if self._channels is not None:
             self._channels[0].check_model(runs)
             check_channels(self._channels[1], runs, sizes)
+        self._check_kernels(runs, sizes)
+
+    def _check_kernels(self, model: Any, sizes: dict[int, tuple[int, int]]) -> None:
+        """Refuse layers that a GPU has no kernels for: its steps are CUDA graphs, which can't hold the reference."""
+        device, dtype = device_and_dtype(model)
+        if device.type != "cuda":
+            return
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        latents = latent_layers(model)
+        for index, (groups, key_size) in sizes.items():
+            value_size = next(iter(latents.values())).kv_lora_rank if latents else key_size
+            channels = key_size if self._channels is None else self._channels[1][index].shape[1]
+            if not has_kernels(self.options.selection, heads, groups, key_size, value_size, channels, dtype):
+                raise ModelError(
+                    f"layer {index}: there are no kernels for {heads} query heads of {key_size} channels over {groups}"
+                    f" key-value heads, values of {value_size} and labels of {channels} channels in {dtype}",
+                    hint=f"{KERNELS}; on the CPU any model runs",
+                )
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         """Make the model's caches choose; hits are layers."""

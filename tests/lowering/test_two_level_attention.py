@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sparse_kernel_cases import in_pages, positions_of
 
 from effpass.core.errors import EffpassError
-from effpass.lowering.ops import cached_attention, rope_cache_write  # noqa: F401  (registers the operators)
+from effpass.lowering.ops import cached_attention, rope_cache_write, rope_page_write  # noqa: F401  (registers the operators)
 from effpass.lowering.ops import two_level_attention as operators
 from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection
 
@@ -177,6 +178,21 @@ def test_bad_sizes_are_named() -> None:
     ):
         with pytest.raises(EffpassError, match=message):
             Selection(**options)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_what_a_gpu_has_kernels_for() -> None:
+    both, blocks = Selection(), Selection(levels="blocks")
+    half, single = torch.bfloat16, torch.float32
+    taken = [
+        (both, 32, 8, 128, 128, 32, half), (both, 20, 1, 576, 512, 128, half), (both, 32, 1, 256, 256, 256, single),
+        (blocks, 4, 2, 16, 16, 16, single),
+    ]  # fmt: skip
+    refused = [
+        (both, 64, 1, 128, 128, 32, half), (both, 4, 2, 512, 512, 32, half), (both, 4, 2, 16, 16, 16, single),
+        (both, 20, 1, 560, 432, 128, half), (both, 32, 8, 128, 128, 32, torch.float64), (blocks, 4, 2, 8, 8, 8, half),
+    ]  # fmt: skip
+    assert [operators.has_kernels(*case) for case in taken + refused] == [True] * len(taken) + [False] * len(refused)
 
 
 def test_opcheck() -> None:

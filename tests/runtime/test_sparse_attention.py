@@ -222,6 +222,22 @@ def test_bad_options_are_refused_in_the_recipe(options: dict[str, Any], message:
         prepared(families.make("llama"), {"sparse_attention": options})
 
 
+def test_layers_without_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is changed; with enough channels the same model is taken."""
+    from effpass.passes.runtime import sparse_attention as module
+
+    on_gpu = (torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(module, "device_and_dtype", lambda model: on_gpu)
+    narrow, wide = families.make("llama"), families.make("llama", head_dim=32)
+    with pytest.raises(
+        ModelError, match=r"layer 0: there are no kernels for 4 query heads of 16 channels over 2"
+    ) as told:
+        effpass.prepare(narrow, {"version": 1, "passes": [{"sparse_attention": WIDE}]})
+    assert "labels of 32 channels or more" in str(told.value)
+    assert not hasattr(narrow, "effpass_reader")
+    SparseAttention(SparseAttentionOptions(**WIDE)).check_model(wide)
+
+
 def test_the_length_from_which_on_it_pays_follows_from_the_ceilings() -> None:
     from effpass.core.roofline import known
     from effpass.runtime.sparse_cost import break_even, step_bytes

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import effpass
+from effpass.core.errors import EffpassError
 
 pytestmark = pytest.mark.gpu
 WIDE = {"tokens": 256, "blocks": 16, "block": 16}
@@ -38,6 +39,15 @@ def test_a_budget_of_the_whole_context_changes_nothing(family: str, below: int) 
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_a_recorded_step_without_kernels_says_so() -> None:
+    """The pass refuses such a model on a GPU; one that is moved there later gets this far."""
+    model = families.make("llama")  # heads of 16, and so are labels
+    ready = effpass.prepare(model, {"version": 1, "passes": [{"sparse_attention": {**WIDE, "dense_below": 1}}]}).cuda()
+    given = families.batch(60)
+    with pytest.raises(EffpassError, match="labels of 16 channels"):
+        ready.generate(input_ids=given["input_ids"].cuda(), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3"])
