@@ -157,6 +157,10 @@ def check_decodable(model: Any) -> None:
             hint="transformers' own generate runs it",
         )
     for path, module in model.named_modules():
+        if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
+            raise ModelError(
+                f"{path} attends to sinks, which the decode engine lacks", hint="transformers' own generate runs it"
+            )
         if getattr(module, "waits_for_ranks", False):
             raise ModelError(
                 f"{path} waits for other ranks in every forward, and each ends with its own sequences",

@@ -107,3 +107,12 @@ def test_prepare_leaves_such_a_model_its_own_generate() -> None:
     assert "generate" not in vars(ready)
     assert "generate is transformers' own" in ready.effpass_report.lines()[-1]
     assert ready.generate(input_ids=IDS[:1], max_new_tokens=2).shape == (1, 10)
+
+
+def test_attention_to_sinks_stays_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_families import MORE
+
+    monkeypatch.setitem(families.CONFIGS, "gpt_oss", MORE["gpt_oss"])
+    ready = effpass.prepare(families.make("gpt_oss"), {"version": 1, "passes": []})
+    assert "layers.0.self_attn attends to sinks, which the decode engine lacks" in ready.effpass_report.generates
+    assert ready.generate(input_ids=IDS[:1], max_new_tokens=2).shape == (1, 10)
