@@ -54,6 +54,11 @@ def generate(
     if not text.strip():
         raise EffpassError("the prompt is empty", hint="effpass generate MODEL --prompt 'some text'")
     parsed = read_recipe(recipe)
+    if draft is None and parsed is not None and any(s.name == "sparse_verification" for s in parsed.steps):
+        raise EffpassError(
+            "sparse_verification acts on the trees of a draft, and none was given",
+            hint="--draft DRAFT, or leave it out of the recipe",
+        )
     images = [open_image(path) for path in image or ()]
     with placed(parsed, device) as place:
         if dtype is None and place.runs_on != place.loads_on and place.runs_on != "cpu":

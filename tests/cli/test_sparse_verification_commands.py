@@ -46,6 +46,13 @@ def test_redundancy_of_a_recipe(run, tiny_model, recipe_file, tmp_path):
     assert len(found["similar"]) == 2
 
 
+def test_a_recipe_for_trees_needs_a_draft(run, recipe_file, tmp_path):
+    """Before the model is loaded: there is none."""
+    done = run("generate", tmp_path / "no model", "-r", recipe_file("- sparse_verification"), "-p", "a")
+    assert done.exit_code == 1
+    assert "acts on the trees of a draft, and none was given" in done.stderr
+
+
 def test_a_text_that_is_none(run, tiny_model, recipe_file, tmp_path):
     recipe = recipe_file("- sparse_verification")
     missing = run("inspect", tiny_model, "-r", recipe, "--redundancy", tmp_path / "no.txt")

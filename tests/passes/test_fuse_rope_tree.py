@@ -17,6 +17,7 @@ from effpass.lowering.ops import cached_attention, fused_linear, rope_cache_writ
 from effpass.runtime.engine import Engine
 from effpass.runtime.speculative import Eagle2, EagleDraft, EagleHead, HeadConfig, ModelDraft, Speculator, generate
 from effpass.runtime.speculative.round import Round
+from effpass.runtime.speculative.shared_channels import ChannelBudget
 from effpass.runtime.speculative.shared_experts import ExpertBudget
 from effpass.runtime.speculative.sparse import SharedBlocks, SparseVerification
 
@@ -81,15 +82,22 @@ def test_a_recorded_round_with_a_head(recorded: None) -> None:
     run("llama", draft)
 
 
-def test_a_recorded_sparse_round(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the blocks and of the experts: the text is that of sparse rounds that were not compiled."""
-    settings = SparseVerification(SharedBlocks(0.5, 4, 4), ExpertBudget(0.5, rescales=True), refresh=2)
+@pytest.mark.parametrize(
+    ("family", "rules"),
+    [
+        ("qwen3_moe", {"experts": ExpertBudget(0.5, rescales=True)}),
+        ("llama", {"channels": ChannelBudget(0.3)}),
+    ],
+)
+def test_a_recorded_sparse_round(family: str, rules: dict[str, Any], recorded: None) -> None:
+    """Half of the blocks, and experts or channels: the text is that of sparse rounds that were not compiled."""
+    settings = SparseVerification(SharedBlocks(0.5, 4, 4), **rules, refresh=2)
 
     def draft(model: Any, compile_: Any) -> ModelDraft:
         model.effpass_sparse_verification = settings
-        return ModelDraft(families.make("qwen3_moe", seed=3), Eagle2(3, 2, 6), compile_)
+        return ModelDraft(families.make(family, seed=3), Eagle2(3, 2, 6), compile_)
 
-    model, given = families.make("qwen3_moe"), families.batch(11)
+    model, given = families.make(family), families.batch(11)
     speculator = Speculator(Engine(model), draft(model, None), switches=False)
     inputs = {k: given[k] for k in ("input_ids", "attention_mask")}
     expected = model.generate(
@@ -98,6 +106,9 @@ def test_a_recorded_sparse_round(recorded: None, monkeypatch: pytest.MonkeyPatch
         eos_token_id=None,
         custom_generate=lambda _, ids, **how: generate(speculator, ids, **how),
     )
-    plain = families.make("qwen3_moe").generate(**inputs, max_new_tokens=16, eos_token_id=None)
+    plain = families.make(family).generate(**inputs, max_new_tokens=16, eos_token_id=None)
     assert not torch.equal(expected, plain)
-    run("qwen3_moe", draft, expected, graphs=3)  # dense calls that run tokens again are one more
+    run(family, draft, expected, graphs=3)  # dense calls that run tokens again are one more
+    if "experts" in rules:
+        for report in backend.reports:
+            assert next(entry for entry in report.passes if entry.name == "moe_gemm").hits == 2
