@@ -149,7 +149,7 @@ class _Look(Reader):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        with shared_channels.attached(self._model, self, self), shared_experts.attached(self._model, self, self):
+        with shared_channels.attached(self._networks, self, self), shared_experts.attached(self._model, self, self):
             yield
 
     @contextmanager

@@ -9,7 +9,7 @@ is lost in expectation is a².
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,16 +85,19 @@ def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if not all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             continue
         linears = [module.gate_proj, module.up_proj, module.down_proj]
-        if any(type(part) is not nn.Linear for part in linears):
-            if isinstance(module.up_proj, nn.Module):  # else experts, which keep all their weights in one
-                others[name] = "its weights are quantised, or have adapters"
+        if not isinstance(module.up_proj, nn.Module):
+            continue  # experts, which keep all their weights in one
+        if any(type(part) is not nn.Linear or type(part.weight) is not nn.Parameter for part in linears):
+            others[name] = "its weights are quantised, or have adapters"
         elif any(part.bias is not None or part.weight.is_meta for part in linears[1:]):
             others[name] = "its products have a bias, or are not in memory"
         elif ".experts." not in f"{name}.":  # an expert sees some tokens only
-            if not known.setdefault(type(module), _is_plain(module)):
-                others[name] = f"{type(module).__name__} computes something else"
-            else:
+            if type(module) not in known:
+                known[type(module)] = _is_plain(module)
+            if known[type(module)]:
                 found[name] = module
+            else:
+                others[name] = f"{type(module).__name__} computes something else"
     return found, others
 
 
@@ -120,8 +123,8 @@ class Call(Protocol):
 
 
 @contextmanager
-def attached(model: Any, rule: ChannelRule, call: Call) -> Iterator[None]:
-    """Inside, the feed-forward networks of `model` leave channels out in calls that are on."""
+def attached(networks: Iterable[Any], rule: ChannelRule, call: Call) -> Iterator[None]:
+    """Inside, `networks`, as :func:`gated_networks` finds them, leave channels out in calls that are on."""
 
     def within(network: Any) -> Any:
         def forward(x: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ def attached(model: Any, rule: ChannelRule, call: Call) -> Iterator[None]:
 
         return forward
 
-    networks = list(gated_networks(model)[0].values())
+    networks = list(networks)
     for network in networks:
         network.forward = within(network)
     try:

@@ -109,6 +109,9 @@ class Verifier:
     def __init__(self, model: Any, settings: SparseVerification) -> None:
         self.settings, self.is_on = settings, False
         self._model = model
+        self._networks: list[Any] = []
+        if settings.channels is not None:
+            self._networks += shared_channels.gated_networks(model)[0].values()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -117,7 +120,7 @@ class Verifier:
             if self.settings.experts is not None:
                 stack.enter_context(shared_experts.attached(self._model, self.settings.experts, self))
             if self.settings.channels is not None:
-                stack.enter_context(shared_channels.attached(self._model, self.settings.channels, self))
+                stack.enter_context(shared_channels.attached(self._networks, self.settings.channels, self))
             yield
 
     @contextmanager

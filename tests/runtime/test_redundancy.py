@@ -147,8 +147,7 @@ class On:
 
 def test_channels_that_a_tree_shares() -> None:
     """A third stays, with most in the rows that are nodes; the others add nothing. W_down may lie in either way."""
-    model = families.make("llama")
-    network, x = model.model.layers[0].mlp, torch.randn(2, 2, 64)
+    network, x = families.make("llama").model.layers[0].mlp, torch.randn(2, 2, 64)
     active = network.act_fn(network.gate_proj(x)).flatten(0, 1)
     energy = active[On.is_node].square().sum(0).tolist()
     kept = sorted(sorted(range(96), key=lambda c: -energy[c])[:32])
@@ -156,7 +155,7 @@ def test_channels_that_a_tree_shares() -> None:
     hidden[:, [c for c in range(96) if c not in kept]] = 0
     expected = network.down_proj(hidden).view(2, 2, 64)
     for _ in range(2):
-        with attached(model, ChannelBudget(1 / 3), On()):
+        with attached([network], ChannelBudget(1 / 3), On()):
             found = network(x)
         torch.testing.assert_close(found, expected)
         lay_by_channel(network)
@@ -204,3 +203,12 @@ def test_networks_that_compute_something_else_are_left_alone() -> None:
     found, others = gated_networks(model)
     assert list(found) == ["model.layers.0.mlp"]
     assert others == {"model.layers.1.mlp": "Scaled computes something else"}
+
+
+def test_quantised_networks_are_left_alone() -> None:
+    ao = pytest.importorskip("torchao.quantization")
+    model = families.make("llama")
+    ao.quantize_(model.model.layers[0], ao.Int8WeightOnlyConfig())
+    found, others = gated_networks(model)
+    assert list(found) == ["model.layers.1.mlp"]
+    assert others == {"model.layers.0.mlp": "its weights are quantised, or have adapters"}
