@@ -130,10 +130,15 @@ class BufferedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        keys, values, rows = self.keys, self.values, key_states.shape[0]
+        rows, reads = key_states.shape[0], self.slots.reads
+        if self.latents is not None and not self.slots.is_replayed:  # one write: a compiler takes no two to one buffer
+            latents = self.latents[:rows]
+            latents[:, :, reads - key_states.shape[2] : reads] = torch.cat((key_states, value_states), -1)
+            keys, values = latents[:, :, :reads].split((key_states.shape[3], value_states.shape[3]), -1)
+            return keys, values
+        keys, values = self.keys, self.values
         if rows < keys.shape[0]:
             keys, values = keys[:rows], values[:rows]
-        reads = self.slots.reads
         if self.slots.is_replayed:
             torch.ops.effpass.cache_write(keys, values, key_states, value_states, self.slots.start)
         else:

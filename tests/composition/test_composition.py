@@ -1,0 +1,129 @@
+"""Passes together: the plain model's function where nothing is left out, on every family and kind of weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composition.cells import CELLS, WEIGHTS, Cell, Made, given, quantised
+
+import effpass
+import effpass.backend
+
+NEW = 10
+HOW = {
+    "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+    "return_dict_in_generate": True, "output_logits": True,
+}  # fmt: skip
+
+LOOSE = {"return_dict_in_generate": False, "output_logits": False}  # what speculative decoding does not give
+
+EVERY = [
+    pytest.param(cell, family, weights, id=f"{cell.title}, {family}, {weights}")
+    for cell in CELLS
+    for family in cell.families
+    for weights in WEIGHTS
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meaning is checked here, and a model a minute is too slow for it."""
+    inner = effpass.backend._inner
+    monkeypatch.setattr(
+        effpass.backend, "_inner", lambda options, mode: inner(replace(options, inner="aot_eager"), mode)
+    )
+
+
+def recipe(*items: Any) -> dict[str, Any]:
+    return {"version": 1, "passes": list(items)}
+
+
+def combined(cell: Cell, made: Made, weights: str, others: tuple[Any, ...]) -> Any:
+    """The model with all of a cell's passes."""
+    first = cell.first(made)
+    model = quantised(cell_start(made), weights if weights in ("float32", "bfloat16") else "float32")
+    if weights in ("float32", "bfloat16"):
+        return effpass.prepare(model, recipe(*first, *others))
+    model = quantised(effpass.prepare(model, recipe(*first)), weights)
+    return effpass.prepare(model, recipe(*others))
+
+
+def cell_start(made: Made) -> Any:
+    from families import make
+
+    return make(made.family)
+
+
+def assert_same(got: Any, expected: Any, within: float) -> None:
+    """Equal logits up to rounding, row by row, as long as the tokens before are equal.
+
+    Where they part, the model's two best tokens were closer together than rounding is.
+    """
+    prompt = given()["input_ids"].shape[1]
+    for row in range(4):
+        for step in range(NEW):
+            ours, theirs = (out.logits[step][row].float() for out in (got, expected))
+            scale = theirs.abs().max()
+            assert (ours - theirs).abs().max() <= within * scale, (row, step)
+            if got.sequences[row, prompt + step] != expected.sequences[row, prompt + step]:
+                best = theirs.topk(2).values
+                assert best[0] - best[1] <= 2 * within * scale, (row, step)
+                break
+
+
+def assert_best(plain: Any, sequences: torch.Tensor, within: float) -> None:
+    """Every token of the answers is the plain model's best one, up to rounding."""
+    assert sequences.shape[1] == given()["input_ids"].shape[1] + NEW
+    mask = torch.cat((given()["attention_mask"], torch.ones(4, NEW, dtype=torch.long)), 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = plain(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+    scored = logits[:, -NEW - 1 : -1]
+    chosen = scored.gather(2, sequences[:, -NEW:, None])[..., 0]
+    assert (scored.amax(-1) - chosen <= 2 * within * scored.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize(("cell", "family", "weights"), EVERY)
+def test_together_they_are_the_plain_model(cell: Cell, family: str, weights: str, tmp_path: Path) -> None:
+    made = Made(family, tmp_path)
+    others = cell.then if cell.neutral is None else cell.neutral
+    model = combined(cell, made, weights, others)
+    reports = model.effpass_report.passes
+    assert all(entry.hits for entry in reports), [entry.line() for entry in reports]
+    plain, more = quantised(cell.reference(made), weights), cell.generate(made, model)
+    if more:
+        assert_best(plain, model.generate(**given(), **{**HOW, **LOOSE}, **more), WEIGHTS[weights])
+    else:
+        expected = type(plain).generate(plain, **given(), **HOW)
+        assert_same(model.generate(**given(), **HOW), expected, WEIGHTS[weights])
+
+
+ACTING = [
+    pytest.param(cell, family, id=f"{cell.title}, {family}")
+    for cell in CELLS
+    if cell.neutral not in (None, cell.then)
+    for family in cell.families
+]
+
+
+@pytest.mark.parametrize(("cell", "family"), ACTING)
+def test_each_of_them_acts(cell: Cell, family: str, tmp_path: Path) -> None:
+    """A prompt is attended to whole; steps are others than with any one of the lossy passes at rest."""
+    made = Made(family, tmp_path)
+    assert cell.neutral is not None
+    pairs = list(zip(cell.then, cell.neutral, strict=True))
+    lossy = [i for i, (acting, neutral) in enumerate(pairs) if acting != neutral]
+    variants = [cell.then, *(tuple(p[1] if i == j else p[0] for j, p in enumerate(pairs)) for i in lossy)]
+    outs = [combined(cell, made, "float32", others).generate(**given(), **HOW) for others in variants]
+    plain = cell.reference(made)
+    expected = type(plain).generate(plain, **given(), **HOW)
+    for out in outs:
+        torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
+    steps = [out.logits[1] for out in outs] + ([expected.logits[1]] if len(lossy) > 1 else [])
+    for i, one in enumerate(steps):
+        assert one.isfinite().all()
+        assert all((one - other).abs().max() > 1e-4 for other in steps[:i])
