@@ -197,6 +197,7 @@ def test_compiles_as_one_graph_with_gradients_for_several_lengths():
         return output.square().sum() + state.square().sum()
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (20, 33, 71):
         given = replace(case, tokens=tokens).tensors(torch.float64)
