@@ -71,16 +71,15 @@ def sparse(device: str, smoke: bool) -> Iterator[Row]:
     small = smoke or device == "cpu"
     shapes = os.environ.get("EFFPASS_SHAPES", "llama-3.1-8b").split(",")
     for shape in ["tiny", "tiny-moe"] if small else shapes:
-        prefixes = (256,) if small else (4096,) if "30b" in shape else (32768, 65536)
+        prefixes = (128, 256) if small else (4096, 32768) if "30b" in shape else (32768, 65536)
         longest = {"max_position_embeddings": max(prefixes) + 512}
         model = effpass.prepare(random_model(shape, device, _dtype(device), **longest), NO_PASSES)
-        for prefix in prefixes:
-            for options in _combinations(model, 3):
-                if options == {"attention": PARTS["attention"]} and prefix < 8192 and not small:
-                    continue  # at 4096 tokens nothing is left out
-                below = {"dense_below": 64} if small else {}
-                _leave_out(model, **options, **below)
-                ours, theirs = _calls(model, prefix, device, smoke)
+        wanted = os.environ.get("EFFPASS_PARTS")  # names with commas: one combination a call, where time is short
+        for options in _combinations(model, 3):
+            if wanted and set(wanted.split(",")) != set(options):
+                continue
+            _leave_out(model, **options, **({"dense_below": 64} if small else {}))
+            for prefix, ours, theirs in _calls(model, prefixes, device, smoke):
                 case = f"{shape}, {_dtype(device)}, batch 1, prefix {prefix}, {NODES} nodes".replace("torch.", "")
                 whole = (_weight_bytes(model) + _cache_bytes(model, prefix)) / bandwidth(device)
                 yield row(
@@ -88,30 +87,33 @@ def sparse(device: str, smoke: bool) -> Iterator[Row]:
                     peer_name="dense, the same session", runs=15,
                     note=f"reading all of it takes {whole * 1e3:.2f} ms",
                 )  # fmt: skip
-                _free(device)
+            _free(device)
         del model
         _free(device)
 
 
-def _calls(model: Any, prefix: int, device: str, smoke: bool) -> tuple[float, float]:
-    """Seconds of a sparse and of a dense call."""
-    session = TreeSession(model, 1, prefix + 256, NODES, model.effpass_engine.backend, (), settings_of(model))
-    parents = _parents(NODES, 8, device)
-    depths, ancestors = relations(parents, 8)
-    positions = positions_at(torch.tensor([prefix], dtype=torch.int32, device=device), depths)
+def _calls(model: Any, prefixes: Sequence[int], device: str, smoke: bool) -> Iterator[tuple[int, float, float]]:
+    """Prefix, seconds of a sparse and of a dense call; the same two graphs for all prefixes."""
+    session = TreeSession(model, 1, max(prefixes) + 256, NODES, model.effpass_engine.backend, (), settings_of(model))
+    depths, ancestors = relations(_parents(NODES, 8, device), 8)
+    root = torch.zeros(1, dtype=torch.int32, device=device)
+    positions = positions_at(root, depths)
     tokens = torch.randint(5, model.config.vocab_size, (1, NODES), device=device)
-    ids = torch.randint(5, model.config.vocab_size, (1, prefix), device=device)
+    calls: list[Callable[[], Any]] = []
     with torch.no_grad(), reading_cache(model), session.attached():
-        session.begin(1)
-        session.prefill(ids, None, 4096)
-        session.cache.begin_tree()
-        with session.recording():
-            calls = [
-                _captured(lambda s=s: session.run(tokens, positions, ancestors, is_sparse=s), device)  # type: ignore[misc]
-                for s in (True, False)
-            ]
-        times = measure_pair(*calls, device, runs=3 if smoke else 15, inner=1 if device == "cpu" else 10)
-    return times[0].median, times[1].median
+        for prefix in prefixes:
+            session.begin(1)
+            session.prefill(torch.randint(5, model.config.vocab_size, (1, prefix), device=device), None, 4096)
+            session.cache.begin_tree()
+            positions.copy_(positions_at(root + prefix, depths))
+            if not calls:
+                with session.recording():
+                    calls = [
+                        _captured(lambda s=s: session.run(tokens, positions, ancestors, is_sparse=s), device)  # type: ignore[misc]
+                        for s in (True, False)
+                    ]
+            times = measure_pair(*calls, device, runs=3 if smoke else 15, inner=1 if device == "cpu" else 10)
+            yield prefix, times[0].median, times[1].median
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
