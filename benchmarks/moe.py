@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
-from benchmarks import moe_ranks, moe_ranks_stack, moe_symmetric
+from benchmarks import moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric
 from benchmarks.backend import _compile, _decode_step, _dtype, _free
 from benchmarks.decode import NO_PASSES, PROMPT, _greedy
 from benchmarks.optimizer import matmul_rate as measured_rate
@@ -312,5 +312,6 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "stack": stack,
     **{f"eps-{name}": functools.partial(moe_ranks.layers, name, SHAPES[name]) for name in SEVERAL_GPUS},
     **{f"eps-stack-{name}": functools.partial(moe_ranks_stack.stack, name) for name in SEVERAL_GPUS},
+    f"eps-decode-{moe_ranks_decode.NAME}": moe_ranks_decode.decode,
     **{f"eps-symmetric-{name}": functools.partial(moe_symmetric.cells, name, SHAPES[name]) for name in SEVERAL_GPUS},
 }

@@ -21,7 +21,8 @@ def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "benchmarks", "moe", "--smoke", "--json", str(file)]
-    command += ["--case", "eps-deepseek-v2", "--case", "eps-stack-deepseek-v2"]
+    cases = ("eps-deepseek-v2", "eps-stack-deepseek-v2", "eps-decode-mixtral-8x7b")
+    command += [word for case in cases for word in ("--case", case)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -40,6 +41,12 @@ def test_whole_layers_have_every_peer(rows):
     prefills = [row for row in rows if row["metric"] == "prefill"]
     assert [row["peer_name"].partition(",")[0] for row in prefills] == ["one stage", "DP + EP", "TP + TP"]
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in prefills)
+
+
+def test_decoding_runs(rows):
+    """On the engine: a step has a time, if not one to go by."""
+    steps = [row for row in rows if row["metric"] == "greedy, a step"]
+    assert [row["case"].split(", ")[1] for row in steps] == ["batch 1", "batch 8"]
 
 
 @pytest.mark.parametrize(
