@@ -96,6 +96,7 @@ def _tilings() -> tuple[Any, dict[str, dict[str, Any]]]:
             "1 program of 8 warps": otherwise(attend=Programs(1, 8, 8)),
             "in tiles": otherwise(whole=0),
             "in tiles, 1 program of 8 warps": otherwise(whole=0, attend=Programs(1, 8, 8)),
+            "tiles of 20 KiB": otherwise(whole=0, tile=20 << 10),
         },
     }
 

@@ -352,7 +352,7 @@ STEPS: dict[str, tuple[Selection, dict[str, Any]]] = {
     ),
     "both, first tokens, one head a group": (
         Selection(tokens=8, blocks=3, block=16, recent=1, aggregation="max"),
-        {**_SMALL, "heads": 2, "key_size": 24, "value_size": 16, "channels": 24, "lengths": [5, 1], "slots": 41},
+        {**_SMALL, "heads": 2, "key_size": 40, "value_size": 16, "lengths": [5, 1], "slots": 41},
     ),
     "both, pipelined": (
         Selection(tokens=24, blocks=6, block=16, recent=1, is_pipelined=True),

@@ -63,12 +63,14 @@ class Tiling(NamedTuple):
         choose: programs that choose blocks.
         attend: programs that choose tokens and attend.
         whole: bytes of keys and values that a program reads at once, where that is all it reads.
+        tile: bytes that it reads at once where it is not.
     """
 
     scored: int = 16 << 10
     choose: Programs = Programs(2, 16, 16)
     attend: Programs = Programs(2, 8, 16)
     whole: int = 64 << 10
+    tile: int = 40 << 10
 
 
 TILING = Tiling()
@@ -165,7 +167,7 @@ def attend_chosen(
     of_values = values.stride()[:3] if block_table is None else (values.stride(0), 0, values.stride(1))
     share = triton.cdiv(limit, splits)
     is_whole = programs == 1 and row_bytes <= 1024 and share * unit * row_bytes <= how.whole
-    block_n = min((128 << 10) // triton.next_power_of_2(max(1024, 2 * row_bytes)), 64)
+    block_n = min(max(16, 1 << (how.tile // row_bytes).bit_length() - 1), 64)
     if is_whole:
         block_n = max(16, triton.next_power_of_2(share * unit))
     _attend[(splits, of_rows)](
