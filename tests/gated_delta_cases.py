@@ -1,7 +1,7 @@
 """The gated delta rule's kernels against the recurrence in float64: on a GPU, or, run as a program, without one.
 
-`python gated_delta_cases.py interpret` computes cases through Triton's interpreter; with `compile KIND` it compiles
-kernels for a GPU that is not there. Both print JSON.
+`python gated_delta_cases.py interpret` computes cases through Triton's interpreter, `outside` two that must fail; with
+`compile KIND` it compiles kernels for a GPU that is not there. All print JSON.
 """
 
 from __future__ import annotations
@@ -142,6 +142,14 @@ def placed(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> lis
     return [None if x is None else x.detach().to(device, t) for x, t in zip(tensors, types, strict=True)]
 
 
+def spread(x: Tensor | None) -> Tensor | None:
+    """The same values, each head (of A_log and dt_bias too) beside one of NaN."""
+    if x is None:
+        return None
+    heads = 2 if x.dim() > 2 else 0
+    return torch.stack((x, torch.full_like(x, torch.nan)), heads + 1).select(heads + 1, 0)
+
+
 def interpret() -> dict[str, dict[str, float]]:
     from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
 
@@ -150,8 +158,8 @@ def interpret() -> dict[str, dict[str, float]]:
     for name, case in SMALL.items():
         for dtype in (torch.float32, torch.bfloat16) if name in IN_BFLOAT16 else (torch.float32,):
             tensors, gradients, wanted = expected(case, dtype)
-            given = placed(tensors, dtype, "cpu")
-            inputs, state = Inputs(*given[:8]), given[8]
+            *given, state = placed(tensors, dtype, "cpu")
+            inputs = Inputs(*map(spread, given))
             ends = None if case.ends is None else torch.tensor(case.ends, dtype=torch.int32)
             call = (inputs, case.settings, state, ends, case.sequences)
             output, final = gated_delta_rule.forward(*call)
@@ -163,6 +171,27 @@ def interpret() -> dict[str, dict[str, float]]:
                 of_step = gated_delta_rule_step.step(inputs, case.settings, state)
                 ratios |= {"step": ratio(of_step, wanted["output"]), "step's state": ratio(state, wanted["state"])}
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = ratios
+    return found
+
+
+def outside() -> dict[str, str]:
+    """What is said of a state with too few rows, which nothing checks, and of sequences beyond the tokens."""
+    from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
+
+    case = Case("kda", tokens=20)
+    *given, state = placed(case.tensors(torch.float32), torch.float32, "cpu")
+    calls = {
+        "short state": lambda: gated_delta_rule_step.step(Inputs(*given), case.settings, state[:, :, :-1].clone()),
+        "long sequence": lambda: gated_delta_rule.forward(
+            Inputs(*given), case.settings, None, torch.tensor((0, 30, 20)), 2
+        ),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = str(call())
+        except Exception as error:
+            found[name] = str(error)
     return found
 
 
@@ -206,12 +235,13 @@ def _shapes(case: Case, dtype: torch.dtype) -> list[Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "interpret":
-        from triton_interpreter import allow_new_numpy, correct_bfloat16
+    if sys.argv[1] != "compile":
+        from triton_interpreter import allow_new_numpy, check_accesses, correct_bfloat16
 
         allow_new_numpy()
         correct_bfloat16()
+        check_accesses()
         assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
-        print(json.dumps(interpret()))
+        print(json.dumps(interpret() if sys.argv[1] == "interpret" else outside()))
     else:
         print(json.dumps(compile_one(sys.argv[2])))

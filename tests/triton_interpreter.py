@@ -1,10 +1,10 @@
-"""Triton's interpreter with the NumPy that CI has."""
+"""Triton's interpreter: with the NumPy that CI has, with bfloat16, and with accesses checked."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["allow_new_numpy", "correct_bfloat16"]
+__all__ = ["allow_new_numpy", "check_accesses", "correct_bfloat16"]
 
 
 def allow_new_numpy() -> None:
@@ -42,3 +42,43 @@ def correct_bfloat16() -> None:
 
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(self, wide(a), wide(b), *rest)
     InterpreterBuilder.create_fp_trunc = rounded
+
+
+def check_accesses() -> None:
+    """A load or store outside the tensors of its launch is an error, as it may be on a GPU."""
+    import numpy as np
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    place = GridExecutor._init_args_hst
+    within: list[tuple[int, int]] = []
+
+    def placed(self: Any, args: Any, kwargs: Any) -> Any:
+        found = place(self, args, kwargs)
+        within.clear()
+        for x in (*found[0], *found[1].values()):
+            if hasattr(x, "data_ptr") and x.numel():
+                last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+                within.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()))
+        return found
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        inside = np.zeros(at.shape, bool)
+        for first, end in within:
+            inside |= (at >= first) & (at + size <= end)
+        if not inside.all():
+            raise IndexError(f"{what} of {(~inside).sum()} elements outside the tensors of the launch")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("a load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("a store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    GridExecutor._init_args_hst = placed
+    InterpreterBuilder.create_masked_load = checked_load
+    InterpreterBuilder.create_masked_store = checked_store

@@ -89,7 +89,7 @@ def gradient(
     SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
     NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
     if rows <= 0:
         return

@@ -65,13 +65,15 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, inputs: Inputs, settings: Settings, cu_seqlens: Tensor | None, sequences: int) -> _Call:
         rows = [_rows(x) for x in inputs[:6]]
-        inputs = Inputs(*rows, inputs.A_log, _whole(inputs.dt_bias))  # type: ignore[arg-type, call-arg]
+        inputs = Inputs(*rows, _whole(inputs.A_log), _whole(inputs.dt_bias))  # type: ignore[arg-type, call-arg]
         tokens = inputs.q.shape[1]
         if cu_seqlens is None:
             return cls(inputs, settings, sequences * -(-tokens // CHUNK), sequences, None, None, None)
         # As many as there can be; those over have no tokens. Nothing waits for the device to say.
         chunks = tokens // CHUNK + sequences
         lengths = cu_seqlens.diff()
+        is_rising = (lengths >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
+        torch._assert_async(is_rising, "effpass::gated_delta_rule: cu_seqlens does not rise from 0 to T")
         ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
         number = torch.arange(chunks, device=cu_seqlens.device)
         of = torch.searchsorted(ends, number, right=True).clamp_(max=sequences - 1)
@@ -177,8 +179,9 @@ def _state_flags(call: _Call) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _grid(call: _Call, flags: dict[str, Any]) -> tuple[int, int]:
-    return call.sizes[4] // flags["BV"], call.sequences * call.sizes[0]
+def _grid(call: _Call, flags: dict[str, Any]) -> tuple[int]:
+    # In one dimension, the columns of a head side by side: the others take 65535 programs at most.
+    return (call.sequences * call.sizes[0] * (call.sizes[4] // flags["BV"]),)
 
 
 def _sequences(call: _Call, stand_in: Tensor) -> tuple[Tensor, Tensor]:

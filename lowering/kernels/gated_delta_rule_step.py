@@ -28,11 +28,13 @@ def _step(
     SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
     NORMALIZE: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // HV).to(tl.int64), tl.program_id(1) % HV
-    rk, rv = tl.arange(0, BK), tl.program_id(0) * BV + tl.arange(0, BV)
+    blocks = tl.cdiv(V, BV)
+    lane = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = lane // HV, lane % HV
+    rk, rv = tl.arange(0, BK), tl.program_id(0) % blocks * BV + tl.arange(0, BV)
     is_key, is_value = rk < K, rv < V
     is_state = is_key[:, None] & is_value
-    state += (batch * HV + head) * K * V + rk[:, None] * V + rv
+    state += lane * K * V + rk[:, None] * V + rv
     held = tl.load(state, mask=is_state, other=0)
     q += batch * q_b + head // GROUP * q_h + rk
     k += batch * k_b + head // GROUP * k_h + rk
@@ -83,23 +85,25 @@ def supported(inputs: Inputs, state: Tensor) -> bool:
     return inputs.q.dtype in _DTYPES and max(sizes) <= 256 and state.is_contiguous()
 
 
-def _vectors(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() < 4 or x.stride(3) == 1 else x.contiguous()
+def _in_place(x: Tensor | None) -> Tensor | None:
+    """Tokens at any strides whose channels lie side by side, and parameters in one piece."""
+    if x is None or x.dim() == 3 or (x.dim() == 4 and x.stride(3) == 1):
+        return x
+    return x.contiguous()
 
 
 def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
     """Output [B, T, HV, V]; `state` is written; arguments checked before."""
-    tensors = Inputs(*(_vectors(x) for x in inputs))  # type: ignore[arg-type]
+    tensors = Inputs(*(_in_place(x) for x in inputs))  # type: ignore[arg-type]
     q, _, v, gate, beta, write_beta, A_log, dt_bias = tensors
     (batch, tokens, heads, value_size), key_size = v.shape, q.shape[3]
     values = max(8, triton.next_power_of_2(value_size))
     each = min(values, 32)
     while each > 8 and batch * heads * (values // each) < 2 * multiprocessors(q.device):
         each //= 2
-    dt_bias = None if dt_bias is None else dt_bias.contiguous()
     output = v.new_empty(v.shape)
-    _step[(values // each, batch * heads)](
-        *(q if x is None else x for x in tensors[:7]), q if dt_bias is None else dt_bias, state, output, tokens, heads,
+    _step[(batch * heads * triton.cdiv(value_size, each),)](
+        *(q if x is None else x for x in tensors), state, output, tokens, heads,
         *(n for x in tensors[:6] for n in ((0, 0, 0) if x is None else x.stride()[:3])), settings.scale,
         settings.lower_bound or 0.0, EPSILON, GROUP=heads // q.shape[2], K=key_size, V=value_size,
         BK=max(16, triton.next_power_of_2(key_size)), BV=each,

@@ -16,6 +16,13 @@ __all__ = ["state_backward", "state_forward"]
 
 
 @triton.jit
+def _lane(HV, BLOCKS: tl.constexpr, BV: tl.constexpr):
+    """Sequence, value head (int64), their number among all (int64) and first column of a program."""
+    lane, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    return lane // HV, (lane % HV).to(tl.int64), lane.to(tl.int64), block * BV
+
+
+@triton.jit
 def _sequence(first_chunks, cu_seqlens, n, T, VARLEN: tl.constexpr):
     """First chunk, first token (int64) and number of tokens of a sequence."""
     if VARLEN:
@@ -36,11 +43,11 @@ def state_forward(
 
     `beta` is that of the values: a vector, or a head's `strengths` with SCALAR_BETA.
     """
-    n, head, first = tl.program_id(1) // HV, tl.program_id(1) % HV, tl.program_id(0) * BV
+    n, head, lane, first = _lane(HV, VP // BV, BV)
     chunk, start, tokens = _sequence(first_chunks, cu_seqlens, n, T, VARLEN)
     DTYPE: tl.constexpr = k_in.dtype.element_ty
     r, rk, rv = tl.arange(0, C), tl.arange(0, KP), first + tl.arange(0, BV)
-    of_state = tl.program_id(1).to(tl.int64) * K * V + rk[None, :] * V + rv[:, None]
+    of_state = lane * K * V + rk[None, :] * V + rv[:, None]
     is_state = (rk < K)[None, :] & (rv < V)[:, None]
     if HAS_INITIAL:
         state = tl.load(initial + of_state, mask=is_state, other=0)
@@ -89,11 +96,11 @@ def state_backward(
 
     dU = Pᵀ dO + Ã dS; dζ = Tᵀ dU; dS ← e^(G_C) ⊙ dS + Q̃ᵀ dO − B̃ᵀ dζ.
     """
-    n, head, first = tl.program_id(1) // HV, tl.program_id(1) % HV, tl.program_id(0) * BV
+    n, head, lane, first = _lane(HV, VP // BV, BV)
     chunk, start, tokens = _sequence(first_chunks, cu_seqlens, n, T, VARLEN)
     DTYPE: tl.constexpr = k_in.dtype.element_ty
     r, rk, rv = tl.arange(0, C), tl.arange(0, KP), first + tl.arange(0, BV)
-    of_state = tl.program_id(1).to(tl.int64) * K * V + rk[None, :] * V + rv[:, None]
+    of_state = lane * K * V + rk[None, :] * V + rv[:, None]
     is_state = (rk < K)[None, :] & (rv < V)[:, None]
     if HAS_FINAL:
         state = tl.load(d_final + of_state, mask=is_state, other=0)

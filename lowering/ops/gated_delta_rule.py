@@ -94,8 +94,8 @@ def gated_delta_rule(
         final_state: float32 [N, HV, K, V] (float64 for float64 inputs).
 
     Raises:
-        EffpassError: shapes or types don't fit, T = 0; on the CPU also values out of range and a `cu_seqlens` that is
-            not monotone from 0 to T.
+        EffpassError: shapes, types or devices don't fit, T = 0; on the CPU also values out of range and a `cu_seqlens`
+            that is not monotone from 0 to T, which is a failed assertion of the device on a GPU.
     """
     return torch.ops.effpass.gated_delta_rule(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound,
@@ -145,14 +145,15 @@ def _arguments(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings, Tensor | N
     inputs, (state, cu_seqlens), settings = Inputs(*arguments[:8]), arguments[8:10], Settings(*arguments[10:])
     sequences = inputs.q.shape[0]
     if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or inputs.q.shape[0] != 1:
+        is_list = cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 1
+        if not is_list or cu_seqlens.dtype not in (torch.int32, torch.int64) or inputs.q.shape[0] != 1:
             raise EffpassError(
                 f"effpass::gated_delta_rule: cu_seqlens is {str(cu_seqlens.dtype).removeprefix('torch.')} "
                 f"{tuple(cu_seqlens.shape)} and q {tuple(inputs.q.shape)}",
                 hint="cu_seqlens is int32 or int64 [N + 1], and the sequences lie in one row: B = 1",
             )
         sequences = cu_seqlens.shape[0] - 1
-    check("gated_delta_rule", inputs, settings, state, sequences)
+    check("gated_delta_rule", inputs, settings, state, sequences, cu_seqlens)
     return inputs, settings, state, cu_seqlens, sequences
 
 
@@ -161,7 +162,7 @@ def _ends(inputs: Inputs, cu_seqlens: Tensor | None) -> list[int]:
     if cu_seqlens is None:
         return [n * tokens for n in range(batch + 1)]
     ends: list[int] = cu_seqlens.tolist()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+    if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
         raise EffpassError(
             f"effpass::gated_delta_rule: cu_seqlens is {ends} for {tokens} tokens",
             hint="it rises from 0 to the number of tokens",

@@ -173,8 +173,15 @@ def _gates_backward(
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check(name: str, inputs: Inputs, settings: Settings, state: Tensor | None, sequences: int) -> None:
-    """Refuse shapes and types that don't fit.
+def check(
+    name: str,
+    inputs: Inputs,
+    settings: Settings,
+    state: Tensor | None,
+    sequences: int,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Refuse shapes, types and devices that don't fit.
 
     Args:
         name: of the operator, for messages.
@@ -182,9 +189,10 @@ def check(name: str, inputs: Inputs, settings: Settings, state: Tensor | None, s
         settings: the constants.
         state: [N, HV, K, V] or None.
         sequences: N.
+        cu_seqlens: None, or checked apart from its device.
 
     Raises:
-        EffpassError: with the shapes or types received.
+        EffpassError: with the shapes, types or devices received.
     """
     q, k, v, gate, beta, write_beta, A_log, dt_bias = inputs
 
@@ -228,6 +236,11 @@ def check(name: str, inputs: Inputs, settings: Settings, state: Tensor | None, s
     if any(not x.is_floating_point() for x in inputs if x is not None) or k.dtype != q.dtype or v.dtype != q.dtype:
         found = ", ".join(str(x.dtype).removeprefix("torch.") for x in inputs if x is not None)
         raise refuse(f"the inputs are {found}", "q, k and v have one floating-point type, the others any")
+    devices = {field: x.device for field, x in zip(Inputs._fields, inputs, strict=True) if x is not None}
+    devices |= {field: x.device for field, x in (("state", state), ("cu_seqlens", cu_seqlens)) if x is not None}
+    for field, device in devices.items():
+        if device != q.device:
+            raise refuse(f"q is on {q.device} and {field} on {device}", "all tensors of a call are on one device")
     wide = torch.promote_types(q.dtype, torch.float32)
     if state is not None and (state.shape != (sequences, heads, key_size, value_size) or state.dtype != wide):
         raise refuse(

@@ -284,6 +284,9 @@ def _refused(message: str, case: Case = Case("fg2", tokens=6), name: str = "gate
         (r"cu_seqlens is \[0, 4, 3, 6\]", {"cu_seqlens": torch.tensor([0, 4, 3, 6]), "initial_state": None}),
         (r"cu_seqlens is \[0, 5\] for 6 tokens", {"cu_seqlens": torch.tensor([0, 5])}),
         (r"cu_seqlens is float32", {"cu_seqlens": torch.tensor([0.0, 6.0])}),
+        (r"cu_seqlens is int64 \(1,\)", {"cu_seqlens": torch.tensor([0])}),
+        ("q is on cpu and A_log on meta", {"A_log": torch.randn(1, device="meta")}),
+        ("q is on cpu and cu_seqlens on meta", {"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")}),
     ],
 )
 def test_refuses(message, changes):

@@ -53,6 +53,13 @@ def test_interpreted_kernels_against_the_recurrence(interpreted, name, dtype):
 
 
 @needs_triton
+def test_what_lies_outside_is_not_read():
+    said = run("outside", TRITON_INTERPRET="1")
+    assert "outside the tensors of the launch" in said["short state"]
+    assert "cu_seqlens does not rise from 0 to T" in said["long sequence"]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "kind", [kind if kind == "bfloat16" else pytest.param(kind, marks=pytest.mark.slow) for kind in COMPILED]
 )
