@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))  # the table of passes together is what the tests run
 
 _PART = re.compile(r"(?P<open><!-- generated: (?P<name>\w+) -->\n).*?(?P<close><!-- end of generated -->)", re.DOTALL)
 
@@ -149,8 +150,36 @@ def headline_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def composition_rows(document: Path) -> str:
+    """The cells that the tests run: passes that stand together, on which models, with which weights, and where."""
+    from composition.cells import CELLS, FILES, WEIGHTS
+
+    cells = {(*cell.names, "the engine"): (dict.fromkeys(cell.families), dict.fromkeys(WEIGHTS)) for cell in CELLS}
+    for names, family, target, weights, _ in FILES:
+        families, kinds = cells.setdefault((*names, f"{target} files"), ({}, {}))
+        families[family] = kinds[weights] = None
+    lines = ["| passes | where | models | weights |", "|---|---|---|---|"]
+    for (*names, where), (families, kinds) in cells.items():
+        lines.append(f"| {' × '.join(names)} | {where} | {', '.join(families)} | {', '.join(kinds)} |")  # noqa: RUF001
+    return "\n".join(lines) + "\n"
+
+
+def refused_rows(document: Path) -> str:
+    """Pairs of passes that stand together in neither order, with what is said of them."""
+    from composition.cells import NOT_BUILT, refused_pairs
+
+    lines = ["| passes | why |", "|---|---|"]
+    pairs = refused_pairs()
+    for names, reason in pairs.items():
+        lines.append(f"| {' × '.join(names)} | {reason}{' *Not built.*' if names in NOT_BUILT else ''} |")  # noqa: RUF001
+    count = sum(names in NOT_BUILT for names in pairs)
+    return "\n".join(lines) + f"\n\n{count} of these could be built, and are not.\n"
+
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
+    "composition": composition_rows,
+    "refused": refused_rows,
     "backend": lambda document: measured_rows("backend"),
     "export": lambda document: measured_rows("export"),
     "decode": lambda document: measured_rows("decode"),
@@ -170,6 +199,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "passes" / "index.md",
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "composition.md",
     ROOT / "docs" / "report.md",
     ROOT / "docs" / "targets.md",
 )

@@ -26,7 +26,9 @@ from effpass.core.verify import snapshot, verify
 if TYPE_CHECKING:
     from effpass.core.recipe import Recipe
 
-__all__ = ["PassManager", "Planned"]
+__all__ = ["PassManager", "Planned", "check_order"]
+
+_CHANGES = ("values", "sizes", "layers")
 
 log = logging.getLogger("effpass")
 
@@ -44,6 +46,25 @@ class Planned:
     pass_: Pass
     require: bool = False
     verify: bool = False
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise a :class:`PassRefusedError` when passes of a recipe can't stand together, or not in this order."""
+    for index, pass_ in enumerate(passes):
+        before = passes[:index]
+        for other in before if pass_.kind == "weights" else ():
+            if other.kind == "runtime":
+                raise PassRefusedError(
+                    f"{pass_.name} changes weights behind {other.name}, which measures the model's layers and heads",
+                    hint=f"put {pass_.name} in front of {other.name}",
+                )
+            if pass_.changes and other.changes and _CHANGES.index(pass_.changes) < _CHANGES.index(other.changes):
+                raise PassRefusedError(
+                    f"{pass_.name} stands behind {other.name}, which changes {other.changes} of the model that its"
+                    " artifact was learned for",
+                    hint=f"put {pass_.name} in front of {other.name}",
+                )
+        pass_.check_beside(before, passes[index + 1 :])
 
 
 class PassManager:
@@ -70,8 +91,7 @@ class PassManager:
             if "model" not in planned.pass_.entrances:
                 self._refuse_entrance(planned.pass_, "model")
         passes = [planned.pass_ for planned in self.planned]
-        for index, pass_ in enumerate(passes):
-            pass_.check_beside(passes[:index], passes[index + 1 :])
+        check_order(passes)
         for pass_ in passes:
             pass_.check_model(model)
         for planned in self.planned:
@@ -94,6 +114,7 @@ class PassManager:
             RewriteError: a pass left a program that is not valid, or failed.
         """
         report = Report(program.entrance)
+        check_order([planned.pass_ for planned in self.planned])
         for planned in self.planned:
             if program.entrance not in planned.pass_.entrances or not planned.pass_.has_second_hand:
                 self._refuse_entrance(planned.pass_, program.entrance)

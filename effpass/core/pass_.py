@@ -53,6 +53,8 @@ class Pass:
         needs_artifact: True when the pass can't act without something learned or downloaded.
         Options: a frozen dataclass; its field names are the recipe's keys.
         entrances: where the pass can act.
+        changes: of a pass on weights, what of them: values, sizes, or whole layers. Its artifact was learned for the
+            model as it was loaded, so that it stands behind no pass that changes more; None leaves that to the pass.
 
     Args:
         options: an instance of `Options`, already validated.
@@ -66,6 +68,7 @@ class Pass:
     Options: ClassVar[type] = NoOptions
     kind: ClassVar[Literal["weights", "graph", "runtime"]]
     entrances: ClassVar[tuple[Entrance, ...]]
+    changes: ClassVar[Literal["values", "sizes", "layers"] | None] = None
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

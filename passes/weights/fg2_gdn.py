@@ -118,6 +118,7 @@ class FG2GDN(Pass):
 
     name = PASS
     kind = "weights"
+    changes = "layers"
     exact = False
     needs_artifact = True
     entrances = ("model",)  # the layers have weights and a cache that no traced graph has

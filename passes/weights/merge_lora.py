@@ -85,6 +85,7 @@ class MergeLora(WeightsPass):
 
     name = "merge_lora"
     exact = True
+    changes = "values"
     Options = MergeLoraOptions
     options: MergeLoraOptions
 

@@ -60,6 +60,7 @@ class StructuredPruning(WeightsPass):
 
     name = "structured_pruning"
     exact = False
+    changes = "sizes"
     needs_artifact = True
     Options = StructuredPruningOptions
     options: StructuredPruningOptions

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,24 @@ from families import make
 from torch import nn
 
 import effpass
+from effpass.core import registry
+from effpass.core.errors import PassRefusedError
+from effpass.core.manager import check_order
+from effpass.core.recipe import Recipe
 
-__all__ = ["CELLS", "FILES", "WEIGHTS", "Cell", "Made", "dense_equivalent", "given", "hybrid_of", "quantised"]
+__all__ = [
+    "CELLS",
+    "FILES",
+    "NOT_BUILT",
+    "WEIGHTS",
+    "Cell",
+    "Made",
+    "dense_equivalent",
+    "given",
+    "hybrid_of",
+    "quantised",
+    "refused_pairs",
+]
 
 # What a model's weights are. The figure is what steps' logits may differ by, as a share of the largest: rounding of
 # sums in another order, in float32 and in bfloat16.
@@ -29,6 +45,7 @@ WEIGHTS = {"float32": 2e-5, "bfloat16": 0.03, "int8": 0.03, "float8": 0.03}
 
 SPARSE_ALL = {"sparse_attention": {"tokens": 128, "blocks": 8, "block": 16, "recent": 1, "dense_below": 1}}
 SPARSE_FEW = {"sparse_attention": {"tokens": 16, "blocks": 3, "block": 16, "recent": 1, "dense_below": 1}}
+SMALL_TREES = {"dense_below": 8, "block": 4}
 KEEP_ALL = {"prefix_kv": {"budget": 1.0}}
 KEEP_HALF = {"prefix_kv": {"budget": 0.5, "sink": 2, "recent": 8, "page": 1}}
 
@@ -110,7 +127,7 @@ class Cell:
         then: the others.
         neutral: the others with settings under which they change nothing.
         reference: the plain model that `first` and `neutral` are compared with.
-        generate: more arguments for `generate`; made from the artifacts.
+        generate: makes the draft and its tree, as arguments of `generate`; None without.
     """
 
     names: tuple[str, ...]
@@ -119,7 +136,7 @@ class Cell:
     then: tuple[Any, ...] = ()
     neutral: tuple[Any, ...] | None = None
     reference: Callable[[Made], nn.Module] = lambda made: make(made.family)
-    generate: Callable[[Made, nn.Module], dict[str, Any]] = field(default=lambda made, model: {})
+    generate: Callable[[Made, nn.Module], dict[str, Any]] | None = None
 
     @property
     def title(self) -> str:
@@ -154,6 +171,13 @@ def annealed_draft(made: Made, model: nn.Module) -> dict[str, Any]:
     return {"draft": draft.to(model.dtype), "tree": KINDS["c2t"]}
 
 
+def other_draft(made: Made, model: nn.Module) -> dict[str, Any]:
+    """Another model that grows C2T's trees."""
+    from speculative_drafts import KINDS
+
+    return {"draft": make(made.family, seed=3).to(model.dtype), "tree": KINDS["c2t"]}
+
+
 DENSE = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
 
 CELLS = [
@@ -173,6 +197,12 @@ CELLS = [
         ("merge_lora", "moe_gemm"), ("mixtral", "qwen3_moe", "deepseek_v3"),
         first=lambda made: [made.adapter()], neutral=("moe_gemm",), then=("moe_gemm",),
         reference=lambda made: dense_equivalent(made, merged=True, pruned=False),
+    ),
+    Cell(
+        ("moe_gemm", "sparse_verification", "C2T trees"), ("mixtral", "qwen3_moe"),
+        then=("moe_gemm", {"sparse_verification": {**SMALL_TREES, "attention": 0.1, "experts": 0.25}}),
+        neutral=("moe_gemm", {"sparse_verification": {**SMALL_TREES, "attention": 1.0, "experts": 1.0}}),
+        generate=other_draft,
     ),
     Cell(
         ("mla_absorption", "sparse_attention", "kv_offload"), ("deepseek_v3",),
@@ -220,6 +250,44 @@ FILES = [
     (("fg2_gdn",), "qwen3", "onnx", "int8", False),
     (("fg2_gdn",), "qwen3", "onnx", "float8", False),
 ]
+
+
+# Pairs that are refused and need not be: nothing but work stands in the way.
+NOT_BUILT = {
+    ("kv_offload", "sparse_verification"),
+    ("prefix_kv", "sparse_verification"),
+    ("sparse_attention", "sparse_verification"),
+}
+
+
+def refused_pairs() -> dict[tuple[str, str], str]:
+    """Pairs of built-in passes that stand together in neither order, and why, in the words of the refusal."""
+    from itertools import combinations
+
+    found = {}
+    for one, other in combinations(registry.names(), 2):
+        reasons = [_refusal(pair) for pair in ((one, other), (other, one))]
+        if None not in reasons:
+            found[one, other] = str(reasons[0])
+    return found
+
+
+def _refusal(names: tuple[str, str]) -> str | None:
+    # What an artifact holds has no say in it.
+    needs = {
+        "prefix_kv": {"budget": 0.5}, "merge_lora": {"adapter": "adapter"}, "fg2_gdn": {"artifact": "artifact"},
+        "structured_pruning": {"artifact": "artifact"},
+    }  # fmt: skip
+    items: list[Any] = []
+    for name in names:
+        if name == "kv_offload" and "sparse_attention" not in names:
+            items.append("sparse_attention")  # which it needs whatever else there is
+        items.append({name: needs[name]} if name in needs else name)
+    try:
+        check_order(Recipe.parse({"version": 1, "passes": items}, base=Path(), source="recipe").build())
+    except PassRefusedError as error:
+        return error.message
+    return None
 
 
 def given(length: int = 100) -> dict[str, torch.Tensor]:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from composition.cells import CELLS, WEIGHTS, Cell, Made, given, quantised
+from composition.cells import (
+    CELLS,
+    KEEP_HALF,
+    NOT_BUILT,
+    SPARSE_FEW,
+    WEIGHTS,
+    Cell,
+    Made,
+    given,
+    quantised,
+    refused_pairs,
+)
+from families import make
+from typer.testing import CliRunner
 
 import effpass
 import effpass.backend
+from effpass.cli.app import app
+from effpass.core.errors import PassRefusedError
 
 NEW = 10
 HOW = {
@@ -45,17 +63,11 @@ def recipe(*items: Any) -> dict[str, Any]:
 def combined(cell: Cell, made: Made, weights: str, others: tuple[Any, ...]) -> Any:
     """The model with all of a cell's passes."""
     first = cell.first(made)
-    model = quantised(cell_start(made), weights if weights in ("float32", "bfloat16") else "float32")
+    model = quantised(make(made.family), weights if weights in ("float32", "bfloat16") else "float32")
     if weights in ("float32", "bfloat16"):
         return effpass.prepare(model, recipe(*first, *others))
     model = quantised(effpass.prepare(model, recipe(*first)), weights)
     return effpass.prepare(model, recipe(*others))
-
-
-def cell_start(made: Made) -> Any:
-    from families import make
-
-    return make(made.family)
 
 
 def assert_same(got: Any, expected: Any, within: float) -> None:
@@ -94,9 +106,10 @@ def test_together_they_are_the_plain_model(cell: Cell, family: str, weights: str
     model = combined(cell, made, weights, others)
     reports = model.effpass_report.passes
     assert all(entry.hits for entry in reports), [entry.line() for entry in reports]
-    plain, more = quantised(cell.reference(made), weights), cell.generate(made, model)
-    if more:
-        assert_best(plain, model.generate(**given(), **{**HOW, **LOOSE}, **more), WEIGHTS[weights])
+    plain = quantised(cell.reference(made), weights)
+    if cell.generate is not None:
+        text = model.generate(**given(), **{**HOW, **LOOSE}, **cell.generate(made, model))
+        assert_best(plain, text, WEIGHTS[weights])
     else:
         expected = type(plain).generate(plain, **given(), **HOW)
         assert_same(model.generate(**given(), **HOW), expected, WEIGHTS[weights])
@@ -105,7 +118,7 @@ def test_together_they_are_the_plain_model(cell: Cell, family: str, weights: str
 ACTING = [
     pytest.param(cell, family, id=f"{cell.title}, {family}")
     for cell in CELLS
-    if cell.neutral not in (None, cell.then)
+    if cell.neutral not in (None, cell.then) and cell.generate is None
     for family in cell.families
 ]
 
@@ -127,3 +140,54 @@ def test_each_of_them_acts(cell: Cell, family: str, tmp_path: Path) -> None:
     for i, one in enumerate(steps):
         assert one.isfinite().all()
         assert all((one - other).abs().max() > 1e-4 for other in steps[:i])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_sparse_verification_acts_beside_moe_gemm(family: str, tmp_path: Path) -> None:
+    (cell,) = [cell for cell in CELLS if "sparse_verification" in cell.names]
+    made, texts = Made(family, tmp_path), []
+    assert cell.neutral is not None
+    assert cell.generate is not None
+    for others in (cell.neutral, cell.then):
+        model = combined(cell, made, "float32", others)
+        texts.append(model.generate(**given(), **{**HOW, **LOOSE, "max_new_tokens": 24}, **cell.generate(made, model)))
+    assert not torch.equal(*texts)
+
+
+def test_every_order_of_two_works_or_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    made = Made("qwen3", tmp_path)
+    items = {
+        "merge_lora": made.adapter(), "structured_pruning": made.pruned(), "fg2_gdn": made.linear(),
+        "prefix_kv": KEEP_HALF, "sparse_attention": SPARSE_FEW,
+        "sparse_verification": {"sparse_verification": {"attention": None, "channels": 0.5}},
+    }  # fmt: skip
+    file, refused = tmp_path / "recipe.yaml", set()
+    for first, second in itertools.permutations(items, 2):
+        model = make("qwen3")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        file.write_text(json.dumps(recipe(items[first], items[second])))
+        checked = CliRunner().invoke(app, ["recipe", "check", str(file), "--json"])
+        if checked.exit_code:
+            refused.add((first, second))
+            told = json.loads(checked.stdout)
+            assert "in front of" in told["hint"] or "leave one of" in told["hint"]
+            with pytest.raises(PassRefusedError, match=re.escape(told["error"])):
+                effpass.prepare(model, recipe(items[first], items[second]))
+            assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+            continue
+        model = effpass.prepare(model, recipe(items[first], items[second]))
+        assert all(entry.hits for entry in model.effpass_report.passes)
+        text = model.generate(**given(40), **{**HOW, **LOOSE, "max_new_tokens": 2})
+        assert text.shape == (4, 42)
+    weights = ("merge_lora", "structured_pruning", "fg2_gdn")
+    runtime = ("prefix_kv", "sparse_attention", "sparse_verification")
+    wrong = {(b, a) for a, b in itertools.combinations(weights, 2)} | set(itertools.product(runtime, weights))
+    trees = {(a, b) for a, b in itertools.permutations(runtime, 2) if "sparse_verification" in (a, b)}
+    assert refused == wrong | trees
+
+
+def test_the_front_page_counts_what_is_refused_for_no_reason() -> None:
+    pairs, page = refused_pairs(), Path(__file__).parents[2] / "README.md"
+    assert set(pairs) >= NOT_BUILT
+    assert len(NOT_BUILT) == 3
+    assert "* Three pairs of passes that could work together are refused" in page.read_text(encoding="utf-8")
