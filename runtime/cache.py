@@ -197,6 +197,10 @@ class Reader(Protocol):
     def forget(self) -> None:
         """The slots hold other tokens than before."""
 
+    def state(self) -> list[Tensor]:
+        """What a step that was only tried must leave as it was."""
+        return []
+
 
 class DecodeCache(Cache):
     """A transformers cache with fixed buffers for `batch` sequences of up to `capacity` tokens.
@@ -296,6 +300,7 @@ class DecodeCache(Cache):
     def state(self) -> list[Tensor]:
         """What a step that was only tried must leave as it was."""
         own = [t for index in range(len(self.layers)) for t in self.buffers(index).own_state()]
+        own += [] if self.reader is None else self.reader.state()
         return [t for slots in self.distinct_slots() for t in (slots.positions, slots.filled)] + own
 
     def changed(self) -> None:

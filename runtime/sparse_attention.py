@@ -148,6 +148,10 @@ class SparseReader:
         for state in self.layers.values():
             state.indexed = 0
 
+    def state(self) -> list[Tensor]:
+        """Sums of audits; an index is the same after a step that is taken again."""
+        return [audit.sums for audit in (self.settings.audits or {}).values()]
+
     def _layer(self, cache: DecodeCache, index: int, layer: BufferedLayer) -> _Layer:
         """The layer's state; another one where its buffers are others."""
         if layer.keys is None:

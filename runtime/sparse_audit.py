@@ -19,7 +19,7 @@ class Audit:
     """Sums over the steps of one layer, on its device, so that looking waits for nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def look(
         self, index: KeyIndex, query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, scale: float
@@ -27,11 +27,11 @@ class Audit:
         """Add a step that has chosen; arguments are those of `two_level_attention`."""
         recall, mass = recall_and_mass(index, query, keys, key_positions, query_positions, scale)
         live = (query_positions >= 0).expand_as(recall).double()
-        self._sums.add_(torch.stack(((recall * live).sum(), (mass * live).sum(), live.sum())))
+        self.sums.add_(torch.stack(((recall * live).sum(), (mass * live).sum(), live.sum())))
 
     def result(self) -> tuple[float, float]:
         """Mean recall and mass; NaN before the first step. Waits for the device."""
-        recall, mass, count = self._sums.tolist()
+        recall, mass, count = self.sums.tolist()
         return (recall / count, mass / count) if count else (float("nan"), float("nan"))
 
 

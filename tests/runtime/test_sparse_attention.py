@@ -132,6 +132,35 @@ def test_a_recorded_step_is_a_step(family: str, how: dict[str, Any], pipelined: 
     assert len(chosen) == model.config.num_hidden_layers
 
 
+def test_a_recorded_step_is_audited() -> None:
+    """As often as it is replayed: the steps that are tried before it is recorded leave the sums as they were."""
+    given = families.batch(60)
+    found = []
+    for backend in (None, lambda gm, inputs: gm.forward):
+        model = prepared(families.make("llama"), {"sparse_attention": {**NARROW, "audit": True}})
+        with torch.no_grad(), reading_cache(model):
+            session = Session(model, 2, 96, backend)
+            session.begin(2)
+            session.prefill(given["input_ids"], given["attention_mask"].bool(), 60)
+            compiled = model if backend is None else session._compile()
+            for _ in range(3):
+                session.cache.ready()
+                sums = session.cache.reader.state()
+                assert all(any(t is s for t in session.cache.state()) for s in sums)
+                assert len(sums) == 2
+                with session._recording():
+                    session._move()
+                    session.cache.append(session._position)
+                    session._forward(compiled, None)
+                session.cache.advance(1)
+        found.append(recall(model))
+        assert [float(t[2]) for t in sums] == [3 * 2 * 2] * 2  # steps, rows and key-value heads
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for layer, expected in found[0].items():
+        assert found[1][layer] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_pipeline_begins_with_the_query_of_latents() -> None:
     """A prompt of expanded latents hands on its last query as steps ask it."""
     model = families.make("deepseek_v3", kv_lora_rank=64, qk_rope_head_dim=32)

@@ -11,6 +11,7 @@ import torch
 
 import effpass
 from effpass.core.errors import EffpassError
+from effpass.passes.runtime.sparse_attention import recall
 
 pytestmark = pytest.mark.gpu
 WIDE = {"tokens": 256, "blocks": 16, "block": 16}
@@ -72,3 +73,22 @@ def test_recorded_steps_choose_as_the_host_does(options: dict[str, Any]) -> None
     _, on_device = generate(model.cuda(), {"sparse_attention": narrow}, new=8)
     for ours, theirs in zip(on_device.logits, on_host.logits, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-3, atol=5e-3)
+
+
+def test_an_audit_counts_recorded_steps() -> None:
+    narrow = {"tokens": 32, "blocks": 4, "block": 16, "recent": 1, "dense_below": 1, "audit": True}
+    model = families.make("llama", **SIZES["llama"])
+    found = []
+    for device in ("cpu", "cuda"):
+        of_device = copy.deepcopy(model).to(device)
+        ready = effpass.prepare(of_device, {"version": 1, "passes": [{"sparse_attention": narrow}]})
+        given = {name: tensor.to(device) for name, tensor in families.batch(60).items()}
+        ready.generate(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=8, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        counts = [float(audit.sums[2]) for audit in ready.effpass_reader.audits.values()]
+        found.append((counts, recall(ready)))
+    assert found[0][0] == found[1][0]
+    for layer, expected in found[0][1].items():
+        assert found[1][1][layer] == pytest.approx(expected, abs=0.02)
