@@ -16,7 +16,7 @@ import effpass
 from effpass.core.errors import ArtifactError, EffpassError, ModelError
 from effpass.passes.weights.peft_adapter import read_adapter
 from effpass.trainers import MONA
-from effpass.trainers.afa_lora import AfaLora, AnnealSchedule, LoraSettings, attach
+from effpass.trainers.afa_lora import AfaLora, AnnealSchedule, LoraSettings, add_lora, attach
 from effpass.trainers.afa_lora.variant import annealed
 
 peft = pytest.importorskip("peft")
@@ -201,6 +201,20 @@ def test_routers_heads_and_stacked_experts_are_left_alone():
     }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(adapter.parameters()) == 2 * 4 * 2
+
+
+def test_layers_that_peft_takes_for_experts_are_left_alone_and_refused_by_name():
+    """PEFT would put an adapter on the stacked experts in the place of dense and shared feed-forward layers."""
+    model = make("deepseek_v3")
+    attach(model, AnnealSchedule(4), LoraSettings(2))
+    adapted = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(adapted) == 2 * 5
+    assert all(".self_attn." in name for name in adapted)
+    whole = make("deepseek_v3")
+    for targets in (("o_proj", "down_proj"), ("model.layers.0.mlp.down_proj",)):
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj can have no adapter: PEFT takes its name"):
+            add_lora(whole, LoraSettings(2, targets=targets))
+    assert not [name for name, _ in whole.named_parameters() if "lora" in name]
 
 
 # -- how it ends ------------------------------------------------------------------------------------------------------

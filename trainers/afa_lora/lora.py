@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ class LoraSettings:
         alpha: numerator of the scale alpha / r; None for 2 r.
         dropout: on the adapter's input, while it learns.
         targets: names of linear layers as PEFT takes them (full names or their ends), or `all-linear`: all but output
-            heads and routers. Stacked experts are no linear layers, and are left alone.
+            heads and routers. Stacked experts are no linear layers, and are left alone; so is what PEFT takes for a
+            part of them.
     """
 
     rank: int = 8
@@ -97,15 +99,37 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
                 f"no linear layer of {type(model).__name__} is called {target!r}",
                 hint=f"ends of names such as {', '.join(sorted({n.rpartition('.')[2] for n in layers})[:8])}",
             )
-    if not layers:
+    mistaken = _taken_for_experts(model, layers)
+    for target in () if is_all else wanted:
+        if odd := sorted(name for name in mistaken if f".{name}".endswith(f".{target}")):
+            raise ModelError(
+                f"{odd[0]} can have no adapter: PEFT takes its name for a part of the stacked experts",
+                hint=f"leave {target!r} out, or train all weights",
+            )
+    if not layers.keys() - mistaken:
         raise ModelError(f"{type(model).__name__} has no linear layer to put an adapter beside")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.scale_numerator,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=list(layers) if is_all else list(wanted),
+        target_modules=sorted(layers.keys() - mistaken) if is_all else list(wanted),
         task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself for Conv1D
         return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """The names that PEFT reads as parts of experts that transformers 5 has stacked, whatever layer they are of."""
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return set()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_config_for_transformers,
+        get_model_conversion_mapping,
+    )
+
+    config = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))  # type: ignore[arg-type]
+    return set(names) - set(config.target_modules or ())
