@@ -37,8 +37,9 @@ def choose_tree_blocks(
     chosen = torch.empty((batch, groups, most), dtype=torch.int32, device=device)
     _choose[(batch * groups,)](
         query, means, lengths, scores, chosen, *query.stride()[:2], *means.stride()[:3], count, most, dense_below,
-        share, GROUPS=groups, REPEAT=heads // groups, SIZE=size, BLOCK=block, ALL=triton.next_power_of_2(count),
-        TILE=64, WIDTH=triton.next_power_of_2(size), PDL=overlaps(device), **launch_options(device, 8),
+        share, GROUPS=groups, REPEAT=heads // groups, SIZE=size, BLOCK=block,
+        ALL=triton.next_power_of_2(max(count, most)), TILE=64, WIDTH=triton.next_power_of_2(size),
+        PDL=overlaps(device), **launch_options(device, 8),
     )  # fmt: skip
     return chosen
 
@@ -71,10 +72,10 @@ def _choose(
     tl.debug_barrier()  # what other threads have scored is read
     every = tl.arange(0, ALL)
     score = tl.load(scores + every, mask=every < blocks, other=0)
-    key = tl.where((every == 0) | (every == blocks - 1), FORCED, in_order(score))
+    key = tl.where((every == 0) | (every >= blocks - 2), FORCED, in_order(score))
     key = tl.where(every < blocks, key, NEVER)
     kept = tl.where(length <= dense_below, length, dense_below + ((length - dense_below).to(tl.int64) * share // 1024))
-    wanted = tl.minimum(tl.maximum(tl.cdiv(kept, BLOCK), 2), most).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(tl.cdiv(kept, BLOCK), 3), most).to(tl.int32)
     is_chosen, rank, found = choose(key, wanted)
     chosen += head * most
     tl.store(chosen + rank, every, mask=is_chosen)

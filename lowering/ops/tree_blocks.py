@@ -3,8 +3,9 @@
     score of block b of key-value head g = Σ_{h of g} q_h · k̄_{g,b}          k̄: the mean of the block's keys
     blocks that are kept = ⌈(n₀ + ⌊(n − n₀) · share⌋) / block⌉ for a prefix of n > n₀ slots, and all up to n₀
 
-The first and the last block always are ("Accelerate Speculative Decoding with Sparse Computation in Verification",
-https://arxiv.org/abs/2512.21911; the paper chooses over all heads of a layer together, here each head has its share).
+The first and the last two blocks always are ("Accelerate Speculative Decoding with Sparse Computation in Verification",
+https://arxiv.org/abs/2512.21911; the paper chooses over all heads of a layer together, and here each has its share; it
+keeps one last block, which may hold a single token).
 
 Shapes: B batch, H query heads, G key-value heads, K key size, S slots, N blocks, M chosen blocks, L layers.
 """
@@ -23,12 +24,13 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 __all__ = ["PARTS", "block_means", "choose_tree_blocks", "most_blocks"]
 
 PARTS = 1024  # `share` is a number of these
+_LAST = 2  # blocks up to a prefix's end that are always kept
 
 
 def most_blocks(slots: int, block: int, dense_below: int, share: int) -> int:
     """M: blocks that are kept of a prefix of `slots`, at most."""
     kept = slots if slots <= dense_below else dense_below + (slots - dense_below) * share // PARTS
-    return max(2, -(-max(kept, min(slots, dense_below)) // block))
+    return max(1 + _LAST, -(-max(kept, min(slots, dense_below)) // block))
 
 
 def _choose_tree_blocks(
@@ -42,8 +44,8 @@ def _choose_tree_blocks(
     length = lengths[:, None, None].long()
     blocks = (length + block - 1) // block
     kept = torch.where(length <= dense_below, length, dense_below + (length - dense_below) * share // PARTS)
-    wanted = ((kept + block - 1) // block).clamp(min=2, max=most)
-    score = score.masked_fill((number == 0) | (number == blocks - 1), float("inf"))
+    wanted = ((kept + block - 1) // block).clamp(min=1 + _LAST, max=most)
+    score = score.masked_fill((number == 0) | (number >= blocks - _LAST), float("inf"))
     score = score.masked_fill(number >= blocks, float("-inf"))
     order = score.sort(dim=-1, descending=True, stable=True).indices[..., :most]
     rank = torch.arange(order.shape[2], device=query.device)

@@ -59,7 +59,7 @@ class Redundancy:
         budgets: see above.
         tokens: length of each sample.
         blocks: by layer, of the blocks that the root chooses, the share that another node chooses too; the first and
-            the last block, which all have, don't count.
+            the last two, which all have, don't count.
         layers: numbers of these layers, in the order of `similar`.
         similar: `[L, L]`, Jaccard similarity of what the root chooses in two layers.
         channels: by network: union over the nodes of the channels that are largest for each, as a share of F; and the
@@ -181,7 +181,9 @@ class _Look(Reader):
             block, 0, share,
         ).long()  # fmt: skip
         kept = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=keys.device)
-        kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)[:, :, 1 : count - 1]  # by score alone
+        kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)[
+            :, :, 1 : max(1, count - 2)
+        ]  # by score alone
         self._roots[index] = kept[0]
         if kept[0].any() and nodes > 1:
             self._seen["blocks", index].append(float((kept[1:] & kept[0]).sum() / (kept[0].sum() * (nodes - 1))))

@@ -48,7 +48,7 @@ def keys_and_queries(model: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def test_blocks_against_loops() -> None:
-    """44 tokens are 11 blocks, of which 6 are kept; the first and the last are always, and don't count."""
+    """44 tokens are 11 blocks, of which 6 are kept; the first and the last two are always, and don't count."""
     found = measure(families.make("llama"), [SAMPLE], BUDGETS)
     prefix, roots = 50 - NODES, []
     for layer, (keys, queries) in enumerate(keys_and_queries(families.make("llama"))):
@@ -58,11 +58,11 @@ def test_blocks_against_loops() -> None:
             for g in range(2):
                 asked = queries[2 * g : 2 * g + 2, node].sum(0)
                 means = [keys[g, n * BLOCK : min(n * BLOCK + BLOCK, prefix)].mean(0) for n in range(11)]
-                score = {n: float(asked @ means[n]) for n in range(1, 10)}
-                of_heads.append(set(sorted(score, key=lambda n: -score[n])[:4]))
+                score = {n: float(asked @ means[n]) for n in range(1, 9)}
+                of_heads.append(set(sorted(score, key=lambda n: -score[n])[:3]))
             sets.append(of_heads)
         both = sum(len(node[g] & sets[0][g]) for node in sets[1:] for g in range(2))
-        assert found.blocks[layer] == pytest.approx(both / (8 * (NODES - 1)))
+        assert found.blocks[layer] == pytest.approx(both / (6 * (NODES - 1)))
         roots.append({(g, n) for g in range(2) for n in sets[0][g]})
     assert found.layers == [0, 1]
     expected = [[len(a & b) / len(a | b) for b in roots] for a in roots]

@@ -67,7 +67,7 @@ def difference(cache: TreeCache, theirs: Any) -> float:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("llama", SparseVerification(FEW, None, refresh=7)),
+        ("llama", SparseVerification(FEW, None, refresh=6)),
         ("llama", SparseVerification(FEW, None, refresh=17)),  # 68 tokens in one call: two words of ancestors
         ("llama", SparseVerification(None, None, ChannelBudget(0.3), refresh=8)),
         ("mixtral", SparseVerification(None, ExpertBudget(0.5, rescales=True), refresh=5)),
@@ -80,7 +80,7 @@ def test_a_dense_call_makes_up_for_sparse_ones(family: str, settings: SparseVeri
     theirs, again, cache = recomputed(family, out), found._again, found.target.cache
     known, lengths = again.known.clone(), cache.lengths.clone()
     assert torch.all(known > 24)
-    assert torch.all(known < lengths)
+    assert torch.any(known < lengths)  # it did not end with a dense call
     cache.lengths.copy_(known)
     assert difference(cache, theirs) < 1e-5
     cache.lengths.copy_(lengths)
