@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import linear_attention_quality
+from benchmarks import linear_attention_conversion, linear_attention_quality
 from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Raw, ours, peers
 from benchmarks.rows import Row, bandwidth, measure, row
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
@@ -262,4 +262,5 @@ def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     **_cases(), "decode": decode, "linear": linear, "cold": cold, "sizes": sizes, **linear_attention_quality.CASES,
+    **linear_attention_conversion.CASES,
 }  # fmt: skip

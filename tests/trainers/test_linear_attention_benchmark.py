@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import linear_attention, linear_attention_quality
+from benchmarks import linear_attention, linear_attention_conversion, linear_attention_quality
 from benchmarks.linear_attention_quality import FORMS, Size, _parameters, configs, recall_accuracy, recall_batch, train
 from benchmarks.rows import write
 
@@ -65,3 +65,19 @@ def test_rows_of_recall_and_of_text(tmp_path: Path):
     assert [row["metric"] for row in losses][:2] == ["loss of tokens 0 to 1", "loss of tokens 1 to 2"]
     assert len(losses) == 8
     assert all(0 < row["ours"] < 2 * math.log2(256) and row["runs"] == 3 for row in losses)
+
+
+def test_rows_of_a_conversion():
+    assert set(linear_attention_conversion.CASES) <= set(linear_attention.CASES)
+    rows = {row.metric: row for row in linear_attention.CASES["conversion-fg2+-50"]("cpu", True)}
+    assert list(rows) == [
+        "perplexity after align", "perplexity after distill", "perplexity after whole", "needles found in 256 bytes",
+        "needles found in 1024 bytes", "cache of a sequence of 8192 tokens",
+    ]  # fmt: skip
+    assert all(row.peer_name == "before" and "50 % of the layers" in row.case for row in rows.values())
+    assert rows["perplexity after distill"].ours > 1
+    cache = rows["cache of a sequence of 8192 tokens"]
+    # One of two layers: 4 heads of 8 x 8 in float32, 3 inputs of 96 channels, and keys and values of 2 heads of 8.
+    kept = 2 * 2 * 2 * 8 * 8192
+    assert cache.peer == pytest.approx(2 * kept / 2**20, rel=1e-4)
+    assert cache.ours == pytest.approx((kept + 4 * 4 * 8 * 8 + 2 * 3 * 96) / 2**20, rel=1e-4)

@@ -1,0 +1,140 @@
+"""What a converted model keeps: perplexity, needles, bytes of its cache. Cases of area `linear_attention`.
+
+A case is named by the form of the layers and how many percent of them are replaced. All forms are learned by the same
+trainer, for the same layers, from the same tokens, with states of the same bytes. The text holds needle tasks, since
+prose asks for little that lies far back. Models are those of `--model`, SmolLM2 by default.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import effpass
+from benchmarks.quality import MODELS, _batches, _tiny
+from benchmarks.rows import Row, row
+from effpass.passes.weights.fg2_gdn import Learned
+from effpass.runtime.linear_attention.hybrid import linear_layers
+from effpass.runtime.linear_attention.settings import Mode
+from effpass.trainers.fg2_gdn.run import convert
+from effpass.trainers.fg2_gdn.settings import MODES, Settings
+from effpass.trainers.lm.config import OptimizerConfig
+from effpass.trainers.lm.tasks import make_example
+
+AREA = "linear_attention"
+SHARES = (25, 50, 100)
+_HELD_OUT = 1 << 18  # bytes of WikiText-2 that perplexity is of
+_LENGTHS = (256, 1024)  # bytes of a needle's text
+_CACHED = 8192  # tokens
+
+
+def conversion(mode: Mode, percent: int, device: str, smoke: bool) -> Iterator[Row]:
+    """Before and after, each row against the model that was converted."""
+    small = smoke or device != "cuda"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        names = [_random(folder)] if small else os.environ.get("EFFPASS_MODEL", "smollm2").split(",")
+        text, held_out = _texts(folder, small)
+        for number, name in enumerate(names):
+            found = str(MODELS / name) if (MODELS / name / "config.json").exists() else name
+            out = folder / f"artifact-{number}"
+            yield from _converted(found, mode, percent, text, held_out, out, device, small)
+
+
+def _converted(
+    source: str, mode: Mode, percent: int, text: Path, held_out: Path, out: Path, device: str, small: bool
+) -> Iterator[Row]:
+    sizes = {"steps": 4, "batch": 2, "sequence_length": 32, "dtype": "float32"} if small else {"steps": 300}
+    settings = Settings(
+        OptimizerConfig(lr=1e-3, weight_decay=0.0), mode=mode, share=percent / 100, save_every=0, log_every=50,
+        **sizes,  # type: ignore[arg-type]
+    )  # fmt: skip
+    started = time.perf_counter()
+    convert(source, text, out, settings, validation=held_out, say=lambda line: None)
+    seconds = time.perf_counter() - started
+    case = f"{Path(source).name}, {mode} in {percent} % of the layers"
+    note = f"{settings.steps} steps of {settings.batch} x {settings.sequence_length} tokens, {seconds:.0f} s; seed 0"
+    metrics = Learned.load(out).artifact.metrics
+    for stage in ("align", "distill", "whole"):
+        if (key := f"eval_perplexity_after_{stage}") in metrics:
+            yield row(AREA, case, f"perplexity after {stage}", metrics[key], "", device=device,
+                      peer=metrics["eval_perplexity_teacher"], peer_name="before", note=note)  # fmt: skip
+    dtype = torch.float32 if small else torch.bfloat16
+    loaded = effpass.load_model(source, dtype=dtype)
+    model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
+    before = {length: needles(model, tokenizer, length, 4 if small else 128) for length in _LENGTHS}
+    kept = cache_bytes(model.config, _CACHED)
+    model = effpass.prepare(model, {"version": 1, "passes": [{"fg2_gdn": {"artifact": str(out)}}]})
+    for length, (share, chance) in before.items():
+        after, _ = needles(model, tokenizer, length, 4 if small else 128)
+        yield row(AREA, case, f"needles found in {length} bytes", 100 * after, "%", device=device, peer=100 * share,
+                  peer_name="before", lower_is_better=False, runs=4 if small else 128,
+                  note=f"chance {chance:.1%}; {note}")  # fmt: skip
+    yield row(AREA, case, f"cache of a sequence of {_CACHED} tokens", cache_bytes(model.config, _CACHED) / 2**20, "MiB",
+              device=device, peer=kept / 2**20, peer_name="before", note="bfloat16, states float32")  # fmt: skip
+
+
+@torch.no_grad()
+def needles(model: Any, tokenizer: Any, length: int, count: int) -> tuple[float, float]:
+    """Share of codes that greedy decoding gets right, all of them, and that of guesses."""
+    examples = [make_example("needle", np.random.default_rng((7, length, i)), length, 1, {}) for i in range(count)]
+    right: list[bool] = []
+    for parts in _batches(model, tokenizer, examples):
+        answer = parts[2]
+        for ids, wanted in zip(torch.cat(parts, 1)[:, :-1].split(16), answer.split(16), strict=True):
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted.shape[1]).logits
+            right += (logits.argmax(-1) == wanted).all(1).tolist()
+    return float(np.mean(right)), examples[0].chance
+
+
+def cache_bytes(config: Any, tokens: int) -> int:
+    """Of a sequence: keys, values and inputs of convolutions in bfloat16, states in float32."""
+    linear: list[int] = []
+    state = 0
+    if getattr(config, "linear_attention", None) is not None:
+        linear, settings = linear_layers(config)
+        channels = (
+            2 * settings.num_key_heads * settings.key_head_dim + settings.num_value_heads * settings.value_head_dim
+        )
+        state = settings.state_bytes + 2 * (settings.conv_kernel_size - 1) * channels
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * 2 * config.num_key_value_heads * size * tokens
+    return len(linear) * state + (config.num_hidden_layers - len(linear)) * attention
+
+
+def _texts(folder: Path, small: bool) -> tuple[Path, Path]:
+    """What is learned from, and what perplexity is of."""
+    tasks = [make_example("needle", np.random.default_rng((3, i)), 512, 1, {}) for i in range(8 if small else 2000)]
+    needle = b"\n".join(example.text for example in tasks)
+    prose, held_out = b"", needle[:2048]
+    if not small:
+        if "EFFPASS_DATA" not in os.environ:
+            raise SystemExit("linear_attention: set EFFPASS_DATA (or --data) to the folder with text/ and wikitext-2/")
+        data = Path(os.environ["EFFPASS_DATA"])
+        prose = b"\n".join(path.read_bytes() for path in sorted((data / "text").glob("*.txt")))
+        held_out = (data / "wikitext-2" / "valid.txt").read_bytes()[:_HELD_OUT].rpartition(b"\n")[0]
+    text, other = folder / "text.txt", folder / "held-out.txt"
+    text.write_bytes(prose + b"\n" + needle)
+    other.write_bytes(held_out)
+    return text, other
+
+
+def _random(folder: Path) -> str:
+    """A checkpoint of random weights for smoke runs."""
+    model, tokenizer, _ = _tiny("cpu")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "random")
+    return str(folder / "random")
+
+
+CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
+    f"conversion-{mode}-{percent}": partial(conversion, mode, percent) for mode in MODES for percent in SHARES
+}
