@@ -1,7 +1,7 @@
 """The gated delta rule's kernels against the recurrence in float64: on a GPU, or, run as a program, without one.
 
-`python gated_delta_cases.py interpret` computes cases through Triton's interpreter, `outside` two that must fail; with
-`compile KIND` it compiles kernels for a GPU that is not there. All print JSON.
+`python gated_delta_cases.py interpret` computes cases through Triton's interpreter, `outside` two that must fail, `far`
+one with large strides; with `compile KIND` it compiles kernels for a GPU that is not there. All print JSON.
 """
 
 from __future__ import annotations
@@ -195,6 +195,31 @@ def outside() -> dict[str, str]:
     return found
 
 
+def far_apart(x: Tensor) -> Tensor:
+    """[1, T, H, K] of 16 bits whose heads lie 2^30 elements apart: the third begins where int32 ends."""
+    _, tokens, heads, size = x.shape
+    room = torch.empty((heads - 1 << 30) + tokens * size, dtype=x.dtype, device=x.device)
+    return room.as_strided(x.shape, (tokens * size, size, 1 << 30, 1)).copy_(x)
+
+
+def far() -> dict[str, bool]:
+    """Whether heads far apart give what heads side by side do."""
+    from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
+
+    case = Case("kda", tokens=5, heads=3, value_heads=3)
+    *given, state = placed(case.tensors(torch.bfloat16), torch.bfloat16, "cpu")
+    near = Inputs(*given)
+    both, gradient = (near, near._replace(q=far_apart(near.q), v=far_apart(near.v))), torch.ones_like(near.v)
+    outputs = [gated_delta_rule.forward(x, case.settings, state, None, 1)[0] for x in both]
+    gradients = [gated_delta_rule.backward(x, case.settings, state, None, 1, gradient, None)[0] for x in both]
+    steps = [gated_delta_rule_step.step(x, case.settings, state.clone()) for x in both]
+    return {
+        "forward": torch.equal(*outputs),
+        "backward": all(torch.equal(*x) for x in zip(*gradients, strict=True) if x[0] is not None),
+        "step": torch.equal(*steps),
+    }
+
+
 COMPILED = {
     "bfloat16": (Case("fg2+", "bounded", 4096, 8, 16, 16, 128, 128), torch.bfloat16),
     "wide": (Case("kda", "softplus", 2048, 1, 4, 8, 256, 256), torch.bfloat16),
@@ -242,6 +267,6 @@ if __name__ == "__main__":
         correct_bfloat16()
         check_accesses()
         assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"
-        print(json.dumps(interpret() if sys.argv[1] == "interpret" else outside()))
+        print(json.dumps({"interpret": interpret, "outside": outside, "far": far}[sys.argv[1]]()))
     else:
         print(json.dumps(compile_one(sys.argv[2])))

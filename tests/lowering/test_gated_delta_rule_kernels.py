@@ -12,7 +12,7 @@ from pathlib import Path
 import gated_delta_cases
 import pytest
 import torch
-from gated_delta_cases import COMPILED, IN_BFLOAT16, NAMES, SMALL, Case, expected, placed, ratio
+from gated_delta_cases import COMPILED, IN_BFLOAT16, NAMES, SMALL, Case, expected, far_apart, placed, ratio
 
 from effpass.lowering.ops.gated_delta_rule import GRADIENT_TOLERANCE, SUM_TOLERANCE, TOLERANCE, gated_delta_rule
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
@@ -50,6 +50,11 @@ def test_interpreted_kernels_against_the_recurrence(interpreted, name, dtype):
     found = interpreted[f"{name}, {str(dtype).removeprefix('torch.')}"]
     assert {"output", "state", "d q", "d k", "d v", "d gate", "d beta"} <= found.keys()
     assert exceeding(found, dtype) == {}
+
+
+@needs_triton
+def test_heads_far_apart_are_found():
+    assert run("far", TRITON_INTERPRET="1") == {"forward": True, "backward": True, "step": True}
 
 
 @needs_triton
@@ -159,6 +164,30 @@ def test_views_of_one_projection_are_read_in_place():
     found = gated_delta_rule(*views, gate, beta, A_log=A_log)
     copied = gated_delta_rule(*(x.contiguous() for x in views), gate, beta, A_log=A_log)
     assert all(torch.equal(a, b) for a, b in zip(found, copied, strict=True))
+
+
+@pytest.mark.gpu
+def test_heads_far_apart_on_a_gpu():
+    case = Case("kda", tokens=70, heads=3, value_heads=3)
+    near = placed(case.tensors(torch.bfloat16), torch.bfloat16, "cuda")
+    far = [far_apart(near[0]), near[1], far_apart(near[2]), *near[3:]]
+    outputs = [gated_delta_rule(*x[:6], A_log=x[6], dt_bias=x[7], initial_state=x[8])[0] for x in (near, far)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.gpu
+def test_more_lanes_than_two_dimensions_of_a_grid_hold():
+    torch.manual_seed(0)
+    lead = (4200, 1, 16)
+    q, k, v, gate = (torch.randn(*lead, 16, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    beta, A_log = torch.randn(lead, device="cuda"), torch.zeros(16, device="cuda")
+    output, state = gated_delta_rule(q, k, v, gate, beta, A_log=A_log)
+    ours = torch.zeros_like(state)
+    stepped = gated_delta_rule_step(q, k, v, gate, beta, None, ours, A_log=A_log)
+    for found, other in ((output, stepped), (state, ours)):
+        assert ratio(found, other.double()) <= TOLERANCE[torch.bfloat16]
+    last, _ = gated_delta_rule(*(x[-8:] for x in (q, k, v, gate, beta)), A_log=A_log)
+    assert ratio(output[-8:], last.double()) <= TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
