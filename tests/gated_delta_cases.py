@@ -225,6 +225,8 @@ COMPILED = {
     "wide": (Case("kda", "softplus", 2048, 1, 4, 8, 256, 256), torch.bfloat16),
     "scalar": (Case("gdn", "softplus", 2048, 1, 4, 8, 64, 64), torch.float16),
     "float32": (Case("kda", "softplus", 2048, 1, 4, 4, 256, 256), torch.float32),
+    "one token": (Case("fg2", "softplus", 1, 4, 1, 1, 128, 128), torch.bfloat16),
+    "packed": (Case("fg2+", "bounded", 2048, 1, 4, 4, 128, 128, ends=(0, 15, 2048)), torch.bfloat16),
 }
 
 
@@ -239,7 +241,8 @@ def compile_one(kind: str) -> dict[str, int]:
     case, dtype = COMPILED[kind]
     given = _shapes(case, dtype)
     inputs, state = Inputs(*given[:8]), given[8]
-    call = (inputs, case.settings, state, None, case.sequences)
+    ends = None if case.ends is None else torch.empty(len(case.ends), dtype=torch.int32, device="meta")
+    call = (inputs, case.settings, state, ends, case.sequences)
     gated_delta_rule.forward(*call)
     gated_delta_rule.backward(*call, inputs.v, state)
     gated_delta_rule_step.step(inputs, case.settings, state)
