@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -217,7 +218,7 @@ class _Retrace:
         # Inputs are told apart by node and never by value, since equal calls share their values.
         call = _with_inputs(arguments, given)
         values = [self.value[n] for n in given]
-        if any(is_traceable_wrapper_subclass(v) for v in values):
+        if any(map(_is_quantised, values)):
             return self._left_as_it_is(node)
         recorded = pytree.tree_leaves(node.meta.get("example_value"))
         if not any(isinstance(v, Tensor) for v in (*values, *recorded)):
@@ -229,7 +230,7 @@ class _Retrace:
         """A call on a quantised weight: what its class makes of it has tensors inside that are nobody's input here."""
 
         def value(x: Tensor) -> Tensor:
-            return x if is_traceable_wrapper_subclass(x) else like(self.fake_mode, x)
+            return x if _is_quantised(x) else like(self.fake_mode, x)
 
         return self._emit(node, node.target, pytree.tree_map_only(Tensor, value, node.meta["example_value"]))
 
@@ -297,6 +298,11 @@ class _Retrace:
     def _leave_autocasts(self) -> None:
         for region in reversed(self.autocasts.values()):
             region.__exit__(None, None, None)
+
+
+def _is_quantised(value: Any) -> bool:
+    """Whether a class of its own holds several tensors. A DTensor holds one, and is traced through."""
+    return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
 
 
 def _with_inputs(arguments: Any, given: dict[Node, int]) -> Any:
