@@ -54,7 +54,7 @@ def sparse_verification(
         provenance={"model": model, "data": data.name}, each=each,
     )  # fmt: skip
     artifact.save(output)
-    anchors, layers = artifact.tensors["anchors"].tolist(), len(artifact.metrics["blocks"])
+    anchors, layers = artifact.tensors["anchors"].tolist(), len(artifact.metrics["similar"])
     told = f"{len(anchors)} of {layers} layers choose blocks"
     told += f": {', '.join(map(str, anchors))}" if anchors else ""
     stdout().print(f"{output}: {told}", markup=False, soft_wrap=True)

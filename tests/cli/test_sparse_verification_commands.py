@@ -14,16 +14,16 @@ def test_calibrated_anchors_serve_generate(run, tiny_model, recipe_file, tmp_pat
     data.write_text(TEXT, encoding="utf-8")
     done = run(
         "calibrate", "sparse-verification", tiny_model, "--data", data, "-o", tmp_path / "found", "--tokens", 200,
-        "--block", 16, "--nodes", 12, "--similarity", 1,
+        "--block", 8, "--nodes", 12, "--similarity", 1,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "2 of 2 layers choose blocks: 0, 1" in done.output
     artifact = load_calibrated(tmp_path / "found")
-    assert artifact.options == {"attention": 0.25, "block": 16, "similarity": 1.0}
+    assert artifact.options == {"attention": 0.25, "block": 8, "similarity": 1.0}
     assert artifact.provenance["data"] == "text.txt"
     assert artifact.metrics["tokens"][0] == 200
     assert set(artifact.metrics["blocks"]) == {"0", "1"}
-    recipe = recipe_file("- sparse_verification: {artifact: ./found, block: 16, dense_below: 16}")
+    recipe = recipe_file("- sparse_verification: {artifact: ./found, block: 8, dense_below: 16}")
     done = run("generate", tiny_model, "-r", recipe, "-p", TEXT[:120], "--draft", "ngram", "--max-new-tokens", 8)
     assert done.exit_code == 0, done.output
 
