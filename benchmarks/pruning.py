@@ -29,12 +29,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.pruning_runs import Found, Run, Size, losses_of, results
+from benchmarks.pruning_runs import Found, Run, Size, _model, _settings, losses_of, results
 from benchmarks.pruning_speed import decode, prefill
 from benchmarks.quality import MODELS
 from benchmarks.rows import Row, row
 from effpass.core.errors import ModelError
 from effpass.core.model import read_source
+from effpass.trainers.pruning.stages import state_problem
+from effpass.trainers.pruning.step_cost import step_cost
 
 AREA = "pruning"
 SEEDS = (0, 1, 2)
@@ -125,15 +127,16 @@ def _cut(found: list[Found]) -> str:
 def quality(keep: float, peers: tuple[str, ...], cost: str, device: str, smoke: bool) -> Iterator[Row]:
     """Minimax and its peers at one share."""
     base = replace(_run(device, smoke, keep), cost=cost)
+    base, depth = _possible(base)
     runs = {name: replace(base, choose=name) for name in ("minimax", *peers)}
-    if "depth" in runs and cost == "parameters":  # the nearest number of layers
-        layers = read_source(base.model)[0].get_text_config().num_hidden_layers
-        runs["depth"] = replace(runs["depth"], keep=round(keep * layers) / layers)
+    if "depth" in runs:
+        runs["depth"] = replace(runs["depth"], keep=depth)
     found = _over_seeds(runs, smoke)
     if found is None:
         return
-    case = _case(base, f"{keep:g} of the {cost}")
-    yield from _compared(found, base, f"{keep:g} of the {cost}")
+    what = f"{base.keep:g} of the {cost}"
+    case = _case(base, what)
+    yield from _compared(found, base, what)
     for family in found["minimax"][0].overlap:
         shares = [f.overlap[family] for f in found["minimax"]]
         yield row(
@@ -147,10 +150,27 @@ def quality(keep: float, peers: tuple[str, ...], cost: str, device: str, smoke: 
                   note=f"micro-batches of {tokens} tokens; the bound is what it was to fit into")  # fmt: skip
 
 
+def _possible(run: Run) -> tuple[Run, float]:
+    """The run, and the nearest share that whole layers have.
+
+    Of the latency, it keeps what is left of it where every kind of unit keeps the run's share of the parameters: that a
+    shape has, whatever a step's time is made of.
+    """
+    if run.cost == "parameters":
+        layers = read_source(run.model)[0].get_text_config().num_hidden_layers
+        return run, round(run.keep * layers) / layers
+    model, _ = _model(run.model, "bfloat16" if run.device == "cuda" else "float32", run.device)
+    settings = _settings(replace(run, cost="parameters"))
+    problem = state_problem(model, settings)
+    cost = step_cost(model, problem.units, "latency", settings.cost_batch, settings.cost_context)
+    share = cost.share(problem.shapes.share(problem.even(settings)))
+    layers = model.config.get_text_config().num_hidden_layers
+    depth = min((cost.depth_share(n, layers) for n in range(1, layers)), key=lambda found: abs(found - share))
+    return replace(run, keep=round(share, 2)), round(depth, 2)  # the same on every machine of a kind
+
+
 def _whole(run: Run) -> Any:
     """What the whole model has."""
-    from benchmarks.pruning_runs import _model
-
     model, _ = _model(run.model, "bfloat16" if run.device == "cuda" else "float32", run.device)
     return losses_of(model, run.model, run.device, run.size)
 
