@@ -56,6 +56,7 @@ def _decode_step(model: Any, device: str, compiled: Callable[..., Any], rows: in
 
 def _compile(model: Any, device: str, **how: Any) -> Callable[..., Any]:
     """A compiled forward with code caches of its own, so that two compilations of one model do not share guards."""
+    benchmarks.identity.register()
     forward = type(model).forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -181,6 +182,7 @@ def _free(device: str) -> None:
 _WORKER = """
 import sys, time, torch
 import benchmarks.identity
+benchmarks.identity.register()
 from benchmarks.backend import _compile, _decode_step, _dtype, RETRACED
 from benchmarks.shapes import random_model
 device, shape, how, layers = sys.argv[1:5]
@@ -230,6 +232,7 @@ def _first_call(device: str, shape: str, how: str, layers: int, cache: str) -> f
 
 def compilations(device: str, smoke: bool) -> Iterator[Row]:
     """32 prompt lengths, and layers compiled one by one: how many graphs, how much memory."""
+    benchmarks.identity.register()
     from effpass.backend import reports
 
     model = random_model("tiny", device, torch.float32, num_hidden_layers=4)

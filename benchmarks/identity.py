@@ -23,4 +23,6 @@ class Identity(GraphPass):
         return None
 
 
-registry.BUILTIN.setdefault("identity", "benchmarks.identity:Identity")
+def register() -> None:
+    """Make it known by name in this process; importing it does not."""
+    registry.BUILTIN.setdefault("identity", "benchmarks.identity:Identity")
