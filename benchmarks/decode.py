@@ -22,7 +22,7 @@ from torch import Tensor
 import effpass
 from benchmarks.backend import _compile, _decode_step, _dtype, _free, _weight_bytes
 from benchmarks.decode_chain import chain
-from benchmarks.rows import Row, _sync, bandwidth, measure, row
+from benchmarks.rows import Row, bandwidth, measure, row, sync
 from benchmarks.shapes import head_dim, random_model
 
 AREA = "decode"
@@ -42,10 +42,10 @@ def _seconds_a_token(generate: Callable[[int], Any], short: int, long: int, runs
     for _ in range(runs):
         times = []
         for tokens in (short, long):
-            _sync(device)
+            sync(device)
             started = time.perf_counter()
             generate(tokens)
-            _sync(device)
+            sync(device)
             times.append(time.perf_counter() - started)
         seconds.append((times[1] - times[0]) / (long - short))
     return median(seconds)

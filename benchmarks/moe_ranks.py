@@ -30,7 +30,7 @@ from torch import Tensor
 
 import effpass.lowering.ops.expert_parallel as expert_parallel
 from benchmarks.moe_peers import exchange_pairs, grouped_experts
-from benchmarks.rows import Row, bandwidth, row
+from benchmarks.rows import Row, bandwidth, row, sync
 from effpass.lowering.ops.expert_parallel_choice import Agreed, agreed, stages_of
 from effpass.lowering.ops.expert_parallel_cost import divisors, exchange
 from effpass.lowering.ops.expert_parallel_exchange import Ranks, ranks_of
@@ -71,13 +71,13 @@ def seconds(call: Callable[[], object], ranks: Ranks, device: str) -> float:
     call()
     taken = []
     for _ in range(runs):
-        _wait(device)
+        sync(device)
         dist.barrier(ranks.group)
-        _wait(device)
+        sync(device)
         started = time.perf_counter()
         for _ in range(calls):
             call()
-        _wait(device)
+        sync(device)
         taken.append((time.perf_counter() - started) / calls)
     return over_ranks(median(taken), ranks, device, dist.ReduceOp.MAX)
 
@@ -86,11 +86,6 @@ def over_ranks(value: float, ranks: Ranks, device: str, how: Any) -> float:
     found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, how, group=ranks.group)
     return float(found)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # -- one layer --------------------------------------------------------------------------------------------------------

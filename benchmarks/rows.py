@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "Timing", "bandwidth", "measure", "measure_pair", "write"]
+__all__ = ["Row", "Timing", "bandwidth", "measure", "measure_pair", "sync", "write"]
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,18 @@ def measure_pair(
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(runs):
         for f, out in zip(functions, seconds, strict=True):
-            _sync(device)
+            sync(device)
             started = time.perf_counter()
             for _ in range(inner):
                 f()
-            _sync(device)
+            sync(device)
             out.append((time.perf_counter() - started) / inner)
     timings = [Timing(median(s), min(s), max(s), runs) for s in seconds]
     return timings[0], timings[-1]
 
 
-def _sync(device: str) -> None:
+def sync(device: str) -> None:
+    """Wait for what the device has been given to do."""
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import speculative_sparse, speculative_speed
 from benchmarks.backend import _dtype
-from benchmarks.rows import Row, _sync, row
+from benchmarks.rows import Row, row, sync
 from benchmarks.speculative_common import AREA, _drafts, _ids, _model, _sets
 from benchmarks.speculative_data import test_prompts
 from effpass.runtime.speculative import Speculator
@@ -30,10 +30,10 @@ def _rate(run: Callable[[Tensor], Any], prompts: Sequence[Tensor], new: int, dev
     """Tokens a second over `prompts`, prompts included in the time."""
     seconds = 0.0
     for ids in prompts:
-        _sync(device)
+        sync(device)
         started = time.perf_counter()
         run(ids)
-        _sync(device)
+        sync(device)
         seconds += time.perf_counter() - started
     return new * len(prompts) / seconds
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import effpass
 from benchmarks.backend import _dtype, _free, _weight_bytes
 from benchmarks.decode import NO_PASSES, _cache_bytes, _generate, _seconds_a_token
-from benchmarks.rows import Row, _sync, bandwidth, measure, measure_pair, row
+from benchmarks.rows import Row, bandwidth, measure, measure_pair, row, sync
 from benchmarks.shapes import head_dim, random_model
 from benchmarks.speculative_common import AREA, PROMPT, _captured, _parents, _shape
 from effpass.lowering.ops import top_tokens, tree_growth
@@ -175,11 +175,11 @@ def _round(model: Any, speculator: Speculator, device: str, smoke: bool) -> floa
             for _ in range(4):
                 round_.step()
             for _ in range(1 if smoke else 5):
-                _sync(device)
+                sync(device)
                 started = time.perf_counter()
                 for _ in range(rounds // 5 or 1):
                     round_.step()
-                _sync(device)
+                sync(device)
                 found.append((time.perf_counter() - started) / (rounds // 5 or 1))
         return input_ids
 

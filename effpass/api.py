@@ -20,7 +20,7 @@ from effpass.core import registry
 from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.core.inspection import Inspection, inspect_model
 from effpass.core.live_weights import refresh
-from effpass.core.manager import PassManager, Planned, check_order
+from effpass.core.manager import PassManager, Planned
 from effpass.core.model import LoadedModel, inner_model, load_model
 from effpass.core.options import dump_options
 from effpass.core.prompt import prompt_inputs
@@ -119,7 +119,6 @@ def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
 
 def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
     """Run the first hands; returns the model to use and the recipe items that are left for the backend."""
-    check_order([p.pass_ for p in planned])
     first = [p for p in planned if p.pass_.has_first_hand]
     second = [p for p in planned if not p.pass_.has_first_hand]
     for p in second:

@@ -28,7 +28,6 @@ __all__ = [
     "DecodeCache",
     "Reader",
     "Slots",
-    "attention_windows",
     "cannot_crop",
     "full_layers",
     "layer_windows",
@@ -355,27 +354,13 @@ def _is_hybrid(config: Any) -> bool:
     return getattr(config, "linear_attention", None) is not None
 
 
-def attention_windows(config: Any) -> list[int]:
-    """The sliding window of each of the model's layers, 0 where attention is full; all keep keys and values.
-
-    Raises:
-        ModelError: a layer keeps something other than keys and values, or has no cache of its own.
-    """
-    if _is_hybrid(config):
-        layers = ", ".join(str(i) for i in config.linear_attention["layers"])
-        raise ModelError(
-            f"layers {layers} are linear attention: they keep a state, and no keys that could be chosen, moved or taken"
-            " back",
-            hint="generate without this pass or draft",
-        )
-    return layer_windows(config)
-
-
 def layer_windows(config: Any) -> list[int]:
-    """Likewise of a model that may be a hybrid; its layers of linear attention have the windows of what they replaced.
+    """The sliding window of each of the model's layers, 0 where attention is full.
+
+    A hybrid's layers of linear attention have those of what they replaced.
 
     Raises:
-        ModelError: as :func:`attention_windows`.
+        ModelError: a layer keeps something else, or has no cache of its own.
     """
     windows = []
     text = config.get_text_config(decoder=True)

@@ -103,6 +103,22 @@ def batch(length: int, *, padding: int = 3, seed: int = 0) -> dict[str, torch.Te
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
+def padded(length: int) -> dict[str, torch.Tensor]:
+    """Four sequences `[4, length]`, three of them padded on the left, as `generate` takes them."""
+    ids = torch.randint(3, 96, (4, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((5, 0, 11, 2)):
+        mask[row, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def quantised(model: Any, scheme: str) -> Any:
+    """The model with torchao's weights, ``"int8"`` or ``"float8"``, in its linear layers; the others as they are."""
+    ao = importlib.import_module("torchao.quantization")
+    ao.quantize_(model, {"int8": ao.Int8WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig}[scheme]())
+    return model
+
+
 class Count:
     """A backend that counts compiled graphs and their runs, in front of another.
 

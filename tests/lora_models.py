@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, make
+from families import batch, make, quantised
 from torch import nn
 
 from effpass.passes.weights.merge_lora import MergeLora, MergeLoraOptions
@@ -142,9 +142,8 @@ def bitsandbytes_linear(linear: nn.Linear) -> nn.Module:
 
 
 def torchao_linear(linear: nn.Linear) -> nn.Module:
-    ao = pytest.importorskip("torchao.quantization")
-    ao.quantize_(linear, ao.Int8WeightOnlyConfig())
-    return linear
+    pytest.importorskip("torchao")
+    return quantised(linear, "int8")
 
 
 SCHEMES = {"float8": float8_linear, "bitsandbytes": bitsandbytes_linear, "torchao": torchao_linear}

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from effpass.cli.console import stderr, stdout
+from effpass.cli.console import stdout
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
-from effpass.cli.text import ids_of, pieces, read_text
+from effpass.cli.text import ArtifactFolder, TextFile, ids_of, pieces, read_text, tell_sample
 
 __all__ = ["sparse_attention"]
 
 
 def sparse_attention(
     model: Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data", "-d", metavar="FILE", help="Text in UTF-8, as the model will see it.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the artifact goes.", show_default=False)
-    ],
+    data: TextFile,
+    output: ArtifactFolder,
     channels: Annotated[
         int | None,
         typer.Option(min=2, help="Channels to keep of a key. Default: 32, of latents 128.", show_default=False),
@@ -43,14 +35,9 @@ def sparse_attention(
 
     ids = ids_of(text, loaded, model)
     is_latent = absorb(loaded.model) > 0
-    progress = stderr()
-
-    def each(length: int) -> None:
-        progress.print(f"a sample of {length} tokens", markup=False)
-
     artifact = calibrate(
         loaded.model, pieces(ids, tokens, samples), channels=channels or (128 if is_latent else 32),
-        provenance={"model": model, "data": data.name}, each=each,
+        provenance={"model": model, "data": data.name}, each=tell_sample,
     )  # fmt: skip
     artifact.save(output)
     shares: dict[str, Any] = artifact.metrics["share"]

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from effpass.cli.console import stderr, stdout
+from effpass.cli.console import stdout
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
-from effpass.cli.text import ids_of, pieces, read_text
+from effpass.cli.text import ArtifactFolder, TextFile, ids_of, pieces, read_text, tell_sample
 
 __all__ = ["sparse_verification"]
 
 
 def sparse_verification(
     model: Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data", "-d", metavar="FILE", help="Text in UTF-8, as the model will see it.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the artifact goes.", show_default=False)
-    ],
+    data: TextFile,
+    output: ArtifactFolder,
     attention: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the blocks that are chosen.")] = 0.25,
     block: Annotated[int, typer.Option(min=1, help="Tokens of a block, as in the recipe.")] = 64,
     similarity: Annotated[
@@ -43,15 +35,10 @@ def sparse_verification(
     from effpass.runtime.speculative.calibrated import calibrate
     from effpass.runtime.speculative.redundancy import Budgets
 
-    progress = stderr()
-
-    def each(length: int) -> None:
-        progress.print(f"a sample of {length} tokens", markup=False)
-
     artifact = calibrate(
         loaded.model, pieces(ids_of(text, loaded, model), tokens, samples, least=nodes + 1),
         Budgets(attention, block, nodes=nodes), similarity=similarity,
-        provenance={"model": model, "data": data.name}, each=each,
+        provenance={"model": model, "data": data.name}, each=tell_sample,
     )  # fmt: skip
     artifact.save(output)
     anchors, layers = artifact.tensors["anchors"].tolist(), len(artifact.metrics["similar"])

@@ -32,7 +32,17 @@ __all__ = [
 # Packages that effpass does not depend on, and the extra that installs them.
 _EXTRAS = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "gguf": "hf", "trl": "grpo"}
 
-NOISY_LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir", "peft", "accelerate", "huggingface_hub")
+NOISY_LOGGERS = (
+    "torch",
+    "torch.onnx",
+    "torch.utils._pytree",
+    "torchao",
+    "onnxscript",
+    "onnx_ir",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+)
 
 # Width of tables in files and pipes, where no terminal says one.
 _WIDTH = 110

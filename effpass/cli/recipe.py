@@ -29,13 +29,13 @@ def check(
     json: Json = False,
 ) -> None:
     """Say whether a recipe is valid: its keys, passes, options, and the files it names."""
-    from effpass.core.manager import check_order
+    from effpass.core.manager import PassManager
     from effpass.core.recipe import Recipe
     from effpass.core.registry import load
 
     try:
         recipe = Recipe.load(file)
-        check_order(recipe.build())
+        PassManager.from_recipe(recipe)
         missing = [
             fault for i, step in enumerate(recipe.steps) for fault in _missing(step.options, f"passes[{i}].{step.name}")
         ]

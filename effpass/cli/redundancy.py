@@ -26,7 +26,6 @@ def look(loaded: Any, recipe: Recipe | None, text: str, data: Path) -> Redundanc
         EffpassError: the text is too short.
     """
     from effpass.passes.runtime.sparse_verification import SparseVerificationOptions
-    from effpass.runtime.latent_attention import is_latent_attention
     from effpass.runtime.speculative.redundancy import Budgets, measure
 
     given = [s.options for s in recipe.steps if s.name == "sparse_verification"] if recipe is not None else []
@@ -36,14 +35,11 @@ def look(loaded: Any, recipe: Recipe | None, text: str, data: Path) -> Redundanc
         options.attention or defaults.attention, options.block, options.channels or defaults.channels,
         options.experts or defaults.experts,
     )  # fmt: skip
-    model = loaded.model
     ids = ids_of(text, loaded, str(data))
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TOKENS
+    longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TOKENS
     with step(f"looking at {data.name}"):
-        return measure(
-            model, pieces(ids, min(_TOKENS, longest), _SAMPLES, least=budgets.nodes + 1), budgets,
-            with_blocks=not any(is_latent_attention(module) for module in model.modules()),
-        )  # fmt: skip
+        samples = pieces(ids, min(_TOKENS, longest), _SAMPLES, least=budgets.nodes + 1)
+        return measure(loaded.model, samples, budgets)
 
 
 def show(console: Console, found: Redundancy) -> None:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from effpass.cli.console import stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ids_of", "pieces", "read_text"]
+__all__ = ["ArtifactFolder", "TextFile", "ids_of", "pieces", "read_text", "tell_sample"]
+
+TextFile = Annotated[
+    Path,
+    typer.Option("--data", "-d", metavar="FILE", help="Text in UTF-8, as the model will see it.", show_default=False),
+]
+ArtifactFolder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the artifact goes.", show_default=False)
+]
+
+
+def tell_sample(length: int) -> None:
+    """Say that a sample of so many tokens was run."""
+    stderr().print(f"a sample of {length} tokens", markup=False)
 
 
 def read_text(path: Path, option: str = "--data") -> str:

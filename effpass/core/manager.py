@@ -26,7 +26,7 @@ from effpass.core.verify import snapshot, verify
 if TYPE_CHECKING:
     from effpass.core.recipe import Recipe
 
-__all__ = ["PassManager", "Planned", "check_order"]
+__all__ = ["PassManager", "Planned"]
 
 _CHANGES = ("values", "sizes", "layers")
 
@@ -48,7 +48,7 @@ class Planned:
     verify: bool = False
 
 
-def check_order(passes: Sequence[Pass]) -> None:
+def _check_order(passes: Sequence[Pass]) -> None:
     """Raise a :class:`PassRefusedError` when passes of a recipe can't stand together, or not in this order."""
     for index, pass_ in enumerate(passes):
         before = passes[:index]
@@ -72,10 +72,14 @@ class PassManager:
 
     Args:
         passes: in the order in which they run.
+
+    Raises:
+        PassRefusedError: they can't stand together, or not in this order.
     """
 
     def __init__(self, passes: Sequence[Pass | Planned]) -> None:
         self.planned = [p if isinstance(p, Planned) else Planned(p) for p in passes]
+        _check_order([planned.pass_ for planned in self.planned])
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PassManager:
@@ -90,10 +94,8 @@ class PassManager:
         for planned in self.planned:
             if "model" not in planned.pass_.entrances:
                 self._refuse_entrance(planned.pass_, "model")
-        passes = [planned.pass_ for planned in self.planned]
-        check_order(passes)
-        for pass_ in passes:
-            pass_.check_model(model)
+        for planned in self.planned:
+            planned.pass_.check_model(model)
         for planned in self.planned:
             pass_ = planned.pass_
             if not pass_.has_first_hand:
@@ -114,7 +116,6 @@ class PassManager:
             RewriteError: a pass left a program that is not valid, or failed.
         """
         report = Report(program.entrance)
-        check_order([planned.pass_ for planned in self.planned])
         for planned in self.planned:
             if program.entrance not in planned.pass_.entrances or not planned.pass_.has_second_hand:
                 self._refuse_entrance(planned.pass_, program.entrance)

@@ -104,7 +104,7 @@ class SparseVerificationPass(RuntimePass):
     def artifact(self) -> Artifact | None:
         return self._calibrated
 
-    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass] = ()) -> None:
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
         others = [pass_.name for pass_ in (*before, *behind) if pass_.name in _OWN_CACHES]
         if others:
             raise PassRefusedError(

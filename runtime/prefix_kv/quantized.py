@@ -10,6 +10,7 @@ attends: the cache is small, and reading it is not faster.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +28,13 @@ _LARGEST_FP8 = 448.0
 class QuantizedLayer(EvictingLayer):
     """Stores keys and values by :meth:`quantize`, each as numbers `[B, G, S, ...]` and scales `[B, G, S, 1 or 2]`."""
 
+    @abstractmethod
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Numbers and scales of `x` `[B, G, T, features]`."""
 
+    @abstractmethod
     def expand(self, numbers: Tensor, scales: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The reverse, up to rounding: float32 `[B, G, T, features]`."""
 
     def storage(self) -> list[Tensor]:
         return self._stored

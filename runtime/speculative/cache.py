@@ -20,10 +20,10 @@ from torch import Tensor
 
 import effpass.lowering.ops.tree_acceptance
 import effpass.lowering.ops.tree_attention  # noqa: F401  (registers the operators)
-from effpass.core.errors import EffpassError
+from effpass.core.errors import EffpassError, ModelError
 from effpass.lowering.ops.ancestors import WORD
 from effpass.lowering.ops.tree_blocks import PARTS, block_means, most_blocks
-from effpass.runtime.cache import BufferedLayer, DecodeCache, Reader, Slots, attention_windows
+from effpass.runtime.cache import BufferedLayer, DecodeCache, Reader, Slots, new_layers
 from effpass.runtime.speculative.sparse import SharedBlocks
 
 __all__ = ["TreeCache"]
@@ -110,9 +110,16 @@ class TreeCache(DecodeCache):
         blocks: SharedBlocks | None = None,
     ) -> None:  # fmt: skip
         slots = Slots(batch, capacity + nodes, device)
-        layers = [_TreeLayer(slots, window) for window in attention_windows(config)]
+        layers = new_layers(config, slots, lambda window: _TreeLayer(slots, window))
+        if states := [str(index) for index, layer in enumerate(layers) if not layer.keeps_keys]:
+            raise ModelError(
+                f"layers {', '.join(states)} are linear attention: they keep a state, and no keys that could be taken"
+                " back",
+                hint="generate without a draft",
+            )
         super().__init__(config, batch, capacity, device, layers)
         for layer in layers:
+            assert isinstance(layer, _TreeLayer)
             layer.cache = self
         self.base, self.nodes, self.words = capacity, nodes, -(-nodes // WORD)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)

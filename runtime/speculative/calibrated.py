@@ -19,7 +19,6 @@ from torch import Tensor
 from effpass.core.artifact import Artifact
 from effpass.core.errors import ArtifactError
 from effpass.core.fingerprint import Fingerprint
-from effpass.runtime.latent_attention import is_latent_attention
 from effpass.runtime.speculative.redundancy import Budgets, Redundancy, measure
 
 __all__ = ["PASS", "anchors_of", "calibrate", "load_calibrated"]
@@ -46,8 +45,7 @@ def calibrate(
     Raises:
         EffpassError: see `measure`.
     """
-    has_latents = any(is_latent_attention(module) for module in model.modules())
-    found = measure(model, samples, budgets, with_blocks=not has_latents, each=each)
+    found = measure(model, samples, budgets, each=each)
     shares = torch.tensor(list(found.expert_shares.values()), dtype=torch.float32)
     options = {"attention": found.budgets.attention, "block": found.budgets.block, "similarity": similarity}
     told = {**(provenance or {}), "samples": len(found.tokens), "tokens": sum(found.tokens)}

@@ -23,6 +23,7 @@ from effpass.lowering.ops.tree_blocks import PARTS, most_blocks
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.cache import DecodeCache, Reader
 from effpass.runtime.engine import check_decodable
+from effpass.runtime.latent_attention import is_latent_attention
 from effpass.runtime.session import Session
 from effpass.runtime.speculative import shared_channels, shared_experts
 from effpass.runtime.speculative.shared_channels import ChannelBudget, gated_networks, share_channels
@@ -94,7 +95,6 @@ def measure(
     samples: Iterable[Tensor],
     budgets: Budgets | None = None,
     *,
-    with_blocks: bool = True,
     each: Callable[[int], None] = lambda tokens: None,
 ) -> Redundancy:
     """Run `samples` densely and look.
@@ -103,7 +103,6 @@ def measure(
         model: a transformers causal LM.
         samples: int64 `[1, T]` each, longer than `budgets.nodes`.
         budgets: see :class:`Budgets`.
-        with_blocks: look at attention; False where a layer caches latents.
         each: called with the length of each sample that was run.
 
     Raises:
@@ -111,7 +110,7 @@ def measure(
     """
     check_decodable(model)
     budgets = budgets or Budgets()
-    look = _Look(model, budgets)
+    look, has_latents = _Look(model, budgets), any(map(is_latent_attention, model.modules()))
     lengths = []
     with torch.inference_mode(False), torch.no_grad(), look.attached(), reading_cache(model):
         for ids in samples:
@@ -122,7 +121,7 @@ def measure(
                     hint="give longer text, or fewer nodes",
                 )
             session = Session(model, 1, length, None)
-            session.cache.reader = look if with_blocks else None
+            session.cache.reader = None if has_latents else look  # of which no blocks are chosen
             session.begin(1)
             ids = ids.to(model.device)
             session.prefill(ids[:, :-nodes], None, 4096)
@@ -181,9 +180,8 @@ class _Look(Reader):
             block, 0, share,
         ).long()  # fmt: skip
         kept = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=keys.device)
-        kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)[
-            :, :, 1 : max(1, count - 2)
-        ]  # by score alone
+        kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)
+        kept = kept[:, :, 1 : max(1, count - 2)]  # those by score alone
         self._roots[index] = kept[0]
         if kept[0].any() and nodes > 1:
             self._seen["blocks", index].append(float((kept[1:] & kept[0]).sum() / (kept[0].sum() * (nodes - 1))))

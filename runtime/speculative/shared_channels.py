@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import effpass.lowering.ops.chosen_channels  # noqa: F401  (registers the operator)
+from effpass.runtime.speculative.shared_experts import Call
 
 __all__ = ["ChannelBudget", "ChannelRule", "attached", "gated_networks", "lay_by_channel", "share_channels"]
 
@@ -108,18 +109,6 @@ def _is_plain(network: Any) -> bool:
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
     plain = network.down_proj(network.act_fn(network.gate_proj(x)) * network.up_proj(x))
     return torch.allclose(network(x), plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
-
-
-class Call(Protocol):
-    """What the networks need to know of the current call.
-
-    Attributes:
-        is_on: it leaves channels out.
-        is_node: bool `[T]`: rows that count.
-    """
-
-    is_on: bool
-    is_node: Tensor
 
 
 @contextmanager

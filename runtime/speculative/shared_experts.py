@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 from effpass.core.errors import ModelError
 
-__all__ = ["ExpertBudget", "ExpertRule", "attached", "expert_modules", "rescales", "share_experts"]
+__all__ = [
+    "Call",
+    "ExpertBudget",
+    "ExpertRule",
+    "attached",
+    "expert_modules",
+    "rescales",
+    "share_experts",
+    "weights_left",
+]
 
 
 class ExpertRule(Protocol):
@@ -63,11 +72,11 @@ class ExpertBudget:
 
 
 class Call(Protocol):
-    """What the experts need to know of the current call.
+    """What a rule needs to know of the current call.
 
     Attributes:
-        is_on: it leaves experts out.
-        is_node: bool `[T]`: rows that vote.
+        is_on: it leaves something out.
+        is_node: bool `[T]`: rows that are nodes, and no padding.
     """
 
     is_on: bool
@@ -139,9 +148,14 @@ def share_experts(
     votes = table.scatter(1, chosen, wide * is_node[:, None]).sum(0)
     best = votes.topk(kept).indices
     stays = torch.zeros(experts, dtype=torch.bool, device=chosen.device).scatter(0, best, True)[chosen]
-    left = torch.where(stays, wide, 0)
-    if rescales:
-        # A token that keeps all of its experts has the very weights that it had.
-        factor = torch.where(stays.all(1), 1.0, wide.sum(1) / left.sum(1).clamp(min=1e-20))
-        left = left * factor[:, None]
-    return torch.where(stays, chosen, best[0]), left.to(weights.dtype)
+    return torch.where(stays, chosen, best[0]), weights_left(wide, stays, rescales).to(weights.dtype)
+
+
+def weights_left(weights: Tensor, stays: Tensor, rescales: bool) -> Tensor:
+    """Weights float32 `[T, k]` of the experts that stay, 0 of others; scaled to the sum of all where `rescales`."""
+    left = torch.where(stays, weights, 0)
+    if not rescales:
+        return left
+    # A token that keeps all of its experts has the very weights that it had.
+    factor = torch.where(stays.all(1), 1.0, weights.sum(1) / left.sum(1).clamp(min=1e-20))
+    return left * factor[:, None]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effpass.runtime.speculative.shared_experts import weights_left
+
 __all__ = ["TokenChannels", "TokenExperts", "tail_shares"]
 
 
@@ -43,10 +45,7 @@ class TokenExperts:
             goes = torch.where(tail < limit, m, goes)
         rank = wide.argsort(dim=1, stable=True).argsort(dim=1)
         stays = rank >= goes[:, None]
-        left = torch.where(stays, wide, 0)
-        if self.rescales:
-            factor = torch.where(stays.all(1), 1.0, wide.sum(1) / left.sum(1).clamp(min=1e-20))
-            left = left * factor[:, None]
+        left = weights_left(wide, stays, self.rescales)
         best = chosen.gather(1, wide.argmax(1, keepdim=True))  # stands in for what goes, with weight 0
         return torch.where(stays, chosen, best), left.to(weights.dtype)
 

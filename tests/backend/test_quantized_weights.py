@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, make
+from families import batch, make, quantised
 
 import effpass
 from effpass.backend import reports
 from effpass.core.dynamo import program_from_dynamo
 
-ao = pytest.importorskip("torchao.quantization")
+pytest.importorskip("torchao")
 
-SCHEMES = {"int8": ao.Int8WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig}
+SCHEMES = ("int8", "float8")
 
 
-def quantised(family: str, scheme: str) -> Any:
-    model = make(family).to(torch.bfloat16)
-    ao.quantize_(model, SCHEMES[scheme]())
-    return model
+def made(family: str, scheme: str) -> Any:
+    return quantised(make(family).to(torch.bfloat16), scheme)
 
 
 def logits(model: Any, length: int) -> torch.Tensor:
@@ -33,7 +31,7 @@ def logits(model: Any, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_passes_act_around_them(family: str, scheme: str, toy_passes: Any) -> None:
     """Rounding of bfloat16, 2⁻⁸, in logits of size one: experts add up in another order. Else bit for bit."""
-    model = quantised(family, scheme)
+    model = made(family, scheme)
     ready = copy.deepcopy(model)
     passes, within = (["moe_gemm"], 0.02) if family == "qwen3_moe" else (["touch"], 0.0)
     effpass.optimize(ready, {"version": 1, "passes": passes}, inner="aot_eager")
@@ -52,7 +50,7 @@ def test_the_program_has_no_constants_of_theirs() -> None:
         programs.append(program_from_dynamo(gm, inputs))
         return gm.forward
 
-    model = quantised("llama", "int8")
+    model = made("llama", "int8")
     logits(torch.compile(model, backend=backend), 9)
     (program,) = programs
     assert not list(program.gm.named_buffers())

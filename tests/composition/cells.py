@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import families
 import torch
-from families import make
+from families import make, quantised
 from torch import nn
 
 import effpass
 from effpass.core import registry
 from effpass.core.errors import PassRefusedError
-from effpass.core.manager import check_order
+from effpass.core.manager import PassManager
 from effpass.core.recipe import Recipe
 
 __all__ = [
@@ -33,10 +32,9 @@ __all__ = [
     "Cell",
     "Made",
     "dense_equivalent",
-    "given",
     "hybrid_of",
-    "quantised",
     "refused_pairs",
+    "weighted",
 ]
 
 # What a model's weights are. The figure is what steps' logits may differ by, as a share of the largest: rounding of
@@ -284,29 +282,16 @@ def _refusal(names: tuple[str, str]) -> str | None:
             items.append("sparse_attention")  # which it needs whatever else there is
         items.append({name: needs[name]} if name in needs else name)
     try:
-        check_order(Recipe.parse({"version": 1, "passes": items}, base=Path(), source="recipe").build())
+        PassManager.from_recipe(Recipe.parse({"version": 1, "passes": items}, base=Path(), source="recipe"))
     except PassRefusedError as error:
         return error.message
     return None
 
 
-def given(length: int = 100) -> dict[str, torch.Tensor]:
-    """Four sequences, three of them padded on the left."""
-    ids = torch.randint(3, families.COMMON["vocab_size"], (4, length), generator=torch.Generator().manual_seed(length))
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate((5, 0, 11, 2)):
-        mask[row, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def quantised(model: nn.Module, weights: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def weighted(model: nn.Module, weights: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A copy of the model of `dtype`, its linear layers with weights of this kind; float32 stays."""
     model = copy.deepcopy(model)
     if weights == "float32":
         return model
     model = model.to(dtype)
-    if weights != "bfloat16":
-        import torchao.quantization as ao
-
-        ao.quantize_(model, {"int8": ao.Int8WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig}[weights]())
-    return model
+    return model if weights == "bfloat16" else quantised(model, weights)

@@ -19,11 +19,10 @@ from composition.cells import (
     WEIGHTS,
     Cell,
     Made,
-    given,
-    quantised,
     refused_pairs,
+    weighted,
 )
-from families import make
+from families import make, padded
 from typer.testing import CliRunner
 
 import effpass
@@ -31,7 +30,7 @@ import effpass.backend
 from effpass.cli.app import app
 from effpass.core.errors import PassRefusedError
 
-NEW = 10
+LENGTH, NEW = 100, 10
 HOW = {
     "max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
     "return_dict_in_generate": True, "output_logits": True,
@@ -63,10 +62,10 @@ def recipe(*items: Any) -> dict[str, Any]:
 def combined(cell: Cell, made: Made, weights: str, others: tuple[Any, ...]) -> Any:
     """The model with all of a cell's passes."""
     first = cell.first(made)
-    model = quantised(make(made.family), weights if weights in ("float32", "bfloat16") else "float32")
+    model = weighted(make(made.family), weights if weights in ("float32", "bfloat16") else "float32")
     if weights in ("float32", "bfloat16"):
         return effpass.prepare(model, recipe(*first, *others))
-    model = quantised(effpass.prepare(model, recipe(*first)), weights)
+    model = weighted(effpass.prepare(model, recipe(*first)), weights)
     return effpass.prepare(model, recipe(*others))
 
 
@@ -75,7 +74,7 @@ def assert_same(got: Any, expected: Any, within: float) -> None:
 
     Where they part, the model's two best tokens were closer together than rounding is.
     """
-    prompt = given()["input_ids"].shape[1]
+    prompt = padded(LENGTH)["input_ids"].shape[1]
     for row in range(4):
         for step in range(NEW):
             ours, theirs = (out.logits[step][row].float() for out in (got, expected))
@@ -89,8 +88,8 @@ def assert_same(got: Any, expected: Any, within: float) -> None:
 
 def assert_best(plain: Any, sequences: torch.Tensor, within: float) -> None:
     """Every token of the answers is the plain model's best one, up to rounding."""
-    assert sequences.shape[1] == given()["input_ids"].shape[1] + NEW
-    mask = torch.cat((given()["attention_mask"], torch.ones(4, NEW, dtype=torch.long)), 1)
+    assert sequences.shape[1] == padded(LENGTH)["input_ids"].shape[1] + NEW
+    mask = torch.cat((padded(LENGTH)["attention_mask"], torch.ones(4, NEW, dtype=torch.long)), 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = plain(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
@@ -106,13 +105,13 @@ def test_together_they_are_the_plain_model(cell: Cell, family: str, weights: str
     model = combined(cell, made, weights, others)
     reports = model.effpass_report.passes
     assert all(entry.hits for entry in reports), [entry.line() for entry in reports]
-    plain = quantised(cell.reference(made), weights)
+    plain = weighted(cell.reference(made), weights)
     if cell.generate is not None:
-        text = model.generate(**given(), **{**HOW, **LOOSE}, **cell.generate(made, model))
+        text = model.generate(**padded(LENGTH), **{**HOW, **LOOSE}, **cell.generate(made, model))
         assert_best(plain, text, WEIGHTS[weights])
     else:
-        expected = type(plain).generate(plain, **given(), **HOW)
-        assert_same(model.generate(**given(), **HOW), expected, WEIGHTS[weights])
+        expected = type(plain).generate(plain, **padded(LENGTH), **HOW)
+        assert_same(model.generate(**padded(LENGTH), **HOW), expected, WEIGHTS[weights])
 
 
 ACTING = [
@@ -131,9 +130,9 @@ def test_each_of_them_acts(cell: Cell, family: str, tmp_path: Path) -> None:
     pairs = list(zip(cell.then, cell.neutral, strict=True))
     lossy = [i for i, (acting, neutral) in enumerate(pairs) if acting != neutral]
     variants = [cell.then, *(tuple(p[1] if i == j else p[0] for j, p in enumerate(pairs)) for i in lossy)]
-    outs = [combined(cell, made, "float32", others).generate(**given(), **HOW) for others in variants]
+    outs = [combined(cell, made, "float32", others).generate(**padded(LENGTH), **HOW) for others in variants]
     plain = cell.reference(made)
-    expected = type(plain).generate(plain, **given(), **HOW)
+    expected = type(plain).generate(plain, **padded(LENGTH), **HOW)
     for out in outs:
         torch.testing.assert_close(out.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
     steps = [out.logits[1] for out in outs] + ([expected.logits[1]] if len(lossy) > 1 else [])
@@ -150,7 +149,9 @@ def test_sparse_verification_acts_beside_moe_gemm(family: str, tmp_path: Path) -
     assert cell.generate is not None
     for others in (cell.neutral, cell.then):
         model = combined(cell, made, "float32", others)
-        texts.append(model.generate(**given(), **{**HOW, **LOOSE, "max_new_tokens": 24}, **cell.generate(made, model)))
+        texts.append(
+            model.generate(**padded(LENGTH), **{**HOW, **LOOSE, "max_new_tokens": 24}, **cell.generate(made, model))
+        )
     assert not torch.equal(*texts)
 
 
@@ -177,7 +178,7 @@ def test_every_order_of_two_works_or_is_refused_before_anything_changes(tmp_path
             continue
         model = effpass.prepare(model, recipe(items[first], items[second]))
         assert all(entry.hits for entry in model.effpass_report.passes)
-        text = model.generate(**given(40), **{**HOW, **LOOSE, "max_new_tokens": 2})
+        text = model.generate(**padded(40), **{**HOW, **LOOSE, "max_new_tokens": 2})
         assert text.shape == (4, 42)
     weights = ("merge_lora", "structured_pruning", "fg2_gdn")
     runtime = ("prefix_kv", "sparse_attention", "sparse_verification")

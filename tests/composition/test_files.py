@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from composition.cells import FILES, WEIGHTS, Made, dense_equivalent, given, hybrid_of, quantised
-from families import make
+from composition.cells import FILES, WEIGHTS, Made, dense_equivalent, hybrid_of, weighted
+from families import make, padded
 from fixed_tolerance import fixed_tolerance
 
 import effpass
@@ -55,8 +55,8 @@ def test_a_file_computes_what_the_plain_model_does(
     recipe, start = {"version": 1, "passes": items}, make(family)
     dtype = torch.bfloat16 if target in ("inductor", "aoti") else torch.float32
     if weights in ("int8", "float8"):
-        model, recipe = quantised(effpass.prepare(start, recipe), weights, dtype), {"version": 1, "passes": []}
-        plain = quantised(reference(), weights, dtype)
+        model, recipe = weighted(effpass.prepare(start, recipe), weights, dtype), {"version": 1, "passes": []}
+        plain = weighted(reference(), weights, dtype)
     else:
         model, plain = start.to(dtype), reference().to(dtype)
     file = tmp_path / f"model{SUFFIXES[target]}"
@@ -65,7 +65,7 @@ def test_a_file_computes_what_the_plain_model_does(
     if target == "tensorrt":
         return  # an engine runs on a GPU; the ONNX that it is built from was run
     step = effpass.load_exported(file, allow_native=True)
-    prompt = given(23)
+    prompt = padded(23)
     mask = prompt["attention_mask"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     smaller = effpass.prepare(make(family), {"version": 1, "passes": items})  # fewer heads than in `plain`

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from moe_reference import GATES, layer
+from ranks import start_ranks
 
 import effpass.lowering.ops.expert_parallel  # noqa: F401  (registers the operator)
 from effpass.core.errors import EffpassError
@@ -29,30 +26,10 @@ EXACT = 1e-14  # float64; sums are taken in another order
 
 def launch(parts: tuple[str, ...], world: int, folder: Path, device: str = "cpu") -> list[dict]:
     """What each rank found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DEVICE": device, "NCCL_NVLS_ENABLE": "0"}
-    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), common.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(folder), ",".join(parts)],
-            env={**common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    returned, output = start_ranks([str(WORKER), str(folder), ",".join(parts)], world, DEVICE=device)
     # The group of a rank that is left alone can't be closed.
-    expected = [processes[0].returncode if ENDS in parts else 0, *(0 for _ in processes[1:])]
-    assert [process.returncode for process in processes] == expected, "\n".join(outputs)[-6000:]
+    expected = [returned[0] if ENDS in parts else 0, *(0 for _ in returned[1:])]
+    assert returned == expected, output[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import make
 from moe_families import LAYERS
+from ranks import start_ranks
 
 import effpass
 from effpass.core.errors import PassRefusedError, RecipeError
@@ -27,28 +24,8 @@ WORLD = 2
 
 def launch(parts: tuple[str, ...], folder: Path, device: str = "cpu") -> list[dict]:
     """What each rank found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD)}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DEVICE": device, "NCCL_NVLS_ENABLE": "0"}
-    common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), common.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER), str(folder), ",".join(parts)],
-            env={**common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(outputs)[-6000:]
+    returned, output = start_ranks([str(WORKER), str(folder), ",".join(parts)], WORLD, DEVICE=device)
+    assert returned == [0] * WORLD, output[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from torch import Tensor
+from families import padded
 
 import effpass
 from effpass.core.errors import EffpassError
@@ -41,15 +41,6 @@ def hybrid(linear: tuple[int, ...], family: str = "qwen3") -> Any:
     return model.eval()
 
 
-def inputs(length: int = 40) -> dict[str, Tensor]:
-    """Four sequences, three of them padded on the left."""
-    ids = torch.randint(3, 96, (4, length), generator=torch.Generator().manual_seed(length))
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate((5, 0, 11, 2)):
-        mask[row, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def settings(policy: Policy, budget: float, **more: Any) -> Settings:
     return Settings(policy, Budget.parse(budget), **{"sink": 2, "recent": 4, "page": 1, "every": 4, **more})
 
@@ -57,7 +48,7 @@ def settings(policy: Policy, budget: float, **more: Any) -> Settings:
 @pytest.mark.parametrize("family", ["qwen3", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("linear", [(0,), (1,), (0, 1)])
 def test_a_budget_of_everything_changes_no_token(family: str, linear: tuple[int, ...]) -> None:
-    given, model = inputs(), hybrid(linear, family)
+    given, model = padded(40), hybrid(linear, family)
     theirs = effpass.prepare(hybrid(linear, family), {"passes": []}).generate(**given, **HOW)
     model = effpass.prepare(model, {"passes": [{"prefix_kv": {"budget": 1.0}}]})
     full = {"gemma3": {1}}.get(family, {0, 1}) - set(linear)
@@ -74,7 +65,7 @@ def test_a_budget_of_everything_changes_no_token(family: str, linear: tuple[int,
 @pytest.mark.parametrize("linear", [0, 1])
 @pytest.mark.parametrize("policy", [PrefixKV(None, "both", 7), Known()], ids=["searched", "known"])
 def test_what_was_given_up_is_as_if_masked_and_states_are_whole(linear: int, policy: Policy) -> None:
-    given, model = inputs(), hybrid((linear,))
+    given, model = padded(40), hybrid((linear,))
     is_token = given["attention_mask"].bool()
     with torch.no_grad(), reading_cache(model):
         session = BudgetSession(model, 4, 64, None, settings(policy, 0.5))
@@ -102,7 +93,7 @@ def test_what_was_given_up_is_as_if_masked_and_states_are_whole(linear: int, pol
 
 
 def test_two_turns_are_one_conversation_and_tokens_stay_where_they_must() -> None:
-    given, model = inputs(), hybrid((0,))
+    given, model = padded(40), hybrid((0,))
     whole = effpass.prepare(hybrid((0,)), {"passes": []})
     attach(model).new_session = lambda *arguments: BudgetSession(*arguments, settings=settings(Policy(), 1.0))
     how = {**HOW, "max_new_tokens": 9}
@@ -120,7 +111,7 @@ def test_two_turns_are_one_conversation_and_tokens_stay_where_they_must() -> Non
 @pytest.mark.parametrize("linear", [(0,), (1,)])
 @pytest.mark.parametrize("others", [[], [{"kv_offload": {"pool": 9}}]], ids=["on the device", "in host memory"])
 def test_sparse_attention_reads_the_layers_that_have_keys(linear: tuple[int, ...], others: list[Any]) -> None:
-    given, length = inputs(100), {**HOW, "return_dict_in_generate": True, "output_logits": True}
+    given, length = padded(100), {**HOW, "return_dict_in_generate": True, "output_logits": True}
     dense = effpass.prepare(hybrid(linear), {"passes": []}).generate(**given, **length)
     for tokens, same in ((128, True), (16, False)):
         sparse = {"tokens": tokens, "blocks": 8 if same else 4, "block": 16, "recent": 1, "dense_below": 1}
@@ -135,7 +126,7 @@ def test_sparse_attention_reads_the_layers_that_have_keys(linear: tuple[int, ...
 
 
 def test_budget_and_sparse_attention_and_host_memory_at_once() -> None:
-    given = inputs(100)
+    given = padded(100)
     some, all_ = ({"prefix_kv": {"budget": budget, "recent": 8, "page": 1}} for budget in (0.5, 1.0))
     sparse = {"sparse_attention": {"tokens": 128, "blocks": 8, "block": 16, "recent": 1, "dense_below": 1}}
     found = {

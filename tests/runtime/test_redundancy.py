@@ -71,7 +71,7 @@ def test_blocks_against_loops() -> None:
 
 def test_channels_and_experts_against_loops() -> None:
     model = families.make("deepseek_v3")
-    found = measure(model, [SAMPLE], BUDGETS, with_blocks=False)
+    found = measure(model, [SAMPLE], BUDGETS)
     assert not found.blocks
     seen: dict[str, Any] = {}
     handles = []

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import start_ranks
 
 WORKER = Path(__file__).with_name("mona_worker.py")
 sys.path.insert(0, str(WORKER.parent))
@@ -37,27 +35,8 @@ def results(tmp_path_factory):
 
 def launch(kinds: tuple[str, ...], world: int, folder: Path) -> None:
     """Run the worker in `world` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), ",".join(kinds), str(folder)],
-            env={**common, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)[-6000:]
+    returned, output = start_ranks([str(WORKER), ",".join(kinds), str(folder)], world)
+    assert returned == [0] * world, output[-6000:]
 
 
 def alone(make=mona_worker.optimizer) -> dict[str, torch.Tensor]:
