@@ -157,10 +157,15 @@ def test_documented_commands_exist():
     from typer.main import get_command
 
     from effpass.cli.app import app
+    from effpass.cli.groups import BUILTIN
 
     root = get_command(app)
     context = root.make_context("effpass", [], resilient_parsing=True)
     known = set(root.list_commands(context))
     named = {m for d in DOCUMENTS for m in re.findall(r"`effpass (?:--debug )?([a-z]+)", d.read_text())}
     assert named <= known
-    assert known <= set(re.findall(r"`effpass ([a-z]+)", (ROOT / "README.md").read_text()))
+    page = (ROOT / "README.md").read_text()
+    assert known <= set(re.findall(r"`effpass ([a-z]+)", page))
+    named = set(re.findall(r"(?:train|calibrate) [a-z0-9-]+", page))
+    own = {f"{group.removeprefix('effpass.')} {name}" for group, commands in BUILTIN.items() for name in commands}
+    assert own <= named
