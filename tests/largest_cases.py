@@ -29,8 +29,7 @@ def _matrix(scores, forced, out, count, WANTED: tl.constexpr, ALL: tl.constexpr,
     always = tl.load(forced + place, mask=place < ALL, other=0) > 0
     key = tl.where(score > float("-inf"), tl.minimum(in_order(score), FORCED - 1), NEVER)
     key = tl.where(always, FORCED, key)
-    low, bound, chosen_count = cut(key, place, WANTED, ROWS * C)
-    chosen = (key > low) | ((key == low) & (place < bound))
+    chosen, chosen_count = cut(key, place, WANTED, ROWS * C)
     write_ranked(out, ranks(chosen), place, chosen)
     tl.store(count, chosen_count)
 

@@ -14,15 +14,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from effpass.lowering.kernels.largest import FORCED, NEVER, choose, in_order
-from effpass.lowering.kernels.launch import interpreted, launch_options, overlaps
+from effpass.lowering.kernels.largest import FORCED, MOST, NEVER, choose, in_order
+from effpass.lowering.kernels.launch import descriptor, launch_options, overlaps
 from effpass.lowering.kernels.running_softmax import update
 
 __all__ = ["MOST_BLOCKS", "Tiling", "block_sparse_attention", "selected", "supported", "tiling"]
 
-MOST_BLOCKS = 16384  # that one program chooses among
+MOST_BLOCKS = MOST  # that one program chooses among
 
 
 class Tiling(NamedTuple):
@@ -90,7 +89,7 @@ def block_sparse_attention(
     how = how or tiling(max(block_d, block_v) * query.element_size(), block_q, block_k)
     of_keys = of_values = None
     if how.has_descriptors and not softcap and block_d == key_size and block_v == value_size:
-        of_keys, of_values = _descriptor(keys, how.block_n), _descriptor(values, how.block_n)
+        of_keys, of_values = descriptor(keys, how.block_n, key_size), descriptor(values, how.block_n, value_size)
     out = query.new_empty((batch, tokens, heads, value_size))
     _attend[(triton.cdiv(tokens, how.block_m), heads, batch)](
         query, keys, values, of_keys, of_values, key_positions, query_positions, lists.contiguous(),
@@ -102,17 +101,6 @@ def block_sparse_attention(
         **launch_options(query.device, how.num_warps, how.num_stages) | _no_overlap(query.device),
     )  # fmt: skip
     return out
-
-
-def _descriptor(cached: Tensor, rows: int) -> TensorDescriptor | None:
-    """All rows of keys or values [B, G, S, K], of `rows` at a time; None where the device or the strides don't fit."""
-    (batch, groups, slots, size), (of_batch, of_group, of_row, _) = cached.shape, cached.stride()
-    if not (overlaps(cached.device) or interpreted()) or of_row * cached.element_size() % 16 or cached.data_ptr() % 16:
-        return None
-    if of_batch % of_row or of_group % of_row:
-        return None
-    count = ((batch - 1) * of_batch + (groups - 1) * of_group) // of_row + slots
-    return TensorDescriptor(cached, [count, size], [of_row, 1], [rows, size]) if count < 1 << 31 else None
 
 
 def _no_overlap(device: torch.device) -> dict[str, bool]:

@@ -17,9 +17,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from effpass.lowering.kernels.decode_attention import _merge, _store
-from effpass.lowering.kernels.largest import FORCED, NEVER, cut, in_order, ranks, write_ranked
+from effpass.lowering.kernels.key_index import strides
+from effpass.lowering.kernels.largest import FORCED, NEVER, cut, in_order, ranks, write_share
 from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps
-from effpass.lowering.kernels.running_softmax import accumulate
+from effpass.lowering.kernels.running_softmax import accumulate, scaled
 
 __all__ = [
     "BLOCKS",
@@ -123,9 +124,9 @@ def fits(query: Tensor, keys: Tensor, values: Tensor, groups: int) -> bool:
 
 def attend_chosen(
     query: Tensor, keys: Tensor, values: Tensor, block_table: Tensor | None, host: Tensor | None,
-    key_positions: Tensor, query_positions: Tensor, filled: Tensor, chosen_blocks: Tensor | None,
-    chosen_tokens: Tensor | None, of_scores: Tensor | None, places: Tensor | None, seen: Tensor | None,
-    scores: Tensor | None, scale: float, softcap: float, block: int, sink: int, recent: int, is_pipelined: bool,
+    key_positions: Tensor, query_positions: Tensor, filled: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor,
+    of_scores: Tensor | None, places: Tensor | None, seen: Tensor, scores: Tensor, scale: float, softcap: float,
+    block: int, sink: int, recent: int, is_pipelined: bool,
     kind: tl.constexpr, candidates: int, limit: int, how: Tiling,
 ) -> Tensor:  # fmt: skip
     """[B, 1, H, V] of `query` [B, H, 1, K] with contiguous last dimension.
@@ -148,7 +149,7 @@ def attend_chosen(
     latent, unit = is_latent(keys, values), block if kind is BLOCKS else 1
     row_bytes = (key_size if latent else key_size + value_size) * query.element_size()
     all_rows, columns = grid_of(candidates)
-    if kind is TOKENS and chosen_blocks is not None:  # a row is a block
+    if kind is TOKENS:  # a row is a block
         all_rows, columns = triton.next_power_of_2(chosen_blocks.shape[2]), block
     rows, splits, programs = shares(
         heads // groups, limit * unit, row_bytes, value_size, batch * groups, multiprocessors(device),
@@ -163,8 +164,7 @@ def attend_chosen(
         parts = query.new_empty((of_rows, splits, rows, value_size), dtype=torch.float32)
         sums = query.new_empty((of_rows, splits, 2, rows), dtype=torch.float32)
         done = counters(device, of_rows)
-    at = keys.stride()[:3] if block_table is None else (keys.stride(0), 0, keys.stride(1))
-    of_values = values.stride()[:3] if block_table is None else (values.stride(0), 0, values.stride(1))
+    at, of_values = strides(keys, block_table), strides(values, block_table)
     share = triton.cdiv(limit, splits)
     is_whole = programs == 1 and row_bytes <= 1024 and share * unit * row_bytes <= how.whole
     block_n = min(max(16, 1 << (how.tile // row_bytes).bit_length() - 1), 64)
@@ -300,17 +300,12 @@ def _attend(
             written = number[:, None] * BLOCK + tl.arange(0, COLUMNS)[None, :]
         else:
             written = tl.load(places + head.to(tl.int64) * CANDIDATES + place, mask=place < CANDIDATES, other=0)
-    low, bound, count = cut(key, place, LIMIT, ROWS * COLUMNS)
-    chosen = (key > low) | ((key == low) & (place < bound))
-    rank = ranks(chosen)
+    chosen, count = cut(key, place, LIMIT, ROWS * COLUMNS)
     per: tl.constexpr = (LIMIT + SPLITS - 1) // SPLITS
     active = tl.maximum(tl.cdiv(count, per), 1)
     begin = split * per
     stop = tl.minimum(begin + per, LIMIT)
-    write_ranked(chosen_list, rank, written, chosen & (rank >= begin) & (rank < stop))
-    rest = begin + tl.arange(0, SHARE)
-    tl.store(chosen_list + rest, tl.full([SHARE], -1, tl.int32), mask=(rest < stop) & (rest >= count))
-    tl.debug_barrier()
+    write_share(chosen_list, chosen, written, begin, stop, count, SHARE)
     stop = tl.minimum(stop, count)
     if KIND == BLOCKS:
         begin *= BLOCK
@@ -354,10 +349,7 @@ def _attend(
                 of_rest = of_k[:, None] + (KEY + dr)[None, :]
                 k_rest = tl.load(of_rest, mask=reach[:, None] & (dr < REST)[None, :], other=0)
                 score = tl.dot(q_rest, tl.trans(k_rest), score, input_precision="ieee")
-            if SOFTCAP:
-                score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
-            else:
-                score = score * (scale * 1.4426950408889634)
+            score = scaled(score, scale, softcap, SOFTCAP)
             score = tl.where(visible[None, :], score, float("-inf"))
             best, total, sum_v = accumulate(score, v, best, total, sum_v)
         heads: tl.constexpr = GROUPS * PARTS_OF * REPEAT

@@ -13,17 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from effpass.lowering.kernels.largest import NEVER, choose, in_order
+from effpass.lowering.kernels.largest import MOST, NEVER, choose, in_order
 from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
 
 __all__ = ["chosen_channels", "largest_channels", "searches", "supported"]
 
-_MOST = 16384  # channels that one program searches
-
 
 def searches(energy: Tensor) -> bool:
     """Whether there is a kernel of `largest_channels`: up to 16384 of float32."""
-    return energy.dtype == torch.float32 and energy.is_contiguous() and energy.shape[0] <= _MOST
+    return energy.dtype == torch.float32 and energy.is_contiguous() and energy.shape[0] <= MOST
 
 
 def largest_channels(energy: Tensor, count: int) -> Tensor:

@@ -3,9 +3,9 @@
 What a search costs is its steps, each of which waits for a sum over the whole program. A step counts how many scores
 reach two numbers. The first two are where a normal distribution of the same mean and deviation has its quantile, the
 next are interpolated, and where a step has left more than a third, the two halve what is left, as bits, twice. Scores
-of keys or of blocks take about five steps, a heavy tail a dozen, and thousands of equal ones thirty. Scores are
-compared as integers in the order of float32, so that equal ones are equal, and of those the first are taken: the result
-is exact and always the same.
+near a normal distribution take few steps, and where thousands are equal, both they and their places are halved. Scores
+are compared as integers in the order of float32, so that equal ones are equal, and of those the first are taken: the
+result is exact and always the same.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FORCED", "NEVER", "choose", "cut", "in_order", "largest", "ranks", "write_ranked"]
+__all__ = ["FORCED", "MOST", "NEVER", "choose", "cut", "in_order", "largest", "ranks", "write_ranked", "write_share"]
 
+MOST = 16384  # keys: two counts of them share one number
 NEVER = tl.constexpr(-2147483648)  # below every score
 FORCED = tl.constexpr(2147483646)  # above every score
 
@@ -51,10 +52,10 @@ def _middle(low, high):
 
 @triton.jit
 def cut(key, place, count, ALL: tl.constexpr):
-    """What parts the `count` largest of ALL `key` int32 of any shape from the others; ALL is at most 16384.
+    """Which of ALL `key` int32 of any shape are the `count` largest; ALL is at most MOST.
 
     Args:
-        key: of `in_order`, or FORCED, or NEVER, which is not chosen.
+        key: up to FORCED; NEVER is not chosen. Those of `in_order` take the fewest steps.
         place: int32 from 0 to ALL - 1; of equal keys the first are chosen.
         count: how many to choose; all that are not NEVER where these are fewer.
 
@@ -113,7 +114,7 @@ def cut(key, place, count, ALL: tl.constexpr):
         middle = (nobody + bound) // 2
         enough = tl.sum(((key == low) & (place < middle)).to(tl.int32)) >= count - n_high
         nobody, bound = tl.where(enough, nobody, middle), tl.where(enough, middle, bound)
-    return low, bound, count
+    return (key > low) | ((key == low) & (place < bound)), count
 
 
 @triton.jit
@@ -139,15 +140,29 @@ def write_ranked(out, rank, value, wanted):
 
 
 @triton.jit
+def write_share(out, chosen, value, begin, stop, count, SHARE: tl.constexpr):
+    """Store what one of several programs writes of a list: `value` int32 [R, C] of those chosen, in order.
+
+    Args:
+        out: the list.
+        begin, stop: the program's places in it, SHARE at most; those from `count` on become -1.
+    """
+    rank = ranks(chosen)
+    write_ranked(out, rank, value, chosen & (rank >= begin) & (rank < stop))
+    rest = begin + tl.arange(0, SHARE)
+    tl.store(out + rest, tl.full([SHARE], -1, tl.int32), mask=(rest < stop) & (rest >= count))
+    tl.debug_barrier()
+
+
+@triton.jit
 def choose(key, count):
-    """The `count` largest of `key` int32 [C], C at most 16384; NEVER is not chosen.
+    """The `count` largest of `key` int32 [C], C at most MOST; NEVER is not chosen.
 
     Returns:
         Whether each is chosen, how many of the chosen stand before it, and how many are.
     """
     place = tl.arange(0, key.shape[0])
-    low, bound, count = cut(key, place, count, key.shape[0])
-    chosen = (key > low) | ((key == low) & (place < bound))
+    chosen, count = cut(key, place, count, key.shape[0])
     flags = chosen.to(tl.int32)
     return chosen, tl.cumsum(flags, 0) - flags, count
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from effpass.lowering.kernels.chosen_attention import fits, is_latent
-from effpass.lowering.kernels.launch import interpreted, launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.launch import descriptor, launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.running_softmax import scaled
 
 __all__ = ["TILING", "Tiling", "cached_attention", "supported"]
 
@@ -75,7 +75,7 @@ def cached_attention(
     rest = max(16, triton.next_power_of_2(key_size - value_size))
     main = tail = None
     if how.has_descriptors and rest == key_size - value_size:
-        main, tail = _descriptor(keys, how.block_n, value_size), _descriptor(keys, how.block_n, rest)
+        main, tail = descriptor(keys, how.block_n, value_size), descriptor(keys, how.block_n, rest)
     _latent[(splits, of_rows)](
         query, keys, main, tail, key_positions, query_positions, filled, parts, sums, query.stride(0), query.stride(1),
         *keys.stride()[:3], key_positions.stride(0), query_positions.stride(0), slots, scale, softcap, GROUPS=groups,
@@ -99,17 +99,6 @@ def _splits(of_rows: int, tiles: int, programs: int) -> int:
     return whole if whole >= 0.95 * splits else splits
 
 
-def _descriptor(latents: Tensor, rows: int, width: int) -> TensorDescriptor | None:
-    """All rows [B G S, K], of `rows` and `width` columns at a time; None where the device or the strides don't fit."""
-    (batch, groups, slots, size), (of_batch, of_group, of_row, _) = latents.shape, latents.stride()
-    if not (overlaps(latents.device) or interpreted()) or of_row * latents.element_size() % 16:
-        return None
-    if latents.data_ptr() % 16 or of_batch % of_row or of_group % of_row:
-        return None
-    count = ((batch - 1) * of_batch + (groups - 1) * of_group) // of_row + slots
-    return TensorDescriptor(latents, [count, size], [of_row, 1], [rows, width]) if count < 1 << 31 else None
-
-
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,10 +109,7 @@ def _add_tile(
     """Highest score [R], sum of weights [R] and of weighted values [V, R], with one more tile of latents [N, V]."""
     score = tl.dot(k, q, input_precision="ieee")
     score = tl.dot(k_rest, q_rest, score, input_precision="ieee")
-    if SOFTCAP:
-        score = softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
-    else:
-        score = score * (scale * 1.4426950408889634)
+    score = scaled(score, scale, softcap, SOFTCAP)
     score = tl.where(visible[:, None], score, float("-inf"))
     higher = tl.maximum(best, tl.max(score, 0))
     weight = tl.exp2(score - higher[None, :])

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["counters", "interpreted", "launch_options", "multiprocessors", "overlaps"]
+__all__ = ["counters", "descriptor", "interpreted", "launch_options", "multiprocessors", "overlaps"]
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -50,6 +51,20 @@ def counters(device: torch.device, count: int) -> Tensor:
         first = 0
     _taken[device] = first + triton.cdiv(count, 4) * 4  # all at 16 bytes, or Triton compiles a kernel twice
     return _all_counters(device)[first : first + count]
+
+
+def descriptor(cached: Tensor, rows: int, width: int) -> TensorDescriptor | None:
+    """Of all rows of keys, values or latents [B, G, S, K], of `rows` and `width` columns at a time.
+
+    None where the device has no tensor memory accelerator, or the strides don't fit.
+    """
+    (batch, groups, slots, size), (of_batch, of_group, of_row, _) = cached.shape, cached.stride()
+    if not (overlaps(cached.device) or interpreted()) or of_row * cached.element_size() % 16 or cached.data_ptr() % 16:
+        return None
+    if of_batch % of_row or of_group % of_row:
+        return None
+    count = ((batch - 1) * of_batch + (groups - 1) * of_group) // of_row + slots
+    return TensorDescriptor(cached, [count, size], [of_row, 1], [rows, width]) if count < 1 << 31 else None
 
 
 @functools.cache

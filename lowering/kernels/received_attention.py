@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effpass.lowering.kernels.running_softmax import scores
+
 __all__ = ["received_attention", "supported"]
 
 _FAR = tl.constexpr(2147483647)
@@ -79,15 +81,6 @@ def _of_blocks(positions: Tensor, block: int, empty: int) -> Tensor:
     return torch.nn.functional.pad(positions, (0, padding), value=empty).unflatten(1, (-1, block))
 
 
-@triton.jit
-def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """[M, N], in powers of two."""
-    score = tl.dot(q, k, input_precision="ieee")
-    if SOFTCAP:
-        return softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))
-    return score * (scale * 1.4426950408889634)
-
-
 @triton.jit(do_not_specialize=["tokens", "slots", "blocks"])
 def _logsumexp(
     query, keys, key_positions, query_positions, earliest, sums, query_b, query_h, query_t, keys_b, keys_h, keys_s,
@@ -122,7 +115,7 @@ def _logsumexp(
         )
         of_keys = tl.load(key_positions + slot, mask=there, other=-1)
         visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
-        score = tl.where(visible, _scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
+        score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
         higher = tl.maximum(best, tl.max(score, 1))
         total = total * tl.exp2(best - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         best = higher
@@ -169,7 +162,7 @@ def _received(
         )
         of_queries = tl.load(query_positions + token, mask=live, other=-1)
         logsumexp = tl.load(sums + token, mask=live, other=float("inf"))
-        weight = tl.exp2(_scores(q, k, scale, softcap, SOFTCAP) - logsumexp[:, None])
+        weight = tl.exp2(scores(q, k, scale, softcap, SOFTCAP) - logsumexp[:, None])
         visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
         received += tl.sum(tl.where(visible, weight, 0), 0)
     tl.store(parts + (b * HEADS + head) * slots + slot, received, mask=there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["accumulate", "scores", "update"]
+__all__ = ["accumulate", "scaled", "scores", "update"]
 
 
 @triton.jit
@@ -39,7 +39,12 @@ def update(
 @triton.jit
 def scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores [R, N] of q [R, K] and k [K, N], in powers of two."""
-    score = tl.dot(q, k, input_precision="ieee")
+    return scaled(tl.dot(q, k, input_precision="ieee"), scale, softcap, SOFTCAP)
+
+
+@triton.jit
+def scaled(score, scale, softcap, SOFTCAP: tl.constexpr):
+    """Products of queries and keys as scores in powers of two."""
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         return softcap * 1.4426950408889634 * (1 - 2 / (tl.exp(score * (2 * scale / softcap)) + 1))

@@ -10,13 +10,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from effpass.lowering.kernels.largest import FORCED, NEVER, choose, in_order
 from effpass.lowering.kernels.launch import launch_options, overlaps
+from effpass.lowering.ops.tree_blocks import LAST, PARTS
 
 __all__ = ["choose_tree_blocks", "supported"]
 
 _MOST = 8192  # blocks
 
 
-def supported(query: Tensor, means: Tensor, most: int) -> bool:
+def supported(query: Tensor, means: Tensor) -> bool:
     """Whether there is a kernel: up to 8192 blocks, heads up to 256, one dtype."""
     return (
         query.dtype == means.dtype
@@ -38,8 +39,8 @@ def choose_tree_blocks(
     _choose[(batch * groups,)](
         query, means, lengths, scores, chosen, *query.stride()[:2], *means.stride()[:3], count, most, dense_below,
         share, GROUPS=groups, REPEAT=heads // groups, SIZE=size, BLOCK=block,
-        ALL=triton.next_power_of_2(max(count, most)), TILE=64, WIDTH=triton.next_power_of_2(size),
-        PDL=overlaps(device), **launch_options(device, 8),
+        LAST=LAST, PARTS=PARTS, ALL=triton.next_power_of_2(max(count, most)), TILE=64,
+        WIDTH=triton.next_power_of_2(size), PDL=overlaps(device), **launch_options(device, 8),
     )  # fmt: skip
     return chosen
 
@@ -47,8 +48,8 @@ def choose_tree_blocks(
 @triton.jit(do_not_specialize=["count", "most", "dense_below", "share"])
 def _choose(
     query, means, lengths, scores, chosen, query_b, query_h, means_b, means_h, means_n, count, most, dense_below, share,
-    GROUPS: tl.constexpr, REPEAT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
-    TILE: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, REPEAT: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
+    PARTS: tl.constexpr, ALL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
@@ -72,10 +73,10 @@ def _choose(
     tl.debug_barrier()  # what other threads have scored is read
     every = tl.arange(0, ALL)
     score = tl.load(scores + every, mask=every < blocks, other=0)
-    key = tl.where((every == 0) | (every >= blocks - 2), FORCED, in_order(score))
+    key = tl.where((every == 0) | (every >= blocks - LAST), FORCED, in_order(score))
     key = tl.where(every < blocks, key, NEVER)
-    kept = tl.where(length <= dense_below, length, dense_below + ((length - dense_below).to(tl.int64) * share // 1024))
-    wanted = tl.minimum(tl.maximum(tl.cdiv(kept, BLOCK), 3), most).to(tl.int32)
+    kept = tl.where(length <= dense_below, length, dense_below + ((length - dense_below).to(tl.int64) * share // PARTS))
+    wanted = tl.minimum(tl.maximum(tl.cdiv(kept, BLOCK), 1 + LAST), most).to(tl.int32)
     is_chosen, rank, found = choose(key, wanted)
     chosen += head * most
     tl.store(chosen + rank, every, mask=is_chosen)

@@ -41,12 +41,11 @@ from effpass.lowering.kernels.chosen_attention import (
 )
 from effpass.lowering.kernels.key_index import STATISTICS, index_token, indexable, label_shape, strides
 from effpass.lowering.kernels.key_labels import label_query, label_scores, write_wanted
-from effpass.lowering.kernels.largest import NEVER, cut, in_order, ranks, write_ranked
+from effpass.lowering.kernels.largest import MOST, NEVER, cut, in_order, ranks, write_share
 from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
 
 __all__ = ["supported", "two_level_attention"]
 
-_MOST = 16384  # scores that one program chooses among
 _NARROWED = 8192
 _LABELLED = 16384  # bytes of labels that one program scores at once
 
@@ -61,7 +60,7 @@ def supported(
     return (
         indexable(keys, channels, labels)
         and fits(query, keys, values, channels.shape[0])
-        and max(seen.shape[2], candidates) <= _MOST
+        and max(seen.shape[2], candidates) <= MOST
         and (kept > 0 or tokens <= _NARROWED // 2)
     )
 
@@ -144,22 +143,21 @@ def _narrow_all(
     rows, columns = grid_of(_NARROWED)
     count, before, places = slots, None, None
     while True:
-        chunks, keep = triton.cdiv(count, _NARROWED), min(tokens, _NARROWED)
-        new_scores = torch.empty((of_heads, chunks * keep), dtype=torch.float32, device=device)
-        new_places = torch.empty((of_heads, chunks * keep), dtype=torch.int32, device=device)
+        chunks = triton.cdiv(count, _NARROWED)
+        new_scores = torch.empty((of_heads, chunks * tokens), dtype=torch.float32, device=device)
+        new_places = torch.empty((of_heads, chunks * tokens), dtype=torch.int32, device=device)
         is_first = before is None
         scratch = (
             torch.empty((of_heads, chunks * _NARROWED), dtype=torch.float32, device=device) if is_first else before
         )
         _narrow[(chunks, of_heads)](
             query, filled, scratch, places, new_scores, new_places, *of_labels, query.stride(0), query.stride(1),
-            key_positions.stride(0), query_positions.stride(0), slots, count, **common, KEEP=keep, FIRST=is_first,
-            ROWS=rows, COLUMNS=columns, HALF=half, TILE=min(at_once, _NARROWED), **launch_options(device, 16),
+            key_positions.stride(0), query_positions.stride(0), slots, count, **common, KEEP=tokens, FIRST=is_first,
+            ROWS=rows, COLUMNS=columns, HALF=half, TILE=at_once, **launch_options(device, 16),
         )  # fmt: skip
-        before, places, narrowed = new_scores, new_places, chunks * keep
-        if narrowed <= _MOST or narrowed >= count:
+        before, places, count = new_scores, new_places, chunks * tokens
+        if count <= MOST:
             return before, places
-        count = narrowed
 
 
 # -- blocks -----------------------------------------------------------------------------------------------------------
@@ -272,14 +270,9 @@ def _choose(
         wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, MAX, HALF
     )  # fmt: skip
     key = block_keys(place, there, forced, end, head, seen, scores, blocks, BLOCK, PIPELINED)
-    low, bound, count = cut(key, place, KEPT, ROWS * COLUMNS)
-    chosen = (key > low) | ((key == low) & (place < bound))
-    rank = ranks(chosen)
+    chosen, count = cut(key, place, KEPT, ROWS * COLUMNS)
     numbers = chosen_blocks + head * KEPT
-    write_ranked(numbers, rank, place, chosen & (rank >= begin) & (rank < stop))
-    rest = begin + tl.arange(0, SHARE)
-    tl.store(numbers + rest, tl.full([SHARE], -1, tl.int32), mask=(rest < stop) & (rest >= count))
-    tl.debug_barrier()
+    write_share(numbers, chosen, place, begin, stop, count, SHARE)
     of_scores += head.to(tl.int64) * KEPT * BLOCK
     if TILE >= SHARE * BLOCK:
         _score_tokens(
@@ -352,8 +345,7 @@ def _narrow(
         score = tl.load(old_scores + at, mask=inside, other=float("-inf"))
         where = tl.load(old_places + at, mask=inside, other=0)
     key = tl.where(score > float("-inf"), in_order(score), NEVER)
-    low, bound, kept = cut(key, place, KEEP, many)
-    chosen = (key > low) | ((key == low) & (place < bound))
+    chosen, kept = cut(key, place, KEEP, many)
     rank = ranks(chosen)
     out = (head.to(tl.int64) * tl.num_programs(0) + chunk) * KEEP
     tl.store(new_scores + out + rank, score, mask=chosen)

@@ -2,9 +2,8 @@
 
 The ranks have to come to the same number. All of them use what rank 0 knows of its device and of the link, agreed on at
 the first call, and the load of the rank that has most to compute, which the exchange of counts told everybody. The link
-is measured at the first use, in about a second, unless `effpass calibrate moe` or an earlier process did so; what was
-measured is kept on disk for each device and number of ranks. On a CPU there is one stage: its cores would compute and
-carry rows in turn.
+is measured at the first use, unless `effpass calibrate moe` or an earlier process did so; what was measured is kept on
+disk for each device and number of ranks. On a CPU there is one stage: its cores would compute and carry rows in turn.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _TOKENS = 64
 
 
 def measure_link(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Link:
-    """Measure it now: about a second, and half a GiB of each device. A collective call.
+    """Measure it now, with half a GiB of each device. A collective call.
 
     Args:
         ranks: two or more.

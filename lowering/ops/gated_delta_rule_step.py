@@ -46,7 +46,7 @@ def gated_delta_rule_step(
         [B, T, HV, V], of v's type.
 
     Raises:
-        EffpassError: shapes or types don't fit, T = 0; on the CPU also values out of range.
+        EffpassError: shapes, types or devices don't fit, T = 0; on the CPU also values out of range.
     """
     return torch.ops.effpass.gated_delta_rule_step(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, state, lower_bound,

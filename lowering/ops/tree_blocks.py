@@ -21,16 +21,16 @@ from torch.utils.flop_counter import register_flop_formula
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.kernel_choice import triton_kernels
 
-__all__ = ["PARTS", "block_means", "choose_tree_blocks", "most_blocks"]
+__all__ = ["LAST", "PARTS", "block_means", "choose_tree_blocks", "most_blocks"]
 
 PARTS = 1024  # `share` is a number of these
-_LAST = 2  # blocks up to a prefix's end that are always kept
+LAST = 2  # blocks up to a prefix's end that are always kept
 
 
 def most_blocks(slots: int, block: int, dense_below: int, share: int) -> int:
     """M: blocks that are kept of a prefix of `slots`, at most."""
     kept = slots if slots <= dense_below else dense_below + (slots - dense_below) * share // PARTS
-    return max(1 + _LAST, -(-max(kept, min(slots, dense_below)) // block))
+    return max(1 + LAST, -(-max(kept, min(slots, dense_below)) // block))
 
 
 def _choose_tree_blocks(
@@ -44,8 +44,8 @@ def _choose_tree_blocks(
     length = lengths[:, None, None].long()
     blocks = (length + block - 1) // block
     kept = torch.where(length <= dense_below, length, dense_below + (length - dense_below) * share // PARTS)
-    wanted = ((kept + block - 1) // block).clamp(min=1 + _LAST, max=most)
-    score = score.masked_fill((number == 0) | (number >= blocks - _LAST), float("inf"))
+    wanted = ((kept + block - 1) // block).clamp(min=1 + LAST, max=most)
+    score = score.masked_fill((number == 0) | (number >= blocks - LAST), float("inf"))
     score = score.masked_fill(number >= blocks, float("-inf"))
     order = score.sort(dim=-1, descending=True, stable=True).indices[..., :most]
     rank = torch.arange(order.shape[2], device=query.device)
@@ -104,7 +104,7 @@ def _(query, means, lengths, most, block, dense_below, share):  # type: ignore[n
 def _(query, means, lengths, most, block, dense_below, share):  # type: ignore[no-untyped-def]
     _check(query, means, lengths)
     kernels = triton_kernels("tree_blocks")
-    run = kernels.choose_tree_blocks if kernels and kernels.supported(query, means, most) else _choose_tree_blocks
+    run = kernels.choose_tree_blocks if kernels and kernels.supported(query, means) else _choose_tree_blocks
     return run(query, means, lengths, most, block, dense_below, share)
 
 

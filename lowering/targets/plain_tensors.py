@@ -22,18 +22,18 @@ def plain_tensors(model: nn.Module) -> Iterator[None]:
 
     A weight `x.weight` becomes `x.parametrizations.weight.original0` and so on.
     """
-    wrapped = [
-        (module, type(module), name, weight)
+    wrapped = {
+        module: (type(module), dict(module._parameters))
         for module in model.modules()
-        for name, weight in module.named_parameters(recurse=False)
-        if is_traceable_wrapper_subclass(weight)
-    ]
+        if any(is_traceable_wrapper_subclass(weight) for weight in module.parameters(recurse=False))
+    }
     try:
-        for module in dict.fromkeys(module for module, *_ in wrapped):
+        for module in wrapped:
             unwrap_tensor_subclass_parameters(module)
         yield
     finally:
-        for module, cls, name, weight in wrapped:
+        for module, (cls, parameters) in wrapped.items():
             module.__class__ = cls
             module._modules.pop("parametrizations", None)
-            module.register_parameter(name, weight)
+            module._parameters.clear()
+            module._parameters.update(parameters)

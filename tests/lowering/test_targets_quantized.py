@@ -42,7 +42,7 @@ def test_a_file_of_a_quantised_model(target: str, scheme: str, tmp_path: Path) -
 
 
 def test_the_model_is_as_it_was_when_a_capture_fails() -> None:
-    model = made("int8", torch.bfloat16)
+    model = quantised(make("qwen3", attention_bias=True).to(torch.bfloat16), "int8")  # biases stand behind weights
     expected, weights = model(**batch(9)).logits, dict(model.named_parameters())
 
     def fail() -> None:
@@ -54,4 +54,5 @@ def test_the_model_is_as_it_was_when_a_capture_fails() -> None:
     with pytest.raises(ExportError, match="stop"):
         fail()
     assert all(new is weights[name] for name, new in model.named_parameters())
+    assert [name for name, _ in model.named_parameters()] == list(weights)
     assert torch.equal(model(**batch(9)).logits, expected)
