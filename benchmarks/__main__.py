@@ -11,6 +11,7 @@ from pathlib import Path
 AREAS = (
     "adapters",
     "backend",
+    "balance",
     "cost",
     "decode",
     "export",

@@ -16,7 +16,6 @@ Shapes: R ranks, M micro-batches of each in a step, L layers, K budgets that a l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,6 +32,8 @@ Waits = Literal["micro_step", "step", "pipeline"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+_AGGREGATE: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def slowest(seconds: Floats, waits: Waits) -> float:
 
 def _goal(base: Floats, how: Tuning) -> Floats:
     """`[R, M]`: the anchor of each one's group."""
-    agg: Callable[..., Any] = {"mean": np.mean, "min": np.min, "max": np.max}[how.anchor]
+    agg = _AGGREGATE[how.anchor]
     if how.waits == "micro_step":
         return np.broadcast_to(agg(base, axis=0, keepdims=True), base.shape)
     if how.waits == "pipeline":

@@ -1,0 +1,100 @@
+"""Tables that are measured: kept, taken again, and measured anew where they are of another device."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from families import make
+
+from effpass.core.errors import EffpassError
+from effpass.core.roofline import device_name
+from effpass.trainers.balance import measure
+from effpass.trainers.balance.measure import grid, latency_table, rest_seconds
+from effpass.trainers.balance.table import read_table, write_table
+
+BUDGETS = (64, 128, 256)
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFPASS_CACHE", str(tmp_path / "cache"))
+    return make("llama", max_position_embeddings=1024)
+
+
+def table_of(model, **changes):
+    said: list[str] = []
+    found = latency_table(model, BUDGETS, 512, block=32, dtype=torch.float32, say=said.append, **changes)
+    return found, said
+
+
+def test_a_table_is_measured_once_and_is_of_this_device_and_model(model, tmp_path):
+    table, said = table_of(model)
+    assert len(said) == 1
+    assert table.source == "measured"
+    assert (table.device, table.dtype, table.torch) == (device_name(torch.device("cpu")), "float32", torch.__version__)
+    assert "llama, 2 layers, 4 query and 2 key-value heads of 16" in table.model
+    assert (table.lengths, table.tokens, table.layers) == ((256, 512), (256, 512), 2)
+    assert table.attention_seconds([512], [128])[0, 0] > 0
+    assert table_of(model) == (table, [])
+    (kept,) = (tmp_path / "cache" / "latency").iterdir()
+    assert read_table(kept) == table
+    kept.write_text("{")  # damaged: measured again
+    again, said = table_of(model)
+    assert len(said) == 1
+    assert read_table(kept) == again
+
+
+def test_a_table_of_another_device_warns_and_is_measured_anew(model, tmp_path, caplog):
+    own, _ = table_of(model)
+    write_table(tmp_path / "own.json", replace(own, torch="another"))
+    found, said = table_of(model, file=tmp_path / "own.json")
+    assert said == []
+    assert found.torch == "another"
+    write_table(tmp_path / "other.json", replace(own, device="NVIDIA H100"))
+    with caplog.at_level(logging.WARNING, "effpass"):
+        found, _ = table_of(model, file=tmp_path / "other.json")
+    assert found == own
+    assert "was measured on NVIDIA H100" in caplog.text
+    assert "measured anew" in caplog.text
+    with pytest.raises(EffpassError, match=r"none\.json: No such file"):
+        table_of(model, file=tmp_path / "none.json")
+
+
+def test_measuring_leaves_the_model_as_it_was(model):
+    model.train()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradient = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = gradient
+    drawn = torch.get_rng_state()
+    rest_seconds(model, (64,), torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert model.lm_head.weight.grad is gradient
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "lm_head.weight")
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_all_weights_but_none_of_the_scores_are_in_the_rest(model, monkeypatch):
+    """What is timed differentiates every weight: keys, values and queries too."""
+    seen = []
+    monkeypatch.setattr(measure, "seconds_of", lambda run, device: seen.append(run) or 1.0)
+    assert rest_seconds(model, (64, 128), torch.device("cpu"), torch.float32) == (1.0, 1.0)
+    found: set[str] = set()
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, name=name: found.add(name) if p.grad.any() else None)
+        for name, p in model.named_parameters()
+    ]
+    model.set_attn_implementation("effpass_free_attention")
+    seen[0]()
+    for handle in handles:
+        handle.remove()
+    assert found == {name for name, _ in model.named_parameters()}
+
+
+def test_the_grid_ends_where_a_micro_batch_does():
+    assert grid(5000) == (256, 512, 1024, 2048, 4096, 5000)
+    assert grid(100) == (100,)

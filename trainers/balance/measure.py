@@ -1,0 +1,243 @@
+"""Measuring a latency table: the attention's operator by itself, and the model with an attention that costs nothing.
+
+A table is kept in the cache folder, as data, under the device, the types and the sizes that it is for. Other devices,
+versions of torch or sizes have tables of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface
+
+from effpass.core.errors import EffpassError
+from effpass.core.gguf import cache_dir
+from effpass.core.roofline import device_name
+from effpass.lowering.ops.routed_attention import trainable_sparse_attention
+from effpass.trainers.balance.table import LatencyTable, read_table, write_table
+
+__all__ = ["attention_seconds", "grid", "latency_table", "rest_seconds", "seconds_of"]
+
+log = logging.getLogger("effpass")
+
+_FREE = "effpass_free_attention"
+_RUNS = 3
+
+
+def latency_table(
+    model: Any,
+    budgets: Sequence[int],
+    max_tokens: int,
+    *,
+    block: int,
+    dtype: torch.dtype,
+    file: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> LatencyTable:
+    """The table of this device and model, from the cache or measured now: seconds to a minute on a GPU.
+
+    Where there is a process group, its first process measures for all, so that all have the same numbers.
+
+    Args:
+        model: a transformers model as it is trained, adapters in place, on its device, not sharded yet.
+        budgets: keys, ascending.
+        max_tokens: of a micro-batch.
+        block: keys of a block.
+        dtype: of computation; with another than the weights' the model runs under autocast.
+        file: a table to use instead of the cache's. One of another device, or of another model, is measured anew, with
+            a warning.
+        say: told when something is measured.
+
+    Raises:
+        EffpassError: `file` is no table.
+    """
+    if not dist.is_initialized():
+        return _here(model, budgets, max_tokens, block, dtype, file, say)
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [_here(model, budgets, max_tokens, block, dtype, file, say)]
+        except EffpassError as error:  # for all, or the others would wait
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], EffpassError):
+        raise found[0]
+    return found[0]
+
+
+def _here(
+    model: Any, budgets: Sequence[int], max_tokens: int, block: int, dtype: torch.dtype, file: Path | None,
+    say: Callable[[str], None],
+) -> LatencyTable:  # fmt: skip
+    device = next(model.parameters()).device
+    name, kind = device_name(device), str(dtype).removeprefix("torch.")
+    words = _words(model, budgets, max_tokens, block)
+    if file is not None:
+        given = read_table(file)
+        if given.is_for(name, kind, words):
+            return given
+        log.warning(
+            "%s was measured on %s (%s, %s), and this is %s (%s, %s): measured anew",
+            file, given.device, given.dtype, given.model, name, kind, words,
+        )  # fmt: skip
+    key = sha256("\n".join((name, kind, torch.__version__, words)).encode()).hexdigest()[:16]
+    path = cache_dir() / "latency" / f"{key}.json"
+    if path.exists():
+        try:
+            kept = read_table(path)
+        except EffpassError as error:
+            log.warning("%s", error.message)
+        else:
+            if kept.is_for(name, kind, words) and kept.torch == torch.__version__:
+                return kept
+    lengths, tokens = grid(max_tokens), grid(min(max_tokens, 8192))
+    say(f"measuring what lengths and budgets cost on {name}: {len(lengths)} x {len(budgets)}")
+    heads, groups, key_size, value_size = _sizes(model)
+    measured = LatencyTable(
+        "measured", name, kind, torch.__version__, words, model.config.get_text_config(decoder=True).num_hidden_layers,
+        lengths, tuple(budgets),
+        attention_seconds(heads, groups, key_size, value_size, lengths, budgets, block, device, dtype),
+        tokens, rest_seconds(model, tokens, device, dtype),
+    )  # fmt: skip
+    write_table(path, measured)
+    return measured
+
+
+def grid(most: int) -> tuple[int, ...]:
+    """Powers of two from 256 on, and `most`."""
+    return (*(n for n in (256 << i for i in range(24)) if n < most), most)
+
+
+def attention_seconds(
+    heads: int,
+    groups: int,
+    key_size: int,
+    value_size: int,
+    lengths: Sequence[int],
+    budgets: Sequence[int],
+    block: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[tuple[float, ...], ...]:
+    """Of one document in one layer, forward and backward: `[lengths, budgets]`. What is chosen does not matter."""
+    rows = []
+    for length in lengths:
+        run = _attention(heads, groups, key_size, value_size, length, block, budgets[-1], device, dtype)
+        row: list[float] = []
+        for n, keys in enumerate(budgets):
+            if n and budgets[n - 1] >= length:
+                row.append(row[-1])  # all keys, as before
+            else:
+                row.append(seconds_of(partial(run, torch.tensor(keys, device=device, dtype=torch.int32)), device))
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def _attention(
+    heads: int, groups: int, key_size: int, value_size: int, length: int, block: int, most: int, device: torch.device,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], None]:  # fmt: skip
+    """Runs one document of one layer with a budget."""
+    generator = torch.Generator(device).manual_seed(length)
+    shapes = (heads, key_size), (groups, key_size), (groups, value_size)
+    q, k, v = (torch.randn(length, *shape, device=device, dtype=dtype, generator=generator) for shape in shapes)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    gradient = torch.ones(length, heads, value_size, device=device, dtype=dtype)
+    ends = torch.tensor([0, length], device=device, dtype=torch.int32)
+
+    def run(budget: Tensor) -> None:
+        out, _ = trainable_sparse_attention(q, k, v, ends, budget, block=block, max_budget=most)
+        torch.autograd.grad(out, leaves, gradient)
+
+    return run
+
+
+def rest_seconds(model: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:
+    """Of a micro-batch in the model, forward and backward, but for attention. The model is left as it was."""
+    AttentionInterface.register(_FREE, _free_attention)
+    own, was_training = model.config._attn_implementation, model.training
+    is_cast = dtype != next(p.dtype for p in model.parameters() if p.is_floating_point())
+    kept = [(p, p.grad) for p in model.parameters()]
+    model.train()
+    model.set_attn_implementation(_FREE)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            return tuple(_model_seconds(model, count, device, dtype if is_cast else None) for count in tokens)
+    finally:
+        model.set_attn_implementation(own)
+        model.train(was_training)
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def _model_seconds(model: Any, tokens: int, device: torch.device, cast: torch.dtype | None) -> float:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(tokens, device=device)[None] * 7 % vocabulary  # equal ones would wait for each other's gradient
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> None:
+        around: AbstractContextManager[Any] = nullcontext()
+        if cast is not None:
+            around = torch.autocast(device.type, cast)
+        with around:
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = cross_entropy(logits[0].float(), ids[0])
+        loss.backward()
+        for parameter in learned:
+            parameter.grad = None
+
+    return seconds_of(run, device)
+
+
+def _free_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Reads and differentiates query, key and value, and hardly computes: `[B, T, H, V]`."""
+    each = query.shape[1] // key.shape[1]
+    spread = query.mean(-1, keepdim=True) + key.mean(-1, keepdim=True).repeat_interleave(each, 1)
+    return (value.repeat_interleave(each, 1) + spread).transpose(1, 2), None
+
+
+def seconds_of(run: Callable[[], None], device: torch.device, runs: int = _RUNS) -> float:
+    """Median of a few calls after one that compiles and warms up."""
+    taken = []
+    for attempt in range(runs + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if attempt:
+            taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def _sizes(model: Any) -> tuple[int, int, int, int]:
+    text = model.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, size, size
+
+
+def _words(model: Any, budgets: Sequence[int], max_tokens: int, block: int) -> str:
+    """What times depend on, for a reader and as a key."""
+    text = model.config.get_text_config(decoder=True)
+    heads, groups, size, _ = _sizes(model)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"{text.model_type}, {text.num_hidden_layers} layers, {heads} query and {groups} key-value heads of {size},"
+        f" {sum(p.numel() for p in model.parameters())} parameters, {learned} of them learn; blocks of {block}, budgets"
+        f" {','.join(map(str, budgets))}, micro-batches to {max_tokens} tokens"
+    )
