@@ -47,13 +47,13 @@ class Case:
 
 
 CASES = {
-    "one sequence": Case(),
-    "grouped, packed, an empty sequence": Case((0, 50, 50, 67, 150), heads=6, groups=2, budget=40),
-    "three heads, odd sizes": Case((0, 77), heads=3, groups=1, key_size=24, value_size=20, budget=64),
-    "a budget of two blocks": Case((0, 130), heads=4, groups=2, budget=17, max_budget=64),
+    "one sequence": Case((0, 50)),
+    "grouped, packed, an empty sequence": Case((0, 30, 30, 47, 100), heads=6, groups=2, budget=40),
+    "three heads, odd sizes": Case((0, 45), heads=3, groups=1, key_size=24, value_size=20, budget=64),
+    "a budget of two blocks": Case((0, 70), heads=4, groups=2, budget=17, max_budget=64),
     "shorter than a block": Case((0, 3, 14), budget=32),
-    "budget above the length": Case((0, 70, 90), heads=4, groups=4, budget=1000),
-    "blocks of 32": Case((0, 33, 170), heads=4, groups=2, key_size=32, value_size=32, block=32, budget=96),
+    "budget above the length": Case((0, 40, 55), heads=4, groups=4, budget=1000),
+    "blocks of 32": Case((0, 33, 140), heads=4, groups=2, key_size=32, value_size=32, block=32, budget=96),
 }
 
 

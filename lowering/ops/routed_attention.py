@@ -110,7 +110,7 @@ def routed_attention(
         EffpassError: sizes or types don't fit; on the CPU also a `cu_seqlens` that does not rise from 0 to T.
     """
     _check(q, k, v, cu_seqlens, chosen, block)
-    kernels = _kernels(q, k, v, block, scale)
+    kernels = _kernels(q, k, v, chosen, scale)
     if kernels is not None:
         return kernels.forward(q, k, v, cu_seqlens, chosen, block, scale)
     out, logsumexp = v.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(q.shape[:2], dtype=_wide(q))
@@ -131,9 +131,9 @@ def _wide(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _kernels(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> Any:
+def _kernels(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, scale: float) -> Any:
     kernels = triton_kernels("routed_attention") if q.is_cuda else None
-    return kernels if kernels and kernels.supported(q, k, v, block, scale) else None
+    return kernels if kernels and kernels.supported(q, k, v, chosen, scale) else None
 
 
 class _Part(NamedTuple):
@@ -197,7 +197,7 @@ def routed_attention_backward(
     δ = Σ dout · out     dp = dout vᵀ     ds = scale · p (dp − δ)     dq = ds k     dk = dsᵀ q     dv = pᵀ dout
     """
     _check(q, k, v, cu_seqlens, chosen, block)
-    kernels = _kernels(q, k, v, block, scale)
+    kernels = _kernels(q, k, v, chosen, scale)
     if kernels is not None:
         return kernels.backward(d_output, output, logsumexp, q, k, v, cu_seqlens, chosen, block, scale)
     groups = k.shape[1]

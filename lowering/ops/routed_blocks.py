@@ -144,7 +144,7 @@ def route_blocks(
     check(q, k, cu_seqlens, budget, block, max_budget)
     if q.is_cuda:
         kernels = triton_kernels("routed_blocks")
-        if kernels and kernels.supported(q, k, block):
+        if kernels and kernels.supported(q, k, cu_seqlens.shape[0] - 1, block):
             return kernels.route_blocks(q, k, cu_seqlens, budget, block, max_budget, scale)
     check_rises(cu_seqlens, q.shape[0])
     check_budget(int(budget), block, max_budget)

@@ -1,0 +1,307 @@
+"""Gradients of :mod:`effpass.lowering.kernels.routed_attention`, the scores computed again.
+
+Queries: as forwards, what each block gives to a token waits and is added in the order of its list. Keys and values: a
+program goes along the list of one block; lists that are much longer than others, as that of a sequence's first block,
+are cut in pieces whose sums are added afterwards. Two kernels compute the scores twice, 7 products in place of 5, but
+neither adds to what the other holds, and nothing is atomic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effpass.lowering.kernels.launch import multiprocessors
+from effpass.lowering.kernels.routed_index import TILE, Index, Items
+from effpass.lowering.kernels.routed_rows import (
+    Described,
+    Sizes,
+    Tiling,
+    locate,
+    options,
+    rows_of,
+    tiling,
+    tokens_at_once,
+)
+from effpass.lowering.ops.routed_blocks import Blocks
+
+__all__ = ["backward"]
+
+_PIECES = 8  # of lists, for each multiprocessor
+
+
+def backward(
+    d_output: Tensor, output: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+    chosen: Tensor, block: int, scale: float, of_query: Tiling | None = None, of_key: Tiling | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`effpass::routed_attention_backward` where `supported`; tilings in place of those that are used."""
+    tokens = q.shape[0]
+    q, k, v, d_output = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, d_output))
+    chosen, sizes, blocks = chosen.contiguous(), Sizes.of(q, k, v, block), Blocks.of(cu_seqlens, tokens, block)
+    index = Index.of(chosen, blocks.start.shape[0])
+    delta, rows = torch.empty_like(logsumexp), logsumexp.numel()
+    of_delta = Tiling(32, 0, 4, 1)
+    _delta[(triton.cdiv(rows, of_delta.block_m),)](
+        output.contiguous(), d_output, delta, *d_output.stride()[:2], rows, q.shape[1], VALUE=sizes.VALUE,
+        BLOCK_V=sizes.BLOCK_V, BLOCK_M=of_delta.block_m, **options(q.device, of_delta),
+    )  # fmt: skip
+    saved = (q, k, v, d_output, logsumexp.contiguous(), delta)
+    d_q = _of_query(saved, chosen, index, blocks, sizes, scale, of_query)
+    return d_q, *_of_key(saved, chosen.shape[2], index, blocks, sizes, scale, of_key)
+
+
+def _of_query(
+    saved: tuple[Tensor, ...], chosen: Tensor, index: Index, blocks: Blocks, sizes: Sizes, scale: float,
+    how: Tiling | None,
+) -> Tensor:  # fmt: skip
+    q, k, v, *_ = saved
+    (tokens, heads, _), groups, places = q.shape, k.shape[1], chosen.shape[2]
+    how = how or tiling("query", sizes, q.element_size())
+    part = tokens_at_once(tokens, places * heads * sizes.KEY * q.element_size())
+    items = Items.of(index, part, how.block_m // sizes.HEADS, tokens)
+    waiting = q.new_empty((min(part, tokens), groups, places, sizes.REPEAT, sizes.KEY))
+    d_q = q.new_empty(q.shape)
+    of_keys = Described.rows(k, how.block_n, sizes.BLOCK_K, how.has_descriptors)
+    of_values = Described.rows(v, how.block_n, sizes.BLOCK_V, how.has_descriptors)
+    of_sum = Tiling(max(32, sizes.HEADS), 0, 4, 1)
+    for number, first in enumerate(range(0, tokens, part)):
+        _query_gradient[(items.block.shape[2], groups)](
+            *saved, of_keys.of, of_values.of, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks, *items,
+            waiting, *(n for x in saved[:4] for n in x.stride()[:2]), *of_keys[1:], *of_values[1:], number, first,
+            items.block.shape[2], index.begin.shape[1] - 1, index.tokens.shape[1], places, scale, **sizes._asdict(),
+            DESCRIBED=of_keys.of is not None and of_values.of is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
+            **options(q.device, how),
+        )  # fmt: skip
+        rows = min(part, tokens - first)
+        _sum[(triton.cdiv(rows, of_sum.block_m // sizes.HEADS), groups)](
+            waiting, chosen, d_q, first, first + rows, tokens, places, scale, REPEAT=sizes.REPEAT, HEADS=sizes.HEADS,
+            KEY=sizes.KEY, BLOCK_K=sizes.BLOCK_K, BLOCK_M=of_sum.block_m, **options(q.device, of_sum),
+        )  # fmt: skip
+    return d_q
+
+
+def _of_key(
+    saved: tuple[Tensor, ...], places: int, index: Index, blocks: Blocks, sizes: Sizes, scale: float,
+    how: Tiling | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v, *_ = saved
+    tokens, groups = k.shape[:2]
+    how = how or tiling("key", sizes, q.element_size())
+    step = how.block_m // sizes.HEADS
+    size = triton.cdiv(triton.cdiv(tokens * places * groups, _PIECES * multiprocessors(q.device)), step) * step
+    items = Items.of(index, triton.cdiv(tokens, TILE) * TILE, size, tokens)
+    pieces, count = items.block.shape[2], index.begin.shape[1] - 1
+    parts = [
+        torch.empty((groups, pieces, sizes.BLOCK, n), dtype=torch.float32, device=q.device)
+        for n in (sizes.KEY, sizes.VALUE)
+    ]
+    _key_gradient[(pieces, sizes.BLOCK // how.block_n, groups)](
+        *saved, blocks.start, blocks.stop, index.begin, index.tokens, *items, *parts,
+        *(n for x in saved[:4] for n in x.stride()[:2]), size, pieces, count, index.tokens.shape[1], scale,
+        **sizes._asdict(), BLOCK_M=how.block_m, BLOCK_N=how.block_n, **options(q.device, how),
+    )  # fmt: skip
+    d_k, d_v = (x.new_empty(x.shape) for x in (k, v))
+    of_sum = Tiling(min(32, sizes.BLOCK), 0, 4, 1)
+    for part, found, width, factor in ((parts[0], d_k, sizes.BLOCK_K, scale), (parts[1], d_v, sizes.BLOCK_V, 1.0)):
+        _add_pieces[(count, sizes.BLOCK // of_sum.block_m, groups)](
+            part, found, blocks.start, blocks.stop, items.before, items.low, items.high, size, pieces, factor,
+            SIZE=found.shape[2], BLOCK=sizes.BLOCK, BLOCK_SIZE=width, BLOCK_M=of_sum.block_m,
+            **options(q.device, of_sum),
+        )  # fmt: skip
+    return d_k, d_v
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _delta(output, d_output, delta, d_t, d_h, rows, heads, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+           BLOCK_M: tl.constexpr):  # fmt: skip
+    row, dv = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_V)
+    kept = (row < rows)[:, None] & (dv < VALUE)[None, :]
+    out = tl.load(output + row.to(tl.int64)[:, None] * VALUE + dv[None, :], mask=kept, other=0)
+    at = (row // heads).to(tl.int64) * d_t + (row % heads).to(tl.int64) * d_h
+    d_out = tl.load(d_output + at[:, None] + dv[None, :], mask=kept, other=0)
+    tl.store(delta + row, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1), mask=row < rows)
+
+
+@triton.jit(
+    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "items",
+                       "blocks", "entries", "places"]
+)  # fmt: skip
+def _query_gradient(
+    query, keys, values, d_output, logsumexp, delta, of_keys, of_values, starts, stops, list_begin, listed, ranks,
+    item_block, before, low, high, waiting, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, keys_row,
+    keys_column, values_row, values_column, part, from_token, items, blocks, entries, places, scale,
+    REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """ds k of one block of keys and some of the tokens that chose it."""
+    item, group = tl.program_id(0), tl.program_id(1)
+    groups = tl.num_programs(1)
+    block, at_first, at_end = locate(
+        item_block, before, low, high, part, item, items, blocks, group, groups, BLOCK_M // HEADS
+    )
+    if block >= blocks:
+        return
+    start, stop = tl.load(starts + block), tl.load(stops + block)
+    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    listed += group.to(tl.int64) * entries
+    at, token, head, live = rows_of(listed, at_first, at_end, REPEAT, HEADS, BLOCK_M)
+    rank = tl.load(ranks + group.to(tl.int64) * entries + at, mask=live, other=0)
+    of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
+    at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
+    q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
+    at_d = d_output + (of_token * d_t + of_head * d_h)[:, None] + dv[None, :]
+    d_out = tl.load(at_d, mask=live[:, None] & (dv < VALUE)[None, :], other=0)
+    of_row = of_token * (groups * REPEAT) + of_head
+    of_sum = tl.load(logsumexp + of_row, mask=live, other=float("inf")) * 1.4426950408889634
+    of_delta = tl.load(delta + of_row, mask=live, other=0)
+    keys += group.to(tl.int64) * keys_h
+    values += group.to(tl.int64) * values_h
+    factor = scale * 1.4426950408889634
+    d_q = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    whole = tl.where(at_first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
+    for i in range(0, whole, BLOCK_N):
+        if DESCRIBED:
+            k = of_keys.load([start + i + group * keys_row, group * keys_column])
+            v = of_values.load([start + i + group * values_row, group * values_column])
+        else:
+            row = (start + i + span).to(tl.int64)
+            at_k, at_v = keys + row[:, None] * keys_t + dk[None, :], values + row[:, None] * values_t + dv[None, :]
+            k = tl.load(at_k) if KEY == BLOCK_K else tl.load(at_k, mask=(dk < KEY)[None, :], other=0)
+            v = tl.load(at_v) if VALUE == BLOCK_V else tl.load(at_v, mask=(dv < VALUE)[None, :], other=0)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - of_sum[:, None])
+        d_p = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+        d_q = tl.dot((p * (d_p - of_delta[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
+    for i in range(whole, stop - start, BLOCK_N):
+        key = start + i + span
+        inside, row = key < stop, key.to(tl.int64)
+        at_k, at_v = keys + row[:, None] * keys_t + dk[None, :], values + row[:, None] * values_t + dv[None, :]
+        k = tl.load(at_k, mask=inside[:, None] & (dk < KEY)[None, :], other=0)
+        v = tl.load(at_v, mask=inside[:, None] & (dv < VALUE)[None, :], other=0)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - of_sum[:, None])
+        p = tl.where(inside[None, :] & (key[None, :] <= token[:, None]), p, 0)
+        d_p = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+        d_q = tl.dot((p * (d_p - of_delta[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
+    slot = ((((token - from_token) * groups + group).to(tl.int64) * places) + rank) * REPEAT + head
+    kept = live[:, None] & (dk < KEY)[None, :]
+    tl.store(waiting + slot[:, None] * KEY + dk[None, :], d_q.to(waiting.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["from_token", "to_token", "tokens", "places"])
+def _sum(
+    waiting, chosen, d_query, from_token, to_token, tokens, places, scale, REPEAT: tl.constexpr, HEADS: tl.constexpr,
+    KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    group, groups, row = tl.program_id(1), tl.num_programs(1), tl.arange(0, BLOCK_M)
+    token = from_token + tl.program_id(0) * (BLOCK_M // HEADS) + row // HEADS
+    head, dk = row % HEADS, tl.arange(0, BLOCK_K)
+    live = (token < to_token) & (head < REPEAT)
+    of_list = (group.to(tl.int64) * tokens + token) * places
+    of_slots = ((token - from_token) * groups + group).to(tl.int64) * places
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    place = 0
+    while place < places:
+        there = tl.load(chosen + of_list + place, mask=live, other=-1) >= 0
+        slot = (of_slots + place) * REPEAT + head
+        at = waiting + slot[:, None] * KEY + dk[None, :]
+        total += tl.load(at, mask=there[:, None] & (dk < KEY)[None, :], other=0).to(tl.float32)
+        place = tl.where(tl.max(there.to(tl.int32), 0) > 0, place + 1, places)
+    to = token.to(tl.int64) * (groups * REPEAT) + group * REPEAT + head
+    tl.store(d_query + to[:, None] * KEY + dk[None, :], (total * scale).to(d_query.dtype.element_ty),
+             mask=live[:, None] & (dk < KEY)[None, :])  # fmt: skip
+
+
+@triton.jit
+def _visited(
+    at_first, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group, heads,
+    factor, d_k, d_v, MASKED: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr,
+    VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dsᵀ q and pᵀ dout of some keys and BLOCK_M rows, added to `d_k` and `d_v`."""
+    dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    _, token, head, live = rows_of(listed, at_first, end, REPEAT, HEADS, BLOCK_M)
+    of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
+    at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
+    q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
+    at_d = d_output + (of_token * d_t + of_head * d_h)[:, None] + dv[None, :]
+    d_out = tl.load(at_d, mask=live[:, None] & (dv < VALUE)[None, :], other=0)
+    of_row = of_token * heads + of_head
+    of_sum = tl.load(logsumexp + of_row, mask=live, other=float("inf")) * 1.4426950408889634
+    of_delta = tl.load(delta + of_row, mask=live, other=0)
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * factor - of_sum[None, :])
+    if MASKED:
+        p = tl.where((key < stop)[:, None] & (key[:, None] <= token[None, :]), p, 0)
+    d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="ieee")
+    d_p = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+    d_k = tl.dot((p * (d_p - of_delta[None, :])).to(q.dtype), q, d_k, input_precision="ieee")
+    return d_k, d_v
+
+
+@triton.jit(do_not_specialize=["size", "pieces", "blocks", "entries"])
+def _key_gradient(
+    query, keys, values, d_output, logsumexp, delta, starts, stops, list_begin, listed, item_block, before, low, high,
+    d_keys, d_values, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, size, pieces, blocks, entries,
+    scale, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A piece of one block's list, for BLOCK_N of its keys."""
+    piece, group = tl.program_id(0), tl.program_id(2)
+    groups = tl.num_programs(2)
+    block, at_first, at_end = locate(item_block, before, low, high, 0, piece, pieces, blocks, group, groups, size)
+    if block >= blocks:
+        return
+    at_end = tl.minimum(at_end, at_first + size)
+    start, stop = tl.load(starts + block), tl.load(stops + block)
+    inner = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    key, dk, dv = start + inner, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    row, inside = key.to(tl.int64), key < stop
+    at_k = keys + group.to(tl.int64) * keys_h + row[:, None] * keys_t + dk[None, :]
+    at_v = values + group.to(tl.int64) * values_h + row[:, None] * values_t + dv[None, :]
+    k = tl.load(at_k, mask=inside[:, None] & (dk < KEY)[None, :], other=0)
+    v = tl.load(at_v, mask=inside[:, None] & (dv < VALUE)[None, :], other=0)
+    d_k, d_v = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    step: tl.constexpr = BLOCK_M // HEADS
+    listed += group.to(tl.int64) * entries
+    factor, heads = scale * 1.4426950408889634, groups * REPEAT
+    # The block's own tokens stand first, and only they are masked.
+    own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
+    masked = at_first + tl.cdiv(tl.maximum(tl.minimum(own, at_end) - at_first, 0), step) * step
+    for at in range(at_first, masked, step):
+        d_k, d_v = _visited(
+            at, at_end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
+            heads, factor, d_k, d_v, True, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+        )  # fmt: skip
+    for at in range(masked, at_end, step):
+        d_k, d_v = _visited(
+            at, at_end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
+            heads, factor, d_k, d_v, False, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+        )  # fmt: skip
+    to = ((group * pieces + piece).to(tl.int64) * BLOCK + inner)[:, None]
+    tl.store(d_keys + to * KEY + dk[None, :], d_k, mask=inside[:, None] & (dk < KEY)[None, :])
+    tl.store(d_values + to * VALUE + dv[None, :], d_v, mask=inside[:, None] & (dv < VALUE)[None, :])
+
+
+@triton.jit(do_not_specialize=["size", "pieces"])
+def _add_pieces(
+    parts, out, starts, stops, before, low, high, size, pieces, factor, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Some keys of a block: the sum over the pieces of its list."""
+    block, group, blocks = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
+    groups = tl.num_programs(2)
+    inner, d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_SIZE)
+    key = tl.load(starts + block) + inner
+    kept = (key < tl.load(stops + block))[:, None] & (d < SIZE)[None, :]
+    lane = group.to(tl.int64) * blocks + block
+    first, count = tl.load(before + lane), tl.cdiv(tl.load(high + lane) - tl.load(low + lane), size)
+    total = tl.zeros([BLOCK_M, BLOCK_SIZE], tl.float32)
+    for piece in range(first, first + count):
+        at = ((group * pieces + piece).to(tl.int64) * BLOCK + inner)[:, None] * SIZE + d[None, :]
+        total += tl.load(parts + at, mask=kept, other=0)
+    to = (key.to(tl.int64) * groups + group)[:, None] * SIZE + d[None, :]
+    tl.store(out + to, (total * factor).to(out.dtype.element_ty), mask=kept)
