@@ -69,7 +69,7 @@ class Tiling(NamedTuple):
 
     scored: int = 16 << 10
     choose: Programs = Programs(2, 16, 16)
-    attend: Programs = Programs(2, 8, 16)
+    attend: Programs = Programs(1, 8, 8)
     whole: int = 64 << 10
     tile: int = 40 << 10
 

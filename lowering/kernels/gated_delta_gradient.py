@@ -25,11 +25,11 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     gate_column,
     gate_tile,
     inverse_norm,
-    is_steep,
     matrix,
     place,
     root,
     root_gradient,
+    steep_levels,
     tile,
 )
 
@@ -200,23 +200,26 @@ def gradient(
             d_query, d_key, d_sums = _level(
                 key, query, across, across, far_lower, far_scores, d_query, d_key, d_sums, PRECISION
             )
-            if is_steep(g, RANGE, BK, True):
-                for level in range(0, 5):
+            levels = steep_levels(g, RANGE, BK, True)
+            if RANGE != "bounded":
+                for level in range(0, levels):
                     decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT, True))
                     is_pair = (apart >> level) == 1
                     lower, scores = tl.where(is_pair, near_lower, 0), tl.where(is_pair, near_scores, 0)
                     d_query, d_key, d_sums = _level(
                         key, query, decay, decay, lower, scores, d_query, d_key, d_sums, PRECISION
                     )
-                of_same = tl.sum(tl.where(apart == 0, near_scores.to(tl.float32), 0), 0)[None, :]
+                of_same = tl.where((apart == 0) & (levels > 0), near_scores.to(tl.float32), 0)
+                of_same = tl.sum(of_same, 0)[None, :]
                 d_key += of_same * query
                 d_query += of_same * key
-            else:
-                exponent = exponents(middle, added, EXACT, True)
-                d_query, d_key, d_sums = _level(
-                    key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key,
-                    d_sums, PRECISION,
-                )  # fmt: skip
+            if RANGE != "any":
+                for _ in range(levels, 1):
+                    exponent = exponents(middle, added, EXACT, True)
+                    d_query, d_key, d_sums = _level(
+                        key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key,
+                        d_sums, PRECISION,
+                    )  # fmt: skip
             d_g = _suffix_sums(d_sums, upto, EXACT, PRECISION) + last[:, None]
             raw, g = gate_tile(
                 gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS, True

@@ -174,13 +174,17 @@ def exponents(which, added, EXACT: tl.constexpr, FLIP: tl.constexpr = False):
 
 
 @triton.jit
-def is_steep(g, RANGE: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
-    """Whether some 16 tokens decay by more than e^-80. RANGE: "bounded", none do; "any", say yes; "either", see."""
+def steep_levels(g, RANGE: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
+    """5, the levels of pairs, where some 16 tokens decay by more than e^-80; else 0.
+
+    It is for the ends of two loops, of which one runs: with products of matrices in the two arms of an `if`, Triton 3.6
+    gives wrong results on sm_90. RANGE: "bounded", none do; "any", say they do; "either", see.
+    """
     if RANGE == "either":
         if FLIP:
             found = tl.min(tl.sum(tl.reshape(g, (BK, C // BLOCK, BLOCK)), 2))
         else:
             found = tl.min(tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1))
-        return found < _LOWEST_BASE_2
+        return tl.where(found < _LOWEST_BASE_2, 5, 0)
     else:
-        return RANGE == "any"
+        return 5 if RANGE == "any" else 0

@@ -22,10 +22,10 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     gate_column,
     gate_tile,
     inverse_norm,
-    is_steep,
     matrix,
     place,
     root,
+    steep_levels,
     tile,
 )
 
@@ -57,10 +57,11 @@ def _near(key, query, g, added, matrices, middle, near_keys, near_queries, RANGE
           DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`near` with one more block of channels."""
     EXACT: tl.constexpr = tl.float32 == DTYPE
-    if is_steep(g, RANGE, BK):
+    levels = steep_levels(g, RANGE, BK)
+    if RANGE != "bounded":
         apart = distance()
         of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-        for level in range(0, 5):
+        for level in range(0, levels):
             decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT))
             decayed = (key * decay).to(DTYPE)
             columns = tl.trans(decayed)
@@ -70,13 +71,14 @@ def _near(key, query, g, added, matrices, middle, near_keys, near_queries, RANGE
             found = tl.dot((query * decay).to(DTYPE), columns, input_precision=PRECISION)
             of_queries = tl.where(is_pair, found, of_queries)
         near_keys += of_keys
-        near_queries += tl.where(apart == 0, tl.sum(query * key, 1)[:, None], of_queries)
-    else:
-        exponent = exponents(middle, added, EXACT)
-        late = tl.exp2(exponent)
-        columns = tl.trans((key * tl.exp2(-exponent)).to(DTYPE))
-        near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
-        near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
+        near_queries += tl.where((apart == 0) & (levels > 0), tl.sum(query * key, 1)[:, None], of_queries)
+    if RANGE != "any":
+        for _ in range(levels, 1):
+            exponent = exponents(middle, added, EXACT)
+            late = tl.exp2(exponent)
+            columns = tl.trans((key * tl.exp2(-exponent)).to(DTYPE))
+            near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
+            near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
     return near_keys, near_queries
 
 

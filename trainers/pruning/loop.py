@@ -99,11 +99,18 @@ class Distiller(AdapterTrainer, Loop):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         if self.learner is not None:
             self.learner.masks.refresh()
-        loss, parts = self.distillation.loss(model, self.teacher, inputs["input_ids"])
+        with self.accelerator.autocast():  # heads too: accelerate wraps the model's own forward alone
+            loss, parts = self.distillation.loss(model, self.teacher, inputs["input_ids"])
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
         self._count += 1
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer; then the model's forward is its own again, without autocast and casts to float32."""
+        done = super().train(*args, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._count:
