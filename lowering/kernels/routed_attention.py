@@ -3,7 +3,7 @@
 A program takes some tokens from the list of one block, whose query heads fill the rows of a matrix, and attends to that
 block alone. So tensor cores are full whatever tokens chose, and lengths and budget alone tell how long a call takes.
 What blocks give to a token waits in memory, some thousand tokens at a time, and is merged by the logarithms of its
-sums, as in MoBA (https://arxiv.org/abs/2502.13189). Every sum has one order: results are the same each time, bit for bit.
+sums, as in MoBA (https://arxiv.org/abs/2502.13189). Every sum has one order: results are the same bits each time.
 
 Shapes: T tokens, H query heads, G key-value heads, K key size, V value size, P places of a token's list.
 """

@@ -1,0 +1,220 @@
+"""Trainable sparse attention in a transformers model, by its attention interface.
+
+    routed = install(model, block=256, budget=4096)
+    routed.budgets = torch.tensor(...)  # int32 [layers]: another budget of each layer, from the next forward pass on
+
+A forward pass finds once where its sequences begin, and takes the budgets of that moment along, so that a checkpoint's
+recomputation attends as it did before whatever was assigned since. A change of budgets compiles nothing.
+
+Shapes: B rows, T tokens of a row, H query heads, G key-value heads, K key size, V value size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from effpass.core.errors import EffpassError, ModelError
+from effpass.core.model import inner_model
+from effpass.lowering.ops.routed_attention import trainable_sparse_attention
+from effpass.lowering.ops.routed_blocks import check_budget
+from effpass.lowering.ops.routed_coverage import coverage_curve
+from effpass.runtime.cache import full_layers
+
+__all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention"]
+
+NAME = "effpass_routed"
+_UNKNOWN = ("sliding_window", "softcap", "s_aux", "head_mask")
+
+
+class RoutedModel:
+    """A model whose layers of full attention attend to blocks that tokens choose.
+
+    Attributes:
+        layers: how many.
+        block: keys of a block.
+        max_budget: the most keys that a budget holds.
+        budgets: int32 [layers] on the model's device, keys that a token attends to. Assign a new tensor; one that a
+            forward pass has seen must not be written before its backward pass.
+        coverage: float32 [layers], the share of the router's softmax that the last forward pass attended to.
+        curves: float32 [layers, M], the same at the budgets of :meth:`watch`; None where nothing is watched.
+    """
+
+    def __init__(self, model: Any, numbers: list[int], block: int, budget: int, max_budget: int) -> None:
+        self._model, self._place = model, {number: place for place, number in enumerate(numbers)}
+        self.layers, self.block, self.max_budget = len(numbers), block, max_budget
+        device = next(model.parameters()).device
+        self.budgets = torch.full((self.layers,), budget, dtype=torch.int32, device=device)
+        # Written in place: what is new to a compiled model would be compiled again.
+        self.coverage = torch.zeros(self.layers, device=device)
+        self.curves: Tensor | None = None
+        self._watched: Tensor | None = None
+        text = model.config.get_text_config(decoder=True)
+        # A vision tower attends as it did.
+        self._part = next((n for n in model.config.sub_configs if getattr(model.config, n) is text), None)
+        self._before = text._attn_implementation
+        self._set(NAME)
+        self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def _set(self, implementation: str) -> None:
+        self._model.set_attn_implementation(implementation if self._part is None else {self._part: implementation})
+
+    def undo(self) -> None:
+        """Let the model attend as before."""
+        self._hook.remove()
+        self._set(self._before)
+
+    def watch(self, budgets: Tensor | None) -> None:
+        """From the next forward pass on, say in `curves` what other budgets would hold: int32 [M], or None to stop."""
+        self._watched = None if budgets is None else budgets.to(self.coverage.device)
+        self.curves = None if budgets is None else self.coverage.new_zeros((self.layers, len(budgets)))
+
+    def _begin(self, model: Any, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        if self.budgets.shape != (self.layers,) or self.budgets.dtype not in (torch.int32, torch.int64):
+            raise EffpassError(
+                f"sparse attention: budgets are {self.budgets.dtype} {tuple(self.budgets.shape)}",
+                hint=f"int32 [{self.layers}], the budget of each layer that attends sparsely",
+            )
+        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if inputs is None:
+            inputs = positional[0]
+        ends = kwargs.get("cu_seq_lens_q")
+        if ends is None:
+            _check_padding(kwargs.get("attention_mask"))
+            ends = ends_of(kwargs.get("position_ids"), inputs.shape[0], inputs.shape[1], inputs.device)
+        budgets = self.budgets.to(inputs.device)
+        return positional, {**kwargs, "cu_seq_lens_q": ends, "effpass_routed": (self, budgets)}
+
+    def attend(
+        self, number: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, budgets: Tensor, scale: float | None
+    ) -> Tensor:
+        """[T, H, V] of layer `number`, from q [T, H, K], k [T, G, K] and v [T, G, V]."""
+        place = self._place[number]
+        out, coverage = trainable_sparse_attention(
+            q, k, v, ends, budgets[place], block=self.block, max_budget=self.max_budget, scale=scale
+        )
+        with torch.no_grad():
+            self.coverage[place].copy_(coverage)
+            if self._watched is not None and self.curves is not None:
+                self.curves[place].copy_(coverage_curve(q, k, ends, self._watched, block=self.block, scale=scale))
+        return out
+
+
+def install(model: Any, *, block: int = 256, budget: int = 4096, max_budget: int | None = None) -> RoutedModel:
+    """Let the model's layers of full attention attend to blocks that tokens choose, in training and without a cache.
+
+    Args:
+        model: a transformers model, or a PeftModel.
+        block: keys of a block.
+        budget: keys that a token attends to, until others are assigned.
+        max_budget: the most keys that a budget will hold, which buffers are sized by; `budget` by default.
+
+    Raises:
+        ModelError: the model's attention has something that this has no place for.
+        EffpassError: the budget is below the blocks that are always chosen, or above `max_budget`.
+    """
+    most = budget if max_budget is None else max_budget
+    check_budget(budget, block, most)
+    runs = inner_model(model)
+    name = type(runs).__name__
+    if not hasattr(runs, "_can_set_attn_implementation") or not runs._can_set_attn_implementation():
+        raise ModelError(f"{name} does not attend through transformers' AttentionInterface")
+    for path, module in runs.named_modules():
+        if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
+            raise ModelError(f"{path} attends to sinks of its own, which sparse attention lacks")
+    full, others = full_layers(runs.config)
+    windows = {number: what for number, what in others.items() if "positions only" in what}
+    if windows or not full:
+        told = "; ".join(f"layer {number}: {what}" for number, what in list(windows.items())[:2])
+        raise ModelError(
+            f"{name} has layers that sparse attention would change: {told or 'none of them attends to all tokens'}",
+            hint="models whose attention layers all see every earlier token",
+        )
+    AttentionInterface.register(NAME, routed_attention)
+    return RoutedModel(runs, full, block, budget, most)
+
+
+def routed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    effpass_routed: tuple[RoutedModel, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a model's attention layer calls.
+
+    Args:
+        module: the attention layer; its `layer_idx` names the layer.
+        query: [B, H, T, K].
+        key: [B, G, T, K].
+        value: [B, G, T, V].
+        attention_mask: must be None.
+        scaling: factor of the scores; None stands for K^-½.
+        dropout: must be 0.
+        cu_seq_lens_q: int32 [N + 1], where sequences begin in the B T tokens.
+        effpass_routed: who attends, and the budgets of this forward pass.
+
+    Returns:
+        [B, T, H, V], and None where transformers expects weights.
+
+    Raises:
+        ModelError: the layer wants something that this has no place for, or reads a cache.
+    """
+    name = type(module).__name__
+    if effpass_routed is None or cu_seq_lens_q is None:
+        raise ModelError(
+            f"{name} was called without what the model's forward pass passes on",
+            hint="call the model that effpass.runtime.routed_attention.install was given, not a part of it",
+        )
+    unknown = [what for what in _UNKNOWN if kwargs.get(what) is not None]
+    if attention_mask is not None or unknown or dropout:
+        what = f"dropout of {dropout}" if dropout else unknown[0] if unknown else "an attention mask of its own"
+        raise ModelError(f"{name} passes {what} to attention, which sparse attention lacks")
+    batch, _, tokens, _ = query.shape
+    if key.shape[2] != tokens:
+        raise ModelError(
+            f"{name} attends to a cache of {key.shape[2]} keys with {tokens} queries",
+            hint="sparse attention trains and reads whole sequences; to generate, call undo() first",
+        )
+    routed, budgets = effpass_routed
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out = routed.attend(module.layer_idx, q, k, v, cu_seq_lens_q, budgets, scaling)
+    return out.unflatten(0, (batch, tokens)), None
+
+
+def ends_of(position_ids: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """int32 [N + 1]: where sequences begin in rows side by side, each row and each position 0, and B T.
+
+    Waits for the device where there are positions. A collator that knows it passes `cu_seq_lens_q` instead.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
+    is_first = (position_ids == 0).expand(batch, tokens).clone()
+    is_first[:, 0] = True
+    starts = is_first.flatten().nonzero()[:, 0].to(torch.int32)
+    return torch.nn.functional.pad(starts, (0, 1), value=batch * tokens)
+
+
+def _check_padding(attention_mask: Any) -> None:
+    """Padding behind a row disturbs nobody, since no token sees later ones."""
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        what = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise EffpassError(
+            f"sparse attention: attention_mask is {what}", hint="[B, T] with padding behind each row, or none at all"
+        )
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        raise EffpassError(
+            "sparse attention: attention_mask has padding in front of tokens",
+            hint="pad on the right, or pack sequences in one row with position_ids that begin at 0",
+        )
