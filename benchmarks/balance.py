@@ -20,6 +20,7 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.balance_kernels import CASES as KERNELS
 from benchmarks.balance_lengths import BUDGETS, DEFAULT, EXPONENT, LENGTHS, coverage, the_table
 from benchmarks.rows import Row, row
 from effpass.trainers.balance.batches import BalancedBatches
@@ -169,4 +170,4 @@ def real(device: str, smoke: bool) -> Iterator[Row]:
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     f"{lengths}-{ranks}": partial(simulated, lengths, ranks) for lengths in LENGTHS for ranks in RANKS
 }
-CASES |= {"planner": planner, "real": real, "table": table}
+CASES |= {"planner": planner, "real": real, "table": table, **KERNELS}

@@ -96,10 +96,12 @@ def _options(device: torch.device) -> dict[str, object]:
 def _ranked(chosen, token, tokens, places, block, first, BLOCKS: tl.constexpr):
     """[TILE, BLOCKS]: one more than the place of a block in a token's list, 0 where it is not in it."""
     rank = tl.zeros([token.shape[0], BLOCKS], tl.int32)
-    for place in range(places):
+    place = 0
+    while place < places:
         found = tl.load(chosen + token.to(tl.int64) * places + place, mask=token < tokens, other=-1)
         if tl.max(((found >= first) & (found < first + BLOCKS)).to(tl.int32), 0) > 0:
             rank = tl.where(found[:, None] == block[None, :], place + 1, rank)
+        place = tl.where(tl.max(found, 0) >= 0, place + 1, places)
     return rank
 
 
