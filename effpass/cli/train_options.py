@@ -15,13 +15,18 @@ __all__ = [
     "Accumulate",
     "ActivationName",
     "Alpha",
+    "Anchor",
     "AnnealEnd",
     "AnnealKind",
+    "Attention",
+    "Balance",
     "Clip",
     "Compile",
     "Data",
     "Dropout",
     "Dtype",
+    "Guard",
+    "Latencies",
     "LogEvery",
     "Lr",
     "Method",
@@ -33,11 +38,14 @@ __all__ = [
     "SaveEvery",
     "Schedule",
     "Seed",
+    "SparseBlock",
+    "SparseBudget",
     "Targets",
     "Warmup",
     "WeightDecay",
     "choice",
     "say",
+    "sparse_settings",
     "what_learns",
 ]  # fmt: skip
 
@@ -78,6 +86,21 @@ Dtype = Annotated[
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile each layer with Inductor.")]
 Seed = Annotated[int, typer.Option("--seed")]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attention", help="sparse: to blocks of keys that tokens choose.", show_default="the model's own"),  # type: ignore[arg-type]
+]
+SparseBudget = Annotated[int, typer.Option("--attention-budget", help="Keys that a token attends to, when sparse.")]
+SparseBlock = Annotated[int, typer.Option("--attention-block", help="Keys of a block: 32, 64, 128, 256 or 512.")]
+Balance = Annotated[
+    bool, typer.Option("--balance", help="Move sparse budgets and samples so that processes do not wait.")
+]
+Anchor = Annotated[str, typer.Option("--anchor", help="Whose time balance aims at: mean, min or max.")]
+Guard = Annotated[float, typer.Option("--guard", help="How far the covered share of the router's weight may move.")]
+Latencies = Annotated[
+    Path | None,
+    typer.Option("--latency-table", metavar="FILE", help="Instead of measuring.", show_default=False),
+]
 LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between two lines of metrics.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints; 0 for none.")]
 
@@ -93,6 +116,19 @@ def choice(value: str, known: tuple[str, ...], option: str) -> Any:
     if value not in known:
         raise EffpassError(f"{option}: got {value!r}{did_you_mean(value, known)}")
     return value
+
+
+def sparse_settings(attention: str | None, budget: int, block: int, balance: bool, anchor: str, guard: float) -> Any:
+    """Settings of sparse attention; None without it."""
+    from effpass.trainers.finetune.settings import Sparse
+
+    if attention is None:
+        if balance:
+            raise EffpassError("--balance moves budgets of sparse attention", hint="add --attention sparse")
+        return None
+    choice(attention, ("sparse",), "--attention")
+    chosen = choice(anchor, ("mean", "min", "max"), "--anchor")
+    return Sparse(budget, block, is_balanced=balance, anchor=chosen, p=guard)
 
 
 def what_learns(

@@ -12,13 +12,18 @@ from effpass.cli.train_options import (
     Accumulate,
     ActivationName,
     Alpha,
+    Anchor,
     AnnealEnd,
     AnnealKind,
+    Attention,
+    Balance,
     Clip,
     Compile,
     Data,
     Dropout,
     Dtype,
+    Guard,
+    Latencies,
     LogEvery,
     Lr,
     Method,
@@ -30,10 +35,13 @@ from effpass.cli.train_options import (
     SaveEvery,
     Schedule,
     Seed,
+    SparseBlock,
+    SparseBudget,
     Targets,
     Warmup,
     WeightDecay,
     say,
+    sparse_settings,
     what_learns,
 )  # fmt: skip
 
@@ -86,6 +94,13 @@ def sft(
     anneal: AnnealKind = "cosine",
     dtype: Dtype = None,
     compile_layers: Compile = False,
+    attention: Attention = None,
+    attention_budget: SparseBudget = 8192,
+    attention_block: SparseBlock = 256,
+    balance: Balance = False,
+    anchor: Anchor = "mean",
+    guard: Guard = 0.1,
+    latency_table: Latencies = None,
     seed: Seed = 0,
     log_every: LogEvery = 10,
     evaluate_every: EvaluateEvery = 0,
@@ -101,12 +116,13 @@ def sft(
         clip=clip, rank=rank, alpha=alpha, dropout=dropout, targets=targets, activation=activation,
         anneal_end=anneal_end, anneal=anneal, dtype=dtype,
     )  # fmt: skip
+    sparse = sparse_settings(attention, attention_budget, attention_block, balance, anchor, guard)
     settings = Settings(
         **common, steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, sequence_length=sequence_length,
-        is_packed=packing, compile=compile_layers, seed=seed, log_every=log_every, evaluate_every=evaluate_every,
-        save_every=save_every,
+        is_packed=packing, compile=compile_layers, sparse=sparse, seed=seed, log_every=log_every,
+        evaluate_every=evaluate_every, save_every=save_every,
     )  # fmt: skip
-    tune(model, data, output, settings, validation=validation, resume=resume, say=say())
+    tune(model, data, output, settings, validation=validation, latencies=latency_table, resume=resume, say=say())
 
 
 def afa_lora(
@@ -136,6 +152,13 @@ def afa_lora(
     anneal: AnnealKind = "cosine",
     dtype: Dtype = None,
     compile_layers: Compile = False,
+    attention: Attention = None,
+    attention_budget: SparseBudget = 8192,
+    attention_block: SparseBlock = 256,
+    balance: Balance = False,
+    anchor: Anchor = "mean",
+    guard: Guard = 0.1,
+    latency_table: Latencies = None,
     seed: Seed = 0,
     log_every: LogEvery = 10,
     evaluate_every: EvaluateEvery = 0,

@@ -26,6 +26,7 @@ from effpass.core.errors import EffpassError
 from effpass.core.gguf import cache_dir
 from effpass.core.roofline import device_name
 from effpass.lowering.ops.routed_attention import trainable_sparse_attention
+from effpass.runtime.cache import full_layers
 from effpass.trainers.balance.table import LatencyTable, read_table, write_table
 
 __all__ = ["attention_seconds", "grid", "latency_table", "rest_seconds", "seconds_of"]
@@ -106,8 +107,7 @@ def _here(
     say(f"measuring what lengths and budgets cost on {name}: {len(lengths)} x {len(budgets)}")
     heads, groups, key_size, value_size = _sizes(model)
     measured = LatencyTable(
-        "measured", name, kind, torch.__version__, words, model.config.get_text_config(decoder=True).num_hidden_layers,
-        lengths, tuple(budgets),
+        "measured", name, kind, torch.__version__, words, len(full_layers(model.config)[0]), lengths, tuple(budgets),
         attention_seconds(heads, groups, key_size, value_size, lengths, budgets, block, device, dtype),
         tokens, rest_seconds(model, tokens, device, dtype),
     )  # fmt: skip

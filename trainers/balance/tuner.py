@@ -111,8 +111,11 @@ class SparsityTuner:
         self._next, self._measures, self._longest = 0, -1, 0
         self._curves: Tensor | None = None
         self._hooks = (
-            model.register_forward_pre_hook(self._before_forward), model.register_forward_hook(self._after_forward)
-        )  # fmt: skip
+            model.register_forward_pre_hook(
+                self._before_forward, prepend=True
+            ),  # the attention reads budgets in its own
+            model.register_forward_hook(self._after_forward),
+        )
 
     def close(self) -> None:
         """Leave the model, with the default budget."""

@@ -24,7 +24,18 @@ from numpy.typing import NDArray
 
 from effpass.core.errors import EffpassError, did_you_mean
 
-__all__ = ["Anchor", "Direction", "Tuning", "Waits", "group_seconds", "guard", "micro_batch_seconds", "slowest", "tune"]
+__all__ = [
+    "Anchor",
+    "Direction",
+    "Tuning",
+    "Waits",
+    "budgets_around",
+    "group_seconds",
+    "guard",
+    "micro_batch_seconds",
+    "slowest",
+    "tune",
+]
 
 Anchor = Literal["mean", "min", "max"]
 Direction = Literal["both", "down", "up", "none"]
@@ -76,6 +87,21 @@ class Tuning:
     def index(self) -> int:
         """Of the default among the budgets."""
         return self.budgets.index(self.default)
+
+
+def budgets_around(default: int, block: int) -> tuple[int, ...]:
+    """A quarter to four times as many keys, in whole blocks, the nearer to `default` the closer.
+
+    Raises:
+        EffpassError: fewer keys than the blocks that are always chosen hold.
+    """
+    if default <= block:
+        raise EffpassError(
+            f"budget: got {default} keys, and the first and the own block of {block}, which are always chosen, are two",
+            hint=f"a budget of {2 * block} keys or more, or smaller blocks",
+        )
+    around = {max(2, -(-default * eighths // (8 * block))) for eighths in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32)}
+    return tuple(block * blocks for blocks in sorted(around))
 
 
 def guard(coverage: Floats, default: int, p: float) -> tuple[Ints, Ints]:

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 
 from effpass.core.errors import ModelError
+from effpass.trainers.balance.tuner import SparsityTuner, documents_of
+from effpass.trainers.finetune.balanced import save_tuner
 from effpass.trainers.finetune.packing import PackedBatches, make_rows, pack
 from effpass.trainers.finetune.samples import Sample
 from effpass.trainers.finetune.settings import Settings
@@ -78,6 +80,7 @@ class Tuner(AdapterTrainer, Loop):
         first_step: how many steps are done already.
         recorder: of metrics.
         validation: held-out samples; none is fine.
+        sparsity: moves the budgets of sparse attention; None leaves them.
     """
 
     most_workers = 0  # rows are put together in less time than it takes to queue a step
@@ -91,13 +94,32 @@ class Tuner(AdapterTrainer, Loop):
         first_step: int,
         recorder: Recorder,
         validation: Sequence[Sample] = (),
+        sparsity: SparsityTuner | None = None,
     ) -> None:
         self.trained = trained
+        self.sparsity = sparsity
         self.validation = validation
         self.batches = batches
         super().__init__(trained.model, args, batches, first_step, settings.optimizer, settings.schedule, recorder)
         for callback in trained.callbacks():
             self.add_callback(callback)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """All micro-batches of a step, which the tuner plans by."""
+        found = super().get_batch_samples(*args, **kwargs)
+        if self.sparsity is not None and found[0]:
+            self.sparsity.begin_step([documents_of(batch) for batch in found[0]])
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.sparsity is not None and "loss" in logs:
+            logs |= self.sparsity.metrics()
+        super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.sparsity is not None:  # of each process, before the state that makes the checkpoint whole
+            save_tuner(self.sparsity, Path(output_dir), self.args.process_index)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The mean over the step's graded tokens, plus the router's loss where the model has one."""

@@ -23,6 +23,9 @@ import torch
 
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.model import load_model, read_source
+from effpass.trainers.balance.plot import plot_balance
+from effpass.trainers.balance.table import read_table, write_table
+from effpass.trainers.finetune.balanced import LATENCY, BalancedRows, load_tuner, make_sparse
 from effpass.trainers.finetune.loop import Tuner, check_packing, training_arguments
 from effpass.trainers.finetune.memory import estimate, host_line
 from effpass.trainers.finetune.packing import PackedBatches, check_lengths
@@ -46,6 +49,8 @@ __all__ = ["begin", "check_plots", "check_same", "explained", "learned_line", "l
 
 # What may differ between a run and its resumption; the micro-batches of a step move its gradient by rounding alone.
 _FREE = ("accumulate", "log_every", "evaluate_every", "save_every")
+# Metrics that people see.
+_SHOWN = ("loss", "eval_", "anneal", "balance_imbalance", "balance_bubble", "balance_budget", "balance_coverage")
 
 
 def tune(
@@ -55,6 +60,7 @@ def tune(
     settings: Settings,
     *,
     validation: Path | None = None,
+    latencies: Path | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -66,12 +72,13 @@ def tune(
         folder: where the result goes; must not exist.
         settings: of the run.
         validation: held-out samples, of the same forms.
+        latencies: a latency table, for balance, instead of that in the cache.
         resume: go on from the last checkpoint in ``FOLDER.training``.
         say: gets lines for people, in the first process only.
 
     Returns:
         `folder`: a stock checkpoint with its tokenizer, or a stock PEFT adapter; beside it ``training.json`` (settings,
-        hash of the data, final losses), ``metrics.jsonl`` and ``loss.png``.
+        hash of the data, final losses), ``metrics.jsonl``, ``loss.png`` and, of a balanced run, ``balance.png``.
 
     Raises:
         EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
@@ -80,6 +87,8 @@ def tune(
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
     check_plots()
+    if latencies is not None:
+        read_table(latencies)
     config, tokenizer = read_model(source)
     samples = read_samples(data, tokenizer)
     held_out = read_samples(validation, tokenizer) if validation is not None else []
@@ -105,7 +114,8 @@ def tune(
         check_same(run, work)
     args = training_arguments(settings, 1, work / "checkpoints")
     say = say if args.should_save else lambda line: None
-    batches = PackedBatches(
+    is_balanced = settings.sparse is not None and settings.sparse.is_balanced
+    batches = (BalancedRows if is_balanced else PackedBatches)(
         samples, length=length, batch=settings.batch, accumulate=settings.accumulate, steps=settings.steps,
         epochs=settings.epochs, seed=settings.seed, is_packed=settings.is_packed, pad=pad_token(tokenizer),
         rank=args.process_index, world=args.world_size,
@@ -129,17 +139,26 @@ def tune(
     trained = load(source, settings, schedule, args.device)
     set_experts(trained.model)
     say(learned_line(trained))
+    sparse = None
+    if settings.sparse is not None:
+        kept = work / LATENCY if resume else latencies
+        sparse = make_sparse(trained.model, settings.sparse, batches, getattr(torch, settings.dtype), kept, say)
     if settings.is_packed:
         check_packing(trained.model, getattr(torch, settings.dtype))
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     if args.process_index == 0:
         begin(work, run, first_step, resume=resume)
+        if sparse is not None and sparse.table is not None:
+            write_table(work / LATENCY, sparse.table)
     if resume:
         say(f"going on from step {first_step}")
+    sparsity = None if sparse is None else sparse.tuner
+    if sparsity is not None and checkpoint is not None:
+        load_tuner(sparsity, checkpoint, args.process_index)
     if settings.compile:
         compile_layers(trained.model)
-    recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"), writes=args.should_save)
-    trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out)
+    recorder = Recorder(work / METRICS, batches.steps, say, _SHOWN, writes=args.should_save)
+    trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out, sparsity)
     autocast = trained.under_autocast() if bfloat16 else nullcontext()
     with explained(found, work, say, "--resume with a larger --accumulate"), autocast:
         if first_step == 0:
@@ -147,6 +166,8 @@ def tune(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if not settings.evaluate_every or batches.steps % settings.evaluate_every:
             trainer.evaluate()
+    if sparse is not None:
+        sparse.close()
     if args.process_index == 0:
         facts = {**run, "steps": batches.steps, "passes": round(batches.passes, 3), "sequence_length": length,
                  "samples": len(samples), "device": str(args.device), "processes": args.world_size}  # fmt: skip
@@ -250,6 +271,8 @@ def publish(folder: Path, work: Path, trained: Trained, tokenizer: Any, dtype: s
         shutil.copyfile(work / METRICS, temporary / METRICS)
         lines = read_metrics(work / METRICS)
         plot_losses(lines, temporary / "loss.png")
+        if any("balance_imbalance" in line for line in lines):
+            plot_balance(lines, temporary / "balance.png")
         weights = sorted(temporary.glob("*.safetensors"))
         record = {
             **facts,

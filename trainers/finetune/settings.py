@@ -9,11 +9,15 @@ from effpass.core.errors import EffpassError, did_you_mean
 from effpass.trainers.afa_lora.lora import LoraSettings
 from effpass.trainers.afa_lora.schedule import AnnealSchedule
 from effpass.trainers.afa_lora.variant import ACTIVATIONS
+from effpass.trainers.balance.tuning import Anchor, Tuning, budgets_around
 from effpass.trainers.lm.config import OptimizerConfig, Schedule
 
-__all__ = ["RATES", "Anneal", "Method", "Settings"]
+__all__ = ["RATES", "Anneal", "Method", "Settings", "Sparse"]
 
 Method = Literal["full", "lora", "afa-lora"]
+
+# Keys of a block that kernels have.
+_BLOCKS = (32, 64, 128, 256, 512)
 
 # Learning rates where none is given. MONA's and Muon's updates are scaled so that AdamW's rates carry over.
 RATES = {"full": 2e-5, "lora": 2e-4, "afa-lora": 2e-4}
@@ -37,6 +41,35 @@ class Anneal:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """Attention to blocks that tokens choose: see :mod:`effpass.lowering.ops.routed_attention`.
+
+    Attributes:
+        budget: keys that a token attends to, rounded up to whole blocks.
+        block: keys of a block.
+        is_balanced: budgets move, and samples are shared out, so that processes do not wait for each other.
+        anchor, p: of :class:`~effpass.trainers.balance.tuning.Tuning`.
+    """
+
+    budget: int = 8192
+    block: int = 256
+    is_balanced: bool = False
+    anchor: Anchor = "mean"
+    p: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.block not in _BLOCKS:
+            raise EffpassError(f"block: got {self.block}, expected one of {', '.join(map(str, _BLOCKS))}")
+        self.tuning  # noqa: B018  (checks its values)
+
+    @property
+    def tuning(self) -> Tuning:
+        """Gradients are added up once a step, and there the processes wait for each other."""
+        default = -(-self.budget // self.block) * self.block
+        return Tuning(budgets_around(self.budget, self.block), default, self.anchor, self.p, waits="step")
+
+
+@dataclass(frozen=True)
 class Settings:
     """A supervised run.
 
@@ -55,6 +88,7 @@ class Settings:
         dtype: of computation. What learns is float32 either way; frozen weights, and a fully tuned model when it is
             saved, are of this type.
         compile: compile each decoder layer with Inductor.
+        sparse: attention that is sparse; None for the model's own.
         seed: of the adapter, dropout and the order of the data.
         log_every, evaluate_every, save_every: steps; 0 for evaluations at the beginning and the end alone, and for no
             checkpoints.
@@ -73,6 +107,7 @@ class Settings:
     anneal: Anneal = field(default_factory=Anneal)
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    sparse: Sparse | None = None
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 0
@@ -87,6 +122,8 @@ class Settings:
                 raise EffpassError(f"{name}: got {value}, expected at least {low}")
         if self.batch % self.accumulate:
             raise EffpassError(f"a batch of {self.batch} rows can't be cut into {self.accumulate} micro-batches")
+        if self.sparse is not None and self.sparse.is_balanced and not self.is_packed:
+            raise EffpassError("balanced micro-batches are packed rows", hint="leave out --no-packing")
         if self.save_every % self.log_every:
             raise EffpassError(
                 f"save_every: got {self.save_every}, expected a multiple of log_every ({self.log_every})",

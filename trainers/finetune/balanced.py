@@ -1,0 +1,179 @@
+"""Packed micro-batches that cost alike on all ranks, and the sparse attention and tuner of a supervised run.
+
+A step has the samples that it has without balancing: those that packing puts into its rows. They are shared out anew,
+over all processes and micro-batches, by what they are expected to cost; a micro-batch is one row, as long as its
+samples, and holds no more tokens than its rows did. So the loss of a step is the same up to its attention and rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effpass.core.errors import ArtifactError, EffpassError
+from effpass.runtime.routed_attention import RoutedModel, install
+from effpass.trainers.balance.batches import sample_seconds
+from effpass.trainers.balance.expected import Expected
+from effpass.trainers.balance.measure import latency_table
+from effpass.trainers.balance.shares import Shares, share
+from effpass.trainers.balance.table import LatencyTable
+from effpass.trainers.balance.tuner import SparsityTuner
+from effpass.trainers.finetune.packing import PackedBatches, make_rows
+from effpass.trainers.finetune.settings import Sparse
+
+__all__ = ["LATENCY", "BalancedRows", "SparseRun", "load_tuner", "make_sparse", "save_tuner"]
+
+#: The run's latency table, beside its checkpoints: a resumed run plans by the same numbers.
+LATENCY = "latency.json"
+
+# Steps that a loader without workers plans ahead: accelerate's asks for the next micro-batch before it gives one.
+_AHEAD = 1
+
+
+class BalancedRows(PackedBatches):
+    """The run's micro-batches, in order; arguments are those of :class:`PackedBatches`, and :meth:`balance` follows."""
+
+    _table: LatencyTable
+    _expected: Expected
+
+    def balance(self, table: LatencyTable, expected: Expected) -> None:
+        """Say what samples cost, before the first micro-batch is read.
+
+        Args:
+            table: the same on all processes.
+            expected: the tuner's.
+        """
+        self._table, self._expected = table, expected
+        self._plans: dict[int, Shares] = {}
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.batch // (self.accumulate * self.world) * self.length
+
+    def __getitem__(self, micro: int) -> dict[str, torch.Tensor]:
+        """Micro-batch number `micro` of this process: see :meth:`PackedBatches.__getitem__`, with B = 1."""
+        step, part = divmod(micro, self.accumulate)
+        if step not in self._plans:
+            self._plans = {step: self._plan(step)}
+        mine = self._plans[step][self.rank][part]
+        graded = sum(int(self.samples[n].graded.sum()) for row in self._rows_of(step) for n in row)
+        length = sum(len(self.samples[n].tokens) for n in mine)
+        batch = make_rows([[self.samples[n] for n in mine]], max(length, 1), self.pad)
+        weights = batch.pop("graded").float() * (self.accumulate * self.world / graded)
+        del batch["sample"]
+        return {**batch, "weights": weights}
+
+    def _rows_of(self, step: int) -> list[list[int]]:
+        return self.rows[step * self.batch : (step + 1) * self.batch]
+
+    def _plan(self, step: int) -> Shares:
+        rows = self._rows_of(step)
+        samples = [n for row in rows for n in row]
+        sizes = np.array([len(self.samples[n].tokens) for n in samples])
+        each = self.batch // (self.accumulate * self.world)
+        budgets = self._expected.budgets(sizes, max(0, step - _AHEAD))
+        average = sizes.sum() / (self.accumulate * self.world)
+        costs = sample_seconds(self._table, sizes, budgets, float(average))
+        found = share(costs, sizes.tolist(), self.world, self.accumulate, self.most_tokens)
+        if found is not None:
+            return [[[samples[n] for n in micro] for micro in rank] for rank in found]
+        # As they were packed: the last step may have fewer samples than micro-batches, and full rows fit in one way.
+        rows = rows + [[]] * (self.batch - len(rows))
+        parts = [[n for row in rows[first : first + each] for n in row] for first in range(0, self.batch, each)]
+        return [[parts[part * self.world + rank] for part in range(self.accumulate)] for rank in range(self.world)]
+
+
+@dataclass(frozen=True)
+class SparseRun:
+    """
+    Attributes:
+        routed: the model, attending sparsely.
+        table: None where nothing is balanced.
+        tuner: likewise.
+    """
+
+    routed: RoutedModel
+    table: LatencyTable | None = None
+    tuner: SparsityTuner | None = None
+
+    def close(self) -> None:
+        """Let the model attend as before."""
+        if self.tuner is not None:
+            self.tuner.close()
+        self.routed.undo()
+
+
+def make_sparse(
+    model: Any,
+    how: Sparse,
+    batches: PackedBatches,
+    dtype: torch.dtype,
+    file: Path | None,
+    say: Callable[[str], None],
+) -> SparseRun:
+    """Let the model attend sparsely and, where `how` says so, balance the batches.
+
+    Args:
+        model: as it trains, on its device.
+        how: budget and balance.
+        batches: :class:`BalancedRows` where it is to be balanced.
+        dtype: of computation.
+        file: a latency table; None for that in the cache.
+        say: gets lines for people.
+
+    Raises:
+        ModelError: the model can't attend sparsely.
+        EffpassError: `file` is no table.
+    """
+    tuning = how.tuning
+    if not how.is_balanced:
+        say(f"attention to {tuning.default} keys in blocks of {how.block}")
+        return SparseRun(install(model, block=how.block, budget=tuning.default))
+    assert isinstance(batches, BalancedRows)
+    routed = install(model, block=how.block, budget=tuning.default, max_budget=tuning.budgets[-1])
+    try:
+        table = latency_table(
+            model, tuning.budgets, batches.most_tokens, block=how.block, dtype=dtype, file=file, say=say
+        )
+    except EffpassError:
+        routed.undo()
+        raise
+    say(
+        f"attention to {tuning.default} keys in blocks of {how.block}, balanced: {tuning.budgets[0]} to"
+        f" {tuning.budgets[-1]}, anchor {tuning.anchor}, guard {tuning.p}"
+    )
+    tuner = SparsityTuner(model, routed, table, tuning)
+    batches.balance(table, tuner.expected)
+    return SparseRun(routed, table, tuner)
+
+
+def save_tuner(tuner: SparsityTuner, folder: Path, rank: int) -> None:
+    """In a checkpoint, of each process; the folder is whole once the Trainer's state is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _name(rank)).write_text(json.dumps(tuner.state_dict()))
+
+
+def load_tuner(tuner: SparsityTuner, folder: Path, rank: int) -> None:
+    """
+    Raises:
+        ArtifactError: the checkpoint has no state of this process.
+    """
+    path = folder / _name(rank)
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: no state of the balance: {error}", hint="go on with as many processes, or start anew"
+        ) from error
+    tuner.load_state_dict(state)
+
+
+def _name(rank: int) -> str:
+    return f"balance_{rank}.json"
