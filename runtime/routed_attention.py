@@ -20,11 +20,11 @@ from transformers import AttentionInterface
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.model import inner_model
 from effpass.lowering.ops.routed_attention import trainable_sparse_attention
-from effpass.lowering.ops.routed_blocks import check_budget
+from effpass.lowering.ops.routed_blocks import check_block, check_budget
 from effpass.lowering.ops.routed_coverage import coverage_curve
 from effpass.runtime.cache import full_layers
 
-__all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention"]
+__all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention", "routed_layers"]
 
 NAME = "effpass_routed"
 _UNKNOWN = ("sliding_window", "softcap", "s_aux", "head_mask")
@@ -72,7 +72,9 @@ class RoutedModel:
         self._watched = None if budgets is None else budgets.to(self.coverage.device)
         self.curves = None if budgets is None else self.coverage.new_zeros((self.layers, len(budgets)))
 
-    def _begin(self, model: Any, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    def _begin(self, model: Any, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+            return None  # the decode engine attends in its own way
         if self.budgets.shape != (self.layers,) or self.budgets.dtype not in (torch.int32, torch.int64):
             raise EffpassError(
                 f"sparse attention: budgets are {self.budgets.dtype} {tuple(self.budgets.shape)}",
@@ -114,27 +116,33 @@ def install(model: Any, *, block: int = 256, budget: int = 4096, max_budget: int
 
     Raises:
         ModelError: the model's attention has something that this has no place for.
-        EffpassError: the budget is below the blocks that are always chosen, or above `max_budget`.
+        EffpassError: no such blocks, a budget below those that are always chosen, or above `max_budget`.
     """
     most = budget if max_budget is None else max_budget
+    check_block("sparse attention", block)
     check_budget(budget, block, most)
     runs = inner_model(model)
-    name = type(runs).__name__
-    if not hasattr(runs, "_can_set_attn_implementation") or not runs._can_set_attn_implementation():
+    numbers = routed_layers(runs)
+    AttentionInterface.register(NAME, routed_attention)
+    return RoutedModel(runs, numbers, block, budget, most)
+
+
+def routed_layers(model: Any) -> list[int]:
+    """The layers that :func:`install` would change; raises as it does."""
+    name = type(model).__name__
+    if not hasattr(model, "_can_set_attn_implementation") or not model._can_set_attn_implementation():
         raise ModelError(f"{name} does not attend through transformers' AttentionInterface")
-    for path, module in runs.named_modules():
+    for path, module in model.named_modules():
         if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
             raise ModelError(f"{path} attends to sinks of its own, which sparse attention lacks")
-    full, others = full_layers(runs.config)
-    windows = {number: what for number, what in others.items() if "positions only" in what}
+    full, others = full_layers(model.config)
+    windows = [f"layer {number}: {what}" for number, what in others.items() if "positions only" in what]
     if windows or not full:
-        told = "; ".join(f"layer {number}: {what}" for number, what in list(windows.items())[:2])
         raise ModelError(
-            f"{name} has layers that sparse attention would change: {told or 'none of them attends to all tokens'}",
+            f"{name} has layers that sparse attention would change: {'; '.join(windows[:2]) or 'none attends to all'}",
             hint="models whose attention layers all see every earlier token",
         )
-    AttentionInterface.register(NAME, routed_attention)
-    return RoutedModel(runs, full, block, budget, most)
+    return full
 
 
 def routed_attention(

@@ -28,7 +28,10 @@ from effpass.core.errors import EffpassError
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.two_level_attention import listed, top
 
-__all__ = ["FORCED", "SIZES", "Blocks", "block_means", "check_budget", "places", "route_blocks", "router_scores"]
+__all__ = [
+    "FORCED", "SIZES", "Blocks", "block_means", "check_block", "check_budget", "places", "route_blocks",
+    "router_scores",
+]  # fmt: skip
 
 SIZES = (16, 32, 64, 128, 256, 512)
 FORCED = 2  # the sequence's first block, and the token's own
@@ -216,9 +219,13 @@ def check_packed(op: str, q: Tensor, k: Tensor, cu_seqlens: Tensor, block: int) 
             f"{cu_seqlens.device}, and q on {q.device}",
             hint="cu_seqlens is int32 or int64 [N + 1] on q's device: where sequences begin, and the number of tokens",
         )
+    check_block(f"effpass::{op}", block)
+
+
+def check_block(what: str, block: int) -> None:
+    """Raise an :class:`EffpassError` for a size that blocks don't have."""
     if block not in SIZES:
-        sizes = ", ".join(map(str, SIZES))
-        raise EffpassError(f"effpass::{op}: blocks of {block} keys", hint=f"block is one of {sizes}")
+        raise EffpassError(f"{what}: blocks of {block} keys", hint=f"block is one of {', '.join(map(str, SIZES))}")
 
 
 def check_rises(cu_seqlens: Tensor, tokens: int) -> None:

@@ -5,12 +5,15 @@ Decoding: blocks of keys first, then tokens in them, then exact attention over t
 Prompts, where asked for: each tile of queries attends to blocks that it chooses
 (:mod:`effpass.lowering.ops.block_sparse_attention`), in the engine and in programs. Below the length from which on it
 pays, attention is dense. Nothing is trained.
+
+Training, where asked for instead: each token attends to blocks that it chooses, forwards and backwards
+(:mod:`effpass.lowering.ops.routed_attention`, MoBA, https://arxiv.org/abs/2502.13189).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,7 @@ from effpass.core.report import Refusal
 from effpass.core.roofline import ceilings, device_and_dtype
 from effpass.lowering.ops import block_sparse_attention_causal  # noqa: F401  (registers the operator)
 from effpass.lowering.ops.block_sparse_attention import BlockSelection
+from effpass.lowering.ops.routed_blocks import check_block, check_budget
 from effpass.lowering.ops.two_level_attention import KERNELS, has_kernels
 from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
@@ -37,6 +41,7 @@ from effpass.passes.runtime.mla_absorption import absorb, latent_layers
 from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
+from effpass.runtime.routed_attention import install, routed_layers
 from effpass.runtime.sparse_attention import SparseSettings
 from effpass.runtime.sparse_audit import Audit
 from effpass.runtime.sparse_channels import check_channels, load_channels
@@ -67,6 +72,9 @@ class SparseAttentionOptions:
         prefill_density: share of the blocks that prompts attend to; null for all.
         prefill_threshold: share of the pooled weight that prompts attend to instead; null for none.
         audit: measure at each step what the choice holds, see :func:`recall`; slow, it reads all keys.
+        train_budget: keys that a token attends to in training; the model is then prepared for that, and decodes as it
+            did.
+        train_block: keys of a block in training.
     """
 
     tokens: int = 2048
@@ -83,8 +91,12 @@ class SparseAttentionOptions:
     prefill_density: float | None = None
     prefill_threshold: float | None = None
     audit: bool = False
+    train_budget: int | None = None
+    train_block: int = 256
 
     def __post_init__(self) -> None:
+        if self.train_budget is not None:
+            self._check_training(self.train_budget)
         if self.dense_below is not None and self.dense_below < 1:
             raise ValueError(f"dense_below: got {self.dense_below}, expected 1 or more")
         if self.prefill_density is not None and self.prefill_threshold is not None:
@@ -98,6 +110,15 @@ class SparseAttentionOptions:
         if how.levels == "tokens" and how.tokens > _MOST_CANDIDATES // 4:
             raise ValueError(f"tokens: got {how.tokens}, with levels: tokens expected at most {_MOST_CANDIDATES // 4}")
         self.prompts  # noqa: B018  (checks its values)
+
+    def _check_training(self, budget: int) -> None:
+        for field in fields(self):
+            if not field.name.startswith("train_") and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name} and train_budget: a recipe prepares a model to decode and read prompts, or to train"
+                )
+        check_block("train_block", self.train_block)
+        check_budget(budget, self.train_block, None)
 
     @property
     def selection(self) -> Selection:
@@ -138,6 +159,9 @@ class SparseAttention(Pass):
 
     def check_model(self, model: torch.nn.Module) -> None:
         runs = inner_model(model)
+        if self.options.train_budget is not None:
+            routed_layers(runs)
+            return
         if not hasattr(runs, "config") or not hasattr(runs, "generate"):
             raise ModelError(f"{type(runs).__name__} is no transformers model that generates")
         check_decodable(runs)
@@ -172,14 +196,17 @@ class SparseAttention(Pass):
                 )
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Make the model's caches choose; hits are layers."""
+        """Make the model's caches choose, or its tokens in training; hits are layers."""
         runs = inner_model(model)
         full, others = full_layers(runs.config)
         left_alone = [Refusal(f"layer {i}", f"{what}, and stays as it is") for i, what in others.items()]
         if not full:
             return 0, left_alone
-        absorb(runs)
         options = self.options
+        if options.train_budget is not None:
+            runs.effpass_routed = install(runs, block=options.train_block, budget=options.train_budget)
+            return len(full), left_alone
+        absorb(runs)
         channels = None if self._channels is None else self._channels[1]
         audits = {index: Audit(runs.device) for index in full} if options.audit else None
         below = self._break_even(runs) if options.dense_below is None else options.dense_below
@@ -207,6 +234,9 @@ class SparseAttention(Pass):
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         found = list(attentions(program))
         if not found:
+            return
+        if self.options.train_budget is not None:
+            yield Refusal(found[0].node.name, "training is sparse in the model", "effpass.prepare(model, recipe)")
             return
         if self.options.prompts is None:
             yield Refusal(

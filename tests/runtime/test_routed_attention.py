@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import effpass
 from effpass.core.errors import EffpassError, ModelError
 from effpass.runtime.routed_attention import install
 
@@ -146,6 +148,35 @@ def test_budgets_compile_nothing_in_a_compiled_model() -> None:
         losses.append(compiled(**batch).loss.detach())
         torch.testing.assert_close(losses[-1], model(**batch).loss.detach())
     assert len({float(x) for x in losses}) == 3
+
+
+def test_the_pass_prepares_a_model_to_train_and_leaves_decoding_as_it_was() -> None:
+    dense, model = llama(), llama()
+    recipe = {"version": 1, "passes": [{"sparse_attention": {"train_budget": 32, "train_block": 16}}]}
+    ready = effpass.prepare(model, recipe)
+    assert ready.effpass_report.hits == 3
+    assert not torch.equal(ready(**packed()).loss, dense(**packed()).loss)
+    assert 0 < float(ready.effpass_routed.coverage[0]) < 1
+    prompt = packed()["input_ids"][:1, :40]
+    ready.eval(), dense.eval()
+    expected = dense.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=None)
+    assert torch.equal(
+        ready.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=None), expected
+    )
+    twin = copy.deepcopy(ready)
+    twin.effpass_routed.budgets = torch.tensor([100, 100, 100])
+    with pytest.raises(EffpassError, match="the budget is 100 keys and max_budget 32"):
+        twin(**packed())
+    assert ready.effpass_routed.budgets.tolist() == [32, 32, 32]
+    ready.effpass_routed.undo()
+    assert torch.equal(ready(**packed()).loss, dense(**packed()).loss)
+
+
+def test_programs_say_where_training_is_sparse() -> None:
+    model = llama()
+    options = {"passes": [{"sparse_attention": {"train_budget": 32, "train_block": 16}}], "inner": "eager"}
+    torch.compile(model, backend="effpass", options=options)(input_ids=packed()["input_ids"]).logits.sum()
+    assert "training is sparse in the model" in effpass.backend.reports[0].passes[0].line()
 
 
 def test_what_it_has_no_place_for_is_refused() -> None:

@@ -244,6 +244,9 @@ def test_copies_choose_for_themselves() -> None:
         ({"prefill_density": 0.1, "prefill_threshold": 0.9}, "two ways to say it"),
         ({"prefill_density": 1.5}, "density is 1.5"),
         ({"dense_below": 0}, "dense_below: got 0"),
+        ({"train_budget": 256}, "a budget of 256 keys is less than the two blocks of 256"),
+        ({"train_budget": 256, "train_block": 100}, "blocks of 100 keys"),
+        ({"train_budget": 512, "tokens": 64}, "tokens and train_budget"),
     ],
 )
 def test_bad_options_are_refused_in_the_recipe(options: dict[str, Any], message: str) -> None:
