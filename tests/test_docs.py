@@ -108,6 +108,12 @@ def test_fine_tuning_document(workplace):
     execute(ROOT / "docs" / "fine-tuning.md", workplace)
 
 
+def test_balance_document(workplace, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("EFFPASS_CACHE", str(workplace / "cache"))
+    assert execute(ROOT / "docs" / "balance.md", workplace) == "1.000\n" * 4
+
+
 def test_recipes_document(workplace):
     from effpass import Recipe
 

@@ -106,11 +106,12 @@ class BalancedBatches(Sampler[list[int]]):
         return self.steps * self.micro_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._step == self.steps:  # all of an epoch was given; whoever took it need not have asked for more
+            self._epoch, self._step = self._epoch + 1, 0
         while self._step < self.steps:
             mine = self.plan(self._epoch, self._step)[self.rank]
             self._step += 1  # a step is planned and given as a whole
             yield from mine
-        self._epoch, self._step = self._epoch + 1, 0
 
     def plan(self, epoch: int, step: int) -> Shares:
         """Samples of all ranks and micro-steps.
@@ -138,7 +139,7 @@ class BalancedBatches(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch; the one that is running, or was resumed, goes on."""
-        if epoch != self._epoch:
+        if epoch != self._epoch or self._step == self.steps:
             self._epoch, self._step = epoch, 0
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:

@@ -108,7 +108,10 @@ class Tuner(AdapterTrainer, Loop):
         """All micro-batches of a step, which the tuner plans by."""
         found = super().get_batch_samples(*args, **kwargs)
         if self.sparsity is not None and found[0]:
-            self.sparsity.begin_step([documents_of(batch) for batch in found[0]])
+            documents = [documents_of(batch) for batch in found[0]]
+            self.sparsity.begin_step(documents)
+            for batch, lengths in zip(found[0], documents, strict=True):  # attention need not look for them
+                batch["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
