@@ -7,7 +7,6 @@ model.generate(...)
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from effpass.core.prompt import prompt_inputs
 from effpass.core.recipe import Recipe
 from effpass.core.report import Report
 from effpass.core.roofline import ceilings, device_and_dtype, known
+from effpass.core.whole import put_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -369,13 +369,7 @@ def save(
             tokenizer.save_pretrained(temporary)
         if recipe is not None:
             recipe.save(temporary / "effpass.yaml")
-        if folder.exists():
-            replaced = folder.with_name(f"{temporary.name}.old")
-            os.rename(folder, replaced)
-            os.rename(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(temporary, folder)
+        put_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from effpass.core.errors import EffpassError
+from effpass.core.whole import write_text
 
 __all__ = ["METRICS", "RUN", "Recorder", "check_places", "cut_metrics", "last_checkpoint", "read_metrics"]
 
@@ -18,7 +19,9 @@ def check_places(folder: Path, work: Path, resume: bool) -> None:
     """Raise EffpassError when something is in the way of the output, or there is nothing to resume."""
     if folder.exists():
         raise EffpassError(f"{folder} exists", hint="give another folder, or remove it")
-    if resume and not (work / RUN).exists():
+    if work.exists() and not (work / RUN).exists():
+        raise EffpassError(f"{work} holds what a run wrote before it began", hint="remove it, and leave out --resume")
+    if resume and not work.exists():
         raise EffpassError(f"{work} holds no run to go on with", hint="leave out --resume")
     if not resume and work.exists():
         raise EffpassError(f"{work} holds a run that did not end", hint="go on with --resume, or remove it")
@@ -38,7 +41,7 @@ def cut_metrics(path: Path, step: int) -> None:
     """Forget what was measured after the checkpoint: it will be measured again."""
     if path.exists():
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from difflib import SequenceMatcher
@@ -20,6 +19,7 @@ from effpass.cli.html import Markup, join, tag
 from effpass.cli.html_plot import Point, roofline
 from effpass.cli.html_style import STYLE
 from effpass.core.errors import EffpassError
+from effpass.core.whole import write_text
 
 __all__ = ["check_writable", "page", "write_report"]
 
@@ -41,12 +41,7 @@ def check_writable(file: Path, *, overwrite: bool) -> None:
 
 def write_report(report: dict[str, Any], file: Path) -> None:
     """Write :func:`page` to `file`, whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(page(report), encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(file, page(report))
 
 
 def page(report: dict[str, Any]) -> str:

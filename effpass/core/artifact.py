@@ -26,6 +26,7 @@ from effpass.core.errors import ArtifactError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.strict_json import parse_json
 from effpass.core.tensor_file import read_safetensors
+from effpass.core.whole import put_folder
 
 __all__ = ["Artifact", "TensorSpec", "read_safetensors"]
 
@@ -82,19 +83,12 @@ class Artifact:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-                new, old = Path(temporary, "new"), Path(temporary, "old")
+                new = Path(temporary, "new")
                 new.mkdir()
                 save_file(tensors, new / TENSOR_FILE)
                 (new / JSON_FILE).write_text(text + "\n", encoding="utf-8")
                 Artifact.load(new, expect_pass=self.pass_name, max_version=self.version)
-                if folder.exists():
-                    folder.rename(old)
-                try:
-                    new.rename(folder)
-                except OSError:
-                    if old.exists():
-                        old.rename(folder)
-                    raise
+                put_folder(new, folder)
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{folder}: can't be written: {error}") from error
 

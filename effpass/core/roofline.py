@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -36,6 +33,7 @@ from effpass.core.errors import EffpassError, did_you_mean
 from effpass.core.flops import evaluate
 from effpass.core.gguf import cache_dir
 from effpass.core.kernels import Kernel
+from effpass.core.whole import write_text
 
 __all__ = ["KNOWN", "Ceilings", "bound", "ceilings", "device_and_dtype", "device_name", "known", "measure", "predict"]
 
@@ -150,15 +148,11 @@ def _read(file: Path) -> Ceilings | None:
 
 def _write(file: Path, measured: Ceilings) -> None:
     """Whole or not at all; without a writable cache the next process measures again."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(measured), indent=2), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, json.dumps(asdict(measured), indent=2))
     except OSError as error:
         log.warning("the measured ceilings can't be kept in %s: %s", file.parent, error.strerror)
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def device_name(device: torch.device) -> str:

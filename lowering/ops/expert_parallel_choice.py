@@ -12,9 +12,6 @@ import functools
 import json
 import logging
 import math
-import os
-import uuid
-from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch.distributed as dist
 
 from effpass.core.gguf import cache_dir
 from effpass.core.roofline import device_name
+from effpass.core.whole import write_text
 from effpass.lowering.ops.expert_parallel_cost import STAGE_KERNELS, Link, best_kernel, best_stages
 from effpass.lowering.ops.expert_parallel_exchange import Ranks
 from effpass.lowering.ops.moe_ffn_choice import fitted
@@ -135,15 +133,11 @@ def _from_first(link: Link | None, ranks: Ranks, device: torch.device, dtype: to
 def keep_link(link: Link, device: torch.device, ranks: int) -> Path | None:
     """Keep `link` for later processes, whole or not at all; None without a writable cache."""
     file = _file(device, ranks)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(link), indent=2), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, json.dumps(asdict(link), indent=2))
     except OSError as error:
         log.warning("what was measured between ranks can't be kept in %s: %s", file.parent, error.strerror)
-        with suppress(OSError):
-            temporary.unlink()
         return None
     return file
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-import uuid
-from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from effpass.core.gguf import cache_dir
 from effpass.core.roofline import device_name
+from effpass.core.whole import write_text
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, best
 
@@ -133,15 +131,11 @@ def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
 def keep(fit: Fit) -> Path | None:
     """Keep `fit` for later processes, whole or not at all; None without a writable cache."""
     file = _file(fit.device, fit.dtype)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(fit), indent=2), encoding="utf-8")
-        os.replace(temporary, file)
+        write_text(file, json.dumps(asdict(fit), indent=2))
     except OSError as error:
         log.warning("what was fitted can't be kept in %s: %s", file.parent, error.strerror)
-        with suppress(OSError):
-            temporary.unlink()
         return None
     fitted.cache_clear()
     _chosen.cache_clear()

@@ -58,8 +58,8 @@ def check_room(path: Path, size: int) -> None:
 def published(path: Path, target: Target) -> Iterator[Path]:
     """Where to write the file that will be `path`; it and what stands beside it appear when the block ends well.
 
-    A process that is killed leaves a folder ``.{name}.*.tmp``, never a file at `path`; the next export to `path`
-    removes it.
+    A process that is killed leaves a folder ``.{name}.*.tmp``, which the next export to `path` removes, and at `path`
+    the old file or the new; none in the moment in which one file after another gets its name.
 
     Raises:
         ExportError: the disk can't hold the file.
@@ -70,12 +70,16 @@ def published(path: Path, target: Target) -> Iterator[Path]:
         yield file
         pairs = list(zip(target.beside(file), target.beside(path), strict=True))
         made = [pair for pair in pairs if pair[0].exists()]
-        # What stands beside comes first: the file itself never stands without it.
-        for source, place in [*made, (file, path)]:
+        for source, _ in [*made, (file, path)]:
             _to_disk(source)
+        if made or any(place.exists() for _, place in pairs):
+            path.unlink(missing_ok=True)  # an old file must not stand beside new weights
+        # What stands beside comes first: the file itself never stands without it.
+        for source, place in made:
             os.replace(source, place)
         for _, place in set(pairs) - set(made):
             place.unlink(missing_ok=True)  # of the file that was replaced
+        os.replace(file, path)
     except OSError as error:
         raise ExportError(
             f"{path} can't be written: {error.strerror or error}", hint="free room, or choose another disk"

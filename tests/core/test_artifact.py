@@ -128,22 +128,6 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, changes, message)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_failed_rename_brings_the_old_artifact_back(tmp_path, monkeypatch):
-    make(metrics={"kl": 1}).save(tmp_path / "a")
-    rename = os.rename
-
-    def fail_on_new(old, new, **kwargs):
-        if os.path.basename(old) == "new":
-            raise OSError("disk full")
-        rename(old, new, **kwargs)
-
-    monkeypatch.setattr(os, "rename", fail_on_new)
-    with pytest.raises(ArtifactError, match="a: can't be written: disk full"):
-        make(metrics={"kl": 2}).save(tmp_path / "a")
-    assert load(tmp_path / "a").metrics == {"kl": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
 # -- the wrong artifact ---------------------------------------------------------------------------------------------
 
 

@@ -294,6 +294,9 @@ def test_places_that_are_taken(tmp_path, finished):
     with pytest.raises(EffpassError, match="holds no run to go on with"):
         train(path, tmp_path / "new", resume=True, say=quiet)
     (tmp_path / "new.training").mkdir()
+    with pytest.raises(EffpassError, match="holds what a run wrote before it began"):
+        train(path, tmp_path / "new", say=quiet)
+    (tmp_path / "new.training" / "run.json").write_text("{}")
     with pytest.raises(EffpassError, match="holds a run that did not end"):
         train(path, tmp_path / "new", say=quiet)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from effpass.core.errors import ArtifactError, EffpassError, ModelError, did_you_mean
+from effpass.core.whole import write_text
 from effpass.passes.weights.attached_lora import tuner_layers
 from effpass.trainers.afa_lora.lora import LoraSettings, add_lora
 from effpass.trainers.afa_lora.schedule import AnnealSchedule
@@ -217,9 +217,7 @@ class AfaLora:
         folder = Path(save_directory) if self._name == "default" else Path(save_directory) / self._name
         path = folder / "adapter_config.json"
         config = {**json.loads(path.read_text()), CONFIG_KEY: {"beta": self.beta, **self.state_dict()}}
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True))
-        os.replace(temporary, path)
+        write_text(path, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _check_activation(activation: str) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.model import LoadedModel
+from effpass.core.whole import write_text
 from effpass.runtime.attach import engine_of
 from effpass.runtime.generation import generate
 from effpass.trainers.finetune.samples import Sample, check_messages, read_lines
@@ -120,7 +121,8 @@ def _read(path: Path, batches: list[list[int]]) -> int:
         return 0
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("]\n")]
-    path.write_text("".join(whole))
+    if len(whole) < len(lines):
+        write_text(path, "".join(whole))
     for line, batch in zip(whole, batches, strict=False):
         if [found["number"] for found in json.loads(line)] != batch:
             raise EffpassError(f"{path} answers other prompts", hint="start anew in another folder")

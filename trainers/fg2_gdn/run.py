@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import load_model
+from effpass.core.whole import write_text
 from effpass.passes.weights.fg2_gdn import make_artifact
 from effpass.runtime.linear_attention import GatedDeltaAttention, is_hybrid, make_hybrid
 from effpass.runtime.linear_attention.attention_layers import attention_layers
@@ -135,7 +136,7 @@ def _prepare(
                 tokenize(path, tokenizer, work / name)
                 rows = 1 if name == "validation" else settings.batch
                 read_text(work / name, rows, settings.sequence_length, path)
-        (work / RUN).write_text(json.dumps(run, indent=2))
+        write_text(work / RUN, json.dumps(run, indent=2))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # nothing was learned
         raise

@@ -23,6 +23,7 @@ import torch
 
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.model import load_model, read_source
+from effpass.core.whole import write_text
 from effpass.trainers.balance.plot import plot_balance
 from effpass.trainers.balance.table import read_table, write_table
 from effpass.trainers.finetune.balanced import LATENCY, BalancedRows, load_tuner, make_sparse
@@ -222,7 +223,7 @@ def begin(work: Path, run: dict[str, Any], first_step: int, *, resume: bool) -> 
     """Make the folder of a run, or cut its metrics to what its checkpoint knows."""
     if not resume:
         (work / "checkpoints").mkdir(parents=True)
-        (work / RUN).write_text(json.dumps(run, indent=2))
+        write_text(work / RUN, json.dumps(run, indent=2))
     cut_metrics(work / METRICS, first_step if first_step else -1)
 
 

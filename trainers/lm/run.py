@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from effpass.core.errors import EffpassError
+from effpass.core.whole import write_text
 from effpass.trainers.lm.batches import MicroBatches, source_names
 from effpass.trainers.lm.config import Config, load_config
 from effpass.trainers.lm.corpus import Corpus, TextFile, find_files, read_corpus, write_corpus
@@ -141,7 +142,7 @@ def _prepare(work: Path, run: dict[str, Any], config: Config, files: dict[int, l
             write_corpus(work / "data" / str(i), found, words, config.held_out, config.seed, f"data[{i}]")
         MicroBatches(config, {i: read_corpus(work / "data" / str(i)) for i in files})
         (work / "checkpoints").mkdir(parents=True)
-        (work / RUN).write_text(json.dumps(run, indent=2))
+        write_text(work / RUN, json.dumps(run, indent=2))
     except EffpassError:
         shutil.rmtree(work, ignore_errors=True)  # nothing was trained
         raise

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from effpass.core.errors import EffpassError
 from effpass.core.model import load_model
+from effpass.core.whole import write_text
 from effpass.passes.weights.keep_indices import KeepIndices
 from effpass.passes.weights.structured_pruning import check_cut, save_pruned
 from effpass.trainers.finetune.run import check_plots, check_same, explained, read_model
@@ -128,7 +129,7 @@ def _prepare(
                 tokenize(path, tokenizer, work / name)
                 rows = 1 if name == "validation" else settings.batch
                 read_text(work / name, rows, settings.sequence_length, path)
-        (work / RUN).write_text(json.dumps(run, indent=2))
+        write_text(work / RUN, json.dumps(run, indent=2))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)  # nothing was learned
         raise
