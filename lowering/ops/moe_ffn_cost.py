@@ -1,11 +1,12 @@
 """How long each kernel of a layer of experts should take: waves of tiles under a roof of memory, fitted to a device.
 
-    t(kernel) = start + call · A + max( bytes / bandwidth, Σ over both products of waves · tile FLOPs · S / rate )
+    t(kernel) = start + call · A + ‖ bytes / bandwidth, Σ over both products of waves · tile FLOPs · S / rate ‖
     waves = ⌈tiles / S⌉,  tiles = A · max(1, P / (A · rows) + ½) · ⌈columns / tile columns⌉,  A = E · (1 - (1 - k / E)ᵀ)
 
 A is how many of E experts T tokens with k each are expected to meet where all are alike (EPS-MoE,
 https://arxiv.org/abs/2410.12247, section 3), P = T·k. A tile costs the same however many of its rows are real, and the
-last wave as much as a full one. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
+last wave as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a roof without a ridge: where memory and multiplying take about as
+long, neither hides the other. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
 
 Shapes: T tokens, k experts a token, E experts, D model width, F expert width, S multiprocessors.
 """
@@ -86,6 +87,12 @@ class Fit:
 _T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
 _START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
 _P, _A = sympy.symbols("P A", positive=True)
+
+
+def _roof(memory: sympy.Expr, compute: sympy.Expr) -> sympy.Expr:
+    return (memory**4 + compute**4) ** sympy.Rational(1, 4)
+
+
 _OF_TOKENS, _OF_LOAD = (_T, _K, _E), (_P, _A)
 _ARGUMENTS = (_D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
 
@@ -95,7 +102,7 @@ def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
     expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
     tile = KERNELS[kernel]
     if tile is None:  # nothing is shared, and a row of a tile is all there is
-        return _START + _CALL * met + sympy.Max(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
+        return _START + _CALL * met + _roof(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
     rows, of_first, of_second = tile
     high = met * sympy.Max(1, pairs / (met * rows) + sympy.Rational(1, 2))
     # Gate and up are both computed by the first product's tiles.
@@ -103,7 +110,7 @@ def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
     waves = sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
     if kernel in ("library", "by_expert"):  # rows and both projections are written and read again
         activations = pairs * (6 * _D + 8 * _F) * _B
-    return _START + _CALL * met + sympy.Max((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
+    return _START + _CALL * met + _roof((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
 
 
 @functools.cache

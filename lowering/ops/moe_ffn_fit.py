@@ -1,4 +1,4 @@
-"""Fit the cost model of expert kernels to a device: time each kernel on two layers at growing loads.
+"""Fit the cost model of expert kernels to a device: time each kernel on three layers at growing loads.
 
 Routings are random and change from call to call, so that no cache holds the experts of the next call. Kernels that wait
 for nobody are timed in a CUDA graph, as decoding runs them.
@@ -20,8 +20,8 @@ from effpass.lowering.ops.moe_ffn_cost import Fit, Shape, fit, predict
 
 __all__ = ["LAYERS", "measure", "random_layer", "routings", "seconds_a_call"]
 
-#: Many small experts, and few large ones.
-LAYERS = (Shape(8, 128, 2048, 768), Shape(2, 8, 4096, 7168))
+#: Many small experts, few large ones, and some that read far more channels than they have.
+LAYERS = (Shape(8, 128, 2048, 768), Shape(2, 8, 4096, 7168), Shape(6, 40, 5120, 1536))
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 _CALLS = 4  # with a routing each, in one graph
 _SLOWEST = 12e-3  # seconds; a kernel is not timed where it is far from being the best

@@ -74,7 +74,9 @@ def _grow_layer(
     bits = unpack(ancestors, ancestors.shape[2] * WORD).gather(
         1, up[:, :, None].expand(-1, -1, ancestors.shape[2] * WORD)
     )
-    bits[:, here, depth * width + here] = True
+    bits.scatter_(
+        2, (depth * width + here)[None, :, None].expand(batch, -1, 1), True
+    )  # an index would read a host's True
     alive = (chosen[1] >= 0) & (position >= 0)[:, None]
     return (
         chosen[0],

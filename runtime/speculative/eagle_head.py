@@ -124,7 +124,7 @@ class EagleHead(nn.Module):
         """Let the draft's vocabulary be `tokens`, int64 `[U]`, ascending."""
         assert self.d2t is not None
         assert self.t2d is not None
-        self.d2t.copy_(tokens - torch.arange(len(tokens)))
+        self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
         self.t2d.zero_()
         self.t2d[tokens] = True
 

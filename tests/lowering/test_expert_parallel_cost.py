@@ -74,7 +74,8 @@ def test_the_model_is_over_its_symbols():
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("shape", [QWEN, DEEPSEEK])
 def test_event_by_event_it_is_the_same(shape, ranks, replicated):
-    """Where experts are alike. The rest is that the fullest rank has a tile more than the mean one."""
+    """Where experts are alike. The rest is that the fullest rank has a tile more than the mean one, which counts under
+    memory too: 15 % at most."""
     for tokens in (1024, 4096):
         counts = random_counts(tokens, shape, ranks)
         for stages in (n for n in divisors(shape.experts // ranks) if n <= 8):
@@ -82,7 +83,7 @@ def test_event_by_event_it_is_the_same(shape, ranks, replicated):
             simulated = simulate(counts, *of, replicated=replicated)
             every = tokens * (ranks if replicated else 1)
             expected = predict(every, shape, ranks, stages, LINK, DEFAULT, replicated=replicated)
-            assert simulated.seconds == pytest.approx(expected, rel=0.14)
+            assert simulated.seconds == pytest.approx(expected, rel=0.16)
 
 
 def test_a_timeline():
@@ -112,7 +113,7 @@ def test_skewed_routing_is_simulated_with_the_fullest_rank():
 
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_few_tokens_have_one_stage_and_many_have_more_where_the_link_is_slow(ranks):
-    slow = replace(LINK, rate=100e9)
+    slow = replace(LINK, rate=50e9)
     assert best_stages(64, DEEPSEEK, ranks, slow, DEFAULT) == 1
     many = best_stages(8192, DEEPSEEK, ranks, slow, DEFAULT)
     assert 1 < many < 160 // ranks
@@ -122,7 +123,7 @@ def test_few_tokens_have_one_stage_and_many_have_more_where_the_link_is_slow(ran
 
 def test_few_replicated_tokens_have_no_stages():
     assert best_stages(16, QWEN, 8, LINK, DEFAULT, replicated=True) == 0
-    assert best_stages(8 * 8192, QWEN, 8, LINK, DEFAULT, replicated=True) > 1
+    assert best_stages(8 * 8192, QWEN, 8, replace(LINK, rate=100e9), DEFAULT, replicated=True) > 1
 
 
 # -- what is known of the link ----------------------------------------------------------------------------------------
