@@ -22,6 +22,7 @@ INTERPRETED = {
     **{name: CASES[name] for name in ("grouped, packed, an empty sequence", "three heads, odd sizes", "blocks of 32")},
     "shorter than a block, many heads": Case((0, 3, 14), heads=34, groups=2, budget=32),
     "budget above the length": Case((0, 20, 37), heads=2, groups=2, budget=1000),
+    "blocks that are read in parts": Case((0, 530), heads=1, block=256, budget=512),
 }
 IN_BFLOAT16 = ("three heads, odd sizes",)
 

@@ -21,7 +21,7 @@ from effpass.lowering.kernels.routed_rows import (
     Described,
     Sizes,
     Tiling,
-    locate,
+    item_of,
     options,
     rows_of,
     tiling,
@@ -66,8 +66,8 @@ def forward(
     for number, first in enumerate(range(0, tokens, part)):
         _attend[(items.block.shape[2], groups)](
             q, k, v, of_keys.of, of_values.of, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks,
-            *items, waiting, sums, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *of_keys[1:], *of_values[1:],
-            number, first, items.block.shape[2], count, index.tokens.shape[1], places, scale, **sizes._asdict(),
+            *items[:3], waiting, sums, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *of_keys[1:], *of_values[1:],
+            number, first, count, index.tokens.shape[1], places, scale, **sizes._asdict(),
             DESCRIBED=of_keys.of is not None and of_values.of is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
             **options(q.device, how),
         )  # fmt: skip
@@ -85,28 +85,25 @@ def forward(
 
 
 @triton.jit(
-    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "items",
-                       "blocks", "entries", "places"]
+    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "blocks",
+                       "entries", "places"]
 )  # fmt: skip
 def _attend(
-    query, keys, values, of_keys, of_values, starts, stops, list_begin, listed, ranks, item_block, before, low, high,
+    query, keys, values, of_keys, of_values, starts, stops, list_begin, listed, ranks, item_blocks, firsts, ends,
     waiting, sums, query_t, query_h, keys_t, keys_h, values_t, values_h, keys_row, keys_column, values_row,
-    values_column, part, from_token, items, blocks, entries, places, scale, REPEAT: tl.constexpr, HEADS: tl.constexpr,
+    values_column, part, from_token, blocks, entries, places, scale, REPEAT: tl.constexpr, HEADS: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and some of the tokens that chose it."""
-    item, group = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(1)
-    block, at_first, at_end = locate(
-        item_block, before, low, high, part, item, items, blocks, group, groups, BLOCK_M // HEADS
-    )
-    if block >= blocks:
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    block, first, end = item_of(item_blocks, firsts, ends, part, group)
+    if first >= end:
         return
     start, stop = tl.load(starts + block), tl.load(stops + block)
     dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
     listed += group.to(tl.int64) * entries
-    at, token, head, live = rows_of(listed, at_first, at_end, REPEAT, HEADS, BLOCK_M)
+    at, token, head, live = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
     rank = tl.load(ranks + group.to(tl.int64) * entries + at, mask=live, other=0)
     of_query = token.to(tl.int64) * query_t + (group * REPEAT + head).to(tl.int64) * query_h
     q = tl.load(query + of_query[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
@@ -116,7 +113,7 @@ def _attend(
     best, total = tl.full([BLOCK_M], -1e30, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     # The tokens of the block itself stand first in its list, and all others see every key: then the block is full.
-    whole = tl.where(at_first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
+    whole = tl.where(first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
     for i in range(0, whole, BLOCK_N):
         if DESCRIBED:
             k = tl.trans(of_keys.load([start + i + group * keys_row, group * keys_column]))

@@ -19,7 +19,7 @@ from effpass.lowering.kernels.routed_rows import (
     Described,
     Sizes,
     Tiling,
-    locate,
+    item_of,
     options,
     rows_of,
     tiling,
@@ -68,9 +68,9 @@ def _of_query(
     of_sum = Tiling(max(32, sizes.HEADS), 0, 4, 1)
     for number, first in enumerate(range(0, tokens, part)):
         _query_gradient[(items.block.shape[2], groups)](
-            *saved, of_keys.of, of_values.of, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks, *items,
-            waiting, *(n for x in saved[:4] for n in x.stride()[:2]), *of_keys[1:], *of_values[1:], number, first,
-            items.block.shape[2], index.begin.shape[1] - 1, index.tokens.shape[1], places, scale, **sizes._asdict(),
+            *saved, of_keys.of, of_values.of, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks,
+            *items[:3], waiting, *(n for x in saved[:4] for n in x.stride()[:2]), *of_keys[1:], *of_values[1:], number,
+            first, index.begin.shape[1] - 1, index.tokens.shape[1], places, scale, **sizes._asdict(),
             DESCRIBED=of_keys.of is not None and of_values.of is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
             **options(q.device, how),
         )  # fmt: skip
@@ -97,16 +97,16 @@ def _of_key(
         torch.empty((groups, pieces, sizes.BLOCK, n), dtype=torch.float32, device=q.device)
         for n in (sizes.KEY, sizes.VALUE)
     ]
-    _key_gradient[(pieces, sizes.BLOCK // how.block_n, groups)](
-        *saved, blocks.start, blocks.stop, index.begin, index.tokens, *items, *parts,
-        *(n for x in saved[:4] for n in x.stride()[:2]), size, pieces, count, index.tokens.shape[1], scale,
-        **sizes._asdict(), BLOCK_M=how.block_m, BLOCK_N=how.block_n, **options(q.device, how),
+    _key_gradient[(pieces, groups, sizes.BLOCK // how.block_n)](
+        *saved, blocks.start, blocks.stop, index.begin, index.tokens, *items[:3], *parts,
+        *(n for x in saved[:4] for n in x.stride()[:2]), count, index.tokens.shape[1], scale, **sizes._asdict(),
+        BLOCK_M=how.block_m, BLOCK_N=how.block_n, **options(q.device, how),
     )  # fmt: skip
     d_k, d_v = (x.new_empty(x.shape) for x in (k, v))
     of_sum = Tiling(min(32, sizes.BLOCK), 0, 4, 1)
     for part, found, width, factor in ((parts[0], d_k, sizes.BLOCK_K, scale), (parts[1], d_v, sizes.BLOCK_V, 1.0)):
         _add_pieces[(count, sizes.BLOCK // of_sum.block_m, groups)](
-            part, found, blocks.start, blocks.stop, items.before, items.low, items.high, size, pieces, factor,
+            part, found, blocks.start, blocks.stop, items.before, items.counts, pieces, factor,
             SIZE=found.shape[2], BLOCK=sizes.BLOCK, BLOCK_SIZE=width, BLOCK_M=of_sum.block_m,
             **options(q.device, of_sum),
         )  # fmt: skip
@@ -128,29 +128,25 @@ def _delta(output, d_output, delta, d_t, d_h, rows, heads, VALUE: tl.constexpr, 
 
 
 @triton.jit(
-    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "items",
-                       "blocks", "entries", "places"]
+    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "blocks",
+                       "entries", "places"]
 )  # fmt: skip
 def _query_gradient(
     query, keys, values, d_output, logsumexp, delta, of_keys, of_values, starts, stops, list_begin, listed, ranks,
-    item_block, before, low, high, waiting, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, keys_row,
-    keys_column, values_row, values_column, part, from_token, items, blocks, entries, places, scale,
-    REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    item_blocks, firsts, ends, waiting, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, keys_row,
+    keys_column, values_row, values_column, part, from_token, blocks, entries, places, scale, REPEAT: tl.constexpr,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """ds k of one block of keys and some of the tokens that chose it."""
-    item, group = tl.program_id(0), tl.program_id(1)
-    groups = tl.num_programs(1)
-    block, at_first, at_end = locate(
-        item_block, before, low, high, part, item, items, blocks, group, groups, BLOCK_M // HEADS
-    )
-    if block >= blocks:
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    block, first, end = item_of(item_blocks, firsts, ends, part, group)
+    if first >= end:
         return
     start, stop = tl.load(starts + block), tl.load(stops + block)
     dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
     listed += group.to(tl.int64) * entries
-    at, token, head, live = rows_of(listed, at_first, at_end, REPEAT, HEADS, BLOCK_M)
+    at, token, head, live = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
     rank = tl.load(ranks + group.to(tl.int64) * entries + at, mask=live, other=0)
     of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
     at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
@@ -164,7 +160,7 @@ def _query_gradient(
     values += group.to(tl.int64) * values_h
     factor = scale * 1.4426950408889634
     d_q = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    whole = tl.where(at_first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
+    whole = tl.where(first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
     for i in range(0, whole, BLOCK_N):
         if DESCRIBED:
             k = of_keys.load([start + i + group * keys_row, group * keys_column])
@@ -218,13 +214,13 @@ def _sum(
 
 @triton.jit
 def _visited(
-    at_first, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group, heads,
+    first, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group, heads,
     factor, d_k, d_v, MASKED: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr,
     VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dsᵀ q and pᵀ dout of some keys and BLOCK_M rows, added to `d_k` and `d_v`."""
     dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    _, token, head, live = rows_of(listed, at_first, end, REPEAT, HEADS, BLOCK_M)
+    _, token, head, live = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
     of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
     at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
     q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
@@ -242,22 +238,21 @@ def _visited(
     return d_k, d_v
 
 
-@triton.jit(do_not_specialize=["size", "pieces", "blocks", "entries"])
+@triton.jit(do_not_specialize=["blocks", "entries"])
 def _key_gradient(
-    query, keys, values, d_output, logsumexp, delta, starts, stops, list_begin, listed, item_block, before, low, high,
-    d_keys, d_values, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, size, pieces, blocks, entries,
-    scale, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    query, keys, values, d_output, logsumexp, delta, starts, stops, list_begin, listed, item_blocks, firsts, ends,
+    d_keys, d_values, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, blocks, entries, scale,
+    REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A piece of one block's list, for BLOCK_N of its keys."""
-    piece, group = tl.program_id(0), tl.program_id(2)
-    groups = tl.num_programs(2)
-    block, at_first, at_end = locate(item_block, before, low, high, 0, piece, pieces, blocks, group, groups, size)
-    if block >= blocks:
+    piece, group = tl.program_id(0), tl.program_id(1)
+    pieces, groups = tl.num_programs(0), tl.num_programs(1)
+    block, first, end = item_of(item_blocks, firsts, ends, 0, group)
+    if first >= end:
         return
-    at_end = tl.minimum(at_end, at_first + size)
     start, stop = tl.load(starts + block), tl.load(stops + block)
-    inner = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     key, dk, dv = start + inner, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     row, inside = key.to(tl.int64), key < stop
     at_k = keys + group.to(tl.int64) * keys_h + row[:, None] * keys_t + dk[None, :]
@@ -270,15 +265,15 @@ def _key_gradient(
     factor, heads = scale * 1.4426950408889634, groups * REPEAT
     # The block's own tokens stand first, and only they are masked.
     own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
-    masked = at_first + tl.cdiv(tl.maximum(tl.minimum(own, at_end) - at_first, 0), step) * step
-    for at in range(at_first, masked, step):
+    masked = first + tl.cdiv(tl.maximum(tl.minimum(own, end) - first, 0), step) * step
+    for at in range(first, masked, step):
         d_k, d_v = _visited(
-            at, at_end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
+            at, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
             heads, factor, d_k, d_v, True, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
-    for at in range(masked, at_end, step):
+    for at in range(masked, end, step):
         d_k, d_v = _visited(
-            at, at_end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
+            at, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
             heads, factor, d_k, d_v, False, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     to = ((group * pieces + piece).to(tl.int64) * BLOCK + inner)[:, None]
@@ -286,9 +281,9 @@ def _key_gradient(
     tl.store(d_values + to * VALUE + dv[None, :], d_v, mask=inside[:, None] & (dv < VALUE)[None, :])
 
 
-@triton.jit(do_not_specialize=["size", "pieces"])
+@triton.jit(do_not_specialize=["pieces"])
 def _add_pieces(
-    parts, out, starts, stops, before, low, high, size, pieces, factor, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    parts, out, starts, stops, before, counts, pieces, factor, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a block: the sum over the pieces of its list."""
@@ -298,7 +293,7 @@ def _add_pieces(
     key = tl.load(starts + block) + inner
     kept = (key < tl.load(stops + block))[:, None] & (d < SIZE)[None, :]
     lane = group.to(tl.int64) * blocks + block
-    first, count = tl.load(before + lane), tl.cdiv(tl.load(high + lane) - tl.load(low + lane), size)
+    first, count = tl.load(before + lane), tl.load(counts + lane)
     total = tl.zeros([BLOCK_M, BLOCK_SIZE], tl.float32)
     for piece in range(first, first + count):
         at = ((group * pieces + piece).to(tl.int64) * BLOCK + inner)[:, None] * SIZE + d[None, :]

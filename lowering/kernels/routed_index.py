@@ -59,16 +59,18 @@ class Items(NamedTuple):
     """Pieces of blocks' lists, each the work of one program, for each of C parts of the tokens.
 
     Attributes:
-        block: int32 [C, G, I], the block of an item; N where there is no item.
+        block: int32 [C, G, I], the block of an item.
+        first: int32 [C, G, I], where its tokens begin in the lists of its key-value head.
+        end: int32 [C, G, I], where they end; there, too, where there is no such item.
         before: int32 [C, G, N], items of the blocks in front.
-        low: int32 [C, G, N], where the list of a block begins in this part.
-        high: int32 [C, G, N], where it ends.
+        counts: int32 [C, G, N], items of a block.
     """
 
     block: Tensor
+    first: Tensor
+    end: Tensor
     before: Tensor
-    low: Tensor
-    high: Tensor
+    counts: Tensor
 
     @classmethod
     def of(cls, index: Index, part: int, size: int, tokens: int) -> Items:
@@ -78,11 +80,14 @@ class Items(NamedTuple):
         low, high = (x.permute(2, 0, 1).contiguous() for x in (low, high))
         counts = (high - low + size - 1) // size
         until = counts.cumsum(2, dtype=torch.int32)
+        before, last = until - counts, counts.shape[2] - 1
         # Every list but the last piece is full, and there are as many last pieces as blocks.
-        most = min(part, tokens) * (index.tokens.shape[1] // tokens) // size + index.begin.shape[1] - 1
-        numbers = torch.arange(most, dtype=torch.int32, device=low.device).expand(*low.shape[:2], most)
-        block = torch.searchsorted(until, numbers.contiguous(), right=True, out_int32=True)
-        return cls(block, until - counts, low, high)
+        most = min(part, tokens) * (index.tokens.shape[1] // tokens) // size + last + 1
+        numbers = torch.arange(most, dtype=torch.int32, device=low.device).expand(*low.shape[:2], most).contiguous()
+        at = torch.searchsorted(until, numbers, right=True).clamp(max=last)  # behind the last item it is the last block
+        first = torch.minimum(low.gather(2, at) + (numbers - before.gather(2, at)) * size, high.gather(2, at))
+        end = torch.minimum(first + size, high.gather(2, at))
+        return cls(at.to(torch.int32), first, end, before, counts)
 
 
 def _options(device: torch.device) -> dict[str, object]:

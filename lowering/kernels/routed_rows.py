@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from effpass.lowering.kernels.launch import interpreted, launch_options, overlaps
 from effpass.lowering.kernels.routed_index import TILE
 
-__all__ = ["Described", "Sizes", "Tiling", "locate", "options", "rows_of", "tiling", "tokens_at_once"]
+__all__ = ["Described", "Sizes", "Tiling", "item_of", "options", "rows_of", "tiling", "tokens_at_once"]
 
 _BYTES = 1 << 30  # of what waits to be merged
 
@@ -108,16 +108,10 @@ class Described(NamedTuple):
 
 
 @triton.jit
-def locate(item_block, before, low, high, part, item, items, blocks, group, groups, size):
-    """The block of an item of `size` tokens, the place in its group's list where it begins, and where the list ends.
-
-    The block is `blocks` where there is no such item.
-    """
-    lane = (part * groups + group).to(tl.int64)
-    block = tl.load(item_block + lane * items + item)
-    at = lane * blocks + tl.minimum(block, blocks - 1)
-    first = tl.load(low + at) + (item - tl.load(before + at)) * size
-    return block, first, tl.load(high + at)
+def item_of(blocks, firsts, ends, part, group):
+    """The block of a program's item, and the places in its group's list from which and up to which it goes."""
+    at = (part * tl.num_programs(1) + group).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    return tl.load(blocks + at), tl.load(firsts + at), tl.load(ends + at)
 
 
 @triton.jit

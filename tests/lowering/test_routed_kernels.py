@@ -42,7 +42,7 @@ def exceeding(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
 @needs_triton
 def test_interpreted_kernels_against_dense_sums():
     found = run("interpret", TRITON_INTERPRET="1")
-    assert len(found) == 6
+    assert len(found) == 7
     for name, errors in found.items():
         assert errors.keys() == {"choice", "coverage", "output", "d q", "d k", "d v"}
         assert exceeding(errors, getattr(torch, name.rpartition(", ")[2])) == {}, name
@@ -77,8 +77,8 @@ def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path, kind: str):
 
 LARGER = {
     **CASES,
-    "128, grouped, packed": Case((0, 300, 301, 1000, 1700), 32, 8, 128, 128, 128, 512, 1024, 128**-0.5),
-    "128, blocks of 256": Case((0, 2050), 8, 2, 128, 128, 256, 1024, 1024, 128**-0.5),
+    "128, grouped, packed": Case((0, 300, 301, 700, 1100), 16, 4, 128, 128, 128, 512, 1024, 128**-0.5),
+    "128, blocks of 256": Case((0, 1500), 8, 2, 128, 128, 256, 768, 1024, 128**-0.5),
     "64, seven heads to one of keys": Case((0, 700, 1300), 14, 2, 64, 64, 64, 256, None, 0.125),
     "192 and 128, every head its own keys": Case((0, 900), 4, 4, 192, 128, 128, 384, 384, 192**-0.5),
     "256": Case((0, 520), 8, 1, 256, 256, 64, 256, 256, 0.0625),
@@ -230,8 +230,8 @@ def test_a_checkpoint_of_a_compiled_layer_and_other_budgets_compile_nothing():
 @pytest.mark.gpu
 def test_views_of_one_projection_are_read_in_place():
     case = replace(LARGER["128, grouped, packed"], ends=(0, 400))
-    fused = torch.randn(400, 48 * 128, device="cuda", dtype=torch.bfloat16)
-    views = [x.unflatten(-1, (-1, 128)) for x in fused.split([32 * 128, 8 * 128, 8 * 128], -1)]
+    fused = torch.randn(400, 24 * 128, device="cuda", dtype=torch.bfloat16)
+    views = [x.unflatten(-1, (-1, 128)) for x in fused.split([16 * 128, 4 * 128, 4 * 128], -1)]
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
     arguments = (case.cu_seqlens("cuda"), case.budget_on("cuda"))
     found, *others = (

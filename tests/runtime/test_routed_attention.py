@@ -211,3 +211,30 @@ def test_what_it_has_no_place_for_is_refused() -> None:
     install(dropping, block=16, budget=32)
     with pytest.raises(ModelError, match=r"dropout of 0\.1"):
         dropping(**batch)
+
+
+@pytest.mark.gpu
+def test_a_model_trains_on_a_gpu_without_waiting_for_it() -> None:
+    from routed_cases import ratio
+
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model, batch = llama(**sizes), packed()
+    install(model, block=16, budget=60)
+    loss, *expected = loss_and_gradients(model, batch)
+    on_gpu = llama(**sizes).to("cuda", torch.bfloat16)
+    routed = install(on_gpu, block=16, budget=32, max_budget=60)
+    routed.watch(torch.tensor([32, 48, 60]))
+    batch = {**batch, "cu_seq_lens_q": torch.tensor([0, 60, 100, 160, 200], dtype=torch.int32)}
+    batch = {name: x.cuda() for name, x in batch.items()}
+    loss_and_gradients(on_gpu, batch)
+    budgets = torch.tensor([60, 60], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        routed.budgets = budgets
+        found, *gradients = loss_and_gradients(on_gpu, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(found) == pytest.approx(float(loss), rel=1e-2)
+    assert routed.curves is not None
+    torch.testing.assert_close(routed.curves[:, 2], torch.ones(2, device="cuda"))
+    assert max(ratio(a, b.double()) for a, b in zip(gradients, expected, strict=True)) <= 0.1  # of bfloat16 weights
