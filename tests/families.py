@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,13 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 FAMILIES = list(CONFIGS)
+
+
+def writes_angles_as_a_product() -> bool:
+    """Whether this transformers computes the angles of rotary embedding by `matmul`, as it did before 5.23 at least."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return " @ " in inspect.getsource(LlamaRotaryEmbedding)
 
 
 def make(family: str, seed: int = 0, **overrides: Any) -> Any:

@@ -75,7 +75,8 @@ def test_names_and_weights(llama: tuple[Any, DecodeGraph]) -> None:
 def test_attention_stays_whole_and_copies_no_keys(llama: tuple[Any, DecodeGraph]) -> None:
     targets = [str(n.target) for n in llama[1].program.graph.nodes]
     assert targets.count("aten.scaled_dot_product_attention.default") == 2
-    assert targets.count("aten.expand.default") == 1  # of the positions, for the rotary table
+    of_angles = 1 + families.writes_angles_as_a_product()  # for the rotary table: of the positions, and frequencies
+    assert targets.count("aten.expand.default") == of_angles
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -129,7 +129,8 @@ def test_padding_never_makes_a_nan(llama: tuple[Any, Path]) -> None:
 
 def test_the_graph_is_lean(llama: tuple[Any, Path]) -> None:
     count = operators(llama[1])
-    assert count["MatMul"] == 2 * (7 + 2) + 1  # per layer 7 linear and 2 of attention; the head
+    of_angles = int(families.writes_angles_as_a_product())
+    assert count["MatMul"] == 2 * (7 + 2) + 1 + of_angles  # per layer 7 linear and 2 of attention; the head
     assert count["Softmax"] == 2
     assert count["Where"] == 1  # the mask, shared by the layers
     assert count["Div"] == 5  # x / sqrt in each RMSNorm: runtimes fuse that form

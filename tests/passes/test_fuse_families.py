@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 from decode_step import decode, enliven
-from families import CONFIGS, FAMILIES, make
+from families import CONFIGS, FAMILIES, make, writes_angles_as_a_product
 
 import effpass.lowering.ops.cached_attention
 import effpass.lowering.ops.fused_linear
@@ -42,8 +42,10 @@ LINEARS = {
     "qwen3_moe": (EXPERTS, 9),
     "deepseek_v3": (LATENT, 15),
 }
-TRANSPOSED = {f"addmm{n}": "its weight is not stored [out, in]" for n in ("", *(f"_{i}" for i in range(1, 8)))}
-REFUSED_LINEARS = {"gpt2": TRANSPOSED, "deepseek_v3": {"mul_35": "the norm stays: its value is also read by view_8"}}
+REFUSED_LINEARS = {
+    "gpt2": ["its weight is not stored [out, in]"] * 8,
+    "deepseek_v3": ["the norm stays: its value is also read by view_8"],
+}
 REFUSED_ATTENTION = {
     "gpt2": "is not rotated, or not by halves from the first feature on",
     "deepseek_v3": "is no buffer that a cache_write in front of it filled",
@@ -89,7 +91,7 @@ def test_a_decode_step(family, rows):
     assert {op: n for op, n in linears.ops.items() if op.startswith("effpass")} == fused
     assert linears.hits == sum(fused.values())
     assert linears.ops.get("aten.linear.default", 0) == -products
-    assert {r.node: r.reason for r in linears.refusals} == REFUSED_LINEARS.get(family, {})
+    assert sorted(r.reason for r in linears.refusals) == REFUSED_LINEARS.get(family, [])
     reason = REFUSED_ATTENTION.get(family)
     assert attention.hits == (2 if reason is None else 0)
     assert attention.ops == ({} if reason else {**attention.ops, **FUSED_ATTENTION})
@@ -153,6 +155,7 @@ def test_a_layer_of_llama_is_five_launches():
     first = next(i for i, name in enumerate(launches) if name.startswith("effpass"))
     assert launches[first:] == [f"effpass.{name}.default" for name in (*layer * 3, "fused_linear")]
     rotary_table = {"unsqueeze", "to", "mul", "cat", "cos", "sin"}
+    rotary_table |= {"matmul", "expand"} if writes_angles_as_a_product() else set()
     assert {name.split(".")[1] for name in launches[:first] if name.startswith("aten")} == {"embedding", *rotary_table}
 
 
