@@ -53,14 +53,14 @@ def _rows(area: str) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def measured_rows(area: str, but: tuple[str, ...] = ()) -> str:
-    """The committed rows of an area, one line each; none in a unit of `but`."""
+def measured_rows(area: str, but: tuple[str, ...] = (), without: str = "$^") -> str:
+    """The committed rows of an area, one line each; none in a unit of `but`, or with a metric that `without` matches."""
     lines = [
         "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
         "|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for row in _rows(area):
-        if row["unit"] in but:
+        if row["unit"] in but or re.match(without, row["metric"]):
             continue
         peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
         ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else ""
@@ -104,6 +104,38 @@ def budget_rows(document: Path) -> str:
             shown = (f"{values[name]:.4g}" for name in ("whole", ours, *methods))
             lines.append(f"| {case} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def expert_rows(document: Path) -> str:
+    """The committed rows of area `moe` of one device: a line for each load."""
+    lines = ["| layer, load | effpass, µs | times grouped_mm's | times batched_mm's | of the bound | lost by the choice |"]
+    lines.append("|---|--:|--:|--:|--:|--:|")
+    loads: dict[str, dict[str, Any]] = {}
+    for row in _rows("moe"):
+        if row["metric"] in ("layer of experts", "lost by the choice of the kernel") and "ranks" not in row["case"]:
+            loads.setdefault(row["case"], {})[row["peer_name"] or row["metric"]] = row
+    for case, found in loads.items():
+        first = found["transformers grouped_mm"]
+        other = found.get("transformers batched_mm")
+        lost = found["lost by the choice of the kernel"]
+        lines.append(
+            f"| {case}: {first['note'].split(';')[0]} | {first['ours']:.4g} | {first['ratio']:.2f} |"
+            f" {'' if other is None else format(other['ratio'], '.2f')} | {first['ours'] / first['bound']:.2f} |"
+            f" {lost['ours']:.1f} % |"
+        )
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
+
+
+def rank_rows(document: Path) -> str:
+    """The committed rows of area `moe` of several devices."""
+    lines = ["| case | metric | effpass | peer | ratio | device |", "|---|---|--:|--:|--:|---|"]
+    for row in _rows("moe"):
+        if "ranks" in row["case"]:
+            peer = f"{row['peer']:.4g} ({row['peer_name']})" if row["peer"] is not None else ""
+            ratio = f"{row['ratio']:.3f}" if row["ratio"] is not None else ""
+            ours = f"{row['ours']:.4g} {row['unit']}"
+            lines.append(f"| {row['case']} | {row['metric']} | {ours} | {peer} | {ratio} | {row['device']} |")
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
 
 def pruning_rows(document: Path) -> str:
@@ -176,6 +208,9 @@ def refused_rows(document: Path) -> str:
     return "\n".join(lines) + f"\n\n{count} of these could be built, and are not.\n"
 
 
+# Metrics of the ways to cut a launch that were compared.
+_CUT_OTHERWISE = r"two levels, (score|choose|attend|as it is)|full, \("
+
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
     "composition": composition_rows,
@@ -191,6 +226,12 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "pruning": pruning_rows,
     "pruning_speed": lambda document: measured_rows("pruning", but=_QUALITY),
     "training": lambda document: measured_rows("training"),
+    "experts": expert_rows,
+    "expert_ranks": rank_rows,
+    "adapters": lambda document: measured_rows("adapters"),
+    "linear_attention": lambda document: measured_rows("linear_attention"),
+    "sparse_attention": lambda document: measured_rows("sparse_attention", without=_CUT_OTHERWISE),
+    "speculative": lambda document: measured_rows("speculative"),
     "cost": cost_rows,
     "headline": headline_rows,
     "memory": memory_rows,
@@ -200,6 +241,7 @@ DOCUMENTS = (
     ROOT / "docs" / "passes" / "index.md",
     ROOT / "docs" / "benchmarks.md",
     ROOT / "docs" / "composition.md",
+    ROOT / "docs" / "linear-attention.md",
     ROOT / "docs" / "report.md",
     ROOT / "docs" / "targets.md",
 )

@@ -5,8 +5,8 @@
 
 A is how many of E experts T tokens with k each are expected to meet where all are alike (EPS-MoE,
 https://arxiv.org/abs/2410.12247, section 3), P = T·k. A tile costs the same however many of its rows are real, and the
-last wave as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a roof without a ridge: where memory and multiplying take about as
-long, neither hides the other. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
+last wave as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a roof without a ridge: where memory and multiplying take about
+as long, neither hides the other. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
 
 Shapes: T tokens, k experts a token, E experts, D model width, F expert width, S multiprocessors.
 """
