@@ -54,7 +54,7 @@ def _rows(area: str) -> list[dict[str, Any]]:
 
 
 def measured_rows(area: str, but: tuple[str, ...] = (), without: str = "$^") -> str:
-    """The committed rows of an area, one line each; none in a unit of `but`, or with a metric that `without` matches."""
+    """The committed rows of an area, one line each; none in a unit of `but`, or whose metric `without` matches."""
     lines = [
         "| case | metric | effpass | peer | ratio | bound | runs | device, torch, commit |",
         "|---|---|--:|--:|--:|--:|--:|---|",
@@ -108,8 +108,10 @@ def budget_rows(document: Path) -> str:
 
 def expert_rows(document: Path) -> str:
     """The committed rows of area `moe` of one device: a line for each load."""
-    lines = ["| layer, load | effpass, µs | times grouped_mm's | times batched_mm's | of the bound | lost by the choice |"]
-    lines.append("|---|--:|--:|--:|--:|--:|")
+    lines = [
+        "| layer, load | effpass, µs | times grouped_mm's | times batched_mm's | of the bound | lost by the choice |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     loads: dict[str, dict[str, Any]] = {}
     for row in _rows("moe"):
         if row["metric"] in ("layer of experts", "lost by the choice of the kernel") and "ranks" not in row["case"]:
