@@ -21,7 +21,7 @@ from effpass.lowering.targets.decode_graph import CPU, DEVICES, DecodeGraph, Ste
 from effpass.lowering.targets.gpu import describe_gpu
 from effpass.lowering.targets.limits import Limits
 from effpass.lowering.targets.target import Target, compile_error, first_words
-from effpass.lowering.targets.tolerance import require_cpp_compiler, require_triton
+from effpass.lowering.targets.tolerance import require_cpp_compiler, require_shared_cpp_runtime, require_triton
 
 __all__ = ["AotiTarget"]
 
@@ -41,6 +41,7 @@ class AotiTarget(Target):
 
     def require_installed(self, device: str) -> None:
         require_cpp_compiler(self.name)  # what calls a GPU's kernels is C++ too
+        require_shared_cpp_runtime(self.name)
         require_triton(self.name, device)
 
     def machine(self, device: torch.device = CPU) -> dict[str, str]:

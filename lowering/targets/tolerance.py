@@ -21,10 +21,14 @@ two.
 
 from __future__ import annotations
 
+import functools
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +53,7 @@ __all__ = [
     "measure_tolerance",
     "one_batch",
     "require_cpp_compiler",
+    "require_shared_cpp_runtime",
     "require_triton",
 ]
 
@@ -135,6 +140,31 @@ def require_cpp_compiler(target: str) -> None:
             f"exporting to {target} needs a C++ compiler, and Inductor finds none here",
             hint="install g++ or clang, or name one in the environment variable CXX",
         )
+
+
+def require_shared_cpp_runtime(target: str) -> None:
+    """Raise an :class:`ExportError` when the C++ compiler puts its own copy of libstdc++ into a library.
+
+    Beside torch's, which is in the process already, such a file crashes the process that loads it.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    compiler = get_cpp_compiler()
+    if _links_a_copy(compiler):
+        raise ExportError(
+            f"{compiler} links libstdc++ statically, and {target} files so linked crash when they are loaded",
+            hint="name a compiler with a shared libstdc++ in the environment variable CXX, such as /usr/bin/g++",
+        )
+
+
+@functools.cache
+def _links_a_copy(compiler: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "a.cpp", Path(folder) / "a.so"
+        source.write_text("#include <locale>\nbool f() { return std::has_facet<std::collate<char>>(std::locale()); }\n")
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-Wl,-t"]  # -t: say what is linked
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and "libstdc++.a" in done.stdout + done.stderr
 
 
 def require_triton(target: str, device: str) -> None:

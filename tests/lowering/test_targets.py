@@ -491,6 +491,17 @@ def test_a_wrong_suffix_and_a_missing_compiler(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_compiler_with_a_libstdcxx_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would crash whatever loads them."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(compiler),))
+    with pytest.raises(ExportError, match=r"g\+\+ links libstdc\+\+ statically, and aoti files .*\n.*CXX"):
+        effpass.export(small(), None, tmp_path / "m.pt2", target="aoti")
+    assert [path.name for path in tmp_path.iterdir()] == ["g++"]
+
+
 def test_sizes_that_the_model_cannot_hold(tmp_path: Path) -> None:
     for options, message in [
         ({"max_length": 257}, r"max_length is 257, but LlamaForCausalLM holds 256 positions .*\n.*at most 256"),
