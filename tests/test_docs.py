@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+RECIPES = [file for place in ("recipes", "examples/recipes") for file in sorted((ROOT / place).glob("*.yaml"))]
+
 _BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[[^\]]+\]\((?P<target>[^)#\s]+)[^)]*\)")
 
@@ -123,12 +125,12 @@ def test_recipes_document(workplace):
         assert [step.name for step in Recipe.parse(text).steps] == ["merge_lora", "structured_pruning"]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_shipped_recipes_are_valid_and_documented(file):
     from effpass import Recipe
 
     assert Recipe.load(file).build()
-    assert f"`recipes/{file.name}`" in (ROOT / "docs" / "recipes.md").read_text()
+    assert f"`{file.relative_to(ROOT)}`" in (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_generated_parts_are_up_to_date():

@@ -42,7 +42,7 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in FOLDERS:
+    for name in (*FOLDERS, "recipes"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
     shutil.copytree(PLUGIN, folder / "plugin", ignore=unwanted)
     run(sys.executable, "-m", "build", "--no-isolation", "-o", folder / "dist", source, cwd=folder)
@@ -83,6 +83,8 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(wheels):
     }
     assert {name.removeprefix("effpass/") for name in names if name.endswith(".py")} == modules
     assert "effpass/py.typed" in names
+    recipes = {f"effpass/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    assert {name for name in names if name.endswith(".yaml")} == recipes
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -93,6 +95,12 @@ def test_it_is_imported_from_there_and_fast(python):
     assert Path(file).is_relative_to(python.parents[1])
     found = inside(python, "import effpass.passes, effpass.trainers as t; print(effpass.passes.__file__, t.__file__)")
     assert all(Path(file).is_relative_to(python.parents[1]) for file in found.split())
+
+
+def test_recipes_have_names_there(python):
+    assert "moe-serving: valid, 2 passes" in run(
+        python.parent / "effpass", "recipe", "check", "moe-serving", cwd=python.parent
+    )
 
 
 def test_no_module_leaks_to_the_top_level(python):

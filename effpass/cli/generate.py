@@ -23,7 +23,7 @@ def generate(
         str, typer.Option("--prompt", "-p", help="The user's text; - reads it from stdin.", show_default=False)
     ],
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", "-r", metavar="FILE", help="Rewrite the model by this recipe.")
+        Path | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="Rewrite by this recipe, a file or a name.")
     ] = None,
     adapter: Annotated[
         Path | None,

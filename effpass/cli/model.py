@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or smollm2.", show_default=False)
 ]
 RecipeFile = Annotated[
-    Path, typer.Option("--recipe", "-r", metavar="FILE", help="The recipe to apply.", show_default=False)
+    Path, typer.Option("--recipe", "-r", metavar="RECIPE", help="To apply: a file, or a name.", show_default=False)
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -36,13 +37,15 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout and nothing else.")]
 
 
-def load(model: str, device: str, dtype: str | None, trust_remote_code: bool, *, images: bool = False) -> LoadedModel:
-    """Load with a line of progress; only downloads show bars of their own."""
+def load(
+    model: str, device: str, dtype: str | None, trust_remote_code: bool, *, images: bool = False, told: bool = True
+) -> LoadedModel:
+    """Load with a line of progress where it is `told`; only downloads show bars of their own."""
     if model == "smollm2" or Path(model).exists():
         hide_bars()
     from effpass.core.errors import ModelError
 
-    with step(f"loading {model}"):
+    with step(f"loading {model}") if told else nullcontext():
         import torch
         from transformers.utils import logging
 

@@ -25,7 +25,7 @@ def _group() -> None:
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe, YAML.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A file, YAML, or a name.", show_default=False)],
     json: Json = False,
 ) -> None:
     """Say whether a recipe is valid: its keys, passes, options, and the files it names."""

@@ -17,7 +17,6 @@ A recipe is validated whole, and every fault is reported, before any work starts
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,9 @@ from effpass.core.options import dump_options, read_options, shown
 from effpass.core.pass_ import Pass
 from effpass.core.plain_yaml import MAX_BYTES, read_yaml, write_yaml
 from effpass.core.registry import STEP_KEYS, load
+from effpass.core.whole import write_text
 
-__all__ = ["TARGETS", "Recipe", "Step"]
+__all__ = ["TARGETS", "Recipe", "Step", "named_recipes"]
 
 VERSION = 1
 TARGETS = ("inductor", "aoti", "onnx", "tensorrt")
@@ -70,17 +70,23 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe file.
+        """Read a recipe file, or one of effpass's own by its name, such as ``fast-decode``.
 
         Raises:
             RecipeError: no such file, larger than 1 MiB, not UTF-8, or any fault that :meth:`parse` finds.
         """
         path = Path(path).expanduser()
+        own = named_recipes()
+        if not path.is_file():
+            path = own.get(os.fspath(path), path)
         try:
             with open(path, "rb") as file:
                 data = file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise RecipeError(f"{path}: can't be read: {error.strerror or error}") from error
+            message = f"{path}: can't be read: {error.strerror or error}"
+            is_name = path.name == os.fspath(path) and not path.suffix
+            hint = f"recipes that have a name: {', '.join(own)}" if is_name else None
+            raise RecipeError(message, hint=hint) from error
         return cls.parse(data, base=path.absolute().parent, source=str(path))
 
     @classmethod
@@ -150,13 +156,12 @@ class Recipe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_yaml` to `path`, whole or not at all."""
         path = Path(path)
-        text = self.to_yaml(path.absolute().parent)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self.to_yaml(path.absolute().parent))
+
+
+def named_recipes() -> dict[str, Path]:
+    """The recipes that come with effpass, by name."""
+    return {path.stem: path for path in sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))}
 
 
 def _check_version(version: object, source: str) -> None:

@@ -1,0 +1,182 @@
+"""A search from a model and texts to a recipe, kept in a folder that it goes on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from effpass.core.errors import EffpassError
+from effpass.search.calibrated import Calibrator
+from effpass.search.choices import Choice, choices
+from effpass.search.explore import best, holding, next_candidate, quality_loss
+from effpass.search.log import ARTIFACTS, Log
+from effpass.search.measure import Trial, losses_of, prepared, try_out
+from effpass.search.plot import can_plot, plot
+from effpass.search.predict import Estimate, Traced, trace
+from effpass.search.recipes import DENSE, Candidate, legal_recipes
+from effpass.search.texts import Texts
+from effpass.search.workload import Goal, Workload
+
+__all__ = ["RECIPE", "Search"]
+
+RECIPE, _PICTURE = "recipe.yaml", "pareto.png"
+
+
+@dataclass
+class Search:
+    """
+    Attributes:
+        log: of its folder.
+        load: a model as it comes; every recipe gets one of its own.
+        texts: token ids.
+        goal: what the recipe is to make smaller.
+        limit: share by which the perplexity may grow.
+        workload: requests that are measured.
+        most: passes of a recipe.
+        given: choices with artifacts that the user has.
+        name: of the calibration text.
+        say: gets a line for people.
+        candidates: every legal recipe; there after :meth:`begin`.
+    """
+
+    log: Log
+    load: Callable[[], Any]
+    texts: Texts
+    goal: Goal
+    limit: float
+    workload: Workload
+    most: int = 3
+    given: Sequence[Choice] = ()
+    name: str = "text"
+    say: Callable[[str], None] = print
+    candidates: list[Candidate] = field(default_factory=list)
+    predicted: dict[Candidate, Estimate] = field(default_factory=dict)
+    trials: dict[Candidate, Trial] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Find the legal recipes and what the cost model makes of them.
+
+        Raises:
+            EffpassError: the model can't be loaded, run or counted.
+        """
+        self.log.save()
+        calibrator = Calibrator(
+            self.log.folder / ARTIFACTS, self.load, self.texts.calibration, self.workload, self.name, self.say
+        )
+        _check_length(calibrator.model, self.workload)
+        wanted, self.log.left_out = choices(calibrator.model, self.goal, self.workload, self.given)
+        usable, refused = calibrator.usable(wanted)
+        self.log.left_out |= refused
+        calibrator.release()
+        self.candidates = legal_recipes(usable, self.most)
+        by_key = {candidate.key: candidate for candidate in self.candidates}
+        if set(self.log.predicted) != set(by_key):
+            self._predict()
+            self.log.predicted = {candidate.key: of for candidate, of in self.predicted.items()}
+        self.predicted = {by_key[key]: of for key, of in self.log.predicted.items()}
+        self.trials = {by_key[key]: trial for key, trial in self.log.trials.items() if key in by_key}
+        self.log.save()
+
+    def _predict(self) -> None:
+        traced: dict[Candidate, Traced | str] = {}
+        self.say(f"predicting {len(self.candidates)} legal recipes")
+        for candidate in self.candidates:
+            weights = candidate.weights
+            if weights not in traced:
+                try:
+                    traced[weights] = trace(prepared(self.load, weights), self.workload)
+                except EffpassError as error:
+                    if weights == DENSE:
+                        raise
+                    traced[weights] = error.message
+            found = traced[weights]
+            if isinstance(found, str):
+                self.log.left_out[candidate.key] = found
+            else:
+                self.predicted[candidate] = found.with_passes(candidate.recipe.build()[len(weights.choices) :])
+        self.candidates = [candidate for candidate in self.candidates if candidate in self.predicted]
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def run(self, most_trials: int | None = None) -> bool:
+        """Measure what is promising until nothing more is; says whether the search has come to its end.
+
+        Args:
+            most_trials: recipes to measure in this call, at most.
+        """
+        count = 0
+        while (candidate := self.next()) is not None:
+            if count == most_trials:
+                return False
+            self.measure(candidate)
+            count += 1
+        return True
+
+    def next(self) -> Candidate | None:
+        return next_candidate(self.candidates, self.predicted, self.trials, self.goal, self.limit)
+
+    def measure(self, candidate: Candidate) -> Trial:
+        """Measure one recipe and keep what it came to."""
+        trial = try_out(self.load, candidate, self.texts.selection, self.workload)
+        if candidate == DENSE and not trial.is_measured:
+            raise EffpassError(f"the model as it is can't be measured: {trial.reason}")
+        self.trials[candidate] = self.log.trials[candidate.key] = trial
+        self.say(f"{len(self.trials)}: {self._told(candidate)}")
+        self._keep(best(self.trials, self.goal, self.limit), confirmed=False)
+        return trial
+
+    def confirm(self) -> Candidate:
+        """The best recipe that also holds on text that nobody has chosen by."""
+        self._confirmed(DENSE)
+        among = holding(self.trials, self.limit)
+        while (chosen := best(self.trials, self.goal, self.limit, among)) != DENSE:
+            self._confirmed(chosen)
+            loss = quality_loss(self.trials, chosen, confirmed=True)
+            self.say(f"{chosen.key}: {100 * loss:+.2f} % on text that nobody has chosen by")
+            if loss <= self.limit:
+                break
+            among.remove(chosen)
+        self._keep(chosen, confirmed=True)
+        return chosen
+
+    def _confirmed(self, candidate: Candidate) -> None:
+        trial = self.trials[candidate]
+        if not trial.confirmed:
+            trial.confirmed = losses_of(prepared(self.load, candidate), self.texts.confirmation, self.workload)
+            self.log.save()
+
+    def _keep(self, chosen: Candidate, *, confirmed: bool) -> None:
+        """Leave the folder with the recipe of this moment."""
+        self.log.chosen = {"recipe": chosen.key, "confirmed": confirmed}
+        chosen.recipe.save(self.log.folder / RECIPE)
+        self.log.save()
+
+    def picture(self) -> None:
+        """Draw what was measured, where matplotlib is installed."""
+        if self.trials and can_plot():
+            chosen = next(c for c in self.trials if c.key == self.log.chosen["recipe"])
+            plot(self.trials, self.goal, self.limit, chosen, self.log.folder / _PICTURE)
+
+    def _told(self, candidate: Candidate) -> str:
+        trial = self.trials[candidate]
+        if not trial.is_measured:
+            return f"{candidate.key}: {trial.status}: {trial.reason}"
+        perplexity = math.exp(mean(trial.losses))
+        held = (trial.weight_bytes + trial.cache_bytes) / 1e6
+        return (
+            f"{candidate.key}: {1e3 * trial.step_seconds:.1f} ms a step, {trial.tokens_per_second:.1f} tokens/s,"
+            f" {held:.1f} MB, perplexity {perplexity:.3f} ({100 * quality_loss(self.trials, candidate):+.2f} %)"
+        )
+
+
+def _check_length(model: Any, workload: Workload) -> None:
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and workload.length > most:
+        raise EffpassError(
+            f"prompts of {workload.prompt} tokens and {workload.new_tokens} behind them, and the model has {most}"
+            " positions",
+            hint="give shorter prompts: --prompt",
+        )
