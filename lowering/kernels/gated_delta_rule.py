@@ -34,7 +34,8 @@ _BLOCK = 32  # channels of a tile of `inside`, of four warps; two programs a mul
 _COLUMNS = 64  # of the state that a program carries, four warps; less than 64 are no tile of wgmma
 _WIDE = 128  # columns, eight warps, where lanes alone fill the device
 _STAGES = 2  # chunks under way in `state_forward` and `state_backward`
-_GRADIENT_BLOCK = 128  # channels of a tile of `gradient`, of eight warps; 64, of four, are as much work
+_GRADIENT_BLOCK = 32  # channels of a tile of `gradient`, of four warps: tiles of 64 and 128 spill 2 to 3 kB a thread
+_UNBOUNDED = {torch.bfloat16: "either", torch.float32: "any"}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -98,8 +99,8 @@ class _Call(NamedTuple):
             "SCALAR_GATE": gate.dim() == 3, "HAS_BIAS": dt_bias is not None, "SCALAR_BETA": beta.dim() == 3,
             "NORMALIZE": settings.normalize, "LOGITS": settings.beta_logits, "VARLEN": self.places is not None,
             "PRECISION": _precision(q.dtype),
-            # float16 does not hold e^80
-            "RANGE": "any" if q.dtype == torch.float16 else "bounded" if bounded else "either",
+            # float16 does not hold e^80; float32 got wrong results on sm_90 from a choice at run time (Triton 3.6).
+            "RANGE": "any" if q.dtype == torch.float16 else "bounded" if bounded else _UNBOUNDED[q.dtype],
         }  # fmt: skip
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -251,13 +252,12 @@ def backward(
     of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)
     d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
-    block = 32 if q.dtype == torch.float32 else _GRADIENT_BLOCK
     gradient[(chunks * heads,)](
         *(q if x is None else x for x in call.inputs), *call.tables(), changes, d_values, befores, d_afters, out, d_q,
         d_k, d_v, d_gate, d_beta, d_v if d_write is None else d_write, d_rates, d_biases, tokens, heads,
         *_strides(*call.inputs[:6], out), *call.constants(), **call.flags(), V=value_size, VP=values,
-        HAS_WRITE=write_beta is not None, BK=min(keys, block), BV=min(values, block, 64),
-        num_warps=8 if min(keys, block) > 64 else 4, num_stages=1,
+        HAS_WRITE=write_beta is not None, BK=min(keys, _GRADIENT_BLOCK), BV=min(values, _GRADIENT_BLOCK), num_warps=4,
+        num_stages=1,
     )  # fmt: skip
     d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
     d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)
