@@ -97,7 +97,7 @@ def _attend(
 ):  # fmt: skip
     """One block of keys and some of the tokens that chose it."""
     group, groups = tl.program_id(1), tl.num_programs(1)
-    block, first, end = item_of(item_blocks, firsts, ends, part, group)
+    block, first, end = item_of(item_blocks, firsts, ends, tl.program_id(0), tl.num_programs(0), part, group, groups)
     if first >= end:
         return
     start, stop = tl.load(starts + block), tl.load(stops + block)

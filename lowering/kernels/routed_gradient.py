@@ -97,7 +97,7 @@ def _of_key(
         torch.empty((groups, pieces, sizes.BLOCK, n), dtype=torch.float32, device=q.device)
         for n in (sizes.KEY, sizes.VALUE)
     ]
-    _key_gradient[(pieces, groups, sizes.BLOCK // how.block_n)](
+    _key_gradient[(sizes.BLOCK // how.block_n, pieces, groups)](
         *saved, blocks.start, blocks.stop, index.begin, index.tokens, *items[:3], *parts,
         *(n for x in saved[:4] for n in x.stride()[:2]), count, index.tokens.shape[1], scale, **sizes._asdict(),
         BLOCK_M=how.block_m, BLOCK_N=how.block_n, **options(q.device, how),
@@ -140,7 +140,7 @@ def _query_gradient(
 ):  # fmt: skip
     """ds k of one block of keys and some of the tokens that chose it."""
     group, groups = tl.program_id(1), tl.num_programs(1)
-    block, first, end = item_of(item_blocks, firsts, ends, part, group)
+    block, first, end = item_of(item_blocks, firsts, ends, tl.program_id(0), tl.num_programs(0), part, group, groups)
     if first >= end:
         return
     start, stop = tl.load(starts + block), tl.load(stops + block)
@@ -214,13 +214,17 @@ def _sum(
 
 @triton.jit
 def _visited(
-    first, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group, heads,
-    factor, d_k, d_v, MASKED: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr,
+    at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
+    heads, factor, d_k, d_v, MASKED: tl.constexpr, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr,
     VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dsᵀ q and pᵀ dout of some keys and BLOCK_M rows, added to `d_k` and `d_v`."""
-    dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    _, token, head, live = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
+    """dsᵀ q and pᵀ dout of some keys and BLOCK_M rows, added to `d_k` and `d_v`, and the tokens of the next rows.
+
+    Tokens go from step to step, so that what stands at them can be on its way some steps before.
+    """
+    row, dk, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    head, live = row % HEADS, (at + row // HEADS < end) & (row % HEADS < REPEAT)
+    _, following, _, _ = rows_of(listed, at + BLOCK_M // HEADS, end, REPEAT, HEADS, BLOCK_M)
     of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
     at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
     q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
@@ -235,7 +239,7 @@ def _visited(
     d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision="ieee")
     d_p = tl.dot(v, tl.trans(d_out), input_precision="ieee")
     d_k = tl.dot((p * (d_p - of_delta[None, :])).to(q.dtype), q, d_k, input_precision="ieee")
-    return d_k, d_v
+    return d_k, d_v, following
 
 
 @triton.jit(do_not_specialize=["blocks", "entries"])
@@ -246,13 +250,14 @@ def _key_gradient(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A piece of one block's list, for BLOCK_N of its keys."""
-    piece, group = tl.program_id(0), tl.program_id(1)
-    pieces, groups = tl.num_programs(0), tl.num_programs(1)
-    block, first, end = item_of(item_blocks, firsts, ends, 0, group)
+    # Programs of one piece are neighbours: what stands at its tokens is read from memory once.
+    piece, group = tl.program_id(1), tl.program_id(2)
+    pieces, groups = tl.num_programs(1), tl.num_programs(2)
+    block, first, end = item_of(item_blocks, firsts, ends, piece, pieces, 0, group, groups)
     if first >= end:
         return
     start, stop = tl.load(starts + block), tl.load(stops + block)
-    inner = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     key, dk, dv = start + inner, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     row, inside = key.to(tl.int64), key < stop
     at_k = keys + group.to(tl.int64) * keys_h + row[:, None] * keys_t + dk[None, :]
@@ -266,15 +271,16 @@ def _key_gradient(
     # The block's own tokens stand first, and only they are masked.
     own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
     masked = first + tl.cdiv(tl.maximum(tl.minimum(own, end) - first, 0), step) * step
+    _, token, _, _ = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
     for at in range(first, masked, step):
-        d_k, d_v = _visited(
-            at, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
-            heads, factor, d_k, d_v, True, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+        d_k, d_v, token = _visited(
+            at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h,
+            group, heads, factor, d_k, d_v, True, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     for at in range(masked, end, step):
-        d_k, d_v = _visited(
-            at, end, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h, group,
-            heads, factor, d_k, d_v, False, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+        d_k, d_v, token = _visited(
+            at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, query_t, query_h, d_t, d_h,
+            group, heads, factor, d_k, d_v, False, REPEAT, HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
         )  # fmt: skip
     to = ((group * pieces + piece).to(tl.int64) * BLOCK + inner)[:, None]
     tl.store(d_keys + to * KEY + dk[None, :], d_k, mask=inside[:, None] & (dk < KEY)[None, :])

@@ -108,9 +108,9 @@ class Described(NamedTuple):
 
 
 @triton.jit
-def item_of(blocks, firsts, ends, part, group):
-    """The block of a program's item, and the places in its group's list from which and up to which it goes."""
-    at = (part * tl.num_programs(1) + group).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+def item_of(blocks, firsts, ends, item, items, part, group, groups):
+    """The block of an item, and the places in its group's list from which and up to which it goes."""
+    at = (part * groups + group).to(tl.int64) * items + item
     return tl.load(blocks + at), tl.load(firsts + at), tl.load(ends + at)
 
 

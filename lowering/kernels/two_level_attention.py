@@ -88,15 +88,16 @@ def two_level_attention(
     width = statistics.shape[3] * key_size
     main = 1 << (key_size.bit_length() - 1)
     rest = 0 if main == key_size else max(16, triton.next_power_of_2(key_size - main))
-    row_bytes, of_heads_bytes = width * statistics.element_size(), repeat * key_size * query.element_size()
+    row_bytes = width * statistics.element_size()
     block_n = max(16 if is_max else 4, 1 << (how.scored // row_bytes).bit_length() - 1) if kept else 16
-    # A program reads the query too: not more of it than of statistics, unless all programs stand on the device at once.
-    while kept and block_n * row_bytes < of_heads_bytes and triton.cdiv(blocks, block_n) * of_heads > 4 * processors:
-        block_n *= 2
     num_warps = 16 if block_n * width > 8192 else 8
+    tiles = triton.cdiv(blocks, block_n) if kept else 0
+    scoring = min(
+        tiles, max(1, how.scoring * processors // of_heads)
+    )  # what a program sums of the query serves its tiles
     entering = triton.cdiv(key_size, shape["BLOCK_K"]) if kept else 1
     wanted = None if is_max or not tokens else query.new_empty((of_heads, of_label), dtype=torch.float32)
-    _score[((triton.cdiv(blocks, block_n) if kept else 0) + entering, of_heads)](
+    _score[(scoring + entering, of_heads)](
         query, keys, block_table, key_positions, filled, channels, statistics, seen, labels, ranges, scores, wanted,
         *of_query, *cached, slots, blocks, host, **common, KEY=key_size, BLOCK=block, STATISTIC=STATISTICS[statistic],
         HAS_BLOCKS=kept > 0, HAS_LABELS=tokens > 0, HOST=0 if host is None else host.shape[-1], ENTERING=entering,
@@ -187,57 +188,82 @@ def _score(
                 write_wanted(wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
     elif HAS_BLOCKS:
         last = (end - 1) // BLOCK
-        n, r, c = (part - ENTERING) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R), tl.arange(0, MAIN)
-        inside = n < tl.minimum(blocks, last + 1)
-        # The last block's numbers are being written: it is always kept, and its score is no part of the choice.
-        there = tl.load(seen + head * blocks + n, mask=inside & (n < last), other=0) > 0
-        width: tl.constexpr = KEY if STATISTIC == 1 else 2 * KEY
-        rows = statistics + (head.to(tl.int64) * blocks + n) * width
+        r, c = tl.arange(0, BLOCK_R), tl.arange(0, MAIN)
         of_rest = MAIN + tl.arange(0, REST if REST > 0 else 1)
-        in_rest = inside[:, None] & (of_rest < KEY)[None, :]
-        first = tl.load(rows[:, None] + c[None, :], mask=inside[:, None], other=0)
-        second, rest, second_rest = first, first, first
-        if STATISTIC != 1:
-            second = tl.load(rows[:, None] + (KEY + c)[None, :], mask=inside[:, None], other=0)
+        width: tl.constexpr = KEY if STATISTIC == 1 else 2 * KEY
+        stop = tl.minimum(blocks, last + 1)
+        statistics += head.to(tl.int64) * blocks * width
+        n = (part - ENTERING) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first, second = _rows(statistics, n, stop, c, KEY, STATISTIC)
+        rest, second_rest = first, first
         if REST > 0:
-            rest = tl.load(rows[:, None] + of_rest[None, :], mask=in_rest, other=0)
-            if STATISTIC != 1:
-                second_rest = tl.load(rows[:, None] + (KEY + of_rest)[None, :], mask=in_rest, other=0)
+            rest, second_rest = _rows(statistics, n, stop, of_rest, KEY, STATISTIC)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         heads_of = query + b * query_b + (group * REPEAT + r) * query_h
-        score = _products(first, second, heads_of, r < REPEAT, c, KEY, STATISTIC, MAX)
+        weight, other = _weights(heads_of, r < REPEAT, c, KEY, STATISTIC, MAX)
         if REST > 0:
-            score += _products(rest, second_rest, heads_of, r < REPEAT, of_rest, KEY, STATISTIC, MAX)
-        if MAX:
-            score = tl.max(tl.where((r < REPEAT)[None, :], score, float("-inf")), 1)
-        score = tl.where(n == last, float("inf"), tl.where(there, score, float("-inf")))
-        tl.store(scores + (head * 2 + end % 2) * blocks + n, score, mask=inside)
+            weight_rest, other_rest = _weights(heads_of, r < REPEAT, of_rest, KEY, STATISTIC, MAX)
+        step = (tl.num_programs(0) - ENTERING) * BLOCK_N
+        for _ in range((part - ENTERING) * BLOCK_N, stop, step):
+            # The last block's numbers are being written: it is always kept, and its score is no part of the choice.
+            there = tl.load(seen + head * blocks + n, mask=n < tl.minimum(stop, last), other=0) > 0
+            score = _products(first, second, weight, other, STATISTIC, MAX)
+            if REST > 0:
+                score += _products(rest, second_rest, weight_rest, other_rest, STATISTIC, MAX)
+            if MAX:
+                score = tl.max(tl.where((r < REPEAT)[None, :], score, float("-inf")), 1)
+            score = tl.where(n == last, float("inf"), tl.where(there, score, float("-inf")))
+            tl.store(scores + (head * 2 + end % 2) * blocks + n, score, mask=n < stop)
+            n += step
+            first, second = _rows(statistics, n, stop, c, KEY, STATISTIC)
+            if REST > 0:
+                rest, second_rest = _rows(statistics, n, stop, of_rest, KEY, STATISTIC)
 
 
 @triton.jit
-def _products(
-    first, second, heads_of, of_rows, c, KEY: tl.constexpr, STATISTIC: tl.constexpr, MAX: tl.constexpr
+def _rows(statistics, n, stop, c, KEY: tl.constexpr, STATISTIC: tl.constexpr):
+    """The columns `c` of both statistics of blocks `n` [N, C]; twice the one where there is one."""
+    width: tl.constexpr = KEY if STATISTIC == 1 else 2 * KEY
+    at, mask = statistics + n.to(tl.int64)[:, None] * width + c[None, :], (n < stop)[:, None] & (c < KEY)[None, :]
+    first = tl.load(at, mask=mask, other=0)
+    second = first
+    if STATISTIC != 1:
+        second = tl.load(at + KEY, mask=mask, other=0)
+    return first, second
+
+
+@triton.jit
+def _weights(
+    heads_of, of_rows, c, KEY: tl.constexpr, STATISTIC: tl.constexpr, MAX: tl.constexpr
 ):  # fmt: skip
-    """Scores of blocks by the columns `c` of their statistics [N, C]: their sum over the query heads [N], or [N, R]."""
+    """What both statistics count at the columns `c`: summed over the query heads [C], or of each [R, C] where MAX."""
     q = tl.load(heads_of[:, None] + c[None, :], mask=of_rows[:, None] & (c < KEY)[None, :], other=0)
+    if not MAX:
+        q = q.to(tl.float32)
+    other = tl.maximum(q, 0) if STATISTIC == 0 else tl.abs(q)
+    if STATISTIC == 0:
+        q = tl.minimum(q, 0)
     if MAX:
-        other = tl.maximum(q, 0) if STATISTIC == 0 else tl.abs(q)
-        if STATISTIC == 0:
-            q = tl.minimum(q, 0)
-        found = tl.dot(first, tl.trans(q.to(first.dtype)), input_precision="ieee")
+        return q, other
+    else:
+        return tl.sum(q, 0), tl.sum(other, 0)
+
+
+@triton.jit
+def _products(first, second, weight, other, STATISTIC: tl.constexpr, MAX: tl.constexpr):
+    """Scores of blocks [N] by some columns of their statistics [N, C], or by query head [N, R]."""
+    if MAX:
+        found = tl.dot(first, tl.trans(weight.to(first.dtype)), input_precision="ieee")
         if STATISTIC != 1:
             found = tl.dot(second, tl.trans(other.to(first.dtype)), found, input_precision="ieee")
         return found
     else:
-        q = q.to(tl.float32)
-        if STATISTIC == 1:
-            return tl.sum(first.to(tl.float32) * tl.sum(q, 0)[None, :], 1)
-        else:
-            weight = tl.sum(tl.minimum(q, 0) if STATISTIC == 0 else q, 0)
-            other = tl.sum(tl.maximum(q, 0) if STATISTIC == 0 else tl.abs(q), 0)
-            return tl.sum(first.to(tl.float32) * weight[None, :] + second.to(tl.float32) * other[None, :], 1)
+        found = first.to(tl.float32) * weight[None, :]
+        if STATISTIC != 1:
+            found += second.to(tl.float32) * other[None, :]
+        return tl.sum(found, 1)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
