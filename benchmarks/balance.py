@@ -9,6 +9,7 @@ and compares what the simulator says of them.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import time
@@ -21,7 +22,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.balance_kernels import CASES as KERNELS
-from benchmarks.balance_lengths import BUDGETS, DEFAULT, EXPONENT, LENGTHS, coverage, the_table
+from benchmarks.balance_lengths import BUDGETS, DEFAULT, EXPONENT, LENGTHS, SURE, coverage, the_table
 from benchmarks.rows import Row, row
 from effpass.trainers.balance.batches import BalancedBatches
 from effpass.trainers.balance.expected import Expected
@@ -55,16 +56,20 @@ def simulated(lengths: str, ranks: int, device: str, smoke: bool) -> Iterator[Ro
             if key != ("random", "none"):
                 yield from _against_base(table, case, key, ours, found["random", "none"])
         yield from _against_length(table, case, found)
+        sure = partial(coverage, exponent=SURE)
+        ours = simulate(table, every, layout, TUNING, sure, "seconds", steps=4 if smoke else 64)
+        yield from _against_base(table, case, ("seconds", "both"), ours, found["random", "none"], SURE)
 
 
 def _against_base(
-    table: LatencyTable, case: str, key: tuple[str, str], ours: Simulated, base: Simulated
+    table: LatencyTable, case: str, key: tuple[str, str], ours: Simulated, base: Simulated, exponent: float = EXPONENT
 ) -> Iterator[Row]:
     what = _WORDS[key[0]] + (", tuned budgets" if key[1] == "both" else ", fixed budget")
+    what += "" if exponent == EXPONENT else ", a router that is sure"
     peer = "random batches, fixed budget"
     note = (
         f"bubbles {ours.bubble:.1%} for {base.bubble:.1%}; budget {ours.budget:.0f} for {base.budget:.0f} keys,"
-        f" coverage {ours.coverage:.3f} for {base.coverage:.3f}; {_said(table)}"
+        f" coverage {ours.coverage:.3f} for {base.coverage:.3f}; {_said(table, exponent)}"
     )
     yield _row(table, case, f"simulated step, {what}", ours.seconds * 1e3, "ms", base.seconds * 1e3, peer, note)
     yield _row(table, case, f"simulated imbalance, {what}", ours.imbalance, "max/mean", base.imbalance, peer, note)
@@ -91,9 +96,9 @@ def _row(
     return replace(made, device=table.device)
 
 
-def _said(table: LatencyTable) -> str:
+def _said(table: LatencyTable, exponent: float = EXPONENT) -> str:
     kind = {"measured": "measured", "flops": "by FLOPs, not measured", "synthetic": "synthetic, not measured"}
-    return f"table {kind[table.source]}; coverage is assumed as (k/s)^{EXPONENT}"
+    return f"table {kind[table.source]}; coverage is assumed as (k/s)^{exponent}"
 
 
 # -- the planner ------------------------------------------------------------------------------------------------------
@@ -167,7 +172,13 @@ def real(device: str, smoke: bool) -> Iterator[Row]:
     return run(device, smoke)
 
 
+def _run(name: str, device: str, smoke: bool) -> Iterator[Row]:
+    module = importlib.import_module("benchmarks.balance_" + ("coverage" if name == "coverage" else "quality"))
+    return getattr(module, name)(device, smoke)
+
+
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     f"{lengths}-{ranks}": partial(simulated, lengths, ranks) for lengths in LENGTHS for ranks in RANKS
 }
 CASES |= {"planner": planner, "real": real, "table": table, **KERNELS}
+CASES |= {name: partial(_run, name) for name in ("ablation", "coverage", "quality")}

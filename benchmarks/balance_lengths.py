@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from effpass.trainers.balance.table import LatencyTable, pairs, read_table
 
-__all__ = ["BUDGETS", "DEFAULT", "EXPONENT", "LENGTHS", "MOST", "committed_table", "coverage", "the_table"]
+__all__ = ["BUDGETS", "DEFAULT", "EXPONENT", "LENGTHS", "MOST", "SURE", "committed_table", "coverage", "the_table"]
 
 DEFAULT = 8192
 BUDGETS = (*range(2048, 16384, 1024), 16384, 20480, 24576, 32768)
 MOST = 73728
-#: Of the assumed coverage: k of s keys hold the share (k / s) ** EXPONENT of the router's weight.
+#: Of the assumed coverage: k of s keys hold the share (k / s) ** EXPONENT of the router's weight. The larger it is, the
+#: less may budgets fall. Case `coverage` measures a small model, whose router is far surer of itself: the second value.
 EXPONENT = 0.25
+SURE = 0.02
 
 _MEASURED = Path(__file__).parent / "results" / "latency_h100.json"
 
@@ -40,8 +42,10 @@ def tail(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
 LENGTHS = {"bimodal": bimodal, "tail": tail}
 
 
-def coverage(lengths: NDArray[np.float64], budgets: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.minimum(np.asarray(budgets) / np.asarray(lengths), 1.0) ** EXPONENT
+def coverage(
+    lengths: NDArray[np.float64], budgets: NDArray[np.float64], exponent: float = EXPONENT
+) -> NDArray[np.float64]:
+    return np.minimum(np.asarray(budgets) / np.asarray(lengths), 1.0) ** exponent
 
 
 def the_table() -> LatencyTable:
