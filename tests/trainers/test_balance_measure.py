@@ -63,6 +63,17 @@ def test_a_table_of_another_device_warns_and_is_measured_anew(model, tmp_path, c
         table_of(model, file=tmp_path / "none.json")
 
 
+def test_a_device_that_can_not_be_measured_goes_by_flops_and_says_so(model, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING, "effpass"):
+        table, said = table_of(model.to("meta"))
+    assert "a meta device can't be measured here: times go by FLOPs" in caplog.text
+    assert (table.source, said) == ("flops", [])
+    assert not (tmp_path / "cache").exists()
+    # Twice the keys of a long document are nearly twice the FLOPs.
+    short, long = table.attention_seconds(512, [64, 128])[0]
+    assert long / short == pytest.approx(1.87, abs=0.02)
+
+
 def test_measuring_leaves_the_model_as_it_was(model):
     model.train()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}

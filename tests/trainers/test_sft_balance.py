@@ -16,10 +16,12 @@ from tiny_tuning import checkpoint, metrics, quiet, weights, write
 
 import effpass
 from effpass.core.errors import EffpassError
+from effpass.trainers.afa_lora import LoraSettings
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.table import from_flops, read_table, write_table
 from effpass.trainers.balance.tuner import documents_of
 from effpass.trainers.finetune.balanced import LATENCY, BalancedRows
+from effpass.trainers.finetune.memory import estimate
 from effpass.trainers.finetune.packing import PackedBatches
 from effpass.trainers.finetune.run import tune
 from effpass.trainers.finetune.samples import Sample
@@ -207,6 +209,22 @@ def test_an_adapter_trains_sparsely_and_balanced(llama, tmp_path):
     assert (out / "adapter_model.safetensors").exists()
     assert [line for line in said if line.startswith("attention to 96 keys in blocks of 32, balanced: 64 to 384")]
     assert [line for line in said if "balance_imbalance" in line]
+
+
+def test_the_memory_of_sparse_attention_has_lists_of_blocks_and_no_masks(llama):
+    config = effpass.load_model(llama).model.config
+
+    def activations(sparse: Sparse | None) -> int:
+        found = estimate(
+            config, "full", LoraSettings(), "adamw", rows=2, length=4096, bfloat16=True, device=torch.device("cpu"),
+            sparse=sparse,
+        ).activations  # fmt: skip
+        assert found is not None
+        return found
+
+    dense, sparse = activations(None), activations(Sparse(512, 64))
+    assert dense - sparse == 2 * 4096 * 4096 * 5 - 2 * 2 * 2 * 4096 * 8 * 4
+    assert activations(Sparse(512, 64, is_balanced=True)) - sparse == 2 * 2 * 2 * 4096 * (32 - 8) * 4
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from effpass.core.gguf import cache_dir
 from effpass.core.roofline import device_name
 from effpass.lowering.ops.routed_attention import trainable_sparse_attention
 from effpass.runtime.cache import full_layers
-from effpass.trainers.balance.table import LatencyTable, read_table, write_table
+from effpass.trainers.balance.table import LatencyTable, from_flops, read_table, write_table
 
 __all__ = ["attention_seconds", "grid", "latency_table", "rest_seconds", "seconds_of"]
 
@@ -48,6 +48,8 @@ def latency_table(
     say: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
     """The table of this device and model, from the cache or measured now: seconds to a minute on a GPU.
+
+    Devices that are neither a CPU nor a CUDA device get a table by FLOPs, with a warning, which is not kept.
 
     Where there is a process group, its first process measures for all, so that all have the same numbers.
 
@@ -104,6 +106,11 @@ def _here(
             if kept.is_for(name, kind, words) and kept.torch == torch.__version__:
                 return kept
     lengths, tokens = grid(max_tokens), grid(min(max_tokens, 8192))
+    if device.type not in ("cpu", "cuda"):
+        log.warning(
+            "a %s device can't be measured here: times go by FLOPs, which sparse kernels do not follow", device.type
+        )
+        return _by_flops(model, lengths, budgets, name, kind, words)
     say(f"measuring what lengths and budgets cost on {name}: {len(lengths)} x {len(budgets)}")
     heads, groups, key_size, value_size = _sizes(model)
     measured = LatencyTable(
@@ -113,6 +120,19 @@ def _here(
     )  # fmt: skip
     write_table(path, measured)
     return measured
+
+
+def _by_flops(
+    model: Any, lengths: Sequence[int], budgets: Sequence[int], name: str, kind: str, words: str
+) -> LatencyTable:
+    heads, _, size, _ = _sizes(model)
+    embedded = model.get_input_embeddings().num_embeddings * model.config.get_text_config(decoder=True).hidden_size
+    # The rate cancels out wherever ranks are compared.
+    return from_flops(
+        lengths, budgets, layers=len(full_layers(model.config)[0]), attention_width=heads * size,
+        parameters=sum(p.numel() for p in model.parameters()) - embedded, rate=1e14, model=words, device=name,
+        dtype=kind,
+    )  # fmt: skip
 
 
 def grid(most: int) -> tuple[int, ...]:

@@ -137,7 +137,7 @@ def make_sparse(
         say(f"attention to {tuning.default} keys in blocks of {how.block}")
         return SparseRun(install(model, block=how.block, budget=tuning.default))
     assert isinstance(batches, BalancedRows)
-    routed = install(model, block=how.block, budget=tuning.default, max_budget=tuning.budgets[-1])
+    routed = install(model, block=how.block, budget=tuning.default, max_budget=how.most)
     try:
         table = latency_table(
             model, tuning.budgets, batches.most_tokens, block=how.block, dtype=dtype, file=file, say=say

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from effpass.lowering.targets.host_memory import available_memory
 from effpass.trainers.afa_lora.lora import LoraSettings, add_lora
-from effpass.trainers.finetune.settings import Method
+from effpass.trainers.finetune.settings import Method, Sparse
 from effpass.trainers.lm.model import make_model, set_experts
 from effpass.trainers.lm.optimizers import STATE_BYTES
 from effpass.trainers.memory import SHAPES, Estimate, available, kept_bytes, use_causal_attention
@@ -22,6 +22,7 @@ from effpass.trainers.memory import SHAPES, Estimate, available, kept_bytes, use
 __all__ = ["estimate", "host_line"]
 
 _FLOAT = 4
+_INDEX = 4
 
 
 def estimate(
@@ -34,12 +35,14 @@ def estimate(
     length: int,
     bfloat16: bool,
     device: torch.device,
+    sparse: Sparse | None = None,
 ) -> Estimate:
     """The memory on one device.
 
     Args:
         rows, length: of a micro-batch.
         bfloat16: of computation, and of frozen weights.
+        sparse: attention that has lists of blocks instead of masks.
     """
     activations = None
     with torch.device("meta"), no_init_weights():
@@ -63,8 +66,12 @@ def estimate(
         # As in the run, see Trained.under_autocast; and an operator may have shapes that depend on data.
         with disable_input_dtype_casting(model, bfloat16), suppress(RuntimeError, NotImplementedError):
             # Which tokens of a packed row attend: a bool, and what each layer's attention makes and keeps of it.
-            layers = model_config.get_text_config(decoder=True).num_hidden_layers
-            masks = rows * length * length * (1 + layers * (2 if bfloat16 else _FLOAT))
+            text = model_config.get_text_config(decoder=True)
+            masks = rows * length * length * (1 + text.num_hidden_layers * (2 if bfloat16 else _FLOAT))
+            if sparse is not None:
+                groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+                blocks = -(-min(sparse.most, rows * length) // sparse.block)
+                masks = text.num_hidden_layers * groups * rows * length * blocks * _INDEX
             activations = kept_bytes(model, forward, bfloat16=bfloat16) + masks
     state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + (every if method != "full" else 0) * (
         2 if bfloat16 else _FLOAT

@@ -133,7 +133,7 @@ def tune(
     found = estimate(
         config, settings.method, settings.lora, settings.optimizer.name,
         rows=settings.batch // (settings.accumulate * args.world_size), length=length, bfloat16=bfloat16,
-        device=args.device,
+        device=args.device, sparse=settings.sparse,
     )  # fmt: skip
     say(f"{found}; {host_line(found, args.device)}")
     check_memory(found, "raise --accumulate, lower --batch, or fine-tune an adapter: --method lora")

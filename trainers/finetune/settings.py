@@ -63,6 +63,11 @@ class Sparse:
         self.tuning  # noqa: B018  (checks its values)
 
     @property
+    def most(self) -> int:
+        """Keys of the largest budget."""
+        return self.tuning.budgets[-1] if self.is_balanced else self.tuning.default
+
+    @property
     def tuning(self) -> Tuning:
         """Gradients are added up once a step, and there the processes wait for each other."""
         default = -(-self.budget // self.block) * self.block
