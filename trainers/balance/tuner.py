@@ -217,17 +217,15 @@ class SparsityTuner:
         if self._next == self._measures and self.attention.curves is not None:
             assert self.plan is not None
             self._longest = int(self.plan.longest[self._exchange.rank, self._next])
-            self._curves = self.attention.curves.detach().to("cpu", non_blocking=True)
+            self._curves = self.attention.curves.detach()
             self.attention.watch(None)
         self._next += 1
 
     def _covered(self, *, keep: bool = False) -> tuple[int, NDArray[np.float64]]:
-        """What was measured since the last message; the device has come to it long since."""
+        """What was measured since the last message; waits for the device once in `every` steps."""
         if self._curves is None:
             return 0, np.zeros((self.attention.layers, len(self.tuning.budgets)))
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        found = self._longest, self._curves.double().numpy().copy()
+        found = self._longest, self._curves.double().cpu().numpy()
         if not keep:
             self._longest, self._curves = 0, None
         return found
