@@ -65,11 +65,10 @@ class Expected:
     def guard(self, longest: ArrayLike) -> tuple[Ints, Ints]:
         """Budgets that the router's weight allows in micro-batches whose longest documents are these: two arrays of
         indices `[..., L]`. Lengths whose coverage was not seen yet keep the default."""
-        curves = self._coverage[octave(longest)]
-        unseen = np.isnan(curves).any(-1)
-        lowest, highest = guard(np.nan_to_num(curves), self.tuning.index, self.tuning.p)
-        keep = self.tuning.index
-        return np.where(unseen, keep, lowest), np.where(unseen, keep, highest)
+        unseen, keep = np.isnan(self._coverage).any(-1), self.tuning.index
+        lowest, highest = guard(np.nan_to_num(self._coverage), keep, self.tuning.p)
+        where = octave(longest)
+        return np.where(unseen, keep, lowest)[where], np.where(unseen, keep, highest)[where]
 
     def cover(self, longest: int, curves: Floats) -> None:
         """Coverage of each layer and budget `[L, K]`, as measured in a micro-batch with this longest document."""
