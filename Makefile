@@ -2,6 +2,7 @@
 #
 #   make venv                  create or update .venv
 #   make test                  lint, types, tests            make test ARGS="-k recipe -x"
+#   make demo-full             the demo, and the recipes that have a name beside the model as it is
 #   make docs                  the documents as a site, in build/site; a warning is an error
 #   make PYTHON=python3.12 …   use another interpreter
 
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := test
-.PHONY: venv test demo docs clean
+.PHONY: venv test demo demo-full docs clean
 
 # -- environment: rebuilt when the dependencies change ----------------------------------------------------------------
 
@@ -43,6 +44,9 @@ test: $(READY)
 
 demo: $(READY)
 	$(BIN)/effpass demo
+
+demo-full: $(READY)
+	$(BIN)/effpass demo --full
 
 # -- documents --------------------------------------------------------------------------------------------------------
 

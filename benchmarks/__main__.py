@@ -22,6 +22,7 @@ AREAS = (
     "prefix_kv",
     "pruning",
     "quality",
+    "search",
     "sparse_attention",
     "speculative",
     "training",

@@ -184,6 +184,18 @@ def headline_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def search_rows(document: Path) -> str:
+    """The committed rows of area `search`: each figure with the recipes it belongs to."""
+    lines = ["| case | figure | effpass | peer | ratio | recipes, loss of quality | device |"]
+    lines.append("|---|---|--:|--:|--:|---|---|")
+    for row in _rows("search"):
+        lines.append(
+            f"| {row['case']} | {row['metric']} | {row['ours']:.4g} {row['unit']} | {row['peer']:.4g}"
+            f" ({row['peer_name']}) | {row['ratio']:.3f} | {row['note']} | {row['device']} |"
+        )
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
+
+
 def composition_rows(document: Path) -> str:
     """The cells that the tests run: passes that stand together, on which models, with which weights, and where."""
     from composition.cells import CELLS, FILES, WEIGHTS
@@ -236,6 +248,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "speculative": lambda document: measured_rows("speculative"),
     "cost": cost_rows,
     "headline": headline_rows,
+    "search": search_rows,
     "memory": memory_rows,
 }
 DOCUMENTS = (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from effpass.cli.console import hide_bars, megabytes, stdout
+from effpass.cli.demo_recipes import WORKLOAD, measure_recipes, recipes_table
 from effpass.core.errors import EffpassError
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def demo(
         Path | None,
         typer.Option(metavar="FOLDER", help="Keep adapter, recipe, files and report here."),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure the recipes that have a name, too: some minutes more.")
+    ] = False,
 ) -> None:
     """Show the main job on SmolLM2-135M: adapter, recipe, torch.compile, ONNX. Takes a few minutes on two cores.
 
@@ -52,7 +56,7 @@ def demo(
         else:
             folder = keep
             folder.mkdir(parents=True, exist_ok=True)
-        run_demo("smollm2", folder.absolute())
+        run_demo("smollm2", folder.absolute(), workload=WORKLOAD if full else None)
     if keep is not None:
         stdout().print(f"Kept in {keep}: {', '.join(sorted(p.name for p in keep.iterdir()))}", markup=False)
 
@@ -77,6 +81,10 @@ class _Story:
     def say(self, what: Any = "", **style: Any) -> None:
         self.console.print(what, **style)
 
+    def say_time(self) -> None:
+        minutes, rest = divmod(round(time.perf_counter() - self.started), 60)
+        self.say(f"Whole demo: {minutes} min {rest:02d} s.", style="dim")
+
     def quote(self, who: str, text: str) -> None:
         from rich.padding import Padding
         from rich.text import Text
@@ -84,7 +92,15 @@ class _Story:
         self.console.print(Padding(Text.assemble((f"{who}: ", "dim"), (text, "italic")), (0, 0, 0, 4)))
 
 
-def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int = 32, rounds: int = 2) -> None:
+def run_demo(
+    source: str,
+    folder: Path,
+    *,
+    lessons: int = 6,
+    max_new_tokens: int = 32,
+    rounds: int = 2,
+    workload: tuple[int, int, int, int] | None = None,
+) -> None:
     """Run the demo.
 
     Args:
@@ -93,6 +109,7 @@ def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int
         lessons: training steps of the adapter.
         max_new_tokens: length of the generated texts.
         rounds: how often each way of running is timed.
+        workload: batch, prompt, new tokens and pieces of text that named recipes are measured with; None leaves it out.
     """
 
     def generate(model: Any, **options: Any) -> Decode:
@@ -166,6 +183,26 @@ def run_demo(source: str, folder: Path, *, lessons: int = 6, max_new_tokens: int
     story.say(_timings(seconds, _bytes(peft_model), _bytes(merged_model)))
     _say_prediction(story, inspection)
     _conclude(story, seconds)
+    if workload is not None:
+        _measure_recipes(story, source, tokenizer, workload)
+    story.say_time()
+
+
+def _measure_recipes(story: _Story, source: str, tokenizer: Any, workload: tuple[int, int, int, int]) -> None:
+    """The model as it comes beside the recipes that have a name, all on the decode engine."""
+    from effpass import api
+    from effpass.search.workload import Workload
+
+    requests = Workload(*workload)
+    story.say()
+    found = measure_recipes(lambda: api.load_model(source).model, tokenizer, requests, story.step)
+    story.say(recipes_table(found))
+    story.say(
+        f"After prompts of {requests.prompt} tokens of Python's reference, {requests.new_tokens} tokens each, batch"
+        f" {requests.batch}. moe-serving is for mixtures of experts. On a CPU sparse attention runs its reference, and"
+        " nothing is fused: kernels for both need a GPU. `effpass optimize` finds the recipe for a model and a text.",
+        style="dim",
+    )
 
 
 def _introduce(story: _Story) -> None:
@@ -278,5 +315,3 @@ def _conclude(story: _Story, seconds: dict[str, float]) -> None:
         " bfloat16.",
         style="dim",
     )
-    minutes, rest = divmod(round(time.perf_counter() - story.started), 60)
-    story.say(f"Whole demo: {minutes} min {rest:02d} s.", style="dim")

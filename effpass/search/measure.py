@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.model import inner_model
-from effpass.runtime.session import Session
 from effpass.search.recipes import Candidate
 from effpass.search.workload import Goal, Workload
 
@@ -106,58 +105,65 @@ def measure(model: Any, texts: Tensor, workload: Workload) -> Trial:
         texts: int64 `[W, prompt + new tokens]`.
         workload: what is timed.
     """
-    trial = Trial("measured")
-    with torch.inference_mode():
-        trial.losses = losses_of(model, texts, workload)
-        _time(model, texts, workload, trial)
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    groups = texts.split(_rows(model, workload))
+    readings = [_read(model, group, workload) for group in groups]
+    trial = Trial("measured", losses=[loss for reading in readings for loss in reading.losses])
+    if len(readings) > 1 and len(readings[-1].losses) == workload.batch:
+        timed = readings[-1]  # the first one warms up
+    else:
+        timed = _read(model, texts.repeat(-(-workload.batch // len(texts)), 1)[: workload.batch], workload)
+    trial.prompt_seconds, trial.cache_bytes = timed.prompt_seconds, timed.cache_bytes
+    trial.step_seconds = median(timed.step_seconds[_UNTIMED:])
+    whole = trial.prompt_seconds + workload.new_tokens * trial.step_seconds
+    trial.tokens_per_second = workload.batch * workload.new_tokens / whole
+    trial.weight_bytes = held_bytes(list(model.state_dict().values()), device)
+    if device.type == "cuda":
+        trial.peak_bytes = torch.cuda.max_memory_allocated(device)
     return trial
 
 
 def losses_of(model: Any, texts: Tensor, workload: Workload) -> list[float]:
     """Nats a new token, the mean of each sequence of `texts`."""
-    rows = workload.batch if model.device.type == "cuda" else max(workload.batch, _ROWS)
-    found: list[float] = []
-    with torch.inference_mode():
-        for group in texts.split(rows):
-            ids = group.to(model.device)
-            with _session(model, len(ids), workload) as session:
-                _prompt(session, ids, workload)
-                total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-                for at in range(workload.prompt, workload.length):
-                    total += nn.functional.cross_entropy(
-                        session.logits[: len(ids)].float(), ids[:, at], reduction="none"
-                    )
-                    if at + 1 < workload.length:
-                        session.tokens[: len(ids)] = ids[:, at : at + 1]
-                        session.step()
-            found += (total / workload.new_tokens).tolist()
-    return found
+    groups = texts.split(_rows(model, workload))
+    return [loss for group in groups for loss in _read(model, group, workload).losses]
 
 
-def _time(model: Any, texts: Tensor, workload: Workload, trial: Trial) -> None:
-    """Time one batch, and count what it holds."""
-    device = model.device
-    repeated = texts.repeat(-(-workload.batch // len(texts)), 1)[: workload.batch].to(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with _session(model, workload.batch, workload) as session:
-        session.tokens[: workload.batch] = repeated[:, :1]
+def _rows(model: Any, workload: Workload) -> int:
+    """Sequences that are read together."""
+    return workload.batch if model.device.type == "cuda" else max(workload.batch, _ROWS)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What reading one group of sequences came to."""
+
+    losses: list[float]
+    prompt_seconds: float
+    step_seconds: list[float]
+    cache_bytes: int
+
+
+@torch.inference_mode()
+def _read(model: Any, texts: Tensor, workload: Workload) -> _Reading:
+    device, ids, rows = model.device, texts.to(model.device), len(texts)
+    steps = []
+    with _session(model, rows, workload) as session:
         started = _now(device)
-        _prompt(session, repeated, workload)
-        trial.prompt_seconds = _now(device) - started
-        steps = []
+        chunk = max(1, inner_model(model).effpass_engine.prefill_tokens // rows)
+        session.prefill(ids[:, : workload.prompt], None, chunk)
+        prompt_seconds = _now(device) - started
+        total = torch.zeros(rows, dtype=torch.float64, device=device)
         for at in range(workload.prompt, workload.length):
-            session.tokens[: workload.batch] = repeated[:, at : at + 1]
+            total += nn.functional.cross_entropy(session.logits[:rows].float(), ids[:, at], reduction="none")
+            session.tokens[:rows] = ids[:, at : at + 1]
             started = _now(device)
             session.step()
             steps.append(_now(device) - started)
-        trial.cache_bytes = held_bytes(session.cache, device)
-    trial.weight_bytes = held_bytes(list(model.state_dict().values()), device)
-    trial.step_seconds = median(steps[_UNTIMED:])
-    whole = trial.prompt_seconds + workload.new_tokens * trial.step_seconds
-    trial.tokens_per_second = workload.batch * workload.new_tokens / whole
-    if device.type == "cuda":
-        trial.peak_bytes = torch.cuda.max_memory_allocated(device)
+        cache_bytes = held_bytes(session.cache, device)
+    return _Reading((total / workload.new_tokens).tolist(), prompt_seconds, steps, cache_bytes)
 
 
 def _session(model: Any, rows: int, workload: Workload) -> Any:
@@ -165,11 +171,6 @@ def _session(model: Any, rows: int, workload: Workload) -> Any:
     if engine is None:
         raise ModelError(f"{type(model).__name__} does not run on the decode engine")
     return engine.session(rows, workload.length)
-
-
-def _prompt(session: Session, ids: Tensor, workload: Workload) -> None:
-    engine = inner_model(session.model).effpass_engine
-    session.prefill(ids[:, : workload.prompt], None, max(1, engine.prefill_tokens // len(ids)))
 
 
 def _now(device: torch.device) -> float:

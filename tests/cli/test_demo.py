@@ -16,12 +16,12 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     from effpass.cli.demo import run_demo
 
     monkeypatch.setattr(backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
-    run_demo(str(tiny_model), tmp_path, lessons=3, max_new_tokens=8, rounds=1)
+    run_demo(str(tiny_model), tmp_path, lessons=3, max_new_tokens=8, rounds=1, workload=(1, 128, 8, 2))
     shown = capsys.readouterr()
     assert shown.err == ""
     text = " ".join(shown.out.split())
     steps = [line for line in shown.out.splitlines() if line.startswith("✓")]
-    assert len(steps) == 6 + tensorrt
+    assert len(steps) == 6 + tensorrt + 4
     assert all(re.search(r"  \d+\.\d s$", line) for line in steps)
     first, last = map(float, re.search(r"loss ([\d.]+) → ([\d.]+)", text).groups())
     assert last < first
@@ -42,6 +42,15 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     assert "merge_lora" in (tmp_path / "report.html").read_text()
     before, after = map(float, re.search(r"cost model predicts ([\d.]+) ms .*?and ([\d.]+) ms merged", text).groups())
     assert after <= before
+    rows = {
+        name: re.search(rf"^ +{name} +[\d.]+ ms +[\d.]+ .* \+ ([\d,]+) bytes +[\d.]+ +([-+][\d.]+) %", shown.out, re.M)
+        for name in ("dense", "fast-decode", "small-memory")
+    }
+    assert rows["dense"][2] == "+0.00"
+    cache = {name: int(row[1].replace(",", "")) for name, row in rows.items()}
+    assert cache["small-memory"] < cache["fast-decode"] < cache["dense"]
+    assert "long-context" in text
+    assert text.endswith("s.")
 
 
 def test_demo_keeps_nothing_over_what_is_there(refused, tmp_path):
