@@ -122,11 +122,25 @@ def sparse_settings(attention: str | None, budget: int, block: int, balance: boo
     """Settings of sparse attention; None without it."""
     from effpass.trainers.finetune.settings import Sparse
 
+    if attention is not None:
+        choice(attention, ("sparse",), "--attention")
+    elif balance:
+        raise EffpassError("--balance moves budgets of sparse attention", hint="add --attention sparse")
+    usual = Sparse()
+    changed = {
+        "--attention-budget": budget != usual.budget,
+        "--attention-block": block != usual.block,
+        "--anchor": anchor != usual.anchor,
+        "--guard": guard != usual.p,
+    }
+    for option, switch, is_on in (
+        *((name, "--attention sparse", attention is not None) for name in ("--attention-budget", "--attention-block")),
+        *((name, "--balance", balance) for name in ("--anchor", "--guard")),
+    ):
+        if changed[option] and not is_on:
+            raise EffpassError(f"{option} does nothing without {switch}", hint=f"add {switch}, or leave {option} out")
     if attention is None:
-        if balance:
-            raise EffpassError("--balance moves budgets of sparse attention", hint="add --attention sparse")
         return None
-    choice(attention, ("sparse",), "--attention")
     chosen = choice(anchor, ("mean", "min", "max"), "--anchor")
     return Sparse(budget, block, is_balanced=balance, anchor=chosen, p=guard)
 

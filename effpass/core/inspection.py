@@ -18,7 +18,7 @@ from effpass.core.breakdown import LayerView, Part, Row, breakdown, layer_view, 
 from effpass.core.cost import uncounted
 from effpass.core.derived import derived_bytes
 from effpass.core.dynamo import NotRetraceableError, program_from_dynamo
-from effpass.core.errors import EffpassError
+from effpass.core.errors import EffpassError, PassRefusedError
 from effpass.core.manager import PassManager, Planned
 from effpass.core.program import Program
 from effpass.core.report import PassReport, Report
@@ -194,6 +194,11 @@ def inspect_model(
         cache = _filled_cache(model, batch, cache_length, device)
         step = torch.full((batch, 1), 0, device=device)
         _trace(model, decode, {"input_ids": step, "past_key_values": cache})
+    except PassRefusedError as refusal:  # a pass that changes what a cache holds: the step's graph is of the old one
+        if prefill is None:
+            raise
+        decode = _Counting(decode.workload, here, at, {})
+        decode.workload.missing.append(refusal.message)
     except EffpassError:
         raise
     except Exception as reason:  # a model need not know static caches; its prefill is worth showing all the same

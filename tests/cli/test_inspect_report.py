@@ -355,3 +355,24 @@ def test_the_page_in_a_browser(report, tmp_path, width, dark):
     assert (measured["wide"], measured["hidden"], measured["dots"]) == (0, 0, 0)
     shades = [int(x) for x in re.findall(r"\d+", measured["pale"])[:3]]
     assert all((x < 60) is dark for x in shades)
+
+
+def test_a_pass_that_takes_heads_from_the_cache_is_shown_in_the_prefill(run, recipe_file, tiny_model, tmp_path):
+    """A decode step is traced with the cache of the model as it is, and says why it can't be shown."""
+    from transformers import AutoModelForCausalLM
+
+    from effpass.passes.weights.structured_pruning import make_keep_artifact
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    make_keep_artifact(model, tmp_path / "keep", ffn_channels=32, kv_groups=1)
+    recipe = recipe_file("- structured_pruning: {artifact: ./keep}")
+    result = run("inspect", tiny_model, "-r", recipe, "--predict-for", "h100", "--json")
+    assert result.exit_code == 0, result.output
+    prefill, decode = json.loads(result.stdout)["workloads"]
+    assert [stage["name"] for stage in prefill["stages"]] == ["as loaded", "structured_pruning"]
+    assert prefill["missing"] == []
+    assert decode["stages"] == []
+    assert "structured_pruning can't narrow this graph" in decode["missing"][0]
+    refused = run("inspect", tiny_model, "-r", recipe, "--predict-for", "h100", "--tokens", 0)
+    assert refused.exit_code == 1
+    assert "structured_pruning can't narrow this graph" in refused.stderr

@@ -75,9 +75,11 @@ def train_c2t(
     """
     if folder.exists():
         raise ArtifactError(f"{folder} exists", hint="give another folder, or remove it")
-    for name, value in (("trees", trees), ("epochs", epochs), ("hidden", hidden), ("answer", answer - 1)):
-        if value < 1:
-            raise EffpassError(f"{name}: got {value + (name == 'answer')}, expected more")
+    for name, value, least in (
+        ("trees", trees, 1), ("epochs", epochs, 1), ("hidden", hidden, 1), ("answer", answer, 2), ("seed", seed, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise EffpassError(f"{name}: got {value}, expected at least {least}")
     loaded = load_model(source, dtype=dtype)
     loaded.model.to(device)
     prompts = read_prompts(data, loaded.tokenizer)

@@ -101,6 +101,7 @@ def train_draft(
     loaded.model.to(args.device)
     layers = layers_of(loaded.model)
     shape = head_config(config, settings.taps, settings.vocabulary, layers)
+    head = None if start is None else _read_start(start, shape, layers)
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     begin(work, run, first_step, resume=resume)
     samples, length = _samples(loaded, given, data, work, settings, most, say)
@@ -124,7 +125,7 @@ def train_draft(
         f"{len(samples)} texts and {len(held_out)} held out, {graded} graded tokens; {batches.steps} steps of"
         f" {settings.batch} rows of {length} tokens, {batches.filling:.0%} full, {batches.passes:.3g} epochs"
     )
-    trained = _trained(loaded, shape, samples, settings, start, batches.steps, args.device)
+    trained = _trained(loaded, shape, samples, settings, head, batches.steps, args.device)
     say(learned_line(trained))
     check_packing(loaded.model, getattr(torch, settings.dtype))
     recorder = Recorder(work / METRICS, batches.steps, say, ("loss", "eval_", "anneal"))
@@ -176,16 +177,14 @@ def _split(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]
 
 
 def _trained(
-    loaded: LoadedModel, shape: Any, samples: list[Sample], settings: Settings, start: Path | None, steps: int,
+    loaded: LoadedModel, shape: Any, samples: list[Sample], settings: Settings, head: EagleHead | None, steps: int,
     device: torch.device,
 ) -> Trained:  # fmt: skip
-    """The head, in float32; the model's embeddings are the model's."""
-    if start is None:
+    """The head, a new one where there is none, in float32; the model's embeddings are the model's."""
+    if head is None:
         tokens = frequent_tokens(samples, shape.draft_vocabulary, shape.layer.vocab_size)
         head = new_head(loaded.model, shape, tokens, settings.seed)
     else:
-        head = read_head(start, layers_of(loaded.model))
-        _check_start(head, shape, start)
         head.share(loaded.model)
         for name, parameter in head.named_parameters():
             if not name.startswith("embed_tokens"):
@@ -200,7 +199,9 @@ def _trained(
     return make_trained(head, "afa-lora", settings.lora, settings.anneal, settings.anneal.schedule(steps))
 
 
-def _check_start(head: EagleHead, shape: Any, start: Path) -> None:
+def _read_start(start: Path, shape: Any, layers: Any) -> EagleHead:
+    """The head that learning goes on from."""
+    head = read_head(start, layers)
     ours, theirs = shape.layer, head.config
     if (ours.hidden_size, ours.vocab_size) != (theirs.hidden_size, theirs.vocab_size):
         raise EffpassError(
@@ -208,6 +209,7 @@ def _check_start(head: EagleHead, shape: Any, start: Path) -> None:
             f" {ours.hidden_size} and {ours.vocab_size}",
             hint="give a head of this model",
         )
+    return head
 
 
 def _publish(

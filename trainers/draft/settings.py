@@ -68,7 +68,7 @@ class Settings:
         least |= {"log_every": 1, "evaluate_every": 0, "save_every": 0, "temperature": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and not value >= low:  # NaN is neither
                 raise EffpassError(f"{name}: got {value}, expected at least {low}")
         if not 0 < self.decay <= 1:
             raise EffpassError(f"decay: got {self.decay}, expected a weight from above 0 to 1")

@@ -82,7 +82,7 @@ class Settings:
         if not 0 < self.whole_rate < float("inf"):
             raise EffpassError(f"whole_rate: got {self.whole_rate}, expected more than 0")
         for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("sequence_length", 2), ("log_every", 1),
-                            ("save_every", 0), ("warmup", 0)):  # fmt: skip
+                            ("save_every", 0), ("warmup", 0), ("seed", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise EffpassError(f"{name}: got {getattr(self, name)}, expected {least} at least")
         if self.batch % self.accumulate:

@@ -35,6 +35,7 @@ class Anneal:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise EffpassError(f"unknown activation {self.activation!r}{did_you_mean(self.activation, ACTIVATIONS)}")
+        self.schedule(1000)  # refuses what no run can have, however long
 
     def schedule(self, steps: int, hold: int = 1) -> AnnealSchedule:
         return AnnealSchedule(steps, self.start, self.end, self.kind, hold)
