@@ -22,7 +22,13 @@ FOR = {
     "small-memory": {"llama": [2], "qwen3_moe": [2], "deepseek_v3": [2]},
     "moe-serving": {"mixtral": [2], "qwen3_moe": [2], "deepseek_v3": [2]},
 }
-CASES = [(name, family, hits) for name, families in FOR.items() for family, hits in families.items()]
+# Compiling a model with experts takes ten seconds and more; one does it every time.
+_SLOW = {("moe-serving", "mixtral"), ("moe-serving", "deepseek_v3")}
+CASES = [
+    pytest.param(name, family, hits, marks=[pytest.mark.slow] if (name, family) in _SLOW else [])
+    for name, families in FOR.items()
+    for family, hits in families.items()
+]
 
 
 def test_every_name_is_tried_out_here():
