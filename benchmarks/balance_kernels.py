@@ -223,16 +223,14 @@ def tilings(device: str, smoke: bool) -> Iterator[Row]:
         "key": lambda how: routed_gradient.backward(*saved, None, how),
     }
     others = {
-        "forward": [(128, 64, 8, 2), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
-        "query": [(64, 64, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2)],
+        "forward": [(128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (64, 64, 4, 2, 2), (64, 64, 4, 3, 4)],
+        "query": [(64, 128, 8, 2, 2), (128, 64, 8, 1, 4), (64, 64, 4, 2, 2)],
         "key": [(64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3)],
     }
     for name, run in runs.items():
         used = tiling(name, sizes, q.element_size())
         ours = measure(lambda run=run: run(None), device, warmup=1, runs=5)
-        for how in [used._replace(has_descriptors=False), *(Tiling(*sizes) for sizes in others[name])]:
-            if name == "key" and not how.has_descriptors:
-                continue  # it has none
+        for how in (Tiling(*sizes) for sizes in others[name]):
             try:
                 peer = measure(lambda run=run, how=how: run(how), device, warmup=1, runs=3)
             except RuntimeError as error:  # it does not fit

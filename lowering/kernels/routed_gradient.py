@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effpass.lowering.kernels.launch import multiprocessors
 from effpass.lowering.kernels.routed_index import TILE, Index, Items
 from effpass.lowering.kernels.routed_rows import (
-    Described,
     Sizes,
     Tiling,
     item_of,
+    keys_at,
     options,
+    parts_at,
+    piece_size,
     rows_of,
     tiling,
     tokens_at_once,
@@ -28,8 +29,6 @@ from effpass.lowering.kernels.routed_rows import (
 from effpass.lowering.ops.routed_blocks import Blocks
 
 __all__ = ["backward"]
-
-_PIECES = 8  # of lists, for each multiprocessor
 
 
 def backward(
@@ -56,28 +55,27 @@ def _of_query(
     saved: tuple[Tensor, ...], chosen: Tensor, index: Index, blocks: Blocks, sizes: Sizes, scale: float,
     how: Tiling | None,
 ) -> Tensor:  # fmt: skip
-    q, k, v, *_ = saved
+    q, k, *_ = saved
     (tokens, heads, _), groups, places = q.shape, k.shape[1], chosen.shape[2]
     how = how or tiling("query", sizes, q.element_size())
-    part = tokens_at_once(tokens, places * heads * sizes.KEY * q.element_size())
-    items = Items.of(index, part, how.block_m // sizes.HEADS, tokens)
-    waiting = q.new_empty((min(part, tokens), groups, places, sizes.REPEAT, sizes.KEY))
+    splits, step = how.splits(sizes.BLOCK), how.block_m // sizes.HEADS
+    part = tokens_at_once(tokens, places * splits * heads * sizes.KEY * q.element_size())
+    items = Items.of(index, part, piece_size(min(part, tokens), places, groups, step, q.device), tokens)
+    waiting = q.new_empty((min(part, tokens), groups, places * splits, sizes.REPEAT, sizes.KEY))
     d_q = q.new_empty(q.shape)
-    of_keys = Described.rows(k, how.block_n, sizes.BLOCK_K, how.has_descriptors)
-    of_values = Described.rows(v, how.block_n, sizes.BLOCK_V, how.has_descriptors)
     of_sum = Tiling(max(32, sizes.HEADS), 0, 4, 1)
     for number, first in enumerate(range(0, tokens, part)):
-        _query_gradient[(items.block.shape[2], groups)](
-            *saved, of_keys.of, of_values.of, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks,
-            *items[:3], waiting, *(n for x in saved[:4] for n in x.stride()[:2]), *of_keys[1:], *of_values[1:], number,
-            first, index.begin.shape[1] - 1, index.tokens.shape[1], places, scale, **sizes._asdict(),
-            DESCRIBED=of_keys.of is not None and of_values.of is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
-            **options(q.device, how),
+        _query_gradient[(splits, items.block.shape[2], groups)](
+            *saved, blocks.start, blocks.stop, index.begin, index.tokens, index.ranks, *items[:3], waiting,
+            *(n for x in saved[:4] for n in x.stride()[:2]), number, first, index.begin.shape[1] - 1,
+            index.tokens.shape[1], places, scale, **sizes._asdict(), PRODUCTS=how.products, BLOCK_M=how.block_m,
+            BLOCK_N=how.block_n, **options(q.device, how),
         )  # fmt: skip
         rows = min(part, tokens - first)
         _sum[(triton.cdiv(rows, of_sum.block_m // sizes.HEADS), groups)](
-            waiting, chosen, d_q, first, first + rows, tokens, places, scale, REPEAT=sizes.REPEAT, HEADS=sizes.HEADS,
-            KEY=sizes.KEY, BLOCK_K=sizes.BLOCK_K, BLOCK_M=of_sum.block_m, **options(q.device, of_sum),
+            waiting, chosen, d_q, first, first + rows, tokens, places, scale, SPLITS=splits, REPEAT=sizes.REPEAT,
+            HEADS=sizes.HEADS, KEY=sizes.KEY, BLOCK_K=sizes.BLOCK_K, BLOCK_M=of_sum.block_m,
+            **options(q.device, of_sum),
         )  # fmt: skip
     return d_q
 
@@ -89,8 +87,7 @@ def _of_key(
     q, k, v, *_ = saved
     tokens, groups = k.shape[:2]
     how = how or tiling("key", sizes, q.element_size())
-    step = how.block_m // sizes.HEADS
-    size = triton.cdiv(triton.cdiv(tokens * places * groups, _PIECES * multiprocessors(q.device)), step) * step
+    size = piece_size(tokens, places, groups, how.block_m // sizes.HEADS, q.device)
     items = Items.of(index, triton.cdiv(tokens, TILE) * TILE, size, tokens)
     pieces, count = items.block.shape[2], index.begin.shape[1] - 1
     parts = [
@@ -127,86 +124,120 @@ def _delta(output, d_output, delta, d_t, d_h, rows, heads, VALUE: tl.constexpr, 
     tl.store(delta + row, tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1), mask=row < rows)
 
 
-@triton.jit(
-    do_not_specialize=["keys_row", "keys_column", "values_row", "values_column", "part", "from_token", "blocks",
-                       "entries", "places"]
-)  # fmt: skip
-def _query_gradient(
-    query, keys, values, d_output, logsumexp, delta, of_keys, of_values, starts, stops, list_begin, listed, ranks,
-    item_blocks, firsts, ends, waiting, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, keys_row,
-    keys_column, values_row, values_column, part, from_token, blocks, entries, places, scale, REPEAT: tl.constexpr,
-    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def _rows(
+    at, end, token, query, d_output, logsumexp, delta, query_t, query_h, d_t, d_h, group, heads, REPEAT: tl.constexpr,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """ds k of one block of keys and some of the tokens that chose it."""
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    block, first, end = item_of(item_blocks, firsts, ends, tl.program_id(0), tl.num_programs(0), part, group, groups)
-    if first >= end:
-        return
-    start, stop = tl.load(starts + block), tl.load(stops + block)
-    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
-    listed += group.to(tl.int64) * entries
-    at, token, head, live = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
-    rank = tl.load(ranks + group.to(tl.int64) * entries + at, mask=live, other=0)
+    """Head and existence of rows, q, dout, log of the sum in powers of two (infinity where there is no row), and δ."""
+    row, dk, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    head, live = row % HEADS, (at + row // HEADS < end) & (row % HEADS < REPEAT)
     of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
     at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
     q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
     at_d = d_output + (of_token * d_t + of_head * d_h)[:, None] + dv[None, :]
     d_out = tl.load(at_d, mask=live[:, None] & (dv < VALUE)[None, :], other=0)
-    of_row = of_token * (groups * REPEAT) + of_head
+    of_row = of_token * heads + of_head
     of_sum = tl.load(logsumexp + of_row, mask=live, other=float("inf")) * 1.4426950408889634
-    of_delta = tl.load(delta + of_row, mask=live, other=0)
+    return head, live, q, d_out, of_sum, tl.load(delta + of_row, mask=live, other=0)
+
+
+@triton.jit
+def _added(q, d_out, of_sum, of_delta, token, k, v, key, stop, d_q, factor, MASKED: tl.constexpr):
+    """`d_q` and ds k of some keys."""
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - of_sum[:, None])
+    if MASKED:
+        p = tl.where((key < stop)[None, :] & (key[None, :] <= token[:, None]), p, 0)
+    d_p = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+    return tl.dot((p * (d_p - of_delta[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
+
+
+@triton.jit
+def _given(
+    at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, ranks, waiting, query_t,
+    query_h, d_t, d_h, from_token, split, splits, group, groups, places, factor, MASKED: tl.constexpr,
+    REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a program's keys give to the gradient of BLOCK_M rows, and the tokens of the next rows."""
+    dk = tl.arange(0, BLOCK_K)
+    head, live, q, d_out, of_sum, of_delta = _rows(
+        at, end, token, query, d_output, logsumexp, delta, query_t, query_h, d_t, d_h, group, groups * REPEAT, REPEAT,
+        HEADS, KEY, VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+    )  # fmt: skip
+    _, following, _, _ = rows_of(listed, at + BLOCK_M // HEADS, end, REPEAT, HEADS, BLOCK_M)
+    rank = tl.load(ranks + at + tl.arange(0, BLOCK_M) // HEADS, mask=live, other=0)
+    d_q = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for i in tl.static_range(PRODUCTS):
+        d_q = _added(q, d_out, of_sum, of_delta, token, k[i], v[i], key + i * BLOCK_N, stop, d_q, factor, MASKED)
+    place = ((token - from_token) * groups + group).to(tl.int64) * places + rank
+    to = ((place * splits + split) * REPEAT + head)[:, None] * KEY + dk[None, :]
+    tl.store(waiting + to, d_q.to(waiting.dtype.element_ty), mask=live[:, None] & (dk < KEY)[None, :])
+    return following
+
+
+@triton.jit(do_not_specialize=["part", "from_token", "blocks", "entries", "places"])
+def _query_gradient(
+    query, keys, values, d_output, logsumexp, delta, starts, stops, list_begin, listed, ranks, item_blocks, firsts,
+    ends, waiting, query_t, query_h, keys_t, keys_h, values_t, values_h, d_t, d_h, part, from_token, blocks, entries,
+    places, scale, REPEAT: tl.constexpr, HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A piece of one block's list, for PRODUCTS · BLOCK_N of its keys, which stay in shared memory."""
+    split, group = tl.program_id(0), tl.program_id(2)
+    splits, groups = tl.num_programs(0), tl.num_programs(2)
+    block, first, end = item_of(item_blocks, firsts, ends, tl.program_id(1), tl.num_programs(1), part, group, groups)
+    if first >= end:
+        return
+    start, stop = tl.load(starts + block), tl.load(stops + block)
+    from_key = start + split * PRODUCTS * BLOCK_N
+    key = from_key + tl.arange(0, BLOCK_N)
     keys += group.to(tl.int64) * keys_h
     values += group.to(tl.int64) * values_h
+    k = parts_at(keys, from_key, stop, keys_t, KEY, PRODUCTS, BLOCK_N, BLOCK_K)
+    v = parts_at(values, from_key, stop, values_t, VALUE, PRODUCTS, BLOCK_N, BLOCK_V)
+    step: tl.constexpr = BLOCK_M // HEADS
+    listed += group.to(tl.int64) * entries
+    ranks += group.to(tl.int64) * entries
     factor = scale * 1.4426950408889634
-    d_q = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    whole = tl.where(first < tl.load(list_begin + group * (blocks + 1) + block) + stop - start, 0, BLOCK)
-    for i in range(0, whole, BLOCK_N):
-        if DESCRIBED:
-            k = of_keys.load([start + i + group * keys_row, group * keys_column])
-            v = of_values.load([start + i + group * values_row, group * values_column])
-        else:
-            row = (start + i + span).to(tl.int64)
-            at_k, at_v = keys + row[:, None] * keys_t + dk[None, :], values + row[:, None] * values_t + dv[None, :]
-            k = tl.load(at_k) if KEY == BLOCK_K else tl.load(at_k, mask=(dk < KEY)[None, :], other=0)
-            v = tl.load(at_v) if VALUE == BLOCK_V else tl.load(at_v, mask=(dv < VALUE)[None, :], other=0)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - of_sum[:, None])
-        d_p = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-        d_q = tl.dot((p * (d_p - of_delta[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
-    for i in range(whole, stop - start, BLOCK_N):
-        key = start + i + span
-        inside, row = key < stop, key.to(tl.int64)
-        at_k, at_v = keys + row[:, None] * keys_t + dk[None, :], values + row[:, None] * values_t + dv[None, :]
-        k = tl.load(at_k, mask=inside[:, None] & (dk < KEY)[None, :], other=0)
-        v = tl.load(at_v, mask=inside[:, None] & (dv < VALUE)[None, :], other=0)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * factor - of_sum[:, None])
-        p = tl.where(inside[None, :] & (key[None, :] <= token[:, None]), p, 0)
-        d_p = tl.dot(d_out, tl.trans(v), input_precision="ieee")
-        d_q = tl.dot((p * (d_p - of_delta[:, None])).to(k.dtype), k, d_q, input_precision="ieee")
-    slot = ((((token - from_token) * groups + group).to(tl.int64) * places) + rank) * REPEAT + head
-    kept = live[:, None] & (dk < KEY)[None, :]
-    tl.store(waiting + slot[:, None] * KEY + dk[None, :], d_q.to(waiting.dtype.element_ty), mask=kept)
+    own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
+    masked = first + tl.cdiv(tl.maximum(tl.minimum(own, end) - first, 0), step) * step
+    _, token, _, _ = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)
+    for at in range(first, masked, step):
+        token = _given(
+            at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, ranks, waiting,
+            query_t, query_h, d_t, d_h, from_token, split, splits, group, groups, places, factor, True, REPEAT, HEADS,
+            KEY, VALUE, BLOCK_K, BLOCK_V, PRODUCTS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    for at in range(masked, end, step):
+        token = _given(
+            at, end, token, k, v, key, stop, query, d_output, logsumexp, delta, listed, ranks, waiting,
+            query_t, query_h, d_t, d_h, from_token, split, splits, group, groups, places, factor, False, REPEAT, HEADS,
+            KEY, VALUE, BLOCK_K, BLOCK_V, PRODUCTS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["from_token", "to_token", "tokens", "places"])
 def _sum(
-    waiting, chosen, d_query, from_token, to_token, tokens, places, scale, REPEAT: tl.constexpr, HEADS: tl.constexpr,
-    KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    waiting, chosen, d_query, from_token, to_token, tokens, places, scale, SPLITS: tl.constexpr, REPEAT: tl.constexpr,
+    HEADS: tl.constexpr, KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     group, groups, row = tl.program_id(1), tl.num_programs(1), tl.arange(0, BLOCK_M)
     token = from_token + tl.program_id(0) * (BLOCK_M // HEADS) + row // HEADS
     head, dk = row % HEADS, tl.arange(0, BLOCK_K)
     live = (token < to_token) & (head < REPEAT)
     of_list = (group.to(tl.int64) * tokens + token) * places
-    of_slots = ((token - from_token) * groups + group).to(tl.int64) * places
+    of_slots = ((token - from_token) * groups + group).to(tl.int64) * places * SPLITS
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     place = 0
-    while place < places:
-        there = tl.load(chosen + of_list + place, mask=live, other=-1) >= 0
+    while place < places * SPLITS:
+        there = tl.load(chosen + of_list + place // SPLITS, mask=live, other=-1) >= 0
         slot = (of_slots + place) * REPEAT + head
         at = waiting + slot[:, None] * KEY + dk[None, :]
         total += tl.load(at, mask=there[:, None] & (dk < KEY)[None, :], other=0).to(tl.float32)
-        place = tl.where(tl.max(there.to(tl.int32), 0) > 0, place + 1, places)
+        place = tl.where(tl.max(there.to(tl.int32), 0) > 0, place + 1, places * SPLITS)
     to = token.to(tl.int64) * (groups * REPEAT) + group * REPEAT + head
     tl.store(d_query + to[:, None] * KEY + dk[None, :], (total * scale).to(d_query.dtype.element_ty),
              mask=live[:, None] & (dk < KEY)[None, :])  # fmt: skip
@@ -222,17 +253,11 @@ def _visited(
 
     Tokens go from step to step, so that what stands at them can be on its way some steps before.
     """
-    row, dk, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    head, live = row % HEADS, (at + row // HEADS < end) & (row % HEADS < REPEAT)
+    _, _, q, d_out, of_sum, of_delta = _rows(
+        at, end, token, query, d_output, logsumexp, delta, query_t, query_h, d_t, d_h, group, heads, REPEAT, HEADS, KEY,
+        VALUE, BLOCK_K, BLOCK_V, BLOCK_M,
+    )  # fmt: skip
     _, following, _, _ = rows_of(listed, at + BLOCK_M // HEADS, end, REPEAT, HEADS, BLOCK_M)
-    of_head, of_token = (group * REPEAT + head).to(tl.int64), token.to(tl.int64)
-    at_q = query + (of_token * query_t + of_head * query_h)[:, None] + dk[None, :]
-    q = tl.load(at_q, mask=live[:, None] & (dk < KEY)[None, :], other=0)
-    at_d = d_output + (of_token * d_t + of_head * d_h)[:, None] + dv[None, :]
-    d_out = tl.load(at_d, mask=live[:, None] & (dv < VALUE)[None, :], other=0)
-    of_row = of_token * heads + of_head
-    of_sum = tl.load(logsumexp + of_row, mask=live, other=float("inf")) * 1.4426950408889634
-    of_delta = tl.load(delta + of_row, mask=live, other=0)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * factor - of_sum[None, :])
     if MASKED:
         p = tl.where((key < stop)[:, None] & (key[:, None] <= token[None, :]), p, 0)
@@ -259,11 +284,9 @@ def _key_gradient(
     start, stop = tl.load(starts + block), tl.load(stops + block)
     inner = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     key, dk, dv = start + inner, tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    row, inside = key.to(tl.int64), key < stop
-    at_k = keys + group.to(tl.int64) * keys_h + row[:, None] * keys_t + dk[None, :]
-    at_v = values + group.to(tl.int64) * values_h + row[:, None] * values_t + dv[None, :]
-    k = tl.load(at_k, mask=inside[:, None] & (dk < KEY)[None, :], other=0)
-    v = tl.load(at_v, mask=inside[:, None] & (dv < VALUE)[None, :], other=0)
+    inside, from_key = key < stop, start + tl.program_id(0) * BLOCK_N
+    k = keys_at(keys + group.to(tl.int64) * keys_h, from_key, stop, keys_t, KEY, BLOCK_N, BLOCK_K)
+    v = keys_at(values + group.to(tl.int64) * values_h, from_key, stop, values_t, VALUE, BLOCK_N, BLOCK_V)
     d_k, d_v = tl.zeros([BLOCK_N, BLOCK_K], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     step: tl.constexpr = BLOCK_M // HEADS
     listed += group.to(tl.int64) * entries

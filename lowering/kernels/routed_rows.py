@@ -11,14 +11,25 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from effpass.lowering.kernels.launch import interpreted, launch_options, overlaps
+from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
 from effpass.lowering.kernels.routed_index import TILE
 
-__all__ = ["Described", "Sizes", "Tiling", "item_of", "options", "rows_of", "tiling", "tokens_at_once"]
+__all__ = [
+    "Sizes",
+    "Tiling",
+    "item_of",
+    "keys_at",
+    "options",
+    "parts_at",
+    "piece_size",
+    "rows_of",
+    "tiling",
+    "tokens_at_once",
+]
 
 _BYTES = 1 << 30  # of what waits to be merged
+_PIECES = 8  # of lists, for each multiprocessor
 
 
 class Sizes(NamedTuple):
@@ -40,19 +51,26 @@ class Sizes(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Rows of a program, keys that it reads at once, its warps, and how many tiles are on their way."""
+    """Rows of a step, keys of a product, warps, steps that are on their way, and products of a step.
+
+    A program keeps the keys of its products, and a block of keys has as many programs as it takes.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    has_descriptors: bool = True
+    products: int = 1
+
+    def splits(self, block: int) -> int:
+        """Programs of one block of keys."""
+        return block // (self.block_n * self.products)
 
 
 # By the bytes of the widest head, up to: forward, gradient of queries, gradients of keys and values.
 _TILINGS = {
-    256: {"forward": Tiling(128, 64, 8, 3), "query": Tiling(128, 64, 8, 2), "key": Tiling(64, 128, 8, 3)},
-    512: {"forward": Tiling(64, 32, 4, 2), "query": Tiling(64, 32, 8, 2), "key": Tiling(32, 64, 8, 1)},
+    256: {"forward": Tiling(128, 64, 8, 2, 4), "query": Tiling(64, 64, 4, 2, 4), "key": Tiling(64, 128, 8, 3)},
+    512: {"forward": Tiling(64, 64, 8, 2, 2), "query": Tiling(64, 32, 4, 1, 4), "key": Tiling(32, 64, 8, 1)},
     1024: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 8, 1)},
 }
 
@@ -61,7 +79,15 @@ def tiling(kernel: str, sizes: Sizes, element_size: int) -> Tiling:
     """The tiling of `kernel`: forward, query or key."""
     widest = max(sizes.BLOCK_K, sizes.BLOCK_V) * element_size
     how = next(found[kernel] for most, found in _TILINGS.items() if widest <= most)
-    return how._replace(block_m=max(how.block_m, sizes.HEADS), block_n=min(how.block_n, sizes.BLOCK))
+    block_n = min(how.block_n, sizes.BLOCK)
+    return how._replace(
+        block_m=max(how.block_m, sizes.HEADS), block_n=block_n, products=min(how.products, sizes.BLOCK // block_n)
+    )
+
+
+def piece_size(tokens: int, places: int, groups: int, step: int, device: torch.device) -> int:
+    """Tokens of a piece of a list, a multiple of `step`: some pieces for each multiprocessor."""
+    return triton.cdiv(triton.cdiv(tokens * places * groups, _PIECES * multiprocessors(device)), step) * step
 
 
 def tokens_at_once(tokens: int, token_bytes: int) -> int:
@@ -71,37 +97,6 @@ def tokens_at_once(tokens: int, token_bytes: int) -> int:
 
 def options(device: torch.device, how: Tiling) -> dict[str, Any]:
     return launch_options(device, how.num_warps, how.num_stages) | ({"launch_pdl": False} if overlaps(device) else {})
-
-
-class Described(NamedTuple):
-    """Rows of keys or values [T, G, size] for the tensor memory accelerator.
-
-    Attributes:
-        of: the descriptor; None where there is no accelerator, or strides don't fit.
-        row: rows between two heads.
-        column: columns between two heads.
-    """
-
-    of: TensorDescriptor | None
-    row: int
-    column: int
-
-    @classmethod
-    def rows(cls, x: Tensor, rows: int, size: int, wanted: bool) -> Described:
-        """`rows` of them at a time, `size` wide."""
-        (tokens, groups, width), (of_token, of_group, _) = x.shape, x.stride()
-        bytes_of = x.element_size()
-        fits = width == size and of_token * bytes_of % 16 == 0 and of_group * bytes_of % 16 == 0
-        if not wanted or not fits or not (overlaps(x.device) or interpreted()) or x.data_ptr() % 16:
-            return cls(None, 0, 0)
-        if groups == 1 or (groups - 1) * of_group + width <= of_token:  # heads side by side
-            described, row, column = [tokens, (groups - 1) * of_group + width], 0, of_group
-        elif of_group % of_token == 0:  # one head after the other
-            row, column = of_group // of_token, 0
-            described = [(groups - 1) * row + tokens, width]
-        else:
-            return cls(None, 0, 0)
-        return cls(TensorDescriptor(x, described, [of_token, 1], [rows, size]), row, column)
 
 
 # -- in kernels -------------------------------------------------------------------------------------------------------
@@ -119,5 +114,24 @@ def rows_of(listed, first, end, REPEAT: tl.constexpr, HEADS: tl.constexpr, BLOCK
     """Place in the list, token, query head of its group, and whether there is such a row."""
     row = tl.arange(0, BLOCK_M)
     at, head = first + row // HEADS, row % HEADS
-    token = tl.load(listed + at, mask=at < end, other=0)
-    return at, token, head, (at < end) & (head < REPEAT)
+    return at, tl.load(listed + at, mask=at < end, other=0), head, (at < end) & (head < REPEAT)
+
+
+@triton.jit
+def keys_at(x, first, stop, stride, SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """[BLOCK_N, BLOCK_SIZE] of rows of keys or values from `first` on; zeros from `stop` on."""
+    row, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_SIZE)
+    at = x + row.to(tl.int64)[:, None] * stride + d[None, :]
+    return tl.load(at, mask=(row < stop)[:, None] & (d < SIZE)[None, :], other=0)
+
+
+@triton.jit
+def parts_at(
+    x, first, stop, stride, SIZE: tl.constexpr, PRODUCTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """PRODUCTS times :func:`keys_at`, one behind the other."""
+    found = (keys_at(x, first, stop, stride, SIZE, BLOCK_N, BLOCK_SIZE),)
+    for i in tl.static_range(1, PRODUCTS):
+        more = keys_at(x, first + i * BLOCK_N, stop, stride, SIZE, BLOCK_N, BLOCK_SIZE)
+        found = found + (more,)  # type: ignore[assignment]  # noqa: RUF005  (Triton has no unpacking)
+    return found
