@@ -153,9 +153,10 @@ def finished(llama, cache, tmp_path_factory) -> Path:
 
 
 def test_a_budget_of_a_row_gives_the_losses_of_dense_attention_balanced_or_not(llama, tmp_path):
-    dense = run(llama, tmp_path / "dense", None)
-    sparse = run(llama, tmp_path / "sparse", DENSE)
-    balanced_ = run(llama, tmp_path / "balanced", replace(DENSE, is_balanced=True, p=0.0))
+    few = {"steps": 2, "save_every": 0}
+    dense = run(llama, tmp_path / "dense", None, **few)
+    sparse = run(llama, tmp_path / "sparse", DENSE, **few)
+    balanced_ = run(llama, tmp_path / "balanced", replace(DENSE, is_balanced=True, p=0.0), **few)
     assert losses(sparse) == pytest.approx(losses(dense), abs=2e-5)
     assert losses(balanced_) == pytest.approx(losses(dense), abs=2e-4)
     assert effpass.load_model(sparse).model.config._attn_implementation == "sdpa"
