@@ -15,6 +15,7 @@ import torch
 from tiny_tuning import checkpoint, metrics, quiet, weights, write
 
 import effpass
+from effpass.cli.train_options import sparse_settings
 from effpass.core.errors import EffpassError
 from effpass.trainers.afa_lora import LoraSettings
 from effpass.trainers.balance.expected import Expected
@@ -243,6 +244,17 @@ def test_the_memory_of_sparse_attention_has_lists_of_blocks_and_no_masks(llama):
 def test_sparse_settings_out_of_range_are_refused(changes, says):
     with pytest.raises(EffpassError, match=says):
         replace(SPARSE, **changes)
+
+
+def test_the_command_says_that_balance_wants_sparse_attention():
+    with pytest.raises(EffpassError, match="--balance moves budgets of sparse attention"):
+        sparse_settings(None, 8192, 256, True, "mean", 0.1)
+    with pytest.raises(EffpassError, match="--attention: got 'dense'; known: sparse"):
+        sparse_settings("dense", 8192, 256, False, "mean", 0.1)
+    with pytest.raises(EffpassError, match="--anchor: got 'meam', did you mean 'mean'"):
+        sparse_settings("sparse", 8192, 256, True, "meam", 0.1)
+    assert sparse_settings(None, 8192, 256, False, "mean", 0.1) is None
+    assert sparse_settings("sparse", 512, 64, True, "max", 0.2) == Sparse(512, 64, True, "max", 0.2)
 
 
 def test_rows_that_are_not_packed_and_a_damaged_table_are_refused_before_anything_is_made(llama, tmp_path):
