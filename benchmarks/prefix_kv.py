@@ -1,9 +1,9 @@
 """Area `prefix_kv`: caches with a budget against the whole cache, and against each other.
 
-Speed and memory are in :mod:`benchmarks.prefix_kv_speed`. *Quality* is that of what follows a prompt: log-perplexity of
-the next tokens, and answers to questions. A prompt is run once; every method chooses from the same keys and the same
-sums of attention. A row marked *no signal* can't tell methods apart: the whole cache is no better than a sliding window
-of the budget, or answers fewer than a fifth of the questions.
+Speed and memory are in :mod:`benchmarks.prefix_kv_speed`, pictures in :mod:`benchmarks.prefix_kv_pictures`. *Quality*
+is that of what follows a prompt: log-perplexity of the next tokens, and answers to questions. A prompt is run once;
+every method chooses from the same keys and the same sums of attention. A row marked *no signal* can't tell methods
+apart: the whole cache is no better than a sliding window of the budget, or answers fewer than a fifth of the questions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.backend import _dtype
 from benchmarks.prefix_kv_speed import KEPT, decode, operator, prefill
-from benchmarks.quality import MODELS, SEEDS, _batches, _load, _tiny
+from benchmarks.quality import MODELS, SEEDS, _batches, _load, _models, _tiny
 from benchmarks.rows import Row, row
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.prefix_kv.budget import Budget
@@ -41,6 +41,7 @@ from effpass.runtime.prefix_kv.prefix import PrefixKV
 from effpass.runtime.prefix_kv.quantized import layer_class
 from effpass.runtime.prefix_kv.session import BudgetSession
 from effpass.runtime.prefix_kv.staging import Staging
+from effpass.trainers.lm.model import reads_pictures
 from effpass.trainers.lm.tasks import TASKS, make_example, shortest
 
 AREA = "prefix_kv"
@@ -63,21 +64,21 @@ class _All(Staging):
 
 
 class _Prompt:
-    """A prompt that was run once, with the logits of its last tokens."""
+    """A prompt that was run once, with the logits of its last tokens; `inputs` are what the model takes beside them."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
+    def __init__(self, model: Any, ids: Tensor, **inputs: Tensor) -> None:
         rows, tokens = ids.shape
         runner = BudgetSession(model, rows, tokens, None, Settings(Policy(), Budget(ratio=0.5)))
         runner.begin(rows)
         runner._call = self._keeping(runner._call)  # type: ignore[method-assign]
         self.ids, self.model = ids, model
-        self.staging = _All(runner.cache, model.config, rows, tokens, False, "full", 0, None)
-        runner.cache, piece = self.staging, max(1, (1 << 15) // rows)
+        self.staging = _All(runner.cache, model.config, 0, rows, tokens, False, "full", 0, None)
+        runner.cache, piece = self.staging, tokens if inputs else max(1, (1 << 15) // rows)
         positions = torch.arange(tokens, dtype=torch.int32, device=ids.device).expand(rows, -1).contiguous()
         for first in range(0, tokens, piece):
             part = positions[:, first : first + piece].contiguous()
             runner._enter(part)
-            runner._call(model, ids[:, first : first + piece], part.long())
+            runner._call(model, ids[:, first : first + piece], part.long(), **inputs)
 
     def _keeping(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*arguments: Any, **inputs: Any) -> Tensor:
@@ -183,6 +184,8 @@ def quality(device: str, smoke: bool) -> Iterator[Row]:
     """Every method at 10, 20, 30 and 50 % of the bytes: text that follows a prompt, and answers."""
     for name in _names(smoke) or [None]:
         model, tokenizer, told = _tiny(device) if name is None else _model(name, device)
+        if reads_pictures(model.config):
+            continue
         with torch.no_grad():
             yield from _of_model(model, tokenizer, told, device, smoke)
 
@@ -293,9 +296,21 @@ def _compared(
             )  # fmt: skip
 
 
+def quality_pictures(device: str, smoke: bool) -> Iterator[Row]:
+    """The same of models that read pictures: captions, and answers to questions about pictures."""
+    from benchmarks.prefix_kv_pictures import of_model, tiny
+
+    models = [tiny(device)] if smoke else _models(device, smoke)
+    for model, _, told in models:
+        if reads_pictures(model.config):
+            with torch.no_grad():
+                yield from of_model(model, told, device, smoke)
+
+
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "operator": operator,
     "decode": decode,
     "prefill": prefill,
     "quality": quality,
+    "quality_pictures": quality_pictures,
 }

@@ -65,16 +65,16 @@ def caption_rows(model: Any, name: str, device: str, smoke: bool) -> Iterator[Ro
         )  # fmt: skip
 
 
-def tiny(device: str) -> tuple[Any, Any, str]:
-    """A random model for smoke runs."""
+def tiny(device: str, size: int = 56, positions: int = 256) -> tuple[Any, Any, str]:
+    """A random model for smoke runs; pictures have `size` pixels a side."""
     vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-              "num_attention_heads": 2, "image_size": 56, "patch_size": 14, "vision_use_head": False}  # fmt: skip
+              "num_attention_heads": 2, "image_size": size, "patch_size": 14, "vision_use_head": False}  # fmt: skip
     text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2}  # fmt: skip
     given = {"model_type": "llava", "vision_config": vision, "text_config": text, "vision_feature_layer": -1,
              "vision_feature_select_strategy": "full"}  # fmt: skip
     tokenizer = byte_tokenizer()
-    return make_model(model_config(given, tokenizer, 256), None, 0).to(device).eval(), tokenizer, "random"
+    return make_model(model_config(given, tokenizer, positions), None, 0).to(device).eval(), tokenizer, "random"
 
 
 def _taken(model: Any) -> PictureInput:
