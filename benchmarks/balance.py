@@ -22,7 +22,17 @@ from statistics import median
 import numpy as np
 
 from benchmarks.balance_kernels import CASES as KERNELS
-from benchmarks.balance_lengths import BUDGETS, DEFAULT, EXPONENT, LENGTHS, SURE, coverage, the_table
+from benchmarks.balance_lengths import (
+    BUDGETS,
+    DEFAULT,
+    EXPONENT,
+    LENGTHS,
+    SURE,
+    beside,
+    coverage,
+    fixed_table,
+    the_table,
+)
 from benchmarks.rows import Row, row
 from effpass.trainers.balance.batches import BalancedBatches
 from effpass.trainers.balance.expected import Expected
@@ -41,7 +51,7 @@ _WORDS = {"random": "random batches", "length": "batches by length", "seconds": 
 
 def simulated(lengths: str, ranks: int, device: str, smoke: bool) -> Iterator[Row]:
     """Batching and tuning, alone and together, at two sizes of a step."""
-    table = the_table()
+    table, fixed = the_table(), fixed_table()
     every = LENGTHS[lengths](8192, np.random.default_rng(0))
     for micro_steps in (4, 1):
         layout = Layout(ranks, micro_steps, 2, 2 * int(every.max()))
@@ -50,7 +60,8 @@ def simulated(lengths: str, ranks: int, device: str, smoke: bool) -> Iterator[Ro
         ways: tuple[Batching, ...] = ("random", "length", "seconds")
         for batching, direction in itertools.product(ways, ("none", "both")):
             how = replace(TUNING, direction=direction)
-            played = simulate(table, every, layout, how, coverage, batching, steps=4 if smoke else 64)
+            times = fixed if direction == "none" else table
+            played = simulate(times, every, layout, how, coverage, batching, steps=4 if smoke else 64)
             found[batching, direction] = played
         for key, ours in found.items():
             if key != ("random", "none"):
@@ -147,13 +158,23 @@ def planner(device: str, smoke: bool) -> Iterator[Row]:
 
 def table(device: str, smoke: bool) -> Iterator[Row]:
     """Measure the table of a model of 3 billion parameters; EFFPASS_TABLE names the file that it goes to."""
-    from benchmarks.balance_table import measured
+    from benchmarks.balance_table import measured, with_fixed_budget
     from effpass.core.gguf import cache_dir
     from effpass.trainers.balance.table import write_table
 
     found = measured(device, smoke)
     path = Path(os.environ.get("EFFPASS_TABLE") or cache_dir() / "latency" / "benchmark.json")
     write_table(path, found)
+    fixed = with_fixed_budget(found, device, smoke)
+    write_table(beside(path), fixed)
+    (default,) = fixed.budgets
+    for length in found.lengths[-3:]:
+        yield row(
+            AREA, f"{found.model}: {length} tokens, budget {default}", "attention whose budget may move",
+            found.attention_seconds(length, default)[0, 0] * 1e3, "ms", device=device, runs=3,
+            peer=fixed.attention_seconds(length, default)[0, 0] * 1e3, peer_name="attention whose budget is fixed",
+            note=f"buffers for {found.budgets[-1]} keys and for {default}",
+        )  # fmt: skip
     for length in found.lengths[-3:]:
         for budget in (b for b in found.budgets if b in (4096, DEFAULT, 16384) or device == "cpu"):
             yield row(

@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from effpass.trainers.balance.table import LatencyTable, pairs, read_table
 
-__all__ = ["BUDGETS", "DEFAULT", "EXPONENT", "LENGTHS", "MOST", "SURE", "committed_table", "coverage", "the_table"]
+__all__ = [
+    "BUDGETS",
+    "DEFAULT",
+    "EXPONENT",
+    "LENGTHS",
+    "MOST",
+    "SURE",
+    "beside",
+    "coverage",
+    "fixed_table",
+    "the_table",
+]
 
 DEFAULT = 8192
 BUDGETS = (*range(2048, 16384, 1024), 16384, 20480, 24576, 32768)
@@ -49,15 +60,26 @@ def coverage(
 
 
 def the_table() -> LatencyTable:
-    """The one that EFFPASS_TABLE names, else the committed one, else one that is made up and says so."""
+    """The one that EFFPASS_TABLE names, else the committed one, measured on an H100, else one that is made up."""
+    path = _path()
+    return _synthetic() if path is None else read_table(path)
+
+
+def fixed_table() -> LatencyTable:
+    """Times where no budget but the default can occur: buffers are sized by the largest that can, and launches too."""
+    path = _path()
+    return _synthetic() if path is None else read_table(beside(path))
+
+
+def beside(path: Path) -> Path:
+    """Where the table of a fixed budget stands."""
+    return path.with_name(f"{path.stem}_fixed.json")
+
+
+def _path() -> Path | None:
     if named := os.environ.get("EFFPASS_TABLE"):
-        return read_table(Path(named))
-    return committed_table() or _synthetic()
-
-
-def committed_table() -> LatencyTable | None:
-    """Measured on an H100, where it stands beside the rows."""
-    return read_table(_MEASURED) if _MEASURED.exists() else None
+        return Path(named)
+    return _MEASURED if _MEASURED.exists() else None
 
 
 def _synthetic() -> LatencyTable:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.balance_lengths import BUDGETS, MOST
+from benchmarks.balance_lengths import BUDGETS, DEFAULT, MOST
 from effpass.core.roofline import device_name
 from effpass.trainers.balance.measure import attention_seconds, grid, rest_seconds
 from effpass.trainers.balance.table import LatencyTable
 
-__all__ = ["BLOCK", "measured"]
+__all__ = ["BLOCK", "measured", "with_fixed_budget"]
 
 BLOCK = 256
 
@@ -34,11 +34,24 @@ LARGE = Sizes(36, 2048, 11008, 16, 2, 151936)
 TINY = Sizes(3, 64, 128, 4, 2, 128)
 
 
+def with_fixed_budget(table: LatencyTable, device: str, smoke: bool) -> LatencyTable:
+    """The table where budgets can't move: attention measured again with buffers for the default alone."""
+    of, dtype = _of(device, smoke)
+    size, budgets = of.width // of.heads, (DEFAULT if DEFAULT in table.budgets else table.budgets[0],)
+    place = torch.device(device)
+    attention = attention_seconds(of.heads, of.groups, size, size, table.lengths, budgets, BLOCK, place, dtype)
+    return dataclasses.replace(table, budgets=budgets, attention=attention)
+
+
+def _of(device: str, smoke: bool) -> tuple[Sizes, torch.dtype]:
+    small = smoke or device == "cpu"
+    return (TINY if small else LARGE), torch.float32 if device == "cpu" else torch.bfloat16
+
+
 def measured(device: str, smoke: bool) -> LatencyTable:
     """Seconds of bfloat16 on a GPU; tiny sizes and float32 on a CPU."""
-    small = smoke or device == "cpu"
-    of, place = (TINY if small else LARGE), torch.device(device)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    of, dtype = _of(device, smoke)
+    small, place = of is TINY, torch.device(device)
     lengths, budgets = (grid(1024), (512, 1024)) if small else (grid(MOST), BUDGETS)
     tokens = grid(256) if small else grid(8192)
     size = of.width // of.heads

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.balance_lengths import BUDGETS, DEFAULT, LENGTHS, coverage, the_table
+from benchmarks.balance_lengths import BUDGETS, DEFAULT, LENGTHS, coverage, fixed_table, the_table
 from effpass.core.errors import EffpassError
 from effpass.trainers.balance.simulator import Layout, imbalance, micro_batches, play, simulate
 from effpass.trainers.balance.table import write_table
@@ -81,10 +81,18 @@ def test_batching_and_tuning_together_beat_each_alone_and_batching_by_length(tab
     assert alone.seconds < 1.01 * by_length.seconds
 
 
-def test_a_table_that_is_named_is_taken(table, tmp_path, monkeypatch):
+def test_a_table_that_is_named_is_taken_and_the_one_beside_it_for_a_fixed_budget(table, tmp_path, monkeypatch):
     write_table(tmp_path / "mine.json", replace(table, source="measured", device="mine"))
+    column = BUDGETS.index(DEFAULT)
+    own = replace(table, budgets=(DEFAULT,), attention=tuple((row[column],) for row in table.attention), device="mine")
+    write_table(tmp_path / "mine_fixed.json", own)
     monkeypatch.setenv("EFFPASS_TABLE", str(tmp_path / "mine.json"))
     assert the_table().device == "mine"
+    assert fixed_table() == own
+    layout = Layout(4, 2, 2, 150_000)
+    every = LENGTHS["tail"](100, np.random.default_rng(0))
+    one, two = (simulate(t, every, layout, FIXED, coverage, "seconds", steps=3) for t in (the_table(), fixed_table()))
+    assert one.seconds == pytest.approx(two.seconds, rel=1e-6)
 
 
 def test_too_few_samples_and_too_little_memory_are_named(table):
