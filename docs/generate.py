@@ -87,8 +87,10 @@ def cost_rows(document: Path) -> str:
 def budget_rows(document: Path) -> str:
     """The committed rows of area `prefix_kv` on quality: a line for each case and budget, a column for each method."""
     ours = "prefix_kv, searched"
-    methods = ("uniform", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "global top-k", f"{ours}, int8")
-    lines = ["| model, what follows the prompt | whole | prefix_kv | " + " | ".join(methods) + " |"]
+    methods = (f"{ours}, not pooled", "uniform", "StreamingLLM", "H2O", "SnapKV", "PyramidKV", "global top-k")
+    methods = (*methods, f"{ours}, int8")
+    titles = " | ".join(name.removeprefix(f"{ours}, ") for name in methods)
+    lines = [f"| model, what follows the prompt | whole | prefix_kv | {titles} |"]
     lines.append("|---|" + "--:|" * (len(methods) + 2))
     found: dict[str, dict[str, float]] = {}
     weak = set()
@@ -104,6 +106,16 @@ def budget_rows(document: Path) -> str:
             shown = (f"{values[name]:.4g}" for name in ("whole", ours, *methods))
             lines.append(f"| {case} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
+
+
+def curve_rows(document: Path) -> str:
+    """The committed rows of area `prefix_kv` on profiles: what each layer keeps, beside what the paper's keep."""
+    lines = ["| profile | kept of all layers | kept of each layer, the first to the last |", "|---|--:|---|"]
+    for row in _rows("prefix_kv"):
+        if match := re.fullmatch(r"smallest share of a layer at (\d+%)", row["metric"]):
+            shares = row["note"].removeprefix("shares of the layers: ")
+            lines.append(f"| {row['case']} | {match[1]} | {shares} |")
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
 
 def expert_rows(document: Path) -> str:
@@ -169,13 +181,22 @@ def memory_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Area, metric and the cases that a user meets first; none: all.
+_HEADLINES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("decode", "greedy, a token", ()),
+    ("moe", "layer of experts", ("qwen3-30b-a3b, 16 tokens, even", "deepseek-v2, 128 tokens, even")),
+    ("sparse_attention", "two levels, 2048 tokens", ("GQA 32/8 x 128, 98304 tokens, batch 8",)),
+    ("export", "throughput, prefill included", ()),
+)
+
+
 def headline_rows(document: Path) -> str:
-    """Decoding against its peers: the committed rows of areas `decode` and `export` that a user meets first."""
+    """What a user meets first, against its peers."""
     lines = ["| what | effpass | peer | times as fast | device |", "|---|--:|--:|--:|---|"]
-    for area, metrics in (("decode", ("greedy, a token",)), ("export", ("throughput, prefill included",))):
-        for text in (ROOT / "benchmarks" / "results" / f"{area}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(text)
-            if row["metric"] in metrics and row["peer"] is not None:
+    for area, metric, cases in _HEADLINES:
+        for row in _rows(area):
+            named = row["case"] in cases if cases else row["peer"] is not None
+            if row["metric"] == metric and named and not row["peer_name"].endswith("batched_mm"):
                 ours, peer = (f"{row[side]:.3g}" for side in ("ours", "peer"))
                 lines.append(
                     f"| {row['case']}: {row['metric']} | {ours} {row['unit']} | {peer} ({row['peer_name']}) |"
@@ -235,6 +256,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "optimizer": lambda document: measured_rows("optimizer"),
     "quality": lambda document: measured_rows("quality"),
     "budgets": budget_rows,
+    "curves": curve_rows,
     "prefix_kv": lambda document: measured_rows("prefix_kv", but=("nats", "%")),
     "kv_offload": lambda document: measured_rows("kv_offload"),
     "pruning": pruning_rows,
