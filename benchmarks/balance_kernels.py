@@ -228,7 +228,7 @@ def tilings(device: str, smoke: bool) -> Iterator[Row]:
         "key": [(64, 128, 8, 2), (32, 128, 8, 3), (64, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3)],
     }
     for name, run in runs.items():
-        used = tiling(name, sizes, q.element_size())
+        used = tiling(name, sizes, q.element_size(), q.device)
         ours = measure(lambda run=run: run(None), device, warmup=1, runs=5)
         for how in (Tiling(*sizes) for sizes in others[name]):
             try:

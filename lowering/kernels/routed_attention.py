@@ -54,7 +54,7 @@ def forward(
     (tokens, heads, _), groups, places = q.shape, k.shape[1], chosen.shape[2]
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     chosen, sizes, blocks = chosen.contiguous(), Sizes.of(q, k, v, block), Blocks.of(cu_seqlens, tokens, block)
-    how = how or tiling("forward", sizes, q.element_size())
+    how = how or tiling("forward", sizes, q.element_size(), q.device)
     splits, step = how.splits(block), how.block_m // sizes.HEADS
     index = Index.of(chosen, blocks.start.shape[0])
     part = tokens_at_once(tokens, places * splits * heads * (sizes.VALUE * q.element_size() + 4))

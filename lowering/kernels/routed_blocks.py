@@ -18,7 +18,6 @@ from effpass.lowering.ops.routed_blocks import Blocks, places
 __all__ = ["route_blocks", "supported"]
 
 _SCORES = 1 << 26  # at once: 256 MiB
-_TOKENS = 64  # of a program that scores
 
 
 def supported(q: Tensor, k: Tensor, sequences: int, block: int) -> bool:
@@ -49,16 +48,17 @@ def route_blocks(
     )  # fmt: skip
     chosen = torch.empty((groups, tokens, width), dtype=torch.int32, device=q.device)
     kept = torch.empty((groups, tokens), dtype=torch.float32, device=q.device)
-    at_once = min(tokens, max(_TOKENS, _SCORES // (groups * count) // _TOKENS * _TOKENS))
+    at_once = min(tokens, max(64, _SCORES // (groups * count) // 64 * 64))
     scores = torch.empty((groups, at_once, count), dtype=torch.float32, device=q.device)
     everything = triton.next_power_of_2(max(16, count))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    block_m, block_n = (64, 64) if block_k <= 128 else (32, 32)
     for first in range(0, tokens, at_once):
         rows = min(at_once, tokens - first)
-        _score[(triton.cdiv(rows, _TOKENS), groups)](
+        _score[(triton.cdiv(rows, block_m), groups)](
             q, means, blocks.first, blocks.own, scores, *q.stride()[:2], first, at_once, tokens, count,
-            scale * groups / heads, REPEAT=heads // groups, KEY=size, PRECISION=precision, BLOCK_M=_TOKENS,
-            BLOCK_N=64 if block_k <= 128 else 32, BLOCK_K=block_k, **_options(q.device, 4, 2),
+            scale * groups / heads, REPEAT=heads // groups, KEY=size, PRECISION=precision, BLOCK_M=block_m,
+            BLOCK_N=block_n, BLOCK_K=block_k, **_options(q.device, 4),
         )  # fmt: skip
         _select[(rows, groups)](
             scores, blocks.first, blocks.own, budget, chosen, kept, first, at_once, tokens, count, width, block,
@@ -79,8 +79,8 @@ def _assert(cu_seqlens: Tensor, budget: Tensor, tokens: int, block: int, max_bud
         torch._assert_async(budget <= max_budget, "effpass::route_blocks: the budget is above max_budget")
 
 
-def _options(device: torch.device, num_warps: int, num_stages: int = 1) -> dict[str, object]:
-    return launch_options(device, num_warps, num_stages) | ({"launch_pdl": False} if overlaps(device) else {})
+def _options(device: torch.device, num_warps: int) -> dict[str, object]:
+    return launch_options(device, num_warps) | ({"launch_pdl": False} if overlaps(device) else {})
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _of_query(
 ) -> Tensor:  # fmt: skip
     q, k, *_ = saved
     (tokens, heads, _), groups, places = q.shape, k.shape[1], chosen.shape[2]
-    how = how or tiling("query", sizes, q.element_size())
+    how = how or tiling("query", sizes, q.element_size(), q.device)
     splits, step = how.splits(sizes.BLOCK), how.block_m // sizes.HEADS
     part = tokens_at_once(tokens, places * splits * heads * sizes.KEY * q.element_size())
     items = Items.of(index, part, piece_size(min(part, tokens), places, groups, step, q.device), tokens)
@@ -86,7 +86,7 @@ def _of_key(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, *_ = saved
     tokens, groups = k.shape[:2]
-    how = how or tiling("key", sizes, q.element_size())
+    how = how or tiling("key", sizes, q.element_size(), q.device)
     size = piece_size(tokens, places, groups, how.block_m // sizes.HEADS, q.device)
     items = Items.of(index, triton.cdiv(tokens, TILE) * TILE, size, tokens)
     pieces, count = items.block.shape[2], index.begin.shape[1] - 1

@@ -5,6 +5,7 @@ The rows of a program are the query heads of some tokens: HEADS to a token, a po
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -73,16 +74,33 @@ _TILINGS = {
     512: {"forward": Tiling(64, 64, 8, 2, 2), "query": Tiling(64, 32, 4, 1, 4), "key": Tiling(32, 64, 8, 1)},
     1024: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 8, 1)},
 }
+_ROOM = 227 * 1024  # bytes of shared memory that these take at the most
+# For devices that have less, down to 99 KiB.
+_SMALL = {
+    256: {"forward": Tiling(64, 64, 4, 2), "query": Tiling(64, 32, 4, 1, 2), "key": Tiling(32, 64, 4, 2)},
+    512: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 4, 1)},
+    1024: {"forward": Tiling(16, 16, 4, 1), "query": Tiling(16, 16, 4, 1), "key": Tiling(16, 16, 4, 1)},
+}
 
 
-def tiling(kernel: str, sizes: Sizes, element_size: int) -> Tiling:
+def tiling(kernel: str, sizes: Sizes, element_size: int, device: torch.device) -> Tiling:
     """The tiling of `kernel`: forward, query or key."""
     widest = max(sizes.BLOCK_K, sizes.BLOCK_V) * element_size
-    how = next(found[kernel] for most, found in _TILINGS.items() if widest <= most)
+    tilings = _TILINGS if shared_memory(device) >= _ROOM else _SMALL
+    how = next(found[kernel] for most, found in tilings.items() if widest <= most)
     block_n = min(how.block_n, sizes.BLOCK)
     return how._replace(
         block_m=max(how.block_m, sizes.HEADS), block_n=block_n, products=min(how.products, sizes.BLOCK // block_n)
     )
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if device.type != "cuda":
+        return _ROOM
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def piece_size(tokens: int, places: int, groups: int, step: int, device: torch.device) -> int:

@@ -56,21 +56,23 @@ def test_values_that_the_device_alone_sees_are_asserted():
     assert "the budget is above max_budget" in said["large budget"]
 
 
+KINDS = [("bfloat16", SHARED_MEMORY)]
+KINDS += [
+    (kind, room) for kind in ("small blocks", "latents", "wide", "float32") for room in (SHARED_MEMORY, 99 * 1024)
+]
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "bfloat16",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("small blocks", "latents", "wide", "float32")),
-    ],
+    ("kind", "room"), [KINDS[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 )
-def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path, kind: str):
-    shared = run("compile", kind, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path, kind: str, room: int):
+    shared = run("compile", kind, str(room), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert {name.rpartition(".")[2] for name in shared} == {
         "_means", "_score", "_select", "_count", "_place", "_attend", "_merge", "_delta", "_query_gradient", "_sum",
         "_key_gradient", "_add_pieces",
     }  # fmt: skip
-    assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
+    assert {name: size for name, size in shared.items() if size > room} == {}
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
