@@ -35,8 +35,9 @@ from benchmarks.balance_lengths import (
 )
 from benchmarks.rows import Row, row
 from effpass.trainers.balance.batches import BalancedBatches
+from effpass.trainers.balance.costs import micro_batches
 from effpass.trainers.balance.expected import Expected
-from effpass.trainers.balance.simulator import Batching, Layout, Simulated, micro_batches, simulate
+from effpass.trainers.balance.simulator import Batching, Layout, Simulated, simulate
 from effpass.trainers.balance.table import LatencyTable
 from effpass.trainers.balance.tuning import Tuning, tune
 

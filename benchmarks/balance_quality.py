@@ -28,12 +28,11 @@ from benchmarks.balance_lengths import BUDGETS, DEFAULT, LENGTHS, the_table
 from benchmarks.quality import MODELS, _load, _tiny
 from benchmarks.rows import Row, row
 from effpass.runtime.routed_attention import RoutedModel, install
-from effpass.trainers.balance.batches import sample_seconds
+from effpass.trainers.balance.costs import micro_batches, sample_seconds
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.shares import share
-from effpass.trainers.balance.simulator import imbalance, micro_batches
 from effpass.trainers.balance.table import LatencyTable
-from effpass.trainers.balance.tuning import Direction, Tuning, micro_batch_seconds, slowest, tune
+from effpass.trainers.balance.tuning import Direction, Tuning, imbalance, micro_batch_seconds, slowest, tune
 from effpass.trainers.lm.tasks import make_example
 
 __all__ = ["ablation", "quality"]
@@ -189,7 +188,7 @@ def _run(sizes: Sizes, way: Direction, seed: int, steps: int, seconds: float) ->
         optimizer.zero_grad()
         found = micro_batch_seconds(attention, rest, chosen)
         taken.append(slowest(found, how.waits))
-        ratios.append(imbalance(found, how)[0])
+        ratios.append(imbalance(found, how.waits)[0])
         budgets.append(float(keys.float().mean()))
         if seconds and sum(taken) >= seconds:
             break

@@ -12,7 +12,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from effpass.core.errors import EffpassError
-from effpass.trainers.balance.batches import BalancedBatches, sample_seconds
+from effpass.trainers.balance.batches import BalancedBatches
+from effpass.trainers.balance.costs import sample_seconds
 from effpass.trainers.balance.expected import Expected, octave
 from effpass.trainers.balance.shares import share
 from effpass.trainers.balance.table import from_flops, pairs, read_table, write_table

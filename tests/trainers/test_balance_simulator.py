@@ -10,9 +10,10 @@ import pytest
 
 from benchmarks.balance_lengths import BUDGETS, DEFAULT, LENGTHS, coverage, fixed_table, the_table
 from effpass.core.errors import EffpassError
-from effpass.trainers.balance.simulator import Layout, imbalance, micro_batches, play, simulate
+from effpass.trainers.balance.costs import micro_batches
+from effpass.trainers.balance.simulator import Layout, play, simulate
 from effpass.trainers.balance.table import write_table
-from effpass.trainers.balance.tuning import Tuning
+from effpass.trainers.balance.tuning import Tuning, imbalance
 
 TUNING = Tuning(BUDGETS, DEFAULT)
 FIXED = replace(TUNING, direction="none")
@@ -49,8 +50,8 @@ def test_micro_batches_add_up_documents_and_know_the_longest(table):
 
 def test_imbalance_and_bubbles_are_of_those_who_wait_for_each_other():
     seconds = np.array([[1.0, 4.0], [3.0, 4.0]])
-    assert imbalance(seconds, TUNING) == (1.25, pytest.approx(1 - 6 / 7))
-    assert imbalance(seconds, replace(TUNING, waits="step")) == (pytest.approx(7 / 6), pytest.approx(1 - 6 / 7))
+    assert imbalance(seconds, TUNING.waits) == (1.25, pytest.approx(1 - 6 / 7))
+    assert imbalance(seconds, "step") == (pytest.approx(7 / 6), pytest.approx(1 - 6 / 7))
 
 
 def test_all_batchings_read_the_same_samples_in_a_step(table):

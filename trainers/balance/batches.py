@@ -11,24 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from effpass.core.errors import EffpassError
+from effpass.trainers.balance.costs import sample_seconds
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.shares import Shares, share
 from effpass.trainers.balance.table import LatencyTable
 
-__all__ = ["BalancedBatches", "sample_seconds"]
-
-
-def sample_seconds(
-    table: LatencyTable, lengths: ArrayLike, budgets: ArrayLike, micro_batch: float
-) -> NDArray[np.float64]:
-    """What each sample adds to a micro-batch of so many tokens: all layers, each sample with its budget."""
-    sizes = np.asarray(lengths, float)
-    attention = table.attention_seconds(sizes, np.asarray(budgets, float)[:, None])[:, 0]
-    return table.layers * attention + table.rest_seconds(micro_batch) * (sizes / micro_batch)
+__all__ = ["BalancedBatches"]
 
 
 class BalancedBatches(Sampler[list[int]]):

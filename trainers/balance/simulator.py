@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from effpass.core.errors import EffpassError
-from effpass.trainers.balance.batches import sample_seconds
+from effpass.trainers.balance.costs import micro_batches, sample_seconds
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.shares import Shares, share
 from effpass.trainers.balance.table import LatencyTable
-from effpass.trainers.balance.tuning import Tuning, group_seconds, guard, micro_batch_seconds, slowest, tune
+from effpass.trainers.balance.tuning import Tuning, guard, imbalance, micro_batch_seconds, slowest, tune
 
-__all__ = ["Batching", "Layout", "Simulated", "Step", "imbalance", "micro_batches", "play", "simulate"]
+__all__ = ["Batching", "Layout", "Simulated", "Step", "play", "simulate"]
 
 Floats = NDArray[np.float64]
 Batching = Literal["random", "length", "seconds"]
@@ -71,33 +71,6 @@ class Simulated:
     steps: tuple[float, ...]
 
 
-def imbalance(seconds: Floats, how: Tuning) -> tuple[float, float]:
-    """Of micro-batches `[R, M]`: slowest over mean, in the mean of the groups, and the share of time that is waited."""
-    groups = group_seconds(seconds, how.waits)
-    return float((groups.max(1) / groups.mean(1)).mean()), float(1 - groups.mean(1).sum() / groups.max(1).sum())
-
-
-def micro_batches(
-    table: LatencyTable, shares: Shares, lengths: ArrayLike, budgets: tuple[int, ...]
-) -> tuple[Floats, Floats, Floats]:
-    """What a step's micro-batches cost: `attention` `[R, M, K]` of a layer, `rest` `[R, M]`, `longest` `[R, M]`.
-
-    Args:
-        shares: numbers of samples, by rank and micro-step.
-        lengths: of the samples that they name.
-    """
-    flat = [samples for rank in shares for samples in rank]
-    owner = np.repeat(np.arange(len(flat)), [len(samples) for samples in flat])
-    sizes = np.asarray(lengths, float)[np.concatenate([np.asarray(samples, int) for samples in flat])]
-    each = table.attention_seconds(sizes, budgets)
-    shape = len(shares), len(shares[0])
-    attention: Floats = np.stack([np.bincount(owner, column, len(flat)) for column in each.T], -1)
-    longest = np.zeros(len(flat))
-    np.maximum.at(longest, owner, sizes)
-    rest = table.rest_seconds(np.bincount(owner, sizes, len(flat)))
-    return attention.reshape(*shape, len(budgets)), rest.reshape(shape), longest.reshape(shape)
-
-
 @dataclass(frozen=True)
 class Step:
     """One step as it is played.
@@ -131,7 +104,7 @@ def simulate(
     """Play `steps` steps; arguments and errors as of :func:`play`."""
     played = list(play(table, lengths, layout, tuning, coverage, batching, steps=steps, seed=seed))
     seconds = tuple(slowest(step.seconds, tuning.waits) for step in played)
-    waited = [imbalance(step.seconds, tuning) for step in played]
+    waited = [imbalance(step.seconds, tuning.waits) for step in played]
     counts = [[[len(micro) for micro in rank] for rank in step.shares] for step in played]
     return Simulated(
         seconds=float(np.mean(seconds)),

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from effpass.core.errors import EffpassError
+from effpass.trainers.balance.costs import micro_batches
 from effpass.trainers.balance.exchange import Exchange, Told
 from effpass.trainers.balance.expected import Expected
-from effpass.trainers.balance.simulator import imbalance, micro_batches
 from effpass.trainers.balance.table import LatencyTable
-from effpass.trainers.balance.tuning import Tuning, micro_batch_seconds, slowest, tune
+from effpass.trainers.balance.tuning import Tuning, imbalance, micro_batch_seconds, slowest, tune
 
 __all__ = ["Plan", "SparsityTuner", "TunedAttention", "documents_of"]
 
@@ -162,8 +162,8 @@ class SparsityTuner:
         plan = self.plan
         if plan is None:
             return {}
-        ratio, bubble = imbalance(plan.seconds, self.tuning)
-        before, bubble_before = imbalance(plan.fixed, self.tuning)
+        ratio, bubble = imbalance(plan.seconds, self.tuning.waits)
+        before, bubble_before = imbalance(plan.fixed, self.tuning.waits)
         known = self.expected.coverage(plan.longest)
         where = np.searchsorted(np.asarray(self.tuning.budgets), plan.budgets)
         covered = np.take_along_axis(known, where[..., None], -1)

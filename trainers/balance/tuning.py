@@ -32,6 +32,7 @@ __all__ = [
     "budgets_around",
     "group_seconds",
     "guard",
+    "imbalance",
     "micro_batch_seconds",
     "slowest",
     "tune",
@@ -162,6 +163,12 @@ def group_seconds(seconds: Floats, waits: Waits) -> Floats:
     if waits == "micro_step":
         return seconds.T
     return seconds.sum(1)[None] if waits == "step" else seconds.reshape(1, -1)
+
+
+def imbalance(seconds: Floats, waits: Waits) -> tuple[float, float]:
+    """Of micro-batches `[R, M]`: slowest over mean, in the mean of the groups, and the share of time that is waited."""
+    groups = group_seconds(seconds, waits)
+    return float((groups.max(1) / groups.mean(1)).mean()), float(1 - groups.mean(1).sum() / groups.max(1).sum())
 
 
 def slowest(seconds: Floats, waits: Waits) -> float:

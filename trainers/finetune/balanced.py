@@ -18,7 +18,7 @@ import torch
 
 from effpass.core.errors import ArtifactError, EffpassError
 from effpass.runtime.routed_attention import RoutedModel, install
-from effpass.trainers.balance.batches import sample_seconds
+from effpass.trainers.balance.costs import sample_seconds
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.measure import latency_table
 from effpass.trainers.balance.shares import Shares, share
