@@ -38,7 +38,8 @@ def prompt_inputs(tokenizer: Any, text: str, images: Sequence[Any] = (), process
         processor: of the model; needed for images.
 
     Raises:
-        EffpassError: no tokens come of it, or the processor knows no place for images.
+        EffpassError: no tokens come of it, the text has the token of images in it, or the processor knows no place for
+            images.
     """
     template = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}
     if images:
@@ -55,10 +56,15 @@ def prompt_inputs(tokenizer: Any, text: str, images: Sequence[Any] = (), process
 def _with_images(processor: Any, text: str, images: Sequence[Any], template: dict[str, Any]) -> Any:
     if processor is None:
         raise EffpassError("images need the model's processor", hint="load_model(source, images=True)")
+    token = getattr(processor, "image_token", None)
+    if token is not None and token in text:
+        raise EffpassError(
+            f"the text has {token} in it, and images stand before the text without being named",
+            hint=f"leave {token} out",
+        )
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], **template)
-    token = getattr(processor, "image_token", None)
     if token is None:
         raise EffpassError(
             f"{type(processor).__name__} has neither a chat template nor an image token: where images go is unknown",

@@ -118,6 +118,9 @@ def test_images_that_nobody_can_see(run, tiny_model, vision_model, tmp_path):
     out = run("generate", tiny_model, "-p", "What?", "--image", image)
     assert out.exit_code == 1
     assert "has the model type 'llama', which reads no images" in " ".join(out.stderr.split())
+    out = run("generate", vision_model, "-p", "<image>What?", "--image", image)
+    assert out.exit_code == 1
+    assert "the text has <image> in it, and images stand before the text" in " ".join(out.stderr.split())
     (tmp_path / "b.png").write_text("no picture")
     for name in ("b.png", "c.png"):
         out = run("generate", vision_model, "-p", "What?", "--image", tmp_path / name)
