@@ -77,8 +77,8 @@ def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path, kind: str, room: 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
-LARGER = {
-    **CASES,
+ON_GPU = {
+    **{name: CASES[name] for name in ("grouped, packed, an empty sequence", "three heads, odd sizes")},
     "128, grouped, packed": Case((0, 300, 301, 700, 1100), 16, 4, 128, 128, 128, 512, 1024, 128**-0.5),
     "128, blocks of 256": Case((0, 1500), 8, 2, 128, 128, 256, 768, 1024, 128**-0.5),
     "64, seven heads to one of keys": Case((0, 700, 1300), 14, 2, 64, 64, 64, 256, None, 0.125),
@@ -86,6 +86,13 @@ LARGER = {
     "256": Case((0, 520), 8, 1, 256, 256, 64, 256, 256, 0.0625),
     "blocks of 512, budget above the length": Case((0, 900), 4, 2, 128, 128, 512, 4096, None, 128**-0.5),
 }
+# Each pair is compiled for itself.
+TYPES = [
+    *((name, torch.bfloat16) for name in ON_GPU),
+    ("128, grouped, packed", torch.float16),
+    ("three heads, odd sizes", torch.float32),
+    ("128, grouped, packed", torch.float32),
+]
 
 
 @pytest.fixture
@@ -112,10 +119,9 @@ def on_gpu(case: Case, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], tor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", LARGER)
+@pytest.mark.parametrize(("name", "dtype"), TYPES)
 def test_kernels_against_dense_sums(poisoned, name, dtype):
-    case = LARGER[name]
+    case = ON_GPU[name]
     found, chosen = on_gpu(case, dtype)
     wanted = expected(case, mask_of(chosen, case.ends, case.block), dtype)
     ratios = {n: ratio(found[n], x) for n, x in wanted.items()}
@@ -126,11 +132,10 @@ def test_kernels_against_dense_sums(poisoned, name, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", LARGER)
+@pytest.mark.parametrize(("name", "dtype"), TYPES)
 def test_what_is_chosen_scores_as_high_as_the_best(name, dtype):
     """Scores are rounded, so that of two that are nearly equal either may be chosen."""
-    case = LARGER[name]
+    case = ON_GPU[name]
     q, k, *_ = (x.to(dtype) for x in case.tensors(dtype))
     call = (case.block, case.max_budget, case.scale)
     found, coverage = ops.route_blocks(q.cuda(), k.cuda(), case.cu_seqlens("cuda"), case.budget_on("cuda"), *call)
@@ -176,13 +181,13 @@ def test_a_budget_of_the_length_is_dense_attention():
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device_and_a_graph_replays_other_budgets():
-    case = Case((0, 700, 3000), 8, 2, 64, 64, 64, 256, 1024, 0.125)
+    case = Case((0, 700, 3000), 8, 2, 128, 128, 128, 512, 1024, 128**-0.5)
     *leaves, d_out = (x.to("cuda", torch.bfloat16) for x in case.tensors(torch.bfloat16))
     leaves = [x.requires_grad_() for x in leaves]
     ends, budget = case.cu_seqlens("cuda"), case.budget_on("cuda")
 
     def step() -> tuple[torch.Tensor, ...]:
-        out, coverage = trainable_sparse_attention(*leaves, ends, budget, block=64, max_budget=1024)
+        out, coverage = trainable_sparse_attention(*leaves, ends, budget, block=128, max_budget=1024)
         return out.detach(), coverage, *torch.autograd.grad(out, leaves, d_out)
 
     stream = torch.cuda.Stream()
@@ -198,7 +203,7 @@ def test_nothing_waits_for_the_device_and_a_graph_replays_other_budgets():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         held = step()
-    for keys in (128, 1000):
+    for keys in (256, 1000):
         budget.fill_(keys)
         graph.replay()
         for captured, eager in zip(held, step(), strict=True):
@@ -208,13 +213,13 @@ def test_nothing_waits_for_the_device_and_a_graph_replays_other_budgets():
 @pytest.mark.gpu
 def test_a_checkpoint_of_a_compiled_layer_and_other_budgets_compile_nothing():
     torch._dynamo.utils.counters.clear()
-    case = Case((0, 900, 2000), 8, 2, 64, 64, 64, 256, 1024, 0.125)
+    case = Case((0, 900, 2000), 8, 2, 128, 128, 128, 512, 1024, 128**-0.5)
     *leaves, d_out = (x.to("cuda", torch.bfloat16) for x in case.tensors(torch.bfloat16))
     leaves = [x.requires_grad_() for x in leaves]
-    budgets = torch.tensor([128, 512, 1000], dtype=torch.int32, device="cuda")
+    budgets = torch.tensor([256, 512, 1000], dtype=torch.int32, device="cuda")
 
     def attend(q, k, v, ends, budget):
-        return trainable_sparse_attention(q * 2, k, v, ends, budget, block=64, max_budget=1024)[0]
+        return trainable_sparse_attention(q * 2, k, v, ends, budget, block=128, max_budget=1024)[0]
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True)
     for layer in range(3):
@@ -232,7 +237,7 @@ def test_a_checkpoint_of_a_compiled_layer_and_other_budgets_compile_nothing():
 
 @pytest.mark.gpu
 def test_views_of_one_projection_are_read_in_place():
-    case = replace(LARGER["128, grouped, packed"], ends=(0, 400))
+    case = replace(ON_GPU["128, grouped, packed"], ends=(0, 400))
     fused = torch.randn(400, 24 * 128, device="cuda", dtype=torch.bfloat16)
     views = [x.unflatten(-1, (-1, 128)) for x in fused.split([16 * 128, 4 * 128, 4 * 128], -1)]
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]
