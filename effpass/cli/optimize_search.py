@@ -60,7 +60,7 @@ def search(
     from effpass.search.run import Search
     from effpass.search.texts import Texts
 
-    given = [given_choice(path) for path in artifacts]
+    given = [given_choice(path) for path in dict.fromkeys(artifacts)]
     settings = {
         "model": model, "goal": goal, "quality_loss": limit, "workload": vars(workload), "passes": most,
         "data": _hash(text), "validation": None if other is None else _hash(other),

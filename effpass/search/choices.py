@@ -78,7 +78,7 @@ def given_choice(folder: Path) -> Choice:
         raise EffpassError(f"--artifact {folder}: is no artifact: {error}", hint="give its folder") from error
     if "artifact" not in {field.name for field in fields(registry.load(name).Options)}:
         raise EffpassError(f"--artifact {folder}: is for {name}, whose options name no artifact")
-    return Choice(name, f"{name} {folder.name}", {"artifact": str(folder.absolute())})
+    return Choice(name, f"{name} {folder}", {"artifact": str(folder.absolute())})
 
 
 def _reason(info: PassInfo, model: Any, goal: Goal) -> str | None:

@@ -111,9 +111,10 @@ def test_an_artifact_that_is_given(tmp_path):
 
     make_keep_artifact(make("llama"), tmp_path / "kept", kv_groups=[[0], [1]])
     choice = given_choice(tmp_path / "kept")
-    assert choice == Choice(
-        "structured_pruning", "structured_pruning kept", {"artifact": str((tmp_path / "kept").absolute())}
-    )
+    assert (choice.name, choice.label) == ("structured_pruning", f"structured_pruning {tmp_path / 'kept'}")
+    assert choice.options == {"artifact": str(tmp_path / "kept")}
+    found, _ = choices(make("llama"), "memory", WORKLOAD, [choice])
+    assert choice in found
     with pytest.raises(EffpassError, match=r"--artifact .*nothing: is no artifact"):
         given_choice(tmp_path / "nothing")
     (tmp_path / "other").mkdir()
