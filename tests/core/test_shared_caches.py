@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from effpass.core import roofline
 from effpass.core.gguf import cache_dir
@@ -61,3 +63,24 @@ def test_processes_that_write_at_once(name, tmp_path, monkeypatch):
         assert process.exitcode == 0
     assert [found.get() for _ in processes] == [0, 0, 0, 0]
     assert len([path for path in Path(tmp_path).rglob("*") if path.is_file()]) == 1
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 4095), st.sampled_from(b'{}[]":,-0e1aN\xff\x00')), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(sorted(CACHES)), edits=EDITS, keep=st.integers(0, 4095))
+def test_a_damaged_file_is_whole_or_nothing(name, edits, keep, tmp_path, monkeypatch):
+    """Never an exception: the cache is made again."""
+    monkeypatch.setenv("EFFPASS_CACHE", str(tmp_path / name))
+    write, read, whole = CACHES[name]
+    write()
+    (file,) = (path for path in (tmp_path / name).rglob("*") if path.is_file())
+    content = bytearray(file.read_bytes())
+    for at, value in edits:
+        content[at % len(content)] = value
+    file.write_bytes(content if keep % 3 else content[: keep % len(content)])
+    found = read()
+    assert found is None or type(found) is type(whole)
+    write()
+    assert read() == whole
