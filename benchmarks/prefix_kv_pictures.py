@@ -34,14 +34,14 @@ from effpass.trainers.lm.tokenizer import END, PAD
 
 SINK, RECENT = 4, 4
 IN_PROMPT, AFTERWARDS = "asked in the prompt", "asked afterwards"
-_COUNT, _BATCH = 24, 12  # pictures of a seed, and of a batch
+_CAPTIONS, _QUESTIONS, _BATCH = 24, 12, 12  # pictures of a seed, and of a batch
 _LEARNED = 8
 _WHOLE = (1.0, "")
 
 
 def of_model(model: Any, told: str, device: str, smoke: bool) -> Iterator[Row]:
     """Rows of the profile, of captions, and of each kind of question."""
-    taken, count = _taken(model), 2 if smoke else _COUNT
+    taken = _taken(model)
     learned = _drawn("caption", len(SEEDS), 1 if smoke else _LEARNED, taken)  # another seed than those that are asked
     profile = calibrate(model, [_inputs(model, taken, [picture], IN_PROMPT) for picture in learned], sink=SINK,
                         recent=RECENT)  # fmt: skip
@@ -50,11 +50,11 @@ def of_model(model: Any, told: str, device: str, smoke: bool) -> Iterator[Row]:
         yield row(AREA, f"{told}, pictures", f"smallest share of a layer at {budget:.0%}", 100 * min(shares), "%",
                   device=device, runs=len(learned),
                   note=f"shares of the layers: {', '.join(f'{share:.0%}' for share in shares)}")  # fmt: skip
-    yield from _captions(model, told, taken, profile, device, count)
+    yield from _captions(model, told, taken, profile, device, 2 if smoke else _CAPTIONS)
     for kind in PICTURES:
         if kind != "caption":
             for asked in (IN_PROMPT, AFTERWARDS):
-                yield from _answers(model, told, taken, kind, asked, profile, device, count)
+                yield from _answers(model, told, taken, kind, asked, profile, device, 2 if smoke else _QUESTIONS)
 
 
 def tiny(device: str) -> tuple[Any, Any, str]:
