@@ -199,8 +199,8 @@ def _measure_recipes(story: _Story, source: str, tokenizer: Any, workload: tuple
     story.say(recipes_table(found))
     story.say(
         f"After prompts of {requests.prompt} tokens of Python's reference, {requests.new_tokens} tokens each, batch"
-        f" {requests.batch}. moe-serving is for mixtures of experts. On a CPU sparse attention runs its reference, and"
-        " nothing is fused: kernels for both need a GPU. `effpass optimize` finds the recipe for a model and a text.",
+        f" {requests.batch}. long-context attends to everything up to 2048 tokens; moe-serving is for mixtures of"
+        " experts. On a CPU nothing is fused: that needs a GPU. `effpass optimize` finds the recipe for a model and a text.",
         style="dim",
     )
 
