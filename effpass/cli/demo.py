@@ -200,7 +200,8 @@ def _measure_recipes(story: _Story, source: str, tokenizer: Any, workload: tuple
     story.say(
         f"After prompts of {requests.prompt} tokens of Python's reference, {requests.new_tokens} tokens each, batch"
         f" {requests.batch}. long-context attends to everything up to 2048 tokens; moe-serving is for mixtures of"
-        " experts. On a CPU nothing is fused: that needs a GPU. `effpass optimize` finds the recipe for a model and a text.",
+        " experts. A CPU runs the reference of sparse attention, and fuses nothing: the kernels need a GPU. `effpass"
+        " optimize` finds the recipe for a model and a text.",
         style="dim",
     )
 
