@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from effpass.core.errors import ArtifactError, EffpassError
 from effpass.core.strict_json import parse_json
 from effpass.core.tensor_file import read_safetensors
@@ -47,8 +49,11 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
     found = read_safetensors(folder / _WEIGHTS)
     tensors = {name: tensor for name, tensor in found.items() if not name.startswith("verifier_")}
     dtype = tensors["fc.weight"].dtype if "fc.weight" in tensors else None
-    head = EagleHead(config).to(dtype)
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    if not 1 <= config.layer.num_hidden_layers <= len(tensors):  # each has some
+        raise ArtifactError(f"{folder / _CONFIG}: {config.layer.num_hidden_layers} layers of {len(tensors)} tensors")
+    with torch.device("meta"):  # sizes that the file does not have must not take memory
+        shape = _made(config, dtype, folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in shape.state_dict().items()}
     missing = sorted(expected.keys() - tensors.keys() - {_EMBEDDING})
     unknown = sorted(tensors.keys() - expected.keys())
     if missing or unknown:
@@ -59,6 +64,7 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
             raise ArtifactError(
                 f"{folder / _WEIGHTS}: {name} is {tuple(tensor.shape)}, and config.json makes it {expected[name]}"
             )
+    head = _made(config, dtype, folder)
     head.load_state_dict(tensors, strict=False, assign=True)
     if head.d2t is not None:
         known = head.d2t + head.d2t.new_ones(len(head.d2t)).cumsum(0) - 1
@@ -67,9 +73,27 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
     return head.eval().requires_grad_(False)
 
 
-def _read_config(folder: Path, layers: int | None) -> HeadConfig:
+def _made(config: HeadConfig, dtype: torch.dtype | None, folder: Path) -> EagleHead:
+    try:
+        return EagleHead(config).to(dtype)
+    except Exception as error:  # whatever transformers and PyTorch say of such sizes and types
+        raise ArtifactError(f"{folder / _CONFIG} makes no head: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _layer_config(layer: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
+    try:
+        return LlamaConfig(**layer)
+    except Exception as error:  # transformers' own checks, with an error class of their own
+        raise ValueError(f"transformer_layer_config: {_line(error)}") from error
+
+
+def _read_config(folder: Path, layers: int | None) -> HeadConfig:
     path = folder / _CONFIG
     try:
         content: Any = parse_json(path.read_bytes())
@@ -89,7 +113,7 @@ def _read_config(folder: Path, layers: int | None) -> HeadConfig:
         if content.get("target_hidden_size") not in (None, layer["hidden_size"]):
             raise ValueError("target_hidden_size is not the head's own")
         flags = {name: bool(content.get(name)) for name in _FLAGS}
-        return HeadConfig(LlamaConfig(**layer), vocabulary, tuple(taps), **flags)
+        return HeadConfig(_layer_config(layer), vocabulary, tuple(taps), **flags)
     except OSError as error:
         raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
     except KeyError as error:

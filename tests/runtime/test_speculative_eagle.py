@@ -216,6 +216,24 @@ def test_damaged_configs(folder: Path, change: dict[str, Any], message: str) -> 
     assert message in str(caught.value)
 
 
+def test_any_value_of_any_key_gives_a_head_or_an_artifact_error(folder: Path) -> None:
+    """And takes no memory for sizes that the file beside it does not have."""
+    path, refused = folder / "config.json", 0
+    content = json.loads(path.read_text())
+    places = [content, content["transformer_layer_config"], content["speculators_config"]]
+    for place in places:
+        for key, kept in list(place.items()):
+            for value in (None, -1, 0, 1 << 40, 0.5, "x", [1], {}):
+                place[key] = value
+                path.write_text(json.dumps(content))
+                try:
+                    read_head(folder)
+                except ArtifactError:
+                    refused += 1
+            place[key] = kept
+    assert refused > 100
+
+
 def test_damaged_tensors(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
