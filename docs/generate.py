@@ -109,7 +109,7 @@ def budget_rows(document: Path) -> str:
 
 
 def curve_rows(document: Path) -> str:
-    """The committed rows of area `prefix_kv` on profiles: what each layer keeps, beside what the paper's keep."""
+    """The committed rows of area `prefix_kv` on profiles: what each layer keeps."""
     lines = ["| profile | kept of all layers | kept of each layer, the first to the last |", "|---|--:|---|"]
     for row in _rows("prefix_kv"):
         if match := re.fullmatch(r"smallest share of a layer at (\d+%)", row["metric"]):
