@@ -491,13 +491,15 @@ def test_a_wrong_suffix_and_a_missing_compiler(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_compiler_with_a_libstdcxx_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_with_a_libstdcxx_of_its_own(tmp_path: Path) -> None:
     """Its files would crash whatever loads them."""
     compiler = tmp_path / "g++"
     compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
     compiler.chmod(0o755)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(compiler),))
-    with pytest.raises(ExportError, match=r"g\+\+ links libstdc\+\+ statically, and aoti files .*\n.*CXX"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}),
+        pytest.raises(ExportError, match=r"g\+\+ links libstdc\+\+ statically, and aoti files .*\n.*CXX"),
+    ):
         effpass.export(small(), None, tmp_path / "m.pt2", target="aoti")
     assert [path.name for path in tmp_path.iterdir()] == ["g++"]
 

@@ -174,6 +174,7 @@ def test_the_pass_prepares_a_model_to_train_and_leaves_decoding_as_it_was() -> N
 
 def test_programs_say_where_training_is_sparse() -> None:
     model = llama()
+    effpass.backend.reports.clear()
     options = {"passes": [{"sparse_attention": {"train_budget": 32, "train_block": 16}}], "inner": "eager"}
     torch.compile(model, backend="effpass", options=options)(input_ids=packed()["input_ids"]).logits.sum()
     assert "training is sparse in the model" in effpass.backend.reports[0].passes[0].line()
