@@ -34,8 +34,7 @@ _BLOCK = 32  # channels of a tile of `inside`, of four warps; two programs a mul
 _COLUMNS = 64  # of the state that a program carries, four warps; less than 64 are no tile of wgmma
 _WIDE = 128  # columns, eight warps, where lanes alone fill the device
 _STAGES = 2  # chunks under way in `state_forward` and `state_backward`
-_GRADIENT_BLOCK = 32  # channels of a tile of `gradient`, of four warps: tiles of 64 and 128 spill 2 to 3 kB a thread
-_UNBOUNDED = {torch.bfloat16: "either", torch.float32: "any"}
+_GRADIENT_BLOCK = 32  # channels of a tile of `gradient`, of four warps: registers don't hold larger ones
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -92,15 +91,16 @@ class _Call(NamedTuple):
         """What the kernels over all chunks are compiled for."""
         (q, _, _, gate, beta, _, A_log, dt_bias), settings = self.inputs, self.settings
         heads, key_size, _, keys, _ = self.sizes
-        bounded = settings.lower_bound is not None and settings.lower_bound * 16 >= LOWEST.value
+        # float16 does not hold e^80; float32 got wrong results on sm_90 from a choice at run time (Triton 3.6).
+        decay = "either" if q.dtype == torch.bfloat16 else "any"
+        if q.dtype != torch.float16 and settings.lower_bound is not None and settings.lower_bound * 16 >= LOWEST.value:
+            decay = "bounded"
         return {
             "GROUP": heads // q.shape[2], "K": key_size, "KP": keys,
             "GATE": "log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
             "SCALAR_GATE": gate.dim() == 3, "HAS_BIAS": dt_bias is not None, "SCALAR_BETA": beta.dim() == 3,
             "NORMALIZE": settings.normalize, "LOGITS": settings.beta_logits, "VARLEN": self.places is not None,
-            "PRECISION": _precision(q.dtype),
-            # float16 does not hold e^80; float32 got wrong results on sm_90 from a choice at run time (Triton 3.6).
-            "RANGE": "any" if q.dtype == torch.float16 else "bounded" if bounded else _UNBOUNDED[q.dtype],
+            "PRECISION": _precision(q.dtype), "RANGE": decay,
         }  # fmt: skip
 
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -235,9 +235,7 @@ def _rows(statistics, n, stop, c, KEY: tl.constexpr, STATISTIC: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    heads_of, of_rows, c, KEY: tl.constexpr, STATISTIC: tl.constexpr, MAX: tl.constexpr
-):  # fmt: skip
+def _weights(heads_of, of_rows, c, KEY: tl.constexpr, STATISTIC: tl.constexpr, MAX: tl.constexpr):
     """What both statistics count at the columns `c`: summed over the query heads [C], or of each [R, C] where MAX."""
     q = tl.load(heads_of[:, None] + c[None, :], mask=of_rows[:, None] & (c < KEY)[None, :], other=0)
     if not MAX:
