@@ -29,7 +29,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     place,
     root,
     root_gradient,
-    steep_levels,
     tile,
 )
 
@@ -82,9 +81,9 @@ def _suffix_sums(x, upto, EXACT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def gradient(
-    q, k, v, gate, beta, write_beta, A_log, dt_bias, places, matrices, changes, d_values, befores, d_afters, d_output,
-    d_q, d_k, d_v, d_gate, d_beta, d_write, d_rates, d_biases, T, HV, q_t, q_h, k_t, k_h, v_t, v_h, gate_t, gate_h,
-    beta_t, beta_h, write_t, write_h, out_t, out_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
+    q, k, v, gate, beta, write_beta, A_log, dt_bias, places, matrices, steep, changes, d_values, befores, d_afters,
+    d_output, d_q, d_k, d_v, d_gate, d_beta, d_write, d_rates, d_biases, T, HV, q_t, q_h, k_t, k_h, v_t, v_h, gate_t,
+    gate_h, beta_t, beta_h, write_t, write_h, out_t, out_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr,
     SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
     NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -96,6 +95,12 @@ def gradient(
     DTYPE: tl.constexpr = changes.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
     here = tl.program_id(0).to(tl.int64)
+    if RANGE == "mild only":  # noqa: SIM102  (known when it is compiled)
+        if tl.load(steep + here) != 0:
+            return
+    if RANGE == "steep only":  # noqa: SIM102  (known when it is compiled)
+        if tl.load(steep + here) == 0:
+            return
     r, rk, rv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
     i, j = r[:, None], r[None, :]
     q += start * q_t + head // GROUP * q_h
@@ -200,26 +205,23 @@ def gradient(
             d_query, d_key, d_sums = _level(
                 key, query, across, across, far_lower, far_scores, d_query, d_key, d_sums, PRECISION
             )
-            levels = steep_levels(g, RANGE, BK, True)
-            if RANGE != "bounded":
-                for level in range(0, levels):
+            if RANGE == "mild" or RANGE == "mild only":
+                exponent = exponents(middle, added, EXACT, True)
+                d_query, d_key, d_sums = _level(
+                    key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key, d_sums,
+                    PRECISION,
+                )  # fmt: skip
+            else:
+                for level in range(0, HALVES):
                     decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT, True))
                     is_pair = (apart >> level) == 1
                     lower, scores = tl.where(is_pair, near_lower, 0), tl.where(is_pair, near_scores, 0)
                     d_query, d_key, d_sums = _level(
                         key, query, decay, decay, lower, scores, d_query, d_key, d_sums, PRECISION
                     )
-                of_same = tl.where((apart == 0) & (levels > 0), near_scores.to(tl.float32), 0)
-                of_same = tl.sum(of_same, 0)[None, :]
+                of_same = tl.sum(tl.where(apart == 0, near_scores.to(tl.float32), 0), 0)[None, :]
                 d_key += of_same * query
                 d_query += of_same * key
-            if RANGE != "any":
-                for _ in range(levels, 1):
-                    exponent = exponents(middle, added, EXACT, True)
-                    d_query, d_key, d_sums = _level(
-                        key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key,
-                        d_sums, PRECISION,
-                    )  # fmt: skip
             d_g = _suffix_sums(d_sums, upto, EXACT, PRECISION) + last[:, None]
             raw, g = gate_tile(
                 gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS, True

@@ -8,7 +8,9 @@ what is computed is exact for gates that differ in the twelfth bit.
 
 Pairs of tokens in different halves of a chunk decay to and from its middle, both by exponents ≤ 0. Pairs in one half
 decay to and from the middle of that half: one factor has an exponent above 0, which is safe as long as no 16 tokens
-decay by more than e^−80. For the rest the middles of 32, 16, 8, 4 and 2 tokens do what that of 64 does.
+decay by more than e^−80. In a chunk where some do, a steep one, the middles of 32, 16, 8, 4 and 2 tokens do what that
+of 64 does. RANGE says which chunks a launch takes: all, of which none is steep ("mild") or any may be ("steep"), or one
+kind and not the other ("mild only", "steep only"), since a program that can do both has registers for neither.
 """
 
 from __future__ import annotations
@@ -40,14 +42,15 @@ HALVES = tl.constexpr(5)
 UPTO = tl.constexpr(6)
 BEYOND = tl.constexpr(7)
 MIDDLE = tl.constexpr(8)
+OUTER = tl.constexpr(9)
 
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
-    """float16 [9, C, C]: which tokens' g an exponent of token i has, as ±1/64.
+    """float16 [10, C, C]: which tokens' g an exponent of token i has, as ±1/64.
 
     0 to 5: from the middle of 2 · 2^level tokens to i, or from i to it; 6: up to i; 7: beyond i; 8: from the middle of
-    i's half of the chunk to i, negative where i comes first.
+    i's half of the chunk to i, negative where i comes first; 9: up to i in the first half, beyond i in the second.
     """
     i, j = torch.arange(C.value)[:, None], torch.arange(C.value)[None, :]
     upto = j <= i
@@ -55,7 +58,8 @@ def table(device: torch.device) -> Tensor:
     found = torch.stack([x.half() for x in (*levels, upto, ~upto)])
     is_early = ((i >> 4) % 2 == 0).half()
     middle = levels[4].half() * (1 - 2 * is_early)
-    return (torch.cat((found, middle[None])) / 64).to(device)
+    outer = torch.where(i < 32, found[UPTO.value], found[BEYOND.value])
+    return (torch.cat((found, middle[None], outer[None])) / 64).to(device)
 
 
 @triton.jit
@@ -174,17 +178,22 @@ def exponents(which, added, EXACT: tl.constexpr, FLIP: tl.constexpr = False):
 
 
 @triton.jit
-def steep_levels(g, RANGE: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
-    """5, the levels of pairs, where some 16 tokens decay by more than e^-80; else 0.
+def sixteens(added, BK: tl.constexpr, EXACT: tl.constexpr):
+    """Sums of g over the tokens 0 to 15, 16 to 31, 32 to 47 and 48 to 63, as :func:`exponents` sums; [BK] each."""
+    g = added if EXACT else added.to(tl.float16).to(tl.float32)
+    sums = tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1) / _SIXTY_FOUR
+    n = tl.arange(0, C // BLOCK)[:, None]
+    first, second = tl.sum(tl.where(n == 0, sums, 0), 0), tl.sum(tl.where(n == 1, sums, 0), 0)
+    third, fourth = tl.sum(tl.where(n == 2, sums, 0), 0), tl.sum(tl.where(n == 3, sums, 0), 0)
+    return first, second, third, fourth
 
-    It is for the ends of two loops, of which one runs: with products of matrices in the two arms of an `if`, Triton 3.6
-    gives wrong results on sm_90. RANGE: "bounded", none do; "any", say they do; "either", see.
-    """
-    if RANGE == "either":
-        if FLIP:
-            found = tl.min(tl.sum(tl.reshape(g, (BK, C // BLOCK, BLOCK)), 2))
-        else:
-            found = tl.min(tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1))
-        return tl.where(found < _LOWEST_BASE_2, 5, 0)
-    else:
-        return 5 if RANGE == "any" else 0
+
+@triton.jit
+def steepness(gate, stride, rows, rate, dt_bias, lower_bound, K: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+              HAS_BIAS: tl.constexpr):  # fmt: skip
+    """1 where some 16 tokens decay by more than e^-80 in some channel, else 0."""
+    least = 0.0
+    for first in range(0, K, BK):
+        _, g = gate_tile(gate, stride, rows, rate, dt_bias, lower_bound, first, K, BK, GATE, HAS_BIAS)
+        least = tl.minimum(least, tl.min(tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1)))
+    return (least < _LOWEST_BASE_2).to(tl.int8)

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.kernels.gated_delta_inputs import (
-    BEYOND,
     HALVES,
     MIDDLE,
-    UPTO,
+    OUTER,
     C,
     addends,
     column,
@@ -25,7 +24,8 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     matrix,
     place,
     root,
-    steep_levels,
+    sixteens,
+    steepness,
     tile,
 )
 
@@ -53,39 +53,28 @@ def _inverse(lower, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def _near(key, query, g, added, matrices, middle, near_keys, near_queries, RANGE: tl.constexpr, BK: tl.constexpr,
-          DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """`near` with one more block of channels."""
+def _by_levels(key, query, added, matrices, near_keys, near_queries, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`near` with one more block of channels of a steep chunk."""
     EXACT: tl.constexpr = tl.float32 == DTYPE
-    levels = steep_levels(g, RANGE, BK)
-    if RANGE != "bounded":
-        apart = distance()
-        of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-        for level in range(0, levels):
-            decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT))
-            decayed = (key * decay).to(DTYPE)
-            columns = tl.trans(decayed)
-            is_pair = (apart >> level) == 1
-            found = tl.dot(decayed, columns, input_precision=PRECISION)
-            of_keys = tl.where(is_pair, found, of_keys)
-            found = tl.dot((query * decay).to(DTYPE), columns, input_precision=PRECISION)
-            of_queries = tl.where(is_pair, found, of_queries)
-        near_keys += of_keys
-        near_queries += tl.where((apart == 0) & (levels > 0), tl.sum(query * key, 1)[:, None], of_queries)
-    if RANGE != "any":
-        for _ in range(levels, 1):
-            exponent = exponents(middle, added, EXACT)
-            late = tl.exp2(exponent)
-            columns = tl.trans((key * tl.exp2(-exponent)).to(DTYPE))
-            near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
-            near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
-    return near_keys, near_queries
+    apart = distance()
+    of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for level in range(0, HALVES):
+        decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT))
+        decayed = (key * decay).to(DTYPE)
+        columns = tl.trans(decayed)
+        is_pair = (apart >> level) == 1
+        found = tl.dot(decayed, columns, input_precision=PRECISION)
+        of_keys = tl.where(is_pair, found, of_keys)
+        found = tl.dot((query * decay).to(DTYPE), columns, input_precision=PRECISION)
+        of_queries = tl.where(is_pair, found, of_queries)
+    of_queries = tl.where(apart == 0, tl.sum(query * key, 1)[:, None], of_queries)
+    return near_keys + of_keys, near_queries + of_queries
 
 
 @triton.jit
 def inside(
-    q, k, gate, beta, A_log, dt_bias, places, matrices, q_in, k_in, k_out, scores, inverses, decay, strengths, T, HV,
-    q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
+    q, k, gate, beta, A_log, dt_bias, places, matrices, steep, q_in, k_in, k_out, scores, inverses, decay, strengths, T,
+    HV, q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr,
     RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
@@ -103,6 +92,14 @@ def inside(
     gate += start * gate_t + head * gate_h
     beta += start * beta_t + head * beta_h
     rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
+    if RANGE == "mild only":
+        is_steep = steepness(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, K, BK, GATE, HAS_BIAS)
+        tl.store(steep + here, is_steep)
+        if is_steep != 0:
+            return
+    if RANGE == "steep only":  # noqa: SIM102  (known when it is compiled)
+        if tl.load(steep + here) == 0:
+            return
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
     if NORMALIZE:
         q_scale *= inverse_norm(q, q_t, rows, K, BK)
@@ -119,8 +116,11 @@ def inside(
         from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
     else:
-        halves, middle = matrix(matrices, HALVES), matrix(matrices, MIDDLE)
-        upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
+        is_late, outer = r[:, None] >= C // 2, matrix(matrices, OUTER)
+        if RANGE == "mild" or RANGE == "mild only":
+            middle = matrix(matrices, MIDDLE)
+        else:
+            halves = matrix(matrices, HALVES)
     for first in range(0, KP, BK):
         query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
         key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
@@ -134,17 +134,30 @@ def inside(
         else:
             _, g = gate_tile(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS)
             added = addends(g)
-            near_keys, near_queries = _near(
-                key, query, g, added, matrices, middle, near_keys, near_queries, RANGE, BK, DTYPE, PRECISION
-            )
-            across = tl.exp2(exponents(halves, added, EXACT))
+            first_16, second_16, third_16, fourth_16 = sixteens(added, BK, EXACT)
+            if RANGE == "mild" or RANGE == "mild only":
+                exponent = exponents(middle, added, EXACT)
+                late, early = tl.exp2(exponent), tl.exp2(-exponent)
+                columns = tl.trans((key * early).to(DTYPE))
+                near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
+                near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
+                # The 16 tokens between the two middles are missing.
+                across = tl.where(is_late, late, early)
+                across *= tl.where(is_late, tl.exp2(third_16)[None, :], tl.exp2(second_16)[None, :])
+            else:
+                near_keys, near_queries = _by_levels(
+                    key, query, added, matrices, near_keys, near_queries, DTYPE, PRECISION
+                )
+                across = tl.exp2(exponents(halves, added, EXACT))
             crossing = (key * across).to(DTYPE)
             columns = tl.trans(crossing)
             far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
             far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
-            from_begin = tl.exp2(exponents(upto, added, EXACT))
-            to_end = tl.exp2(exponents(beyond, added, EXACT))
-            whole = tl.exp2(tl.sum(g, 0))
+            to_ends = tl.exp2(exponents(outer, added, EXACT))
+            early_half, late_half = tl.exp2(first_16 + second_16), tl.exp2(third_16 + fourth_16)
+            from_begin = tl.where(is_late, across * early_half[None, :], to_ends)
+            to_end = tl.where(is_late, to_ends, across * late_half[None, :])
+            whole = early_half * late_half
         at = here * C * KP + r[:, None] * KP + first + rk
         tl.store(k_in + at, (key * from_begin).to(DTYPE))
         tl.store(q_in + at, (query * from_begin).to(DTYPE))

@@ -1,4 +1,5 @@
-"""The gated delta rule on a GPU: two launches forward, four backward, which compute the chunks again.
+"""The gated delta rule on a GPU: two launches forward, four backward, which compute the chunks again. Where gates are
+vectors without a bound, the launches over all chunks come twice: for chunks that decay steeply, and for the others.
 
 Forward: :mod:`~effpass.lowering.kernels.gated_delta_inside` takes all chunks at once,
 :mod:`~effpass.lowering.kernels.gated_delta_state` those of a sequence one after the other. Backward: both again, the
@@ -34,7 +35,8 @@ _BLOCK = 32  # channels of a tile of `inside`, of four warps; two programs a mul
 _COLUMNS = 64  # of the state that a program carries, four warps; less than 64 are no tile of wgmma
 _WIDE = 128  # columns, eight warps, where lanes alone fill the device
 _STAGES = 2  # chunks under way in `state_forward` and `state_backward`
-_GRADIENT_BLOCK = 32  # channels of a tile of `gradient`, of four warps: registers don't hold larger ones
+_GRADIENT_BLOCK = 32  # channels of keys of a tile of `gradient`: registers don't hold larger ones
+_GRADIENT_VALUES = 128  # channels of values, of eight warps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -87,21 +89,32 @@ class _Call(NamedTuple):
         (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
         return heads, key_size, value_size, _power(key_size), _power(value_size)
 
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """RANGE of each launch over all chunks."""
+        if self.inputs.gate.dim() == 3:
+            return ("mild",)
+        if self.inputs.q.dtype != torch.bfloat16:
+            return ("steep",)  # float16 does not hold e^80; mild chunks of float32 take too much shared memory
+        bound = self.settings.lower_bound
+        is_mild = bound is not None and bound * CHUNK // 4 >= LOWEST.value
+        return ("mild",) if is_mild else ("mild only", "steep only")
+
     def flags(self) -> dict[str, Any]:
-        """What the kernels over all chunks are compiled for."""
-        (q, _, _, gate, beta, _, A_log, dt_bias), settings = self.inputs, self.settings
-        heads, key_size, _, keys, _ = self.sizes
-        # float16 does not hold e^80; float32 got wrong results on sm_90 from a choice at run time (Triton 3.6).
-        decay = "either" if q.dtype == torch.bfloat16 else "any"
-        if q.dtype != torch.float16 and settings.lower_bound is not None and settings.lower_bound * 16 >= LOWEST.value:
-            decay = "bounded"
+        """What the kernels over all chunks are compiled for, but for RANGE."""
+        q, _, _, gate, beta, _, A_log, dt_bias = self.inputs
+        settings, (heads, key_size, _, keys, _) = self.settings, self.sizes
         return {
             "GROUP": heads // q.shape[2], "K": key_size, "KP": keys,
             "GATE": "log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
             "SCALAR_GATE": gate.dim() == 3, "HAS_BIAS": dt_bias is not None, "SCALAR_BETA": beta.dim() == 3,
             "NORMALIZE": settings.normalize, "LOGITS": settings.beta_logits, "VARLEN": self.places is not None,
-            "PRECISION": _precision(q.dtype), "RANGE": decay,
+            "PRECISION": _precision(q.dtype),
         }  # fmt: skip
+
+    def steep(self) -> Tensor:
+        """Room for what `inside` says of each chunk, int8 [n, HV]."""
+        return self.inputs.q.new_empty(self.chunks, self.sizes[0], dtype=torch.int8)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         matrices = table(self.inputs.q.device)
@@ -140,7 +153,8 @@ class _Inside(NamedTuple):
     strengths: Tensor  # √β, float32 [n, HV, C]; nothing where β is a vector
 
 
-def _inside(call: _Call) -> _Inside:
+def _inside(call: _Call, steep: Tensor) -> _Inside:
+    """`steep` int8 [n, HV] is written where chunks of both kinds may be."""
     q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
     heads, _, _, keys, _ = call.sizes
     lead = (call.chunks, heads)
@@ -152,12 +166,12 @@ def _inside(call: _Call) -> _Inside:
     precision = _precision(q.dtype)
     if q.dtype != torch.float32 and call.settings.normalize:
         precision = "float16"
-    inside[(call.chunks * heads,)](
-        q, k, gate, beta, decay if A_log is None else A_log, decay if dt_bias is None else dt_bias, *call.tables(),
-        *found, q.shape[1], heads, *_strides(q, k, gate, beta), *call.constants(), **call.flags(),
-        BK=min(keys, _BLOCK), num_warps=4, num_stages=1,
-        INVERSE=precision,
-    )  # fmt: skip
+    for chosen in call.ranges:
+        inside[(call.chunks * heads,)](
+            q, k, gate, beta, decay if A_log is None else A_log, decay if dt_bias is None else dt_bias, *call.tables(),
+            steep, *found, q.shape[1], heads, *_strides(q, k, gate, beta), *call.constants(), **call.flags(),
+            BK=min(keys, _BLOCK), RANGE=chosen, num_warps=4, num_stages=1, INVERSE=precision,
+        )  # fmt: skip
     return found
 
 
@@ -213,7 +227,7 @@ def forward(
     heads, key_size, value_size, _, _ = call.sizes
     output = inputs.v.new_empty(inputs.v.shape)
     final = output.new_empty(sequences, heads, key_size, value_size, dtype=torch.float32)
-    _state_forward(call, _inside(call), state, output, final, None)
+    _state_forward(call, _inside(call, call.steep()), state, output, final, None)
     return output, final
 
 
@@ -232,7 +246,8 @@ def backward(
     q, _, v, gate, beta, write_beta, A_log, dt_bias = call.inputs
     out = _rows(d_output)
     assert out is not None
-    found = _inside(call)
+    steep = call.steep()
+    found = _inside(call, steep)
     befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
     changes, d_values = (q.new_empty(call.chunks, heads, CHUNK, values) for _ in range(2))
     initial = torch.empty(sequences, heads, key_size, value_size, dtype=torch.float32, device=q.device)
@@ -252,13 +267,15 @@ def backward(
     of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)
     d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
-    gradient[(chunks * heads,)](
-        *(q if x is None else x for x in call.inputs), *call.tables(), changes, d_values, befores, d_afters, out, d_q,
-        d_k, d_v, d_gate, d_beta, d_v if d_write is None else d_write, d_rates, d_biases, tokens, heads,
-        *_strides(*call.inputs[:6], out), *call.constants(), **call.flags(), V=value_size, VP=values,
-        HAS_WRITE=write_beta is not None, BK=min(keys, _GRADIENT_BLOCK), BV=min(values, _GRADIENT_BLOCK), num_warps=4,
-        num_stages=1,
-    )  # fmt: skip
+    is_wide = q.dtype != torch.float32
+    tiles = {"BK": min(keys, _GRADIENT_BLOCK), "BV": min(values, _GRADIENT_VALUES if is_wide else _GRADIENT_BLOCK)}
+    for chosen in call.ranges:
+        gradient[(chunks * heads,)](
+            *(q if x is None else x for x in call.inputs), *call.tables(), steep, changes, d_values, befores, d_afters,
+            out, d_q, d_k, d_v, d_gate, d_beta, d_v if d_write is None else d_write, d_rates, d_biases, tokens, heads,
+            *_strides(*call.inputs[:6], out), *call.constants(), **call.flags(), V=value_size, VP=values,
+            HAS_WRITE=write_beta is not None, RANGE=chosen, **tiles, num_warps=8 if is_wide else 4, num_stages=1,
+        )  # fmt: skip
     d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
     d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)
     if heads != q.shape[2]:
