@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -35,6 +34,7 @@ log = logging.getLogger("effpass")
 
 _FREE = "effpass_free_attention"
 _RUNS = 3
+_PACKED = 8192  # tokens of short documents
 
 
 def latency_table(
@@ -151,37 +151,57 @@ def attention_seconds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[tuple[float, ...], ...]:
-    """Of one document in one layer, forward and backward: `[lengths, budgets]`. What is chosen does not matter."""
+    """Of one document in one layer, forward and backward: `[lengths, budgets]`. What is chosen does not matter.
+
+    Short documents are measured side by side, as they are packed, and on a GPU from a CUDA graph: a call's launches are
+    prepared while the layers before it compute, and don't belong to a document.
+    """
     rows = []
     for length in lengths:
-        run = _attention(heads, groups, key_size, value_size, length, block, budgets[-1], device, dtype)
+        count = max(1, _PACKED // length)
+        run, budget = _attention(heads, groups, key_size, value_size, length, count, block, budgets[-1], device, dtype)
         row: list[float] = []
         for n, keys in enumerate(budgets):
             if n and budgets[n - 1] >= length:
                 row.append(row[-1])  # all keys, as before
             else:
-                row.append(seconds_of(partial(run, torch.tensor(keys, device=device, dtype=torch.int32)), device))
+                budget.fill_(keys)
+                row.append(seconds_of(run, device) / count)
         rows.append(tuple(row))
     return tuple(rows)
 
 
 def _attention(
-    heads: int, groups: int, key_size: int, value_size: int, length: int, block: int, most: int, device: torch.device,
-    dtype: torch.dtype,
-) -> Callable[[Tensor], None]:  # fmt: skip
-    """Runs one document of one layer with a budget."""
+    heads: int, groups: int, key_size: int, value_size: int, length: int, count: int, block: int, most: int,
+    device: torch.device, dtype: torch.dtype,
+) -> tuple[Callable[[], None], Tensor]:  # fmt: skip
+    """Runs a layer over `count` documents with the budget that is returned beside it."""
     generator = torch.Generator(device).manual_seed(length)
     shapes = (heads, key_size), (groups, key_size), (groups, value_size)
-    q, k, v = (torch.randn(length, *shape, device=device, dtype=dtype, generator=generator) for shape in shapes)
+    q, k, v = (torch.randn(count * length, *shape, device=device, dtype=dtype, generator=generator) for shape in shapes)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    gradient = torch.ones(length, heads, value_size, device=device, dtype=dtype)
-    ends = torch.tensor([0, length], device=device, dtype=torch.int32)
+    gradient = torch.ones(count * length, heads, value_size, device=device, dtype=dtype)
+    ends = torch.arange(0, count * length + 1, length, device=device, dtype=torch.int32)
+    budget = torch.full((), most, device=device, dtype=torch.int32)
 
-    def run(budget: Tensor) -> None:
+    def run() -> None:
         out, _ = trainable_sparse_attention(q, k, v, ends, budget, block=block, max_budget=most)
         torch.autograd.grad(out, leaves, gradient)
 
-    return run
+    return (_captured(run, device) if device.type == "cuda" else run), budget
+
+
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`run` as a CUDA graph."""
+    with torch.cuda.device(device):
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            run()
+    return graph.replay
 
 
 def rest_seconds(model: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:
