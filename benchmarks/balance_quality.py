@@ -7,14 +7,20 @@ model, at four times a document's length. All ways have the same documents in th
 
 Documents are questions about a context (needles among 64) and code of the standard library, half and half, both with
 the answers, or all, graded. Held out: other code, and needles of other seeds, at the default budget for all ways.
+
+    EFFPASS_LANES      processes side by side (default 1)
+    EFFPASS_TABLE      file of the large model's latency table
 """
 
 from __future__ import annotations
 
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -92,20 +98,20 @@ def quality(device: str, smoke: bool) -> Iterator[Row]:
     """Fixed and moved budgets, equal tokens."""
     sizes = _sizes(device, smoke)
     ways: tuple[Direction, ...] = ("none", "both")
-    found = {way: [_run(sizes, way, seed, sizes.steps, 0.0) for seed in _seeds(smoke)] for way in ways}
+    every = _runs(sizes, [(way, seed, sizes.steps, 0.0) for way in ways for seed in _seeds(smoke)])
+    found = {way: every[n * len(_seeds(smoke)) :][: len(_seeds(smoke))] for n, way in enumerate(ways)}
     yield from _compared(f"{_name(device, smoke)}, {sizes.steps} steps", "both", found, device)
 
 
 def ablation(device: str, smoke: bool) -> Iterator[Row]:
     """Budgets that stay, fall alone, rise alone, or both, for the same simulated time."""
     sizes = _sizes(device, smoke)
-    found: dict[Direction, list[Outcome]] = {
-        "none": [_run(sizes, "none", seed, sizes.steps, 0.0) for seed in _seeds(smoke)]
-    }
-    time = [one.seconds * one.steps for one in found["none"]]
-    ways: tuple[Direction, ...] = ("down", "up", "both")
-    for way in ways:
-        found[way] = [_run(sizes, way, seed, 4 * sizes.steps, t) for seed, t in zip(_seeds(smoke), time, strict=True)]
+    seeds, ways = _seeds(smoke), ("down", "up", "both")
+    base = _runs(sizes, [("none", seed, sizes.steps, 0.0) for seed in seeds])
+    time = [one.seconds * one.steps for one in base]
+    every = _runs(sizes, [(way, seed, 4 * sizes.steps, time[n]) for way in ways for n, seed in enumerate(seeds)])
+    for number, way in enumerate(ways):
+        found: dict[Direction, list[Outcome]] = {"none": base, way: every[number * len(seeds) :][: len(seeds)]}
         case = f"{_name(device, smoke)}, the simulated time of {sizes.steps} steps with fixed budgets"
         yield from _compared(case, way, found, device)
 
@@ -149,6 +155,15 @@ def _name(device: str, smoke: bool) -> str:
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def _runs(sizes: Sizes, wanted: Sequence[tuple[Direction, int, int, float]]) -> list[Outcome]:
+    """Direction, seed, steps and seconds of each."""
+    lanes = int(os.environ.get("EFFPASS_LANES", "1"))
+    if lanes == 1:
+        return [_run(sizes, *each) for each in wanted]
+    with ProcessPoolExecutor(lanes, get_context("spawn")) as pool:
+        return [each.result() for each in [pool.submit(_run, sizes, *each) for each in wanted]]
 
 
 def _run(sizes: Sizes, way: Direction, seed: int, steps: int, seconds: float) -> Outcome:
