@@ -42,15 +42,14 @@ HALVES = tl.constexpr(5)
 UPTO = tl.constexpr(6)
 BEYOND = tl.constexpr(7)
 MIDDLE = tl.constexpr(8)
-OUTER = tl.constexpr(9)
 
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
-    """float16 [10, C, C]: which tokens' g an exponent of token i has, as ±1/64.
+    """float16 [9, C, C]: which tokens' g an exponent of token i has, as ±1/64.
 
     0 to 5: from the middle of 2 · 2^level tokens to i, or from i to it; 6: up to i; 7: beyond i; 8: from the middle of
-    i's half of the chunk to i, negative where i comes first; 9: up to i in the first half, beyond i in the second.
+    i's half of the chunk to i, negative where i comes first.
     """
     i, j = torch.arange(C.value)[:, None], torch.arange(C.value)[None, :]
     upto = j <= i
@@ -58,8 +57,7 @@ def table(device: torch.device) -> Tensor:
     found = torch.stack([x.half() for x in (*levels, upto, ~upto)])
     is_early = ((i >> 4) % 2 == 0).half()
     middle = levels[4].half() * (1 - 2 * is_early)
-    outer = torch.where(i < 32, found[UPTO.value], found[BEYOND.value])
-    return (torch.cat((found, middle[None], outer[None])) / 64).to(device)
+    return (torch.cat((found, middle[None])) / 64).to(device)
 
 
 @triton.jit
@@ -175,17 +173,6 @@ def exponents(which, added, EXACT: tl.constexpr, FLIP: tl.constexpr = False):
         low = (added - high.to(tl.float32)).to(tl.float16)
         found = tl.dot(low, tl.trans(which), found) if FLIP else tl.dot(which, low, found)
     return found
-
-
-@triton.jit
-def sixteens(added, BK: tl.constexpr, EXACT: tl.constexpr):
-    """Sums of g over the tokens 0 to 15, 16 to 31, 32 to 47 and 48 to 63, as :func:`exponents` sums; [BK] each."""
-    g = added if EXACT else added.to(tl.float16).to(tl.float32)
-    sums = tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1) / _SIXTY_FOUR
-    n = tl.arange(0, C // BLOCK)[:, None]
-    first, second = tl.sum(tl.where(n == 0, sums, 0), 0), tl.sum(tl.where(n == 1, sums, 0), 0)
-    third, fourth = tl.sum(tl.where(n == 2, sums, 0), 0), tl.sum(tl.where(n == 3, sums, 0), 0)
-    return first, second, third, fourth
 
 
 @triton.jit

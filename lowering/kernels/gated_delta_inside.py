@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.kernels.gated_delta_inputs import (
+    BEYOND,
     HALVES,
     MIDDLE,
-    OUTER,
+    UPTO,
     C,
     addends,
     column,
@@ -24,7 +25,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     matrix,
     place,
     root,
-    sixteens,
     steepness,
     tile,
 )
@@ -116,11 +116,8 @@ def inside(
         from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
     else:
-        is_late, outer = r[:, None] >= C // 2, matrix(matrices, OUTER)
-        if RANGE == "mild" or RANGE == "mild only":
-            middle = matrix(matrices, MIDDLE)
-        else:
-            halves = matrix(matrices, HALVES)
+        halves, upto, beyond = matrix(matrices, HALVES), matrix(matrices, UPTO), matrix(matrices, BEYOND)
+        middle = matrix(matrices, MIDDLE)
     for first in range(0, KP, BK):
         query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
         key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
@@ -134,30 +131,24 @@ def inside(
         else:
             _, g = gate_tile(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS)
             added = addends(g)
-            first_16, second_16, third_16, fourth_16 = sixteens(added, BK, EXACT)
             if RANGE == "mild" or RANGE == "mild only":
                 exponent = exponents(middle, added, EXACT)
                 late, early = tl.exp2(exponent), tl.exp2(-exponent)
                 columns = tl.trans((key * early).to(DTYPE))
                 near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
                 near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
-                # The 16 tokens between the two middles are missing.
-                across = tl.where(is_late, late, early)
-                across *= tl.where(is_late, tl.exp2(third_16)[None, :], tl.exp2(second_16)[None, :])
             else:
                 near_keys, near_queries = _by_levels(
                     key, query, added, matrices, near_keys, near_queries, DTYPE, PRECISION
                 )
-                across = tl.exp2(exponents(halves, added, EXACT))
+            across = tl.exp2(exponents(halves, added, EXACT))
             crossing = (key * across).to(DTYPE)
             columns = tl.trans(crossing)
             far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
             far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
-            to_ends = tl.exp2(exponents(outer, added, EXACT))
-            early_half, late_half = tl.exp2(first_16 + second_16), tl.exp2(third_16 + fourth_16)
-            from_begin = tl.where(is_late, across * early_half[None, :], to_ends)
-            to_end = tl.where(is_late, to_ends, across * late_half[None, :])
-            whole = early_half * late_half
+            from_begin = tl.exp2(exponents(upto, added, EXACT))
+            to_end = tl.exp2(exponents(beyond, added, EXACT))
+            whole = tl.exp2(tl.sum(g, 0))
         at = here * C * KP + r[:, None] * KP + first + rk
         tl.store(k_in + at, (key * from_begin).to(DTYPE))
         tl.store(q_in + at, (query * from_begin).to(DTYPE))
