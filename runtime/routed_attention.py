@@ -4,7 +4,8 @@
     routed.budgets = torch.tensor(...)  # int32 [layers]: another budget of each layer, from the next forward pass on
 
 A forward pass finds once where its sequences begin, and takes the budgets of that moment along, so that a checkpoint's
-recomputation attends as it did before whatever was assigned since. A change of budgets compiles nothing.
+recomputation attends as it did before whatever was assigned since. A change of budgets compiles nothing. A micro-batch
+may lie on several ranks: see :mod:`effpass.runtime.context_parallel`.
 
 Shapes: B rows, T tokens of a row, H query heads, G key-value heads, K key size, V value size.
 """
@@ -23,6 +24,7 @@ from effpass.lowering.ops.routed_attention import trainable_sparse_attention
 from effpass.lowering.ops.routed_blocks import check_block, check_budget
 from effpass.lowering.ops.routed_coverage import coverage_curve
 from effpass.runtime.cache import full_layers
+from effpass.runtime.context_parallel import Context, Spread, spread
 
 __all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention", "routed_layers"]
 
@@ -39,8 +41,10 @@ class RoutedModel:
         max_budget: the most keys that a budget holds.
         budgets: int32 [layers] on the model's device, keys that a token attends to. Assign a new tensor; one that a
             forward pass has seen must not be written before its backward pass.
-        coverage: float32 [layers], the share of the router's softmax that the last forward pass attended to.
-        curves: float32 [layers, M], the same at the budgets of :meth:`watch`; None where nothing is watched.
+        coverage: float32 [layers], the share of the router's softmax that the last forward pass attended to; with
+            context parallelism in this rank's heads.
+        curves: float32 [layers, M], the same at the budgets of :meth:`watch`, in all heads; None where nothing is
+            watched.
     """
 
     def __init__(self, model: Any, numbers: list[int], block: int, budget: int, max_budget: int) -> None:
@@ -73,7 +77,8 @@ class RoutedModel:
         self.curves = None if budgets is None else self.coverage.new_zeros((self.layers, len(budgets)))
 
     def _begin(self, model: Any, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
+        context: Context | None = kwargs.get("effpass_context")
+        if context is None and model.config.get_text_config(decoder=True)._attn_implementation != NAME:
             return None  # the decode engine attends in its own way
         if self.budgets.shape != (self.layers,) or self.budgets.dtype not in (torch.int32, torch.int64):
             raise EffpassError(
@@ -83,26 +88,51 @@ class RoutedModel:
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         if inputs is None:
             inputs = positional[0]
-        ends = kwargs.get("cu_seq_lens_q")
-        if ends is None:
-            _check_padding(kwargs.get("attention_mask"))
-            ends = ends_of(kwargs.get("position_ids"), inputs.shape[0], inputs.shape[1], inputs.device)
+        ranks: Spread | None = None
+        ends: Tensor | None
+        if context is not None:
+            self._check_split(model)
+            ranks, ends = spread(context, inputs, kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name != "effpass_context"}
+        else:
+            ends = kwargs.get("cu_seq_lens_q")
+            if ends is None:
+                _check_padding(kwargs.get("attention_mask"))
+                ends = ends_of(kwargs.get("position_ids"), inputs.shape[0], inputs.shape[1], inputs.device)
         budgets = self.budgets.to(inputs.device)
-        return positional, {**kwargs, "cu_seq_lens_q": ends, "effpass_routed": (self, budgets)}
+        return positional, {**kwargs, "cu_seq_lens_q": ends, "effpass_routed": (self, budgets, ranks)}
+
+    def _check_split(self, model: Any) -> None:
+        """Raise a :class:`ModelError` where a layer needs all tokens and is no attention of ours."""
+        if (attends := model.config.get_text_config(decoder=True)._attn_implementation) != NAME:
+            raise ModelError(
+                f"context parallelism: the model attends by {attends!r} now, which sees this rank's tokens alone",
+                hint="sparse attention that is installed spreads over ranks; to generate, call without effpass_context",
+            )
+        for number, what in full_layers(model.config)[1].items():
+            raise ModelError(
+                f"layer {number}: {what}, and context parallelism splits its sequences",
+                hint="models whose attention layers all see every earlier token",
+            )
 
     def attend(
-        self, number: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, budgets: Tensor, scale: float | None
-    ) -> Tensor:
-        """[T, H, V] of layer `number`, from q [T, H, K], k [T, G, K] and v [T, G, V]."""
+        self, number: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, budgets: Tensor, scale: float | None,
+        ranks: Spread | None = None,
+    ) -> Tensor:  # fmt: skip
+        """[T, H, V] of layer `number`, from q [T, H, K], k [T, G, K] and v [T, G, V]; with `ranks` of this one's T."""
         place = self._place[number]
+        if ranks is not None:
+            ranks.check(k.shape[1])
+            q, k, v = (ranks.to_heads(x) for x in (q, k, v))
         out, coverage = trainable_sparse_attention(
             q, k, v, ends, budgets[place], block=self.block, max_budget=self.max_budget, scale=scale
         )
         with torch.no_grad():
             self.coverage[place].copy_(coverage)
             if self._watched is not None and self.curves is not None:
-                self.curves[place].copy_(coverage_curve(q, k, ends, self._watched, block=self.block, scale=scale))
-        return out
+                curve = coverage_curve(q, k, ends, self._watched, block=self.block, scale=scale)
+                self.curves[place].copy_(curve if ranks is None else ranks.mean(curve))
+        return out if ranks is None else ranks.to_tokens(out)
 
 
 def install(model: Any, *, block: int = 256, budget: int = 4096, max_budget: int | None = None) -> RoutedModel:
@@ -155,7 +185,7 @@ def routed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
-    effpass_routed: tuple[RoutedModel, Tensor] | None = None,
+    effpass_routed: tuple[RoutedModel, Tensor, Spread | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What a model's attention layer calls.
@@ -169,7 +199,7 @@ def routed_attention(
         scaling: factor of the scores; None stands for K^-½.
         dropout: must be 0.
         cu_seq_lens_q: int32 [N + 1], where sequences begin in the B T tokens.
-        effpass_routed: who attends, and the budgets of this forward pass.
+        effpass_routed: who attends, the budgets of this forward pass, and the ranks that hold its tokens, if several.
 
     Returns:
         [B, T, H, V], and None where transformers expects weights.
@@ -193,9 +223,9 @@ def routed_attention(
             f"{name} attends to a cache of {key.shape[2]} keys with {tokens} queries",
             hint="sparse attention trains and reads whole sequences; to generate, call undo() first",
         )
-    routed, budgets = effpass_routed
+    routed, budgets, ranks = effpass_routed
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = routed.attend(module.layer_idx, q, k, v, cu_seq_lens_q, budgets, scaling)
+    out = routed.attend(module.layer_idx, q, k, v, cu_seq_lens_q, budgets, scaling, ranks)
     return out.unflatten(0, (batch, tokens)), None
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 import effpass
 from effpass.core.errors import EffpassError, ModelError
+from effpass.runtime.context_parallel import Context
 from effpass.runtime.routed_attention import install
 
 SIZES = {
@@ -208,6 +209,14 @@ def test_what_it_has_no_place_for_is_refused() -> None:
     routed.budgets = torch.tensor([32, 32])
     with pytest.raises(EffpassError, match=r"int32 \[3\], the budget of each layer"):
         model(**batch)
+    part = {**batch, "effpass_context": Context(None, 400)}  # refused before ranks are asked for anything
+    routed.budgets = torch.tensor([32, 32, 32])
+    model.config.linear_attention = {"layers": [1]}
+    with pytest.raises(ModelError, match="layer 1: it is linear attention, which keeps a state, and context"):
+        model(**part)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="attends by 'sdpa' now, which sees this rank's tokens alone"):
+        model(**part)
     dropping = llama(attention_dropout=0.1)
     install(dropping, block=16, budget=32)
     with pytest.raises(ModelError, match=r"dropout of 0\.1"):
