@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 from effpass.core.errors import EffpassError, ModelError
 
-__all__ = ["Context", "Spread", "shard", "spread"]
+__all__ = ["Context", "Spread", "check_groups", "shard", "spread"]
 
 _IGNORED = -100  # transformers' label of a token without a loss
 
@@ -134,13 +134,14 @@ class Spread(NamedTuple):
         """Of all ranks' `x`."""
         return _redistributed(x, self.mesh, Partial("sum"), Replicate()) / self.mesh.size()
 
-    def check(self, groups: int) -> None:
-        """Raise a :class:`ModelError` where `groups` key-value heads can't be shared out."""
-        if groups % self.mesh.size():
-            raise ModelError(
-                f"{groups} key-value heads can't be shared out over {self.mesh.size()} ranks of context parallelism",
-                hint="as many ranks as divide them; more ranks can read other data",
-            )
+
+def check_groups(groups: int, ranks: int) -> None:
+    """Raise a :class:`ModelError` where `groups` key-value heads can't be shared out."""
+    if groups % ranks:
+        raise ModelError(
+            f"{groups} key-value heads can't be shared out over {ranks} ranks of context parallelism",
+            hint="as many ranks as divide them; more ranks can read other data",
+        )
 
 
 def spread(context: Context, inputs: Tensor, kwargs: Mapping[str, Any]) -> tuple[Spread, Tensor]:

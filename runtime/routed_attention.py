@@ -24,7 +24,7 @@ from effpass.lowering.ops.routed_attention import trainable_sparse_attention
 from effpass.lowering.ops.routed_blocks import check_block, check_budget
 from effpass.lowering.ops.routed_coverage import coverage_curve
 from effpass.runtime.cache import full_layers
-from effpass.runtime.context_parallel import Context, Spread, spread
+from effpass.runtime.context_parallel import Context, Spread, check_groups, spread
 
 __all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention", "routed_layers"]
 
@@ -122,7 +122,7 @@ class RoutedModel:
         """[T, H, V] of layer `number`, from q [T, H, K], k [T, G, K] and v [T, G, V]; with `ranks` of this one's T."""
         place = self._place[number]
         if ranks is not None:
-            ranks.check(k.shape[1])
+            check_groups(k.shape[1], ranks.mesh.size())
             q, k, v = (ranks.to_heads(x) for x in (q, k, v))
         out, coverage = trainable_sparse_attention(
             q, k, v, ends, budgets[place], block=self.block, max_budget=self.max_budget, scale=scale

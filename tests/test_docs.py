@@ -112,8 +112,16 @@ def test_fine_tuning_document(workplace):
 
 def test_balance_document(workplace, monkeypatch):
     pytest.importorskip("transformers")
+    import torch.distributed
+
     monkeypatch.setenv("EFFPASS_CACHE", str(workplace / "cache"))
-    assert execute(ROOT / "docs" / "balance.md", workplace) == "1.000\n" * 4
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun does
+    try:
+        assert execute(ROOT / "docs" / "balance.md", workplace) == "1.000\n" * 4
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_recipes_document(workplace):

@@ -22,6 +22,7 @@ __all__ = [
     "Balance",
     "Clip",
     "Compile",
+    "ContextParallel",
     "Data",
     "Dropout",
     "Dtype",
@@ -92,6 +93,9 @@ Attention = Annotated[
 ]
 SparseBudget = Annotated[int, typer.Option("--attention-budget", help="Keys that a token attends to, when sparse.")]
 SparseBlock = Annotated[int, typer.Option("--attention-block", help="Keys of a block: 32, 64, 128, 256 or 512.")]
+ContextParallel = Annotated[
+    int, typer.Option("--context-parallel", help="Processes that share each row, with sparse attention.")
+]
 Balance = Annotated[
     bool, typer.Option("--balance", help="Move sparse budgets and samples so that processes do not wait.")
 ]

@@ -19,6 +19,7 @@ from effpass.cli.train_options import (
     Balance,
     Clip,
     Compile,
+    ContextParallel,
     Data,
     Dropout,
     Dtype,
@@ -97,6 +98,7 @@ def sft(
     attention: Attention = None,
     attention_budget: SparseBudget = 8192,
     attention_block: SparseBlock = 256,
+    context_parallel: ContextParallel = 1,
     balance: Balance = False,
     anchor: Anchor = "mean",
     guard: Guard = 0.1,
@@ -119,8 +121,8 @@ def sft(
     sparse = sparse_settings(attention, attention_budget, attention_block, balance, anchor, guard)
     settings = Settings(
         **common, steps=steps, epochs=epochs, batch=batch, accumulate=accumulate, sequence_length=sequence_length,
-        is_packed=packing, compile=compile_layers, sparse=sparse, seed=seed, log_every=log_every,
-        evaluate_every=evaluate_every, save_every=save_every,
+        is_packed=packing, compile=compile_layers, sparse=sparse, context=context_parallel, seed=seed,
+        log_every=log_every, evaluate_every=evaluate_every, save_every=save_every,
     )  # fmt: skip
     tune(model, data, output, settings, validation=validation, latencies=latency_table, resume=resume, say=say())
 
@@ -155,6 +157,7 @@ def afa_lora(
     attention: Attention = None,
     attention_budget: SparseBudget = 8192,
     attention_block: SparseBlock = 256,
+    context_parallel: ContextParallel = 1,
     balance: Balance = False,
     anchor: Anchor = "mean",
     guard: Guard = 0.1,

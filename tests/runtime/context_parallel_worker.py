@@ -17,6 +17,8 @@ import torch.distributed as dist
 from families import make
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import context_parallel
 
 from effpass.core.errors import EffpassError
@@ -73,6 +75,18 @@ def split(rows: list[list[int]], mesh: DeviceMesh, prepare: Callable[[Any], None
     prepare(model)
     batch = micro_batch(rows)
     return added(learned(model, routed, shard(batch, mesh), _graded(batch)))
+
+
+def sharded(rows: list[list[int]], mesh: DeviceMesh) -> dict[str, Tensor]:
+    """Weights lie on the same ranks, by FSDP2, which takes means of gradients."""
+    model, routed = attending()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batch = micro_batch(rows)
+    found = learned(model, routed, shard(batch, mesh), _graded(batch))
+    dist.all_reduce(found["loss"])
+    return {name: x.full_tensor() * mesh.size() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
 def under_pytorch(rows: list[list[int]], mesh: DeviceMesh, prepare: Callable[[Any], None] = lambda model: None) -> Any:
@@ -145,6 +159,7 @@ def main(folder: Path) -> None:
     found["dealt, compiled"] = under_pytorch(ROWS["even"], mesh, compiled), found["even"][1]
     found["checkpointed"] = split(ROWS["odd"], mesh, checkpointed), found["odd"][1]
     found["compiled"] = split(ROWS["odd"], mesh, compiled), found["odd"][1]
+    found["sharded"] = sharded(ROWS["odd"], mesh), found["odd"][1]
     found["refused"] = refused(mesh)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("kind", [*ROWS, "dealt", "dealt, compiled", "checkpointed", "compiled"])
+@pytest.mark.parametrize("kind", [*ROWS, "dealt", "dealt, compiled", "checkpointed", "compiled", "sharded"])
 def test_losses_and_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], kind: str) -> None:
     for rank in ranks:
         split, whole = rank[kind]

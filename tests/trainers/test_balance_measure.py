@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import make
 
-from effpass.core.errors import EffpassError
+from effpass.core.errors import EffpassError, ModelError
 from effpass.core.roofline import device_name
 from effpass.trainers.balance import measure
 from effpass.trainers.balance.measure import grid, latency_table, rest_seconds
@@ -72,6 +72,34 @@ def test_a_device_that_can_not_be_measured_goes_by_flops_and_says_so(model, capl
     # Twice the keys of a long document are nearly twice the FLOPs.
     short, long = table.attention_seconds(512, [64, 128])[0]
     assert long / short == pytest.approx(1.87, abs=0.02)
+
+
+def test_ranks_that_share_a_micro_batch_have_a_table_of_their_part(model, monkeypatch):
+    """All lengths with a part of the heads, and a part of the tokens in all else."""
+    asked = []
+
+    def attention(heads, groups, *args):
+        asked.append((heads, groups, args[2]))
+        return ((1.0,) * len(BUDGETS),) * 2
+
+    def rest(model, tokens, *_):
+        asked.append(tuple(tokens))
+        return 1.0, 2.0
+
+    by_flops = [latency_table(make("llama").to("meta"), BUDGETS, 512, block=32, dtype=torch.float32, ranks=n)
+                for n in (1, 2)]  # fmt: skip
+    assert by_flops[0].attention[0][0] == pytest.approx(2 * by_flops[1].attention[0][0])
+    assert by_flops[0].rest[0] == pytest.approx(2 * by_flops[1].rest[0])
+    monkeypatch.setattr(measure, "attention_seconds", attention)
+    monkeypatch.setattr(measure, "rest_seconds", rest)
+    whole, said = table_of(model)
+    found, more = table_of(model, ranks=2)
+    assert len(said) == len(more) == 1  # each has a place of its own in the cache
+    assert found.model == f"{whole.model} on 2 ranks"
+    assert asked == [(4, 2, (256, 512)), (256, 512), (2, 1, (256, 512)), (128, 256)]
+    assert (found.lengths, found.tokens) == (whole.lengths, whole.tokens)
+    with pytest.raises(ModelError, match="2 key-value heads can't be shared out over 3 ranks"):
+        table_of(model, ranks=3)
 
 
 def test_measuring_leaves_the_model_as_it_was(model):

@@ -50,7 +50,9 @@ class Exchange:
         self._group = group or dist.group.WORLD
         self.rank, self.world = dist.get_rank(self._group), dist.get_world_size(self._group)
         if "cpu:" not in dist.get_backend_config(self._group):
-            self._group = dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo")
+            ranks = dist.get_process_group_ranks(self._group)
+            # Other ranks make groups of their own at the same time, as in context parallelism.
+            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def __call__(self, told: Told) -> list[Told]:
         """What all say, by rank; a collective call.

@@ -26,6 +26,7 @@ from effpass.core.gguf import cache_dir
 from effpass.core.roofline import device_name
 from effpass.lowering.ops.routed_attention import trainable_sparse_attention
 from effpass.runtime.cache import full_layers
+from effpass.runtime.context_parallel import check_groups
 from effpass.trainers.balance.table import LatencyTable, from_flops, read_table, write_table
 
 __all__ = ["attention_seconds", "grid", "latency_table", "rest_seconds", "seconds_of"]
@@ -44,6 +45,7 @@ def latency_table(
     *,
     block: int,
     dtype: torch.dtype,
+    ranks: int = 1,
     file: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
@@ -59,19 +61,23 @@ def latency_table(
         max_tokens: of a micro-batch.
         block: keys of a block.
         dtype: of computation; with another than the weights' the model runs under autocast.
+        ranks: that share a micro-batch by context parallelism. Lengths are those of whole documents, and times those of
+            one rank, which has a part of the heads in attention and a part of the tokens elsewhere.
         file: a table to use instead of the cache's. One of another device, or of another model, is measured anew, with
             a warning.
         say: told when something is measured.
 
     Raises:
         EffpassError: `file` is no table.
+        ModelError: so many ranks can't share the key-value heads.
     """
+    check_groups(_sizes(model)[1], ranks)
     if not dist.is_initialized():
-        return _here(model, budgets, max_tokens, block, dtype, file, say)
+        return _here(model, budgets, max_tokens, block, dtype, ranks, file, say)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [_here(model, budgets, max_tokens, block, dtype, file, say)]
+            found = [_here(model, budgets, max_tokens, block, dtype, ranks, file, say)]
         except EffpassError as error:  # for all, or the others would wait
             found = [error]
     dist.broadcast_object_list(found, src=0)
@@ -81,12 +87,12 @@ def latency_table(
 
 
 def _here(
-    model: Any, budgets: Sequence[int], max_tokens: int, block: int, dtype: torch.dtype, file: Path | None,
+    model: Any, budgets: Sequence[int], max_tokens: int, block: int, dtype: torch.dtype, ranks: int, file: Path | None,
     say: Callable[[str], None],
 ) -> LatencyTable:  # fmt: skip
     device = next(model.parameters()).device
     name, kind = device_name(device), str(dtype).removeprefix("torch.")
-    words = _words(model, budgets, max_tokens, block)
+    words = _words(model, budgets, max_tokens, block, ranks)
     if file is not None:
         given = read_table(file)
         if given.is_for(name, kind, words):
@@ -105,32 +111,34 @@ def _here(
         else:
             if kept.is_for(name, kind, words) and kept.torch == torch.__version__:
                 return kept
-    lengths, tokens = grid(max_tokens), grid(min(max_tokens, 8192))
+    lengths, tokens = grid(max_tokens), grid(min(max_tokens, 8192 * ranks))
     if device.type not in ("cpu", "cuda"):
         log.warning(
             "a %s device can't be measured here: times go by FLOPs, which sparse kernels do not follow", device.type
         )
-        return _by_flops(model, lengths, budgets, name, kind, words)
+        return _by_flops(model, lengths, budgets, name, kind, ranks, words)
     say(f"measuring what lengths and budgets cost on {name}: {len(lengths)} x {len(budgets)}")
     heads, groups, key_size, value_size = _sizes(model)
     measured = LatencyTable(
         "measured", name, kind, torch.__version__, words, len(full_layers(model.config)[0]), lengths, tuple(budgets),
-        attention_seconds(heads, groups, key_size, value_size, lengths, budgets, block, device, dtype),
-        tokens, rest_seconds(model, tokens, device, dtype),
+        attention_seconds(
+            heads // ranks, groups // ranks, key_size, value_size, lengths, budgets, block, device, dtype
+        ),
+        tokens, rest_seconds(model, [-(-count // ranks) for count in tokens], device, dtype),
     )  # fmt: skip
     write_table(path, measured)
     return measured
 
 
 def _by_flops(
-    model: Any, lengths: Sequence[int], budgets: Sequence[int], name: str, kind: str, words: str
+    model: Any, lengths: Sequence[int], budgets: Sequence[int], name: str, kind: str, ranks: int, words: str
 ) -> LatencyTable:
     heads, _, size, _ = _sizes(model)
     embedded = model.get_input_embeddings().num_embeddings * model.config.get_text_config(decoder=True).hidden_size
     # The rate cancels out wherever ranks are compared.
     return from_flops(
         lengths, budgets, layers=len(full_layers(model.config)[0]), attention_width=heads * size,
-        parameters=sum(p.numel() for p in model.parameters()) - embedded, rate=1e14, model=words, device=name,
+        parameters=sum(p.numel() for p in model.parameters()) - embedded, rate=1e14 * ranks, model=words, device=name,
         dtype=kind,
     )  # fmt: skip
 
@@ -271,7 +279,7 @@ def _sizes(model: Any) -> tuple[int, int, int, int]:
     return heads, getattr(text, "num_key_value_heads", None) or heads, size, size
 
 
-def _words(model: Any, budgets: Sequence[int], max_tokens: int, block: int) -> str:
+def _words(model: Any, budgets: Sequence[int], max_tokens: int, block: int, ranks: int) -> str:
     """What times depend on, for a reader and as a key."""
     text = model.config.get_text_config(decoder=True)
     heads, groups, size, _ = _sizes(model)
@@ -280,4 +288,5 @@ def _words(model: Any, budgets: Sequence[int], max_tokens: int, block: int) -> s
         f"{text.model_type}, {text.num_hidden_layers} layers, {heads} query and {groups} key-value heads of {size},"
         f" {sum(p.numel() for p in model.parameters())} parameters, {learned} of them learn; blocks of {block}, budgets"
         f" {','.join(map(str, budgets))}, micro-batches to {max_tokens} tokens"
+        + (f" on {ranks} ranks" if ranks > 1 else "")
     )

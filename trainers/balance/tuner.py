@@ -75,7 +75,8 @@ class SparsityTuner:
         table: of the device; the same on all ranks, as :func:`.measure.latency_table` gives it.
         tuning: how budgets may move.
         group: ranks that read other data; None for all processes. With tensor or context parallelism the data-parallel
-            group, on each of whose members the others follow.
+            group of this rank: those that share its micro-batches have groups of their own, are told the same and make
+            the same plan.
         every: steps from one measurement of coverage to the next.
 
     Attributes:

@@ -25,6 +25,7 @@ from effpass.trainers.balance.shares import Shares, share
 from effpass.trainers.balance.table import LatencyTable
 from effpass.trainers.balance.tuner import SparsityTuner
 from effpass.trainers.finetune.packing import PackedBatches, make_rows
+from effpass.trainers.finetune.processes import ALONE, Processes
 from effpass.trainers.finetune.settings import Sparse
 
 __all__ = ["LATENCY", "BalancedRows", "SparseRun", "load_tuner", "make_sparse", "save_tuner"]
@@ -117,6 +118,7 @@ def make_sparse(
     dtype: torch.dtype,
     file: Path | None,
     say: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> SparseRun:
     """Let the model attend sparsely and, where `how` says so, balance the batches.
 
@@ -127,6 +129,7 @@ def make_sparse(
         dtype: of computation.
         file: a latency table; None for that in the cache.
         say: gets lines for people.
+        processes: who reads other data, and how many share a micro-batch.
 
     Raises:
         ModelError: the model can't attend sparsely.
@@ -140,8 +143,9 @@ def make_sparse(
     routed = install(model, block=how.block, budget=tuning.default, max_budget=how.most)
     try:
         table = latency_table(
-            model, tuning.budgets, batches.most_tokens, block=how.block, dtype=dtype, file=file, say=say
-        )
+            model, tuning.budgets, batches.most_tokens, block=how.block, dtype=dtype, ranks=processes.sharing,
+            file=file, say=say,
+        )  # fmt: skip
     except EffpassError:
         routed.undo()
         raise
@@ -149,7 +153,7 @@ def make_sparse(
         f"attention to {tuning.default} keys in blocks of {how.block}, balanced: {tuning.budgets[0]} to"
         f" {tuning.budgets[-1]}, anchor {tuning.anchor}, guard {tuning.p}"
     )
-    tuner = SparsityTuner(model, routed, table, tuning)
+    tuner = SparsityTuner(model, routed, table, tuning, group=processes.data)
     batches.balance(table, tuner.expected)
     return SparseRun(routed, table, tuner)
 

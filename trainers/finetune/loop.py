@@ -18,6 +18,7 @@ from effpass.core.errors import ModelError
 from effpass.trainers.balance.tuner import SparsityTuner, documents_of
 from effpass.trainers.finetune.balanced import save_tuner
 from effpass.trainers.finetune.packing import PackedBatches, make_rows, pack
+from effpass.trainers.finetune.processes import ALONE, Processes
 from effpass.trainers.finetune.samples import Sample
 from effpass.trainers.finetune.settings import Settings
 from effpass.trainers.finetune.trained import AdapterTrainer, Trained
@@ -81,6 +82,7 @@ class Tuner(AdapterTrainer, Loop):
         recorder: of metrics.
         validation: held-out samples; none is fine.
         sparsity: moves the budgets of sparse attention; None leaves them.
+        processes: those that share micro-batches, if any.
     """
 
     most_workers = 0  # rows are put together in less time than it takes to queue a step
@@ -95,8 +97,10 @@ class Tuner(AdapterTrainer, Loop):
         recorder: Recorder,
         validation: Sequence[Sample] = (),
         sparsity: SparsityTuner | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.trained = trained
+        self.processes = processes
         self.sparsity = sparsity
         self.validation = validation
         self.batches = batches
@@ -112,7 +116,7 @@ class Tuner(AdapterTrainer, Loop):
             self.sparsity.begin_step(documents)
             for batch, lengths in zip(found[0], documents, strict=True):  # attention need not look for them
                 batch["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        return found
+        return [self.processes.part(batch) for batch in found[0]], *found[1:]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.sparsity is not None and "loss" in logs:
@@ -126,29 +130,34 @@ class Tuner(AdapterTrainer, Loop):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The mean over the step's graded tokens, plus the router's loss where the model has one."""
-        weights = inputs.pop("weights")
+        weights, targets = inputs.pop("weights"), inputs.pop("targets", None)
         outputs = model(**inputs, use_cache=False, **self.asks_router)
-        return self.with_balance((_token_losses(outputs.logits, inputs["input_ids"]) * weights[:, 1:]).sum(), outputs)
+        if targets is None:
+            loss = (_token_losses(outputs.logits[:, :-1], inputs["input_ids"][:, 1:]) * weights[:, 1:]).sum()
+        else:  # a part of a micro-batch; what the parts lose is added up, where processes are averaged
+            loss = (_token_losses(outputs.logits, targets) * weights).sum() * self.processes.sharing
+        return self.with_balance(loss, outputs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss, with its standard error."""
         if not self.validation:
             return {}
         with self.compute_loss_context_manager():
-            found = held_out_loss(self.model, self.validation, self.batches)
+            found = held_out_loss(self.model, self.validation, self.batches, self.processes)
         metrics = {"eval_loss_validation": found.loss, "eval_error_validation": found.error}
         self.log(metrics)
         return metrics
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches) -> HeldOut:
+def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches, processes: Processes = ALONE) -> HeldOut:
     """Loss of `samples`, in rows and micro-batches as those of training.
 
     Args:
         model: in any mode; it is left in the one that it was in.
         samples: held out.
         like: packed or not, how long its rows are and how many go together; longer samples get rows of their own.
+        processes: those that share micro-batches, if any; the others do the same work.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -163,12 +172,17 @@ def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches) ->
             part = [[samples[n] for n in row] for row in rows[first : first + size]]
             widest = max(sum(len(sample.tokens) for sample in row) for row in part)
             batch = {name: value.to(device) for name, value in make_rows(part, widest, like.pad).items()}
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-            losses = (_token_losses(logits, batch["input_ids"]) * batch["graded"][:, 1:]).flatten().double()
-            owner, found = batch["sample"][:, 1:].flatten(), sum(map(len, part))
-            sums.append(losses.new_zeros(found).index_add_(0, owner, losses).cpu())
-            graded = batch["graded"][:, 1:].flatten().double()
-            counts.append(graded.new_zeros(found).index_add_(0, owner, graded).cpu())
+            batch = processes.part(batch)
+            graded, owner, targets = batch.pop("graded"), batch.pop("sample"), batch.pop("targets", None)
+            logits = model(**batch, use_cache=False).logits
+            if targets is None:
+                logits, targets = logits[:, :-1], batch["input_ids"][:, 1:]
+                graded, owner = graded[:, 1:], owner[:, 1:]
+            weights, owners = graded.flatten().double(), owner.flatten()
+            none = weights.new_zeros(sum(map(len, part)))
+            losses = _token_losses(logits, targets).flatten() * weights
+            sums.append(processes.total(none.index_add(0, owners, losses)).cpu())
+            counts.append(processes.total(none.index_add(0, owners, weights)).cpu())
     model.train(was_training)
     total, tokens = torch.cat(sums), torch.cat(counts)
     loss = float(total.sum() / tokens.sum())
@@ -199,7 +213,7 @@ def check_packing(model: Any, dtype: torch.dtype) -> None:
         )
 
 
-def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Negative log-likelihood of each token but the first: float32 `[B, T - 1]` of logits `[B, T, vocabulary]`."""
-    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(ids.shape[0], -1)
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of `targets`: float32 `[B, T]` of logits `[B, T, vocabulary]`."""
+    losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape)

@@ -36,6 +36,7 @@ def estimate(
     bfloat16: bool,
     device: torch.device,
     sparse: Sparse | None = None,
+    sharing: int = 1,
 ) -> Estimate:
     """The memory on one device.
 
@@ -43,6 +44,7 @@ def estimate(
         rows, length: of a micro-batch.
         bfloat16: of computation, and of frozen weights.
         sparse: attention that has lists of blocks instead of masks.
+        sharing: devices that share the micro-batch.
     """
     activations = None
     with torch.device("meta"), no_init_weights():
@@ -58,7 +60,8 @@ def estimate(
         learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         use_causal_attention(model)
         set_experts(model)
-        ids = torch.zeros(rows, length, dtype=torch.long)
+        shape = (rows, length) if sharing == 1 else (1, -(-rows * length // sharing))
+        ids = torch.zeros(shape, dtype=torch.long)
 
         def forward(_: Any) -> tuple[Tensor, Tensor]:
             return model(input_ids=ids, use_cache=False).logits, ids
@@ -71,7 +74,7 @@ def estimate(
             if sparse is not None:
                 groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
                 blocks = -(-min(sparse.most, rows * length) // sparse.block)
-                masks = text.num_hidden_layers * groups * rows * length * blocks * _INDEX
+                masks = text.num_hidden_layers * groups // sharing * rows * length * blocks * _INDEX
             activations = kept_bytes(model, forward, bfloat16=bfloat16) + masks
     state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + (every if method != "full" else 0) * (
         2 if bfloat16 else _FLOAT

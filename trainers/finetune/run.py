@@ -30,6 +30,7 @@ from effpass.trainers.finetune.balanced import LATENCY, BalancedRows, load_tuner
 from effpass.trainers.finetune.loop import Tuner, check_packing, training_arguments
 from effpass.trainers.finetune.memory import estimate, host_line
 from effpass.trainers.finetune.packing import PackedBatches, check_lengths
+from effpass.trainers.finetune.processes import Processes
 from effpass.trainers.finetune.samples import file_hash, read_samples
 from effpass.trainers.finetune.settings import Settings
 from effpass.trainers.finetune.trained import Trained, check_trainable, make_trained
@@ -115,11 +116,12 @@ def tune(
         check_same(run, work)
     args = training_arguments(settings, 1, work / "checkpoints")
     say = say if args.should_save else lambda line: None
+    processes = Processes.of(args, settings.context, config)
     is_balanced = settings.sparse is not None and settings.sparse.is_balanced
     batches = (BalancedRows if is_balanced else PackedBatches)(
         samples, length=length, batch=settings.batch, accumulate=settings.accumulate, steps=settings.steps,
         epochs=settings.epochs, seed=settings.seed, is_packed=settings.is_packed, pad=pad_token(tokenizer),
-        rank=args.process_index, world=args.world_size,
+        rank=processes.rank, world=processes.world,
     )  # fmt: skip
     args.max_steps = batches.steps
     schedule = settings.anneal.schedule(batches.steps) if settings.method == "afa-lora" else None
@@ -132,8 +134,8 @@ def tune(
     bfloat16 = settings.dtype == "bfloat16"
     found = estimate(
         config, settings.method, settings.lora, settings.optimizer.name,
-        rows=settings.batch // (settings.accumulate * args.world_size), length=length, bfloat16=bfloat16,
-        device=args.device, sparse=settings.sparse,
+        rows=settings.batch // (settings.accumulate * processes.world), length=length, bfloat16=bfloat16,
+        device=args.device, sparse=settings.sparse, sharing=processes.sharing,
     )  # fmt: skip
     say(f"{found}; {host_line(found, args.device)}")
     check_memory(found, "raise --accumulate, lower --batch, or fine-tune an adapter: --method lora")
@@ -143,7 +145,8 @@ def tune(
     sparse = None
     if settings.sparse is not None:
         kept = work / LATENCY if resume else latencies
-        sparse = make_sparse(trained.model, settings.sparse, batches, getattr(torch, settings.dtype), kept, say)
+        dtype = getattr(torch, settings.dtype)
+        sparse = make_sparse(trained.model, settings.sparse, batches, dtype, kept, say, processes)
     if settings.is_packed:
         check_packing(trained.model, getattr(torch, settings.dtype))
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
@@ -159,7 +162,7 @@ def tune(
     if settings.compile:
         compile_layers(trained.model)
     recorder = Recorder(work / METRICS, batches.steps, say, _SHOWN, writes=args.should_save)
-    trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out, sparsity)
+    trainer = Tuner(trained, settings, args, batches, first_step, recorder, held_out, sparsity, processes)
     autocast = trained.under_autocast() if bfloat16 else nullcontext()
     with explained(found, work, say, "--resume with a larger --accumulate"), autocast:
         if first_step == 0:

@@ -95,6 +95,7 @@ class Settings:
             saved, are of this type.
         compile: compile each decoder layer with Inductor.
         sparse: attention that is sparse; None for the model's own.
+        context: processes that share each micro-batch, with sparse attention.
         seed: of the adapter, dropout and the order of the data.
         log_every, evaluate_every, save_every: steps; 0 for evaluations at the beginning and the end alone, and for no
             checkpoints.
@@ -114,6 +115,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     sparse: Sparse | None = None
+    context: int = 1
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 0
@@ -121,7 +123,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         least: dict[str, Any] = {"steps": 1, "epochs": 1, "batch": 1, "accumulate": 1, "sequence_length": 2}
-        least |= {"seed": 0, "log_every": 1, "evaluate_every": 0, "save_every": 0}
+        least |= {"context": 1, "seed": 0, "log_every": 1, "evaluate_every": 0, "save_every": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -130,6 +132,11 @@ class Settings:
             raise EffpassError(f"a batch of {self.batch} rows can't be cut into {self.accumulate} micro-batches")
         if self.sparse is not None and self.sparse.is_balanced and not self.is_packed:
             raise EffpassError("balanced micro-batches are packed rows", hint="leave out --no-packing")
+        if self.context > 1 and self.sparse is None:
+            raise EffpassError(
+                f"context: got {self.context}, and the model's own attention sees the tokens of one process alone",
+                hint="add --attention sparse, or leave out --context-parallel",
+            )
         if self.save_every % self.log_every:
             raise EffpassError(
                 f"save_every: got {self.save_every}, expected a multiple of log_every ({self.log_every})",
