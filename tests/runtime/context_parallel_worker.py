@@ -1,6 +1,7 @@
 """What each process of test_context_parallel runs.
 
-context_parallel_worker.py FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; FOLDER/RANK.pt
+context_parallel_worker.py FOLDER     with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, and DEVICE=cuda where
+there are GPUs; FOLDER/RANK.pt
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ from effpass.core.errors import EffpassError
 from effpass.runtime.context_parallel import Context, shard
 from effpass.runtime.routed_attention import install
 
+DEVICE = os.environ.get("DEVICE", "cpu")
 BLOCK = 16
-BUDGETS = torch.tensor([32, 48], dtype=torch.int32)
-WATCHED = torch.tensor([32, 48, 96], dtype=torch.int32)
+BUDGETS = [32, 48]
+WATCHED = [32, 48, 96]
 # Documents of each row.
 ROWS = {"odd": [[61, 1, 38, 7]], "rows": [[60, 40], [33, 67]], "short": [[3]], "even": [[70, 29, 1, 60]]}
 
 
 def micro_batch(rows: list[list[int]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 96, (len(rows), sum(rows[0])), generator=generator)
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    ids = torch.randint(3, 96, (len(rows), sum(rows[0])), generator=generator).to(DEVICE)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]).to(DEVICE)
     return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
 
 
 def attending(**changes: Any) -> tuple[Any, Any]:
-    model = make("llama", **changes).train().requires_grad_(True)
+    model = make("llama", **changes).train().requires_grad_(True).to(DEVICE)
     routed = install(model, block=BLOCK, budget=48, max_budget=96)
-    routed.budgets = BUDGETS
-    routed.watch(WATCHED)
+    routed.budgets = torch.tensor(BUDGETS, dtype=torch.int32, device=DEVICE)
+    routed.watch(torch.tensor(WATCHED, dtype=torch.int32))
     return model, routed
 
 
@@ -103,7 +105,7 @@ def dealt(rows: list[list[int]], mesh: DeviceMesh) -> Iterator[tuple[dict[str, A
     batch = micro_batch(rows)
     graded, tokens = _graded(batch), batch["input_ids"].numel()
     labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
-    batch |= {"labels": labels, "shift_labels": labels.clone(), "order": torch.arange(tokens)[None]}
+    batch |= {"labels": labels, "shift_labels": labels.clone(), "order": torch.arange(tokens, device=DEVICE)[None]}
     buffers = list(batch.values())
     with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)):
         yield batch | {"effpass_context": Context(mesh, tokens, batch.pop("order"))}, graded
@@ -152,8 +154,11 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
 
 def main(folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (world,))
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
+    mesh = init_device_mesh(DEVICE, (world,))
     found: dict[str, Any] = {name: (split(rows, mesh), whole(rows)) for name, rows in ROWS.items()}
     found["dealt"] = under_pytorch(ROWS["even"], mesh), found["even"][1]
     found["dealt, compiled"] = under_pytorch(ROWS["even"], mesh, compiled), found["even"][1]

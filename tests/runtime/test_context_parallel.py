@@ -17,15 +17,21 @@ from context_parallel_worker import ROWS  # noqa: E402
 WORLD = 2
 
 
+KINDS = [*ROWS, "dealt", "dealt, compiled", "checkpointed", "compiled", "sharded"]
+
+
+def launch(folder: Path, device: str = "cpu") -> list[dict[str, Any]]:
+    returned, output = start_ranks([str(WORKER), str(folder)], WORLD, DEVICE=device)
+    assert returned == [0] * WORLD, output[-4000:]
+    return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(WORLD)]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("context")
-    returned, output = start_ranks([str(WORKER), str(folder)], WORLD)
-    assert returned == [0] * WORLD, output[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return launch(tmp_path_factory.mktemp("context"))
 
 
-@pytest.mark.parametrize("kind", [*ROWS, "dealt", "dealt, compiled", "checkpointed", "compiled", "sharded"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_one_process(ranks: list[dict[str, Any]], kind: str) -> None:
     for rank in ranks:
         split, whole = rank[kind]
@@ -72,3 +78,14 @@ def test_what_ranks_cannot_split_is_refused_on_all_of_them(ranks: list[dict[str,
     for rank in ranks:
         assert says in rank["refused"][what]
     assert "fills up with a document of padding" in ranks[0]["refused"]["uneven"]
+
+
+@pytest.mark.gpu
+def test_on_two_gpus(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < WORLD:
+        pytest.skip("needs two GPUs")
+    ranks = launch(tmp_path, "cuda")
+    for kind in KINDS:
+        test_losses_and_gradients_are_those_of_one_process(ranks, kind)
+    for kind in [*ROWS, "dealt"]:
+        test_coverage_is_that_of_all_heads_and_equal_on_all_ranks(ranks, kind)

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from effpass.core.errors import EffpassError
 from effpass.trainers.balance.batches import BalancedBatches
-from effpass.trainers.balance.costs import sample_seconds
+from effpass.trainers.balance.costs import micro_batches, sample_seconds
 from effpass.trainers.balance.expected import Expected, octave
 from effpass.trainers.balance.shares import share
 from effpass.trainers.balance.table import from_flops, pairs, read_table, write_table
-from effpass.trainers.balance.tuning import Tuning, group_seconds, guard, micro_batch_seconds, slowest, tune
+from effpass.trainers.balance.tuning import Tuning, group_seconds, guard, imbalance, micro_batch_seconds, slowest, tune
 
 BUDGETS = (1024, 2048, 4096, 8192)
 LENGTHS = tuple(256 * 2**n for n in range(10))
@@ -306,6 +306,28 @@ def test_steps_hold_the_samples_that_they_would_hold_and_cost_alike_on_all_ranks
         parts = np.array_split(samples, 8)
         random += step_seconds([[parts[2 * r + m].tolist() for m in range(2)] for r in range(4)], costs)
     assert balanced < 0.8 * random
+
+
+def test_micro_batches_that_follow_each_other_through_a_pipeline_cost_alike():
+    """One rank: every micro-batch of a step waits for the dearest one, as far as no sample is dearer than the mean."""
+    mine = batches(640, world=1, batch=32, micro_steps=8, max_tokens=200_000)
+    cost = sample_seconds(TABLE, mine.lengths, np.full(640, 4096.0), float(mine.lengths.mean()))
+    fixed, tuned, random = [], [], []
+    rng = np.random.default_rng(0)
+    for step in range(mine.steps):
+        plan = mine.plan(0, step)
+        dearest = max(cost[n] for micro in plan[0] for n in micro)
+        seconds = np.array([[cost[micro].sum() for micro in plan[0]]])
+        assert dearest < seconds.mean()
+        fixed.append(imbalance(seconds, "pipeline")[0])
+        random.append(imbalance(cost[rng.permutation(flat(plan)).reshape(1, 8, 4)].sum(-1), "pipeline")[0])
+        attention, rest, _ = micro_batches(TABLE, plan, mine.lengths, BUDGETS)
+        everything = np.zeros((1, 8, 4), int), np.full((1, 8, 4), 3)
+        chosen = tune(attention, rest, *everything, replace(TUNING, waits="pipeline"))
+        tuned.append(imbalance(micro_batch_seconds(attention, rest, chosen), "pipeline")[0])
+    assert np.mean(random) > 1.6
+    assert np.mean(fixed) < 1.15
+    assert np.mean(tuned) < np.mean(fixed)
 
 
 def test_epochs_differ_and_each_begins_when_the_one_before_ends():

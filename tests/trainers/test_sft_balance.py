@@ -218,10 +218,10 @@ def test_an_adapter_trains_sparsely_and_balanced(llama, tmp_path):
 def test_the_memory_of_sparse_attention_has_lists_of_blocks_and_no_masks(llama):
     config = effpass.load_model(llama).model.config
 
-    def activations(sparse: Sparse | None) -> int:
+    def activations(sparse: Sparse | None, sharing: int = 1) -> int:
         found = estimate(
             config, "full", LoraSettings(), "adamw", rows=2, length=4096, bfloat16=True, device=torch.device("cpu"),
-            sparse=sparse,
+            sparse=sparse, sharing=sharing,
         ).activations  # fmt: skip
         assert found is not None
         return found
@@ -229,6 +229,7 @@ def test_the_memory_of_sparse_attention_has_lists_of_blocks_and_no_masks(llama):
     dense, sparse = activations(None), activations(Sparse(512, 64))
     assert dense - sparse == 2 * 4096 * 4096 * 5 - 2 * 2 * 2 * 4096 * 8 * 4
     assert activations(Sparse(512, 64, is_balanced=True)) - sparse == 2 * 2 * 2 * 4096 * (32 - 8) * 4
+    assert activations(Sparse(512, 64), sharing=2) == pytest.approx(sparse / 2, rel=0.01)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
