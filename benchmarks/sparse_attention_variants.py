@@ -85,7 +85,8 @@ def _tilings() -> tuple[Any, dict[str, dict[str, Any]]]:
 
     return TILING, {
         "score": {f"{size} KiB of statistics": otherwise(scored=size << 10) for size in (8, 32, 64)}
-        | {f"{count} programs a multiprocessor": otherwise(scoring=count) for count in (1, 2, 8, 1024)},
+        | {f"{count} warps a multiprocessor": otherwise(scoring=count) for count in (16, 64)}
+        | {"as many programs as tiles": otherwise(scoring=1 << 16)},
         "choose": {
             "1 program of 16 warps": otherwise(choose=Programs(1, 16, 16)),
             "2 programs of 8 warps": otherwise(choose=Programs(2, 8, 8)),

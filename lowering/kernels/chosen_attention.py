@@ -61,7 +61,7 @@ class Tiling(NamedTuple):
 
     Attributes:
         scored: bytes of statistics that a program reads at once.
-        scoring: programs that score, for each multiprocessor.
+        scoring: warps that score blocks, for each multiprocessor.
         choose: programs that choose blocks.
         attend: programs that choose tokens and attend.
         whole: bytes of keys and values that a program reads at once, where that is all it reads.
@@ -69,7 +69,7 @@ class Tiling(NamedTuple):
     """
 
     scored: int = 16 << 10
-    scoring: int = 4
+    scoring: int = 32
     choose: Programs = Programs(2, 16, 16)
     attend: Programs = Programs(1, 8, 8)
     whole: int = 64 << 10

@@ -92,9 +92,8 @@ def two_level_attention(
     block_n = max(16 if is_max else 4, 1 << (how.scored // row_bytes).bit_length() - 1) if kept else 16
     num_warps = 16 if block_n * width > 8192 else 8
     tiles = triton.cdiv(blocks, block_n) if kept else 0
-    scoring = min(
-        tiles, max(1, how.scoring * processors // of_heads)
-    )  # what a program sums of the query serves its tiles
+    # What a program sums of the query serves all its tiles.
+    scoring = min(tiles, max(1, how.scoring // num_warps * processors // of_heads))
     entering = triton.cdiv(key_size, shape["BLOCK_K"]) if kept else 1
     wanted = None if is_max or not tokens else query.new_empty((of_heads, of_label), dtype=torch.float32)
     _score[(scoring + entering, of_heads)](
