@@ -36,7 +36,7 @@ MOST = 73728
 EXPONENT = 0.25
 SURE = 0.02
 
-_MEASURED = Path(__file__).parent / "results" / "latency_h100.json"
+_MEASURED = Path(__file__).parent / "results" / "latency_h200.json"
 
 
 def bimodal(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -60,7 +60,7 @@ def coverage(
 
 
 def the_table() -> LatencyTable:
-    """The one that EFFPASS_TABLE names, else the committed one, measured on an H100, else one that is made up."""
+    """The one that EFFPASS_TABLE names, else the committed one, measured on an H200, else one that is made up."""
     path = _path()
     return _synthetic() if path is None else read_table(path)
 

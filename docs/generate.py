@@ -118,6 +118,31 @@ def curve_rows(document: Path) -> str:
     return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
 
+def simulated_rows(document: Path) -> str:
+    """The committed rows of area `balance` that were simulated: a line for each case, the step's time and imbalance."""
+    ways = {
+        "batches by length, fixed budget": "by length",
+        "batches by seconds, fixed budget": "by seconds",
+        "random batches, tuned budgets": "budgets tuned",
+        "batches by seconds, tuned budgets": "both",
+        "batches by seconds, tuned budgets, a router that is sure": "both, a router that is sure",
+    }
+    lines = ["| lengths, ranks | random batches, fixed budget | " + " | ".join(ways.values()) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(ways))
+    found: dict[str, dict[str, str]] = {}
+    for row in _rows("balance"):
+        kind, _, way = row["metric"].partition(", ")
+        if kind not in ("simulated step", "simulated imbalance") or not row["peer_name"].startswith("random"):
+            continue
+        is_step = kind == "simulated step"
+        shown = found.setdefault(f"{row['case']}: {'step' if is_step else 'imbalance'}", {})
+        shown["base"] = f"{row['peer'] / 1e3:.3g} s" if is_step else f"{row['peer']:.2f}"
+        shown[way] = f"{row['ratio']:.2f} times as fast" if is_step else f"{row['ours']:.2f}"
+    for case, shown in found.items():
+        lines.append(f"| {case} | {shown['base']} | " + " | ".join(shown[way] for way in ways) + " |")
+    return "\n".join(lines) + "\n" if lines[2:] else _NONE
+
+
 def expert_rows(document: Path) -> str:
     """The committed rows of area `moe` of one device: a line for each load."""
     lines = [
@@ -266,6 +291,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "expert_ranks": rank_rows,
     "adapters": lambda document: measured_rows("adapters"),
     "linear_attention": lambda document: measured_rows("linear_attention"),
+    "balance": lambda document: measured_rows("balance", without=r"simulated (step|imbalance)|coverage of"),
+    "simulated": simulated_rows,
     "sparse_attention": lambda document: measured_rows("sparse_attention", without=_CUT_OTHERWISE),
     "speculative": lambda document: measured_rows("speculative"),
     "cost": cost_rows,
