@@ -152,9 +152,9 @@ def sparse_settings(attention: str | None, budget: int, block: int, balance: boo
 def what_learns(
     *, method: str, optimizer: str, lr: float | None, schedule: str, warmup: int, weight_decay: float, clip: float,
     rank: int, alpha: float | None, dropout: float, targets: str, activation: str, anneal_end: float, anneal: str,
-    dtype: str | None,
+    dtype: str | None, stages: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """The settings that all of the commands have, from their options."""
+    """The settings that all of the commands have, from their options; `stages` where several methods learn in turn."""
     import torch
 
     from effpass.trainers.afa_lora import LoraSettings
@@ -166,8 +166,14 @@ def what_learns(
     if dtype is None:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     names = tuple(part.strip() for part in targets.split(",") if part.strip())
+    usual, own = LoraSettings(), Anneal()
+    changed = {
+        "--rank": rank != usual.rank, "--alpha": alpha is not None, "--dropout": dropout != usual.dropout,
+        "--targets": names != ("all-linear",), "--activation": activation != own.activation,
+        "--anneal-end": anneal_end != own.end, "--anneal": anneal != own.kind,
+    }  # fmt: skip
     try:
-        return {
+        found = {
             "method": method,
             "optimizer": OptimizerConfig(
                 lr=RATES[method] if lr is None else lr,
@@ -182,3 +188,10 @@ def what_learns(
         }
     except ValueError as error:  # the words of a settings class
         raise EffpassError(str(error)) from error
+    for option, is_changed in changed.items():
+        kinds = ("afa-lora",) if option in ("--activation", "--anneal-end", "--anneal") else ("lora", "afa-lora")
+        if is_changed and not set(kinds) & set(stages or (method,)):
+            raise EffpassError(
+                f"{option} is of an adapter, and none learns here", hint=f"{' or '.join(kinds)}, or leave {option} out"
+            )
+    return found

@@ -118,7 +118,7 @@ def prune(
     common = what_learns(
         method="full", optimizer=optimizer, lr=RATES[method] if lr is None else lr, schedule="cosine", warmup=0,
         weight_decay=weight_decay, clip=clip, rank=rank, alpha=alpha, dropout=dropout, targets=targets,
-        activation=activation, anneal_end=anneal_end, anneal=anneal, dtype=dtype,
+        activation=activation, anneal_end=anneal_end, anneal=anneal, dtype=dtype, stages=(method, recovery),
     )  # fmt: skip
     settings = Settings(
         optimizer=common["optimizer"], lora=common["lora"], anneal=common["anneal"], dtype=common["dtype"], keep=keep,

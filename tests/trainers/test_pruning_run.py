@@ -19,6 +19,7 @@ from effpass.passes.weights.structured_pruning import save_pruned
 from effpass.trainers.afa_lora import LoraSettings
 from effpass.trainers.lm.config import OptimizerConfig
 from effpass.trainers.loop import Loop
+from effpass.trainers.pruning import run as pruning_run
 from effpass.trainers.pruning import stages
 from effpass.trainers.pruning.run import prune
 from effpass.trainers.pruning.settings import Settings
@@ -156,8 +157,12 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(Loop, "training_step", step)
 
 
+def _killed(*args):
+    raise _KilledError
+
+
 def test_an_interrupted_run_resumes_to_the_bit(model, text, finished, tmp_path, monkeypatch):
-    """Killed twice: while masks are learned, and after the cut, while the activation of the adapter is annealed."""
+    """Killed while masks are learned, after the cut, while the activation is annealed, and between the two outputs."""
     stop_after(monkeypatch, 14)  # two steps after the second checkpoint
     with pytest.raises(_KilledError):
         run(model, text, tmp_path)
@@ -169,6 +174,13 @@ def test_an_interrupted_run_resumes_to_the_bit(model, text, finished, tmp_path, 
         run(model, text, tmp_path, resume=True)
     monkeypatch.undo()
     assert (tmp_path / "keep.training" / "keep").exists()
+    monkeypatch.setattr(pruning_run, "_publish", _killed)
+    with pytest.raises(_KilledError):
+        run(model, text, tmp_path, resume=True)
+    monkeypatch.undo()
+    assert (tmp_path / "model").exists()
+    with pytest.raises(EffpassError, match="exists"):
+        run(model, text, tmp_path, resume=True, save_model=finished / "model")
     run(model, text, tmp_path, resume=True)
     assert metrics(tmp_path / "keep") == metrics(finished / "keep")
     for name in ("keep", "model"):

@@ -43,6 +43,7 @@ __all__ = ["prune"]
 
 # What may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
+_SAVED = "model_folder"  # where the checkpoint goes, once it is about to
 _SHOWN = ("loss", "cost", "kept_", "eval_", "anneal")
 _LEARNING, _RECOVERY, _KEEP, _CUT = "learning", "recovery", "keep", "cut"
 
@@ -82,7 +83,9 @@ def prune(
         raise EffpassError("pruning runs in one process", hint="start it without torchrun")
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
-    if save_model is not None and save_model.exists():
+    saved = work / _SAVED
+    is_saved = save_model is not None and save_model.exists()
+    if is_saved and not (resume and saved.exists() and saved.read_text() == str(save_model)):
         raise EffpassError(f"{save_model} exists", hint="give another folder, or remove it")
     check_plots()
     config, tokenizer = read_model(source)
@@ -113,7 +116,9 @@ def prune(
     model = state.recovered(keep) if save_model is not None else None
     if model is not None:
         assert save_model is not None
-        save_pruned(model.to(getattr(torch, settings.dtype)), save_model, tokenizer)
+        if not is_saved:
+            write_text(saved, str(save_model))  # what stands there from now on is this run's, and whole
+            save_pruned(model.to(getattr(torch, settings.dtype)), save_model, tokenizer)
         say(f"saved {save_model}")
     _publish(folder, work, keep, problem, {**run, "device": str(device), **state.facts(keep)})
     say(f"saved {folder}")
@@ -218,8 +223,10 @@ class _Run:
         return OffsetRecorder(first, self.work / METRICS, self.steps, self.say, _SHOWN)
 
     def _evaluate(self, recorder: OffsetRecorder, step: int, name: str, model: Any) -> None:
-        """Record the loss of a model on the validation text, where there is one."""
-        if not (self.work / "validation").exists():
+        """Record the loss of a model on the validation text, where there is one, and once: a killed run may have."""
+        key, metrics = f"eval_loss_{name}", self.work / METRICS
+        is_known = metrics.exists() and any(key in line for line in read_metrics(metrics))
+        if is_known or not (self.work / "validation").exists():
             return
         length = self.settings.sequence_length
         tokens = torch.from_numpy(read_text(self.work / "validation", 1, length, "validation").training.astype("int64"))
@@ -227,7 +234,7 @@ class _Run:
         batches: list[Tensor] = [part.to(self.device) for part in rows.split(self.settings.batch)]
         batches = [part for part in batches if len(part) == len(batches[0])]  # equal ones, whose mean is that of tokens
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            recorder.write(step, {f"eval_loss_{name}": mean_loss(model, batches)})
+            recorder.write(step, {key: mean_loss(model, batches)})
 
 
 def _told(problem: Problem, keep: KeepIndices) -> str:
