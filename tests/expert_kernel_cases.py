@@ -16,7 +16,7 @@ import torch
 from expert_exchange import start
 from moe_reference import GATES, error, layer
 from offline_kernels import compile_instead
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 from effpass.lowering.ops import expert_parallel_routes, expert_parallel_stage
 from effpass.lowering.ops.expert_parallel_stage import Experts
@@ -78,7 +78,7 @@ def check(name: str, kernels: tuple[str, ...], device: str, dtype: torch.dtype) 
 
 
 def interpret() -> dict[str, Any]:
-    allow_new_numpy()
+    set_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     importlib.import_module("effpass.lowering.kernels.expert_routes")._MOST_BLOCKS = 4

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from offline_kernels import compile_instead
 from torch import Tensor
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 KERNELS = ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp", "_received")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -316,7 +316,7 @@ def _kernels(name: str) -> Any:
 
 def interpret() -> dict[str, dict[str, float]]:
     """Errors of all cases in float32; outputs and buffers start as NaN."""
-    allow_new_numpy()
+    set_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     of = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 from effpass.lowering.kernels.largest import FORCED, NEVER, choose, cut, in_order, ranks, write_ranked
 
@@ -110,7 +110,7 @@ def differences(name: str, device: str) -> dict[str, int]:
 
 
 def interpret() -> dict[str, Any]:
-    allow_new_numpy()
+    set_up()
     return {name: differences(name, "cpu") for name in CASES}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from moe_reference import GATES, error, layer, moe_ffn
 from offline_kernels import compile_instead
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 # tokens, experts a token, experts, width, inner width; how; gate
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
@@ -54,7 +54,7 @@ def errors(name: str, run: Callable[..., Any], kernels: tuple[str, ...] = KERNEL
 
 def interpret() -> dict[str, dict[str, float]]:
     """Errors of all cases in float32; outputs and buffers start as NaN. One kernel has programs of many tiles."""
-    allow_new_numpy()
+    set_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     grouped = importlib.import_module("effpass.lowering.kernels.moe_grouped")

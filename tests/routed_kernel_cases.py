@@ -123,9 +123,9 @@ def compile_one(kind: str, room: int = 227 << 10) -> dict[str, int]:
 
 if __name__ == "__main__":
     if sys.argv[1] != "compile":
-        from triton_interpreter import allow_new_numpy, check_accesses, correct_bfloat16
+        from triton_interpreter import check_accesses, correct_bfloat16, set_up
 
-        allow_new_numpy()
+        set_up()
         correct_bfloat16()
         check_accesses()
         assert os.environ.get("TRITON_INTERPRET") == "1", "Triton reads TRITON_INTERPRET when it is imported"

@@ -17,7 +17,7 @@ from block_pool_cases import POOLS, TURNED, pool_errors, turned_errors
 from kernel_cases import attention, error, rms_norm, rotate
 from offline_kernels import compile_instead
 from torch import Tensor
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 from effpass.lowering.ops.block_pool import BlockPool
 from effpass.lowering.ops.block_sparse_attention import BlockSelection, Spans, _selected
@@ -460,7 +460,7 @@ def _kernels(name: str) -> Any:
 
 def interpret(only: str = "") -> dict[str, dict[str, float]]:
     """Errors of all cases in float32; outputs and buffers start as NaN."""
-    allow_new_numpy()
+    set_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     of = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -20,7 +20,7 @@ from offline_kernels import compile_instead
 from torch import Tensor
 from tree_growth_cases import growth_errors
 from tree_shapes import ancestors_of, random_parents, words_of
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 MODULES = (
     "tree_attention", "tree_blocks", "chosen_channels", "top_tokens", "tree_growth", "tree_acceptance", "token_noise",
@@ -375,7 +375,7 @@ class Kernels:
 
 
 def interpret() -> dict[str, dict[str, float]]:
-    allow_new_numpy()
+    set_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     return {name: run(Kernels()) for name, run in cases(device=torch.device("cpu"), dtype=torch.float32)}

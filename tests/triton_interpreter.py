@@ -1,14 +1,62 @@
-"""Triton's interpreter: with the NumPy that CI has, with bfloat16, and with accesses checked."""
+"""Triton's interpreter: with the NumPy that CI has, at most of its speed, with bfloat16, and with accesses checked."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["allow_new_numpy", "check_accesses", "correct_bfloat16"]
+__all__ = ["check_accesses", "correct_bfloat16", "set_up"]
 
 
-def allow_new_numpy() -> None:
-    """Triton 3.6 takes the int of an array of one element, which NumPy 2.4 no longer gives; call it before a kernel."""
+def set_up() -> None:
+    """What a process that interprets kernels, and does nothing else, calls before the first of them."""
+    _allow_new_numpy()
+    _patch_once()
+    _name_types_once()
+
+
+def _patch_once() -> None:
+    """Triton 3.6 patches its language at every launch and every call of a device function, a quarter of all time.
+
+    The first time for each module of functions is enough where nothing is compiled later.
+    """
+    import triton.runtime.interpreter as interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def once(fn: Any) -> Any:
+        if fn.__module__ not in patched:
+            patch(fn)  # returns how to undo it, which nobody wants
+            patched.add(fn.__module__)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+
+
+def _name_types_once() -> None:
+    """Every tensor writes the name of its shape's type, which nobody reads, and looks up what NumPy calls its own."""
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    look_up, known = interpreter._get_np_dtype, {}
+
+    def numpy_type(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = look_up(kind)
+        return known[name]
+
+    def init(self: Any, types: Any, fields: Any = None) -> None:
+        self.types, self.fields = types, fields or [""] * len(types)
+
+    def name(self: Any) -> str:
+        return "[" + ",".join(f"{field}:{kind}" for field, kind in zip(self.fields, self.types, strict=True)) + "]"
+
+    interpreter._get_np_dtype = numpy_type
+    tl.core.tuple_type.__init__, tl.core.tuple_type.name = init, property(name)
+
+
+def _allow_new_numpy() -> None:
+    """Triton 3.6 takes the int of an array of one element, which NumPy 2.4 no longer gives."""
     import triton.runtime.interpreter as interpreter
 
     patch = interpreter._patch_lang_tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from triton_interpreter import allow_new_numpy
+from triton_interpreter import set_up
 
 from effpass.lowering.kernels import mona, newton_schulz
 from effpass.lowering.ops.symmetric_product import reference
@@ -77,7 +77,7 @@ def finite() -> None:
 
 
 if __name__ == "__main__":
-    allow_new_numpy()
+    set_up()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     symmetric_products()
