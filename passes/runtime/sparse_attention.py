@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from effpass.core.artifact import Artifact
 from effpass.core.attention import Attention, attentions
-from effpass.core.errors import ModelError
+from effpass.core.errors import ModelError, PassRefusedError
 from effpass.core.model import inner_model
 from effpass.core.pass_ import Match, Pass
 from effpass.core.pattern import erase_unread
@@ -38,6 +38,7 @@ from effpass.lowering.ops.two_level_attention import KERNELS, has_kernels
 from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
 from effpass.passes.runtime.mla_absorption import absorb, latent_layers
+from effpass.passes.runtime.prefix_kv import PrefixKV
 from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
@@ -156,6 +157,15 @@ class SparseAttention(Pass):
         return None if self._channels is None else self._channels[0]
 
     # -- decoding, in the engine --------------------------------------------------------------------------------------
+
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        budget = next((pass_ for pass_ in (*before, *behind) if isinstance(pass_, PrefixKV)), None)
+        if budget is not None and budget.options.kv_cache_dtype != "auto":
+            raise PassRefusedError(
+                f"prefix_kv stores keys as {budget.options.kv_cache_dtype}, and sparse_attention reads them as they"
+                " are",
+                hint="set kv_cache_dtype: auto in prefix_kv, or leave sparse_attention out",
+            )
 
     def check_model(self, model: torch.nn.Module) -> None:
         runs = inner_model(model)

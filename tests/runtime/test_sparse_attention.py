@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import effpass
-from effpass.core.errors import EffpassError, ModelError
+from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.passes.runtime.sparse_attention import SparseAttention, SparseAttentionOptions, recall
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.cache import full_layers
@@ -213,12 +213,13 @@ def test_beside_a_budget_of_the_cache() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_keys_that_are_stored_in_other_types_are_refused() -> None:
-    model = prepared(
-        families.make("llama"), {"prefix_kv": {"budget": 48, "kv_cache_dtype": "int8"}}, {"sparse_attention": WIDE}
-    )
-    with pytest.raises(ModelError, match=r"stores its keys in another type \(Int8Layer\)"):
-        generate(model, families.batch(90))
+@pytest.mark.parametrize("is_first", [True, False])
+def test_keys_that_are_stored_in_other_types_are_refused(is_first: bool) -> None:
+    passes = [{"prefix_kv": {"budget": 48, "kv_cache_dtype": "int8"}}, {"sparse_attention": WIDE}]
+    model = families.make("llama")
+    with pytest.raises(PassRefusedError, match="stores keys as int8, and sparse_attention reads them as they are"):
+        prepared(model, *(passes if is_first else passes[::-1]))
+    assert not hasattr(model, "effpass_reader")
 
 
 def test_a_model_whose_layers_all_slide_has_nothing_to_choose() -> None:
