@@ -26,6 +26,14 @@ def make(family):
     return families.make(family, **({} if family in OF_TWO_LAYERS else one))
 
 
+def cells(usual, other, families_of_other):
+    """All families with one option; with the other those whose own code it meets, the rest where `slow` is run."""
+    rest = [
+        pytest.param(family, other, marks=pytest.mark.slow) for family in FAMILIES if family not in families_of_other
+    ]
+    return [*((family, usual) for family in FAMILIES), *((family, other) for family in families_of_other), *rest]
+
+
 def retraced(gm, inputs):
     return effpass(gm, inputs, options={"passes": ["touch"], "inner": "aot_eager"})
 
@@ -42,8 +50,10 @@ def _graphs(call, backend, dynamic) -> int:
     return count.compiled
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["auto", "dynamic"])
-@pytest.mark.parametrize("family", FAMILIES)
+# Symbolic from the first call on: beside plain layers windows, a table of positions, and the routing of experts.
+@pytest.mark.parametrize(
+    ("family", "dynamic"), cells(None, True, ["llama", "gemma3", "gpt2", "mixtral", "deepseek_v3"])
+)
 def test_inference_with_left_padding(family, dynamic):
     model = make(family)
     expected = {}
@@ -66,8 +76,8 @@ def test_inference_with_left_padding(family, dynamic):
     assert count.compiled <= 2
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", FAMILIES)
+# A cache of a fixed length: beside plain layers windows, positions that are looked up, and two sizes of heads.
+@pytest.mark.parametrize(("family", "cache"), cells("dynamic", "static", ["llama", "gemma3", "gpt2", "deepseek_v3"]))
 def test_prefill_and_three_cached_steps(family, cache):
     from transformers import DynamicCache, StaticCache
 
@@ -96,8 +106,8 @@ def test_prefill_and_three_cached_steps(family, cache):
     assert all(r.hits == 1 for r in reports)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("family", FAMILIES)
+# Checkpointing wraps a layer whatever is in it: plain layers, layers of two kinds, experts.
+@pytest.mark.parametrize(("family", "checkpointing"), cells(False, True, ["llama", "gemma3", "mixtral"]))
 def test_training_step(family, checkpointing):
     model = make(family).train()
     if checkpointing:
