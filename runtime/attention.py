@@ -92,9 +92,12 @@ def _attend(
     reads, positions = key.shape[2], slots.positions
     sees_all = slots.is_dense and not slots.is_replayed and not 0 < layer.window < reads and not softcap
     if sees_all and tokens in (1, reads):
+        is_causal = False
+        if tokens > 1:  # a graph's guard: SDPA takes no symbol
+            is_causal = True
         with sdpa_kernel(PREFILL, set_priority=True) if query.is_cuda else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=tokens > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+                query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )
         return out.transpose(1, 2).contiguous()
     if (rows, reads) != tuple(positions.shape):

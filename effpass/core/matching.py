@@ -197,7 +197,7 @@ class Attempt:
         bound = _Bound({**bound.nodes, pattern: found}, bound.sizes)
         expected, given = _arguments(pattern), _arguments(found)
         yield from self._bind_all(_operators_first(expected, given), bound)
-        if pattern.target in _COMMUTATIVE:
+        if pattern.target in _COMMUTATIVE and given[2:] in ([], [1]):  # an alpha scales the second operand
             yield from self._bind_all(_operators_first(expected, [given[1], given[0], *given[2:]]), bound)
 
     def _bind_all(self, pairs: list[tuple[Any, Any]], bound: _Bound) -> Iterator[_Bound]:

@@ -327,3 +327,15 @@ def test_a_pattern_that_is_none(pattern, message):
     with pytest.raises(RewriteError, match=f"pass made: its pattern .*{message}") as caught:
         list(pass_.find(compiled(lambda x: x + 1, torch.ones(3))))
     assert caught.value.hint == "this is a fault of the pass, not of the model"
+
+
+def test_operands_trade_places_unless_a_factor_is_one_s_own():
+    plain = make(lambda x, y: x + y.exp(), lambda x, y: x.exp() + y, torch.ones(3), torch.ones(3))
+    scaled = make(lambda x, y: torch.add(x, y.exp(), alpha=2), lambda x, y: x + y, torch.ones(3), torch.ones(3))
+    one, other = torch.ones(3), torch.ones(3)
+    for pass_, fn, hits in (
+        (plain, lambda x, y: y.exp() + x, 1),
+        (scaled, lambda x, y: torch.add(x, y.exp(), alpha=2), 1),
+        (scaled, lambda x, y: torch.add(y.exp(), x, alpha=2), 0),
+    ):
+        assert len(found(pass_, exported(fn, one, other))[0]) == hits

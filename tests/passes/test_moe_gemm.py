@@ -10,7 +10,9 @@ from families import CONFIGS, batch, make
 from moe_families import LAYERS, MORE
 from moe_reference import layer
 from product_programs import program_of
+from torch._dynamo.utils import counters
 
+import effpass
 from effpass.backend import DECODE_PASSES, DecodeBackend, default_passes, reports
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager
@@ -357,3 +359,15 @@ def test_a_loop_that_leaves_an_expert_out():
         torch.testing.assert_close(compiled(model, None)(x, ids, weights), model(x, ids, weights))
     (refusal,) = reports[0].passes[0].refusals
     assert refusal.reason == "its loop goes over experts [0, 2, 3]"
+
+
+def test_prompts_of_any_length_share_the_graphs_of_a_prepared_model(monkeypatch):
+    """The engine reads a prompt through the compiled model: a graph of the first length, one of a step, one of all."""
+    monkeypatch.setattr("effpass.backend._inner", lambda options, mode: lambda gm, inputs: gm)
+    torch._dynamo.reset()
+    counters.clear()
+    model = effpass.prepare(make("qwen3_moe"), {"version": 1, "passes": ["moe_gemm"]})
+    for length in (10, 17, 33, 6, 50):
+        model.generate(torch.randint(5, 60, (1, length)), max_new_tokens=2, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
