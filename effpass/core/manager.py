@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PassManager", "Planned"]
 
-_CHANGES = ("values", "sizes", "layers")
+_CHANGES = ("values", "sizes", "layers")  # a pass stands in front of those that change what comes later here
 
 log = logging.getLogger("effpass")
 
@@ -51,24 +51,32 @@ class Planned:
 def _check_order(passes: Sequence[Pass]) -> None:
     """Raise a :class:`PassRefusedError` when passes of a recipe can't stand together, or not in this order."""
     for index, pass_ in enumerate(passes):
-        before = passes[:index]
-        for other in before if pass_.kind == "weights" else ():
-            if other.kind == "runtime":
-                raise PassRefusedError(
-                    f"{pass_.name} changes weights behind {other.name}, which measures the model's layers and heads",
-                    hint=f"put {pass_.name} in front of {other.name}",
-                )
-            if pass_.changes and other.changes and _CHANGES.index(pass_.changes) < _CHANGES.index(other.changes):
-                raise PassRefusedError(
-                    f"{pass_.name} stands behind {other.name}, which changes {other.changes} of the model that its"
-                    " artifact was learned for",
-                    hint=f"put {pass_.name} in front of {other.name}",
-                )
-        pass_.check_beside(before, passes[index + 1 :])
+        if pass_.kind == "weights":
+            _check_in_front(pass_, passes[:index])
+        pass_.check_beside(passes[:index], passes[index + 1 :])
+
+
+def _check_in_front(pass_: Pass, before: Sequence[Pass]) -> None:
+    """Raise a :class:`PassRefusedError` when a pass on weights must run before one of those in front of it."""
+    for other in before:
+        if other.kind == "runtime":
+            raise PassRefusedError(
+                f"{pass_.name} changes weights behind {other.name}, which measures the model's layers and heads",
+                hint=f"put {pass_.name} in front of {other.name}",
+            )
+        if pass_.changes and other.changes and _CHANGES.index(pass_.changes) < _CHANGES.index(other.changes):
+            raise PassRefusedError(
+                f"{pass_.name} stands behind {other.name}, which changes {other.changes} of the model; the artifact of"
+                f" {pass_.name} was learned for the model as it was before",
+                hint=f"put {pass_.name} in front of {other.name}",
+            )
 
 
 class PassManager:
-    """Runs an ordered list of passes on a model (first hands) or on a program (second hands).
+    """Runs an ordered list of passes.
+
+    A pass has up to two hands. The first changes a model before anything is traced (:meth:`prepare`), the second
+    rewrites the graph of a traced program (:meth:`run`).
 
     Args:
         passes: in the order in which they run.
@@ -103,7 +111,7 @@ class PassManager:
             started = time.perf_counter()
             hits, refusals = pass_.prepare(model)
             entry = PassReport(pass_.name, pass_.exact, hits, refusals, time.perf_counter() - started)
-            self._finish(planned, entry, report)
+            self._record(planned, entry, report)
         return report
 
     # -- second hands -----------------------------------------------------------------------------------------------
@@ -117,10 +125,15 @@ class PassManager:
         """
         report = Report(program.entrance)
         for planned in self.planned:
-            if program.entrance not in planned.pass_.entrances or not planned.pass_.has_second_hand:
+            if program.entrance not in planned.pass_.entrances:
                 self._refuse_entrance(planned.pass_, program.entrance)
+            if not planned.pass_.has_second_hand:
+                raise PassRefusedError(
+                    f"{planned.pass_.name} acts on models, and has nothing to do in a traced graph",
+                    hint="model = effpass.prepare(model, recipe)",
+                )
         for planned in self.planned:
-            self._finish(planned, self._run_one(planned, program), report)
+            self._record(planned, self._run_one(planned, program), report)
         return report
 
     def _run_one(self, planned: Planned, program: Program) -> PassReport:
@@ -128,31 +141,36 @@ class PassManager:
         entry = PassReport(pass_.name, pass_.exact)
         parts = [program, *program.bodies]
         ops_before = _ops(parts)
-        cost_before: cost.Cost | None = None
         text_before = _readable(program) if _dumping() else ""
-        outputs_before = _run(program) if planned.verify else None
+        outputs_before = _float_outputs(program) if planned.verify else None
         snapshots = [(part, snapshot(part)) for part in parts]
         started = time.perf_counter()
-        for part in parts:
-            try:
-                candidates = list(pass_.find(part))
-                if cost_before is None and any(isinstance(c, Match) for c in candidates):
-                    cost_before = cost.total(program)  # not for a pass that finds nothing
-                self._rewrite(pass_, part, candidates, entry)
-            except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
-                raise
-            except Exception as error:
-                raise RewriteError(
-                    f"pass {pass_.name} failed: {type(error).__name__}: {error}",
-                    hint="leave the pass out of the recipe, or report this with TORCH_LOGS='+effpass'",
-                ) from error
-        entry.seconds = time.perf_counter() - started
+        try:
+            candidates = [list(pass_.find(part)) for part in parts]
+            entry.seconds = time.perf_counter() - started
+            has_match = any(isinstance(c, Match) for found in candidates for c in found)
+            cost_before = cost.total(program) if has_match else None  # no work for a pass that finds nothing
+            started = time.perf_counter()
+            for part, found in zip(parts, candidates, strict=True):
+                self._rewrite(pass_, part, found, entry)
+        except (
+            EffpassError,
+            torch._dynamo.exc.TensorifyScalarRestartAnalysis,
+        ):  # the latter is Dynamo's way to restart
+            raise
+        except Exception as error:
+            raise RewriteError(
+                f"pass {pass_.name} failed: {type(error).__name__}: {error}",
+                hint="leave the pass out of the recipe, or report this with TORCH_LOGS='+effpass'",
+            ) from error
+        entry.seconds += time.perf_counter() - started
         if entry.hits:
             for part, before in snapshots:
                 verify(part, before, pass_.name)
                 part.recompile()
             after = _ops(parts)
-            entry.ops = {op: after[op] - ops_before[op] for op in after | ops_before if after[op] != ops_before[op]}
+            names = dict.fromkeys([*after, *ops_before])  # in order
+            entry.ops = {op: after[op] - ops_before[op] for op in names if after[op] != ops_before[op]}
             cost_after = cost.total(program)
             assert cost_before is not None
             entry.flops = int(cost_after.flops - cost_before.flops)
@@ -160,7 +178,7 @@ class PassManager:
             if _dumping():
                 _dump(pass_.name, text_before, _readable(program))
         if outputs_before is not None:
-            entry.max_difference = _difference(outputs_before, _run(program))
+            entry.max_difference = _difference(outputs_before, _float_outputs(program))
         return entry
 
     @staticmethod
@@ -177,7 +195,7 @@ class PassManager:
     # -- both -------------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _finish(planned: Planned, entry: PassReport, report: Report) -> None:
+    def _record(planned: Planned, entry: PassReport, report: Report) -> None:
         report.passes.append(entry)
         log.info(entry.line())
         for refusal in entry.refusals:
@@ -189,7 +207,7 @@ class PassManager:
             )
 
     @staticmethod
-    def _refuse_entrance(pass_: Pass, entrance: str) -> None:
+    def _refuse_entrance(pass_: Pass, entrance: str) -> NoReturn:
         if entrance == "backend" and "model" in pass_.entrances:
             raise PassRefusedError(
                 f"{pass_.name} needs effpass.prepare(model, recipe) before torch.compile",
@@ -227,17 +245,17 @@ def _dump(name: str, before: str, after: str) -> None:
         )
 
 
-def _run(program: Program) -> list[torch.Tensor]:
+def _float_outputs(program: Program) -> list[torch.Tensor]:
     """The program's floating-point outputs on the inputs it was traced with; in-place writes hit copies."""
     if any(isinstance(x, torch._subclasses.FakeTensor) for x in program.inputs):
         raise PassRefusedError("verify: true needs real inputs; this program was traced without them")
     weights = set(program.weights)
-    takes = program.graph.find_nodes(op="placeholder")
+    placeholders = program.graph.find_nodes(op="placeholder")
     inputs = [
         x if n in weights or not isinstance(x, torch.Tensor) else x.detach().clone()
-        for n, x in zip(takes, program.inputs, strict=True)
+        for n, x in zip(placeholders, program.inputs, strict=True)
     ]
-    # The hint, since int() would be a guard: one graph per size.
+    # Hints, since int() would guard on the size and compile one graph for each.
     inputs = [x.node.hint if isinstance(x, (torch.SymInt, torch.SymFloat)) else x for x in inputs]
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
     with torch.no_grad(), torch.random.fork_rng(devices):  # so dropout is the same before and after
@@ -250,6 +268,6 @@ def _difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -
     largest = 0.0
     for a, b in zip(before, after, strict=True):
         same = (a == b) | (a.isnan() & b.isnan())
-        difference = (a.float() - b.float()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        difference = (a.double() - b.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
         largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
     return largest

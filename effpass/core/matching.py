@@ -151,7 +151,7 @@ class Attempt:
 
     def _bind(self, pattern: Any, found: Any, bound: _Bound) -> Iterator[_Bound]:
         """Every way to lay `pattern` (a node, a literal or a list) over `found`, given what is bound already."""
-        while isinstance(found, Node) and is_no_cast(found):  # the pattern has none
+        while isinstance(found, Node) and is_no_cast(found):  # casts that change nothing; a pattern has none
             found = found.all_input_nodes[0]
         if isinstance(pattern, (list, tuple)):
             if isinstance(found, (list, tuple)) and len(found) == len(pattern):
@@ -216,7 +216,7 @@ class Attempt:
 
 
 def _operators_first(patterns: list[Any], found: list[Any]) -> list[tuple[Any, Any]]:
-    """Pairs in the order to bind them: so that what is said of a miss is what did not fit after all that did."""
+    """Pairs in the order to bind them: operators first, so that a miss reports the mismatch that is furthest in."""
     pairs = zip(patterns, found, strict=True)
     return sorted(
         pairs, key=lambda pair: not isinstance(pair[0], Node) or pair[0].op == "placeholder" or is_size(pair[0])

@@ -1,14 +1,16 @@
 """The gated delta rule in chunks of C tokens, forward and backward, in PyTorch: exact for any decay, no token loop.
 
-With G the running sum of g inside a chunk and S₀ the state before it:
+q̂ = scale · q/‖q‖, κ = √β ⊙ k/‖k‖, ζ = √β_w ⊙ v and the log decay g ≤ 0 are those of
+:mod:`~effpass.lowering.ops.gated_delta_rule_inputs`. With G the running sum of g inside a chunk and S₀ the state before
+it:
 
     L_ij = Σ_d κ_id κ_jd e^(G_id − G_jd)  (j < i)        P_ij = Σ_d q̂_id κ_jd e^(G_id − G_jd)  (j ≤ i)
     B̃ = κ ⊙ e^G,  Q̃ = q̂ ⊙ e^G,  Ã = κ ⊙ e^(G_C − G)       W = (I + L)⁻¹ B̃,  u = (I + L)⁻¹ ζ
     U = u − W S₀        O = Q̃ S₀ + P U        S_C = e^(G_C) ⊙ S₀ + Ãᵀ U
 
-L and P are products of matrices although the exponents of their factors have no common bound: the pairs (i, j) are
-those of the later with the earlier half of a block of 2h tokens, for h = C/2, C/4, …, 1. Relative to the end of the
-earlier half, the exponents of both factors are negative.
+L and P as products of e^(G_i) with e^(−G_j) would overflow. So a chunk is cut in halves, these in halves again, and so
+on down to single tokens. A pair (i, j) meets where j is in the earlier and i in the later half of one block; with m the
+end of the earlier half, both e^(G_i − G_m) and e^(G_m − G_j) are at most 1.
 
 Shapes: n chunks of all sequences, HV value heads, C tokens of a chunk; [n, HV, C, K].
 """
@@ -25,15 +27,15 @@ from effpass.lowering.ops.gated_delta_rule_inputs import Prepared
 
 __all__ = ["Chunks", "chunk_backward", "chunk_forward"]
 
-LONGEST = 64
+LONGEST = 64  # tokens of a chunk; a power of two, since it is cut in halves
 
 
 class Chunks(NamedTuple):
     """How tokens lie in chunks, none of which reaches over the end of a sequence.
 
     Attributes:
-        tokens: int64 [n, C], numbers of tokens; `total` for none.
-        first: the first chunk of each sequence, and n.
+        tokens: int64 [n, C], which of the B T tokens stands there; `total` where none does.
+        first: number of the first chunk of each sequence, and behind them n.
         total: B T.
     """
 
@@ -91,9 +93,15 @@ def _halves(size: int) -> list[int]:
     return out
 
 
+def _halved(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Views of [..., C, K]: the earlier and the later half of each block of 2 `half` tokens, [..., blocks, half, K]."""
+    early, late = x.unflatten(-2, (-1, 2, half)).unbind(-3)
+    return early, late
+
+
 def _decays(g: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Decay from the end of the earlier half to a token of the later, and from one of the earlier to it."""
-    early, late = g.unflatten(-2, (-1, 2, half)).unbind(-3)
+    """From the end of the earlier half to each token of the later, and from each token of the earlier to that end."""
+    early, late = _halved(g, half)
     sums = early.cumsum(-2)
     return late.cumsum(-2).exp(), (sums[..., -1:, :] - sums).exp()
 
@@ -110,8 +118,8 @@ def _scores(rows: Tensor, columns: Tensor, g: Tensor, has_diagonal: bool) -> Ten
     out = rows.new_zeros(*rows.shape[:-1], size)
     for half in _halves(size):
         to_late, from_early = _decays(g, half)
-        late = rows.unflatten(-2, (-1, 2, half)).select(-3, 1) * to_late
-        early = columns.unflatten(-2, (-1, 2, half)).select(-3, 0) * from_early
+        late = _halved(rows, half)[1] * to_late
+        early = _halved(columns, half)[0] * from_early
         _blocks(out, half).copy_(late @ early.transpose(-1, -2))
     if has_diagonal:
         out.diagonal(dim1=-2, dim2=-1).copy_((rows * columns).sum(-1))
@@ -126,15 +134,15 @@ def _scores_backward(
     d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     for half in _halves(size):
         to_late, from_early = _decays(g, half)
-        late = rows.unflatten(-2, (-1, 2, half)).select(-3, 1) * to_late
-        early = columns.unflatten(-2, (-1, 2, half)).select(-3, 0) * from_early
-        of = _blocks(gradient, half)
-        d_rows.unflatten(-2, (-1, 2, half)).select(-3, 1).add_((of @ early) * to_late)
-        d_columns.unflatten(-2, (-1, 2, half)).select(-3, 0).add_((of.transpose(-1, -2) @ late) * from_early)
+        late = _halved(rows, half)[1] * to_late
+        early = _halved(columns, half)[0] * from_early
+        block = _blocks(gradient, half)
+        _halved(d_rows, half)[1].add_((block @ early) * to_late)
+        _halved(d_columns, half)[0].add_((block.transpose(-1, -2) @ late) * from_early)
     if has_diagonal:
-        of = gradient.diagonal(dim1=-2, dim2=-1)[..., None]
-        d_rows += of * columns
-        d_columns += of * rows
+        diagonal = gradient.diagonal(dim1=-2, dim2=-1)[..., None]
+        d_rows += diagonal * columns
+        d_columns += diagonal * rows
     return d_rows, d_columns
 
 
@@ -163,6 +171,7 @@ def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
     grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
     lower, scores = _scores(key, key, g, False), _scores(q, key, g, True)
     k_in = key * grown
+    # unitriangular: what is solved with is I + L.
     w, u = torch.linalg.solve_triangular(lower, torch.cat((k_in, value), -1), upper=False, unitriangular=True).split(
         (key.shape[-1], value.shape[-1]), -1
     )
@@ -177,9 +186,8 @@ def _states(inside: _Inside, chunks: Chunks, state: Tensor) -> tuple[Tensor, Ten
     for sequences, at in chunks.steps():
         before = state[sequences]
         befores[at] = before
-        new = inside.u[at] - inside.w[at] @ before
-        change[at] = new
-        state[sequences] = inside.decay[at] * before + inside.k_out[at].transpose(-1, -2) @ new
+        change[at] = inside.u[at] - inside.w[at] @ before
+        state[sequences] = inside.decay[at] * before + inside.k_out[at].transpose(-1, -2) @ change[at]
     return befores, change
 
 
@@ -232,9 +240,10 @@ def chunk_backward(
     d_q = d_q + (d_output @ befores.transpose(-1, -2)) * grown
     of_rest = (change @ d_afters.transpose(-1, -2)) * rest
     d_columns = d_columns + d_more + of_rest
+    # Rows carry e^G and columns e^−G, the last token's G the decay of the chunk: dG, and g counts in all G from it on.
     d_sums = key * d_rows + q * d_q - key * d_columns
     d_sums[..., -1, :] += (of_rest * key).sum(-2) + (inside.decay * d_afters * befores).sum(-1)
-    if g.shape[-1] == 1:
+    if g.shape[-1] == 1:  # one decay a head
         d_sums = d_sums.sum(-1, keepdim=True)
     d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
     batch = prepared.q.shape[0]

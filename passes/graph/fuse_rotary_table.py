@@ -1,15 +1,15 @@
-"""The table of cosines and sines of rotary embedding becomes one launch.
+"""The cosines and sines of rotary embedding are computed by one kernel.
 
     cos, sin = (cat(a, a).cos() · s).to(type), (cat(a, a).sin() · s).to(type)
 
-transformers computes it once a forward with seven operators, each a launch at one token a step.
+transformers computes them once in a forward pass, with seven operators. When one token is decoded, what these take is
+their seven launches.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class FuseRotaryTable(GraphPass):
-    """Makes the cosines and sines of rotary embedding one launch, at few tokens."""
+    """Computes the cosines and sines of rotary embedding with one kernel, where so few tokens are that launches count."""
 
     name = "fuse_rotary_table"
     exact = True
@@ -44,7 +44,7 @@ class FuseRotaryTable(GraphPass):
             return
         surroundings = Surroundings.of(program)
         for angles, scaling, cos, sin, inner in tables:
-            anchor = min(cos, sin, key=lambda node: surroundings.position[node])
+            anchor = min(cos, sin, key=lambda node: surroundings.position[node])  # both results are read behind it
             reason = why_no_kernel(angles, angles.meta["val"].shape[:-1], (), operators.has_kernel)
             if reason is None and (why := why_not_here(surroundings, inner, anchor)):
                 reason = (why, "")
@@ -67,7 +67,11 @@ class FuseRotaryTable(GraphPass):
 
 
 def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
-    """Angles, scaling, the two results and the nodes between, where `node` doubles angles that nobody else doubles."""
+    """The table that begins at `node`, a cat of angles with themselves that one cos and one sin read, and nobody else.
+
+    Returns:
+        The angles, their scaling, the results of cos and sin, and all nodes up to these.
+    """
     if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
     first, second = (source(part) for part in node.args[0])  # type: ignore[union-attr]
@@ -78,14 +82,18 @@ def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
     if set(by_target) != {aten.cos.default, aten.sin.default} or len(readers(node)) != 2:
         return None
     ends = [_scaled_and_cast(by_target[target]) for target in (aten.cos.default, aten.sin.default)]
-    (scaling, cos, of_cos), (other, sin, of_sin) = ends
-    if scaling != other or cos.meta["val"].dtype != sin.meta["val"].dtype:
+    (scaling, cos, of_cos), (sin_scaling, sin, of_sin) = ends
+    if scaling != sin_scaling or cos.meta["val"].dtype != sin.meta["val"].dtype:
         return None
     return first, scaling, cos, sin, [node, *of_cos, *of_sin]
 
 
 def _scaled_and_cast(node: Node) -> tuple[float, Node, list[Node]]:
-    """Through one product with a number and one cast: the number, the end, and the nodes on the way, it included."""
+    """Follows an optional product with a number, then an optional cast.
+
+    Returns:
+        The number, the last node, and all nodes from `node` to it.
+    """
     inner, scaling = [node], 1.0
     follower = _only_reader(node)
     if follower is not None and follower.target is aten.mul.Tensor and isinstance(follower.args[1], (int, float)):
@@ -98,6 +106,6 @@ def _scaled_and_cast(node: Node) -> tuple[float, Node, list[Node]]:
     return scaling, node, inner
 
 
-def _only_reader(node: Node) -> Any:
+def _only_reader(node: Node) -> Node | None:
     found = readers(node)
     return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""SnapKV (https://arxiv.org/abs/2404.14469): what the prompt's last tokens look at."""
+"""SnapKV (https://arxiv.org/abs/2404.14469): keep the tokens that the prompt's last tokens attend to."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ __all__ = ["SnapKV"]
 
 
 class SnapKV(Policy):
-    """Attention from the last 64 tokens, averaged over 7 neighbours; equal layers.
+    """Ranks tokens by the attention that the last `window` tokens pay them, averaged over `kernel` positions.
 
-    One set of tokens for all heads of a layer. The window itself stays, up to half of what a layer keeps.
+    Every layer keeps equally many tokens, and all heads of a layer the same ones, since they share the slots of one
+    cache. The window itself is kept, up to half of what a layer keeps.
     """
 
     name = "snap_kv"
     importance = "window"
     window = 64
+    kernel = 7
 
     def shares(self, ratio: float, layers: int) -> Sequence[float]:
         return [1.0] * layers
 
     def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
-        return pooled(asked, 7)
+        return pooled(asked, self.kernel)
 
     def recent(self, count: int, recent: int) -> int:
         return max(recent, min(self.window, count // 2))
