@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 class FuseRotaryTable(GraphPass):
-    """Computes the cosines and sines of rotary embedding with one kernel, where so few tokens are that launches count."""
+    """Computes the cosines and sines of rotary embedding with one kernel, where tokens are few and launches count."""
 
     name = "fuse_rotary_table"
     exact = True
