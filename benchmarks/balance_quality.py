@@ -8,17 +8,19 @@ model, at four times a document's length. All ways have the same documents in th
 Documents are questions about a context (needles among 64) and code of the standard library, half and half, both with
 the answers, or all, graded. Held out: other code, and needles of other seeds, at the default budget for all ways.
 
+    EFFPASS_RUNS       file of finished runs, which are not run again (default: none)
     EFFPASS_LANES      processes side by side (default 1)
     EFFPASS_TABLE      file of the large model's latency table
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -160,10 +162,37 @@ def _name(device: str, smoke: bool) -> str:
 def _runs(sizes: Sizes, wanted: Sequence[tuple[Direction, int, int, float]]) -> list[Outcome]:
     """Direction, seed, steps and seconds of each."""
     lanes = int(os.environ.get("EFFPASS_LANES", "1"))
+    known = _kept()
+    missing = [each for each in wanted if _key(sizes, *each) not in known]
     if lanes == 1:
-        return [_run(sizes, *each) for each in wanted]
-    with ProcessPoolExecutor(lanes, get_context("spawn")) as pool:
-        return [each.result() for each in [pool.submit(_run, sizes, *each) for each in wanted]]
+        found = [_kept_run(sizes, *each) for each in missing]
+    else:
+        with ProcessPoolExecutor(lanes, get_context("spawn")) as pool:
+            found = [run.result() for run in [pool.submit(_kept_run, sizes, *each) for each in missing]]
+    known |= {_key(sizes, *each): outcome for each, outcome in zip(missing, found, strict=True)}
+    return [known[_key(sizes, *each)] for each in wanted]
+
+
+def _key(sizes: Sizes, *run: Any) -> str:
+    return json.dumps([asdict(sizes), *run, the_table().device])
+
+
+def _kept() -> dict[str, Outcome]:
+    path = Path(os.environ.get("EFFPASS_RUNS", ""))
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = {}
+    for line in lines:
+        outcome = Outcome(**line["found"])
+        found[line["run"]] = replace(outcome, right={int(length): share for length, share in outcome.right.items()})
+    return found
+
+
+def _kept_run(sizes: Sizes, *run: Any) -> Outcome:
+    outcome = _run(sizes, *run)
+    if path := os.environ.get("EFFPASS_RUNS"):
+        with Path(path).open("a") as file:  # one write a line: lanes share the file
+            file.write(json.dumps({"run": _key(sizes, *run), "found": asdict(outcome)}) + "\n")
+    return outcome
 
 
 def _run(sizes: Sizes, way: Direction, seed: int, steps: int, seconds: float) -> Outcome:
