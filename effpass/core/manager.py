@@ -178,7 +178,15 @@ class PassManager:
             if _dumping():
                 _dump(pass_.name, text_before, _readable(program))
         if outputs_before is not None:
-            entry.max_difference = _difference(outputs_before, _float_outputs(program))
+            outputs = _float_outputs(program)
+            differences = [_difference(a, b) for a, b in zip(outputs_before, outputs, strict=True)]
+            entry.max_difference = max(differences, default=0.0)
+            for difference, output in zip(differences, outputs_before, strict=True):
+                if pass_.exact and difference > _rounding(output):
+                    raise RewriteError(
+                        f"pass {pass_.name} says that it is exact, and an output differs by {difference:.2g}",
+                        hint="leave the pass out of the recipe, or let it say exact = False",
+                    )
         return entry
 
     @staticmethod
@@ -263,11 +271,14 @@ def _float_outputs(program: Program) -> list[torch.Tensor]:
     return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def _difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
     """Largest absolute difference; infinite where one is NaN or infinite and the other is not the same."""
-    largest = 0.0
-    for a, b in zip(before, after, strict=True):
-        same = (a == b) | (a.isnan() & b.isnan())
-        difference = (a.double() - b.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-        largest = max(largest, float(difference.max()) if difference.numel() else 0.0)
-    return largest
+    same = (before == after) | (before.isnan() & after.isnan())
+    found = (before.double() - after.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+    return float(found.max()) if found.numel() else 0.0
+
+
+def _rounding(output: torch.Tensor) -> float:
+    """More than sums in another order would change: the root of the type's precision, of the largest value."""
+    largest = output.double().abs().nan_to_num(nan=0.0, posinf=0.0).amax() if output.numel() else 0.0
+    return float(torch.finfo(output.dtype).eps ** 0.5 * largest)

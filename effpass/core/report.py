@@ -71,6 +71,8 @@ class PassReport:
                 gain += f", {_signed(self.weight_bytes, 'B')} of weights read a call"
             if self.flops:
                 gain += f", {_signed(self.flops, 'FLOP')} a call"
+            if self.max_difference is not None:
+                gain += f", outputs differ by at most {self.max_difference:.2g}"
             return f"{self.name}: {self.hits} rewritten{gain}"
         if not self.refusals:
             return f"{self.name}: nothing to rewrite"

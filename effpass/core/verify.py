@@ -41,6 +41,7 @@ class Snapshot:
         nodes: all nodes.
         inputs: names of the placeholders.
         outputs: per output, `(shape, dtype)` as traced.
+        storages: per output, the node whose storage it has.
         epochs: reader → {storage root: number of writes to it before the read}. A *storage root* is the node whose
             storage a chain of views reads.
         writes: storage root → the nodes that write to it, in order.
@@ -49,6 +50,7 @@ class Snapshot:
     nodes: frozenset[Node]
     inputs: tuple[str, ...]
     outputs: tuple[Any, ...]
+    storages: tuple[Any, ...]
     epochs: dict[Node, dict[Node, int]]
     writes: dict[Node, list[Node]]
 
@@ -57,7 +59,8 @@ def snapshot(program: Program) -> Snapshot:
     """Take down what :func:`verify` compares with; call it before the pass."""
     nodes = frozenset(program.graph.nodes)
     inputs = tuple(n.name for n in program.graph.find_nodes(op="placeholder"))
-    return Snapshot(nodes, inputs, _outputs(program.graph), *_accesses(program.graph))
+    epochs, writes, root = _accesses(program.graph)
+    return Snapshot(nodes, inputs, _outputs(program.graph), _storages(program.graph, root), epochs, writes)
 
 
 def verify(program: Program, before: Snapshot, name: str) -> None:
@@ -69,8 +72,9 @@ def verify(program: Program, before: Snapshot, name: str) -> None:
         name: the pass, for the message.
 
     Raises:
-        RewriteError: the graph is malformed, its inputs or outputs changed, a new node has no value, or reads and
-            writes of one storage changed their order. A write that the pass declared with
+        RewriteError: the graph is malformed, its inputs or outputs changed, a new node has no value, a write reaches
+            another storage than before, an output has the storage of an input, or reads and writes of one storage
+            changed their order. A write that the pass declared with
             :meth:`~effpass.core.program.Program.replace_write` counts as the one it replaces.
     """
     try:
@@ -102,7 +106,14 @@ def _verify_interface(program: Program, before: Snapshot, name: str) -> None:
 
 
 def _verify_order(program: Program, before: Snapshot, name: str) -> None:
-    reads, writes = _accesses(program.graph)
+    reads, writes, storage = _accesses(program.graph)
+    for position, (was, now) in enumerate(zip(before.storages, _storages(program.graph, storage), strict=True)):
+        if isinstance(now, Node) and now.op == "placeholder" and now is not was:
+            raise RewriteError(
+                f"pass {name} made output {position} share the storage of the input {now.name}, so that a write to one"
+                " is a write to both",
+                hint="give a copy: aten.clone",
+            )
     alive = set(program.graph.nodes)
     stands_for = {new: old for new, (old, _) in program.replaced_writes.items() if new not in before.nodes}
     for root, old in before.writes.items():
@@ -114,6 +125,12 @@ def _verify_order(program: Program, before: Snapshot, name: str) -> None:
             )
     for root, new in writes.items():
         old = before.writes.get(root, [])
+        moved = [w for w in new if w in before.nodes and w not in old]
+        if moved and root in before.nodes:
+            raise RewriteError(
+                f"pass {name} made {moved[0].name} write to {root.name}, where it wrote to a value of its own",
+                hint="a value that is written in place can't be replaced by the one that it was a copy of",
+            )
         added = [w for w in new if w not in before.nodes and stands_for.get(w) not in old]
         if added and root in before.nodes:
             raise RewriteError(f"pass {name} added writes to {root.name}: {_names(added)}")
@@ -143,8 +160,10 @@ def _verify_read(before: Snapshot, root: Node, reader: Node, epoch: int, name: s
         )
 
 
-def _accesses(graph: torch.fx.Graph) -> tuple[dict[Node, dict[Node, int]], dict[Node, list[Node]]]:
-    """Reads and writes of every storage that is written at all, as :class:`Snapshot` describes them."""
+def _accesses(
+    graph: torch.fx.Graph,
+) -> tuple[dict[Node, dict[Node, int]], dict[Node, list[Node]], dict[Node, Node]]:
+    """As in :class:`Snapshot`: reads and writes of every storage that is written at all. And the root of each node."""
     root: dict[Node, Node] = {}
     writes: dict[Node, list[Node]] = defaultdict(list)
     reads: list[tuple[Node, Node, int]] = []
@@ -162,7 +181,7 @@ def _accesses(graph: torch.fx.Graph) -> tuple[dict[Node, dict[Node, int]], dict[
     for node, storage, epoch in reads:
         if writes[storage]:
             epochs[node][storage] = epoch
-    return dict(epochs), {storage: nodes for storage, nodes in writes.items() if nodes}
+    return dict(epochs), {storage: nodes for storage, nodes in writes.items() if nodes}, root
 
 
 def aliased_operands(node: Node) -> Iterator[tuple[Node, bool]]:
@@ -205,6 +224,12 @@ def _outputs(graph: torch.fx.Graph) -> tuple[Any, ...]:
     (output,) = graph.find_nodes(op="output")
     flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
     return tuple(_described(value) for value in flat)
+
+
+def _storages(graph: torch.fx.Graph, root: dict[Node, Node]) -> tuple[Any, ...]:
+    (output,) = graph.find_nodes(op="output")
+    flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
+    return tuple(root.get(value) if isinstance(value, Node) else None for value in flat)
 
 
 def _described(output: Any) -> Any:

@@ -413,3 +413,30 @@ def test_five_lengths_are_two_graphs(toy_passes):
         expected = torch.nn.functional.linear(x, 3 * net.q_proj.weight, net.q_proj.bias).softmax(-1)
         torch.testing.assert_close(run(x, torch.zeros(2, 32, 4)), expected)
     assert [r.hits for r in reports] == [2, 2]
+
+
+def _without_copy(program: Program) -> None:
+    copy = node(program, aten.mul.Tensor)
+    copy.replace_all_uses_with(copy.args[0])
+    program.graph.erase_node(copy)
+
+
+def test_a_write_that_reaches_the_value_it_was_to_leave_alone():
+    def in_place(x):
+        return (x * 1.0).add_(1)
+
+    with pytest.raises(RewriteError, match=r"pass toy made add_ write to x_1, where it wrote to a value of its own"):
+        checked(program_of(in_place, torch.ones(3)), _without_copy)
+
+    def of_a_value_that_is_read(x):
+        y = x.exp()
+        return (y * 1.0).add_(1) + y
+
+    with pytest.raises(RewriteError, match="pass toy made add_ write to exp"):
+        checked(program_of(of_a_value_that_is_read, torch.ones(3)), _without_copy)
+
+
+def test_an_output_that_becomes_the_input():
+    with pytest.raises(RewriteError, match="pass toy made output 0 share the storage of the input x_1"):
+        checked(program_of(lambda x: (x * 1.0).view(-1), torch.ones(2, 3)), _without_copy)
+    checked(program_of(lambda x: (x.exp() * 1.0).view(-1), torch.ones(2, 3)), _without_copy)
