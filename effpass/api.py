@@ -127,6 +127,7 @@ def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.M
         p.pass_.check_model(model)
     report = PassManager(first).prepare(model)
     prepared = model.get_base_model() if _is_merged_peft(model) else model  # type: ignore[operator]
+    report.compiled = [p.pass_.name for p in second]
     prepared.effpass_report = report
     items = [
         {p.pass_.name: {**dump_options(p.pass_.options), "require": p.require, "verify": p.verify}} for p in second

@@ -91,12 +91,14 @@ class Report:
         passes: one entry per pass, in the order they ran.
         unrewritten: why the graph went on as it was, when it could not be brought into the dialect.
         generates: why the model's `generate` is transformers' own, where the decode engine can't run the model.
+        compiled: names of passes that act on the graphs of this model, when it is called.
     """
 
     entrance: str
     passes: list[PassReport] = field(default_factory=list)
     unrewritten: str | None = None
     generates: str | None = None
+    compiled: list[str] = field(default_factory=list)
 
     @property
     def hits(self) -> int:
@@ -106,7 +108,8 @@ class Report:
         if self.unrewritten:
             return [f"graph left as it was: {self.unrewritten}"]
         engine = [f"generate is transformers' own: {self.generates}"] if self.generates else []
-        return [p.line() for p in self.passes] + engine
+        graphs = [f"{name}: acts on the model's graphs, when it is called" for name in self.compiled]
+        return [p.line() for p in self.passes] + graphs + engine
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -94,6 +94,11 @@ def check_passes(planned: Sequence[Planned]) -> None:
                 f"{name} spreads the model over processes, and a file is for one",
                 hint="export in one process, without torchrun",
             )
+        if p.verify and not pass_.has_first_hand:
+            raise PassRefusedError(
+                f"{name} has verify: true, which runs the program on the inputs of a call, and an export has none",
+                hint="leave verify out: an export compares the rewritten model with the original anyway (method loss)",
+            )
         if not pass_.has_first_hand and ("program" not in pass_.entrances or not pass_.has_second_hand):
             raise PassRefusedError(
                 f"{name} can't act on an exported program; it acts on: {', '.join(pass_.entrances)}",

@@ -596,3 +596,11 @@ def test_runtime_passes_have_no_place_in_a_file() -> None:
 
     with pytest.raises(PassRefusedError, match=r"needs_a_loop can't act .* it is a runtime pass.*\n.*effpass\.prepare"):
         export.check_passes([Planned(NeedsALoop())])
+
+
+def test_verifying_has_no_inputs_in_an_export() -> None:
+    from effpass.core.manager import Planned
+    from effpass.passes.graph.fuse_rotary_table import FuseRotaryTable
+
+    with pytest.raises(PassRefusedError, match=r"fuse_rotary_table has verify: true.*\n.*leave verify out"):
+        export.check_passes([Planned(FuseRotaryTable(), verify=True)])

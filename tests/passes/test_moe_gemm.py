@@ -367,6 +367,7 @@ def test_prompts_of_any_length_share_the_graphs_of_a_prepared_model(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     model = effpass.prepare(make("qwen3_moe"), {"version": 1, "passes": ["moe_gemm"]})
+    assert model.effpass_report.lines() == ["moe_gemm: acts on the model's graphs, when it is called"]
     for length in (10, 17, 33, 6, 50):
         model.generate(torch.randint(5, 60, (1, length)), max_new_tokens=2, do_sample=False)
     assert counters["stats"]["unique_graphs"] == 3
