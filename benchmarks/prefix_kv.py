@@ -59,7 +59,7 @@ class _All(Staging):
         sums = vars(layer).setdefault("sums", {})
         for kind in _KINDS:
             self._importance, self._window = kind
-            layer.received = layer.asked = sums.setdefault(kind, torch.zeros_like(layer.received))
+            layer.from_all = layer.from_last = sums.setdefault(kind, torch.zeros_like(layer.from_all))
             super().attended(index, query, keys, scale, softcap)
 
 
@@ -117,7 +117,7 @@ class _Again(BudgetSession):
         for index in range(len(kept)):
             layer = staging.staged(index)
             sums = layer.sums  # type: ignore[attr-defined]
-            layer.received, layer.asked = sums[_KINDS[0]], sums["window", self.settings.policy.window]
+            layer.from_all, layer.from_last = sums[_KINDS[0]], sums["window", self.settings.policy.window]
         self._keep_logits(self.prompt.last, row)
         if counts is not None:
             self._grow(counts, limits)

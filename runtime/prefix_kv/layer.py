@@ -25,15 +25,15 @@ class EvictingLayer(BufferedLayer):
         device: where it is.
 
     Attributes:
-        received: float32 `[B, S]`: attention that each slot's token received from the prompts.
-        asked: float32 `[B, S]`: the same, from the last tokens of each prompt.
+        from_all: float32 `[B, S]`: attention that each slot's token received from all tokens of the prompts.
+        from_last: float32 `[B, S]`: the same from the last tokens of each prompt.
         pinned: bool `[B, S]`: tokens that the caller asked to keep.
         anchor: int32 `[B, 1]`: while decoding, positions below it stay.
     """
 
     keeps_places = False
-    received: Tensor
-    asked: Tensor
+    from_all: Tensor
+    from_last: Tensor
     pinned: Tensor
     anchor: Tensor
 
@@ -75,14 +75,14 @@ class EvictingLayer(BufferedLayer):
         device = self.slots.positions.device
         self.slots, self.keys, self.values, self.latents = Slots(batch, capacity, device), None, None, None
         self.lazy_initialization(keys, values)
-        self.received, self.asked = torch.zeros(2, batch, capacity, device=device)
+        self.from_all, self.from_last = torch.zeros(2, batch, capacity, device=device)
         self.pinned = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.anchor = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         return True
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """What is known of each slot beside its position, each `[B, S]`."""
-        return self.received, self.asked, self.pinned
+        return self.from_all, self.from_last, self.pinned
 
     def put(self, row: int, keys: Tensor, values: Tensor, positions: Tensor, tables: Sequence[Tensor]) -> None:
         """Fill the slots of the rows from `row` on; all arguments are of these rows, and of T slots."""

@@ -46,27 +46,27 @@ class Policy:
         """What each layer keeps of each sequence, from the prompt; see :func:`threshold_counts` for the arguments."""
         return threshold_counts(mass, totals, low, high)
 
-    def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
+    def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
         """What a layer keeps first: float32 `[B, S]`, larger is earlier.
 
         Args:
-            received: float32 `[B, S]`: attention from all tokens.
-            asked: float32 `[B, S]`: attention from the last ones.
+            from_all: float32 `[B, S]`: attention that a token received from all of the prompt, in the mean of heads.
+            from_last: float32 `[B, S]`: the same from the prompt's last :attr:`window` tokens.
             positions: int32 `[B, S]`, ascending among those that are not -1.
             sink: positions below it are kept anyway.
         """
         if self.importance == "both":
-            return _share(received, positions, sink) + _share(asked, positions, sink)
-        return received if self.importance == "full" else asked
+            return _share(from_all, positions, sink) + _share(from_last, positions, sink)
+        return from_all if self.importance == "full" else from_last
 
-    def recent(self, count: int, recent: int) -> int:
+    def recent(self, count: int, at_least: int) -> int:
         """How many of the last tokens a layer that keeps `count` always keeps.
 
         Args:
             count: what the layer keeps.
-            recent: the option of that name.
+            at_least: the option `recent`.
         """
-        return recent
+        return at_least
 
 
 def _share(scores: Tensor, positions: Tensor, sink: int) -> Tensor:

@@ -34,6 +34,6 @@ class PrefixKV(Policy):
     def shares(self, ratio: float, layers: int) -> Sequence[float] | None:
         return None if self.profile is None else self.profile.at(ratio)
 
-    def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
-        ranks = super().rank(received, asked, positions, sink)
+    def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
+        ranks = super().rank(from_all, from_last, positions, sink)
         return ranks if self.pool == 1 else pooled(ranks, self.pool)

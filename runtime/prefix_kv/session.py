@@ -156,7 +156,7 @@ class BudgetSession(Session):
         for index in self.full:
             layer = staging.staged(index)
             table = layer.slots.positions
-            rank = settings.policy.rank(layer.received, layer.asked, table, settings.sink)
+            rank = settings.policy.rank(layer.from_all, layer.from_last, table, settings.sink)
             recent = settings.policy.recent(mean, settings.recent)
             order = priority(rank, table, layer.pinned, settings.sink, recent)
             masses.append(cumulative_mass(rank, table, order, settings.sink))
@@ -258,7 +258,7 @@ class BudgetSession(Session):
             row_counts = limits.row_counts(count, lengths)
             recent = settings.policy.recent(count, settings.recent)
             capacity = min(capacity, growth.at(capacity) + settings.every)
-        rank = settings.policy.rank(staged.received, staged.asked, table, settings.sink)
+        rank = settings.policy.rank(staged.from_all, staged.from_last, table, settings.sink)
         order = priority(rank, table, staged.pinned, settings.sink, recent)
         of_rows = _column(row_counts, table.device)
         slots, positions = kept_slots(order, table, count, of_rows)

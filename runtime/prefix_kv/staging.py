@@ -24,7 +24,7 @@ class StagedLayer(BufferedLayer):
     """What a layer kept of earlier turns, in the order of positions, with room for the prompt.
 
     Attributes:
-        received, asked, pinned: as in :class:`EvictingLayer`, `[rows, S]`.
+        from_all, from_last, pinned: as in :class:`EvictingLayer`, `[rows, S]`.
     """
 
     def __init__(self, kept: EvictingLayer, slots: Slots, rows: int, before: int) -> None:
@@ -32,7 +32,7 @@ class StagedLayer(BufferedLayer):
         self.kept = kept
         batch, capacity = slots.positions.shape
         device = slots.positions.device
-        self.received, self.asked = torch.zeros(2, batch, capacity, device=device)
+        self.from_all, self.from_last = torch.zeros(2, batch, capacity, device=device)
         self.pinned = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._order: Tensor | None = None
         if before:
@@ -56,7 +56,7 @@ class StagedLayer(BufferedLayer):
             buffer[:, :, :before] = kept.gather(2, order)
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.received, self.asked, self.pinned
+        return self.from_all, self.from_last, self.pinned
 
     def free(self) -> None:
         self.keys = self.values = self.latents = None
@@ -133,10 +133,10 @@ class Staging(DecodeCache):
         layer = self.staged(index)
         if not layer.is_sliding:
             if self._importance in ("full", "both"):
-                self._add(layer, layer.received, query, keys, query.shape[2], scale, softcap)
+                self._add(layer, layer.from_all, query, keys, query.shape[2], scale, softcap)
             last = min(self._window - self._left, query.shape[2])
             if self._importance in ("window", "both") and last > 0:
-                self._add(layer, layer.asked, query, keys, last, scale, softcap)
+                self._add(layer, layer.from_last, query, keys, last, scale, softcap)
         if self._left == 0 and self._settle is not None:
             self._settle(index)
 

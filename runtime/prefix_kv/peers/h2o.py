@@ -15,5 +15,5 @@ class H2O(Uniform):
 
     name = "h2o"
 
-    def recent(self, count: int, recent: int) -> int:
-        return max(recent, count // 2)
+    def recent(self, count: int, at_least: int) -> int:
+        return max(at_least, count // 2)

@@ -26,8 +26,8 @@ class SnapKV(Policy):
     def shares(self, ratio: float, layers: int) -> Sequence[float]:
         return [1.0] * layers
 
-    def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
-        return pooled(asked, self.kernel)
+    def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
+        return pooled(from_last, self.kernel)
 
-    def recent(self, count: int, recent: int) -> int:
-        return max(recent, min(self.window, count // 2))
+    def recent(self, count: int, at_least: int) -> int:
+        return max(at_least, min(self.window, count // 2))

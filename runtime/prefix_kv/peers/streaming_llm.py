@@ -21,5 +21,5 @@ class StreamingLLM(Policy):
     def shares(self, ratio: float, layers: int) -> Sequence[float]:
         return [1.0] * layers
 
-    def rank(self, received: Tensor, asked: Tensor, positions: Tensor, sink: int) -> Tensor:
+    def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
         return positions.float()
