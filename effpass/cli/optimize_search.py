@@ -79,17 +79,19 @@ def search(
         log, lambda: load(False).model, texts, goal, limit, workload, most, given,
         "Python's reference" if data is None else data.name, lambda line: say.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
+    ended, chosen, is_stopped = False, None, False
     try:
         found.begin()
         ended = found.run(trials)
         chosen = found.confirm() if ended else None
     except KeyboardInterrupt:
-        ended, chosen = False, None
+        ended, chosen, is_stopped = False, None, True
     found.picture()
     show(found, chosen)
     if not ended:
-        stdout().print(f"stopped; go on: effpass optimize … -o {folder} --resume", markup=False, soft_wrap=True)
-    return ended
+        why = "stopped" if is_stopped else f"measured as many as --trials {trials} asks for"
+        stdout().print(f"{why}; go on: effpass optimize … -o {folder} --resume", markup=False, soft_wrap=True)
+    return not is_stopped
 
 
 def _texts(data: Path | None, validation: Path | None) -> tuple[str, str | None]:

@@ -28,8 +28,8 @@ def test_a_search_stopped_and_gone_on_with(run, tiny_model, text, tmp_path, monk
     out = tmp_path / "found"
     words = ("optimize", tiny_model, "--goal", "memory", "--quality-loss", "5%", "-d", text, *SMALL, "-o", out)
     stopped = run(*words, "--trials", 1)
-    assert stopped.exit_code == 130, stopped.output
-    assert f"stopped; go on: effpass optimize … -o {out} --resume" in stopped.stdout
+    assert stopped.exit_code == 0, stopped.output
+    assert f"measured as many as --trials 1 asks for; go on: effpass optimize … -o {out} --resume" in stopped.stdout
     assert len(json.loads((out / "search.json").read_text())["trials"]) == 1
     assert (out / "recipe.yaml").is_file()
 
