@@ -38,7 +38,7 @@ def search(
     device: str,
     load: Callable[[bool], LoadedModel],
 ) -> bool:
-    """Search, keep all in `folder` and show it; says whether it has come to its end.
+    """Search, keep all in `folder` and show it; False where Ctrl-C ended it.
 
     Args:
         model: as the user calls it.
