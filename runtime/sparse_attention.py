@@ -154,7 +154,12 @@ class SparseReader:
 
     def _layer(self, cache: DecodeCache, index: int, layer: BufferedLayer) -> _Layer:
         """The layer's state; another one where its buffers are others."""
-        assert layer.keys is not None  # keys of few bits have no place beside it
+        if layer.keys is None:  # a recipe says it before; this is a model that was prepared twice
+            raise ModelError(
+                f"layer {index} stores its keys in another type ({type(layer).__name__}), and sparse_attention reads"
+                " them as they are",
+                hint="set kv_cache_dtype: auto in prefix_kv",
+            )
         keys, _ = _stored(layer, cache.batch, 1)
         state = self.layers.get(index)
         if state is None or state.keys.data_ptr() != keys.data_ptr() or state.keys.shape != keys.shape:

@@ -262,6 +262,10 @@ def test_bad_options_are_refused_in_the_recipe(options: dict[str, Any], message:
 def test_keys_of_another_type_are_refused() -> None:
     with pytest.raises(PassRefusedError, match="prefix_kv stores keys as int8"):
         pair("llama", None, {"prefix_kv": {"budget": 120, "kv_cache_dtype": "int8"}})
+    _, model = pair("llama")
+    effpass.prepare(model, {"version": 1, "passes": [{"prefix_kv": {"budget": 120, "kv_cache_dtype": "int8"}}]})
+    with pytest.raises(EffpassError, match="kv_cache_dtype: int8 in prefix_kv, and kv_offload holds keys"):
+        generate(model, families.batch(LENGTH))
 
 
 def test_layers_that_slide_stay_on_the_device() -> None:

@@ -220,6 +220,9 @@ def test_keys_that_are_stored_in_other_types_are_refused(is_first: bool) -> None
     with pytest.raises(PassRefusedError, match="stores keys as int8, and sparse_attention reads them as they are"):
         prepared(model, *(passes if is_first else passes[::-1]))
     assert not hasattr(model, "effpass_reader")
+    twice = prepared(prepared(model, passes[0]), passes[1])
+    with pytest.raises(ModelError, match=r"stores its keys in another type \(Int8Layer\)"):
+        generate(twice, families.batch(90))
 
 
 def test_a_model_whose_layers_all_slide_has_nothing_to_choose() -> None:
