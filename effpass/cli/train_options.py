@@ -122,6 +122,12 @@ def choice(value: str, known: tuple[str, ...], option: str) -> Any:
     return value
 
 
+def _refuse_idle(option: str, is_idle: bool, switch: str) -> None:
+    """Refuse an option that was given and that nothing reads."""
+    if is_idle:
+        raise EffpassError(f"{option} does nothing without {switch}", hint=f"add {switch}, or leave {option} out")
+
+
 def sparse_settings(attention: str | None, budget: int, block: int, balance: bool, anchor: str, guard: float) -> Any:
     """Settings of sparse attention; None without it."""
     from effpass.trainers.finetune.settings import Sparse
@@ -137,12 +143,10 @@ def sparse_settings(attention: str | None, budget: int, block: int, balance: boo
         "--anchor": anchor != usual.anchor,
         "--guard": guard != usual.p,
     }
-    for option, switch, is_on in (
-        *((name, "--attention sparse", attention is not None) for name in ("--attention-budget", "--attention-block")),
-        *((name, "--balance", balance) for name in ("--anchor", "--guard")),
-    ):
-        if changed[option] and not is_on:
-            raise EffpassError(f"{option} does nothing without {switch}", hint=f"add {switch}, or leave {option} out")
+    for option in ("--attention-budget", "--attention-block"):
+        _refuse_idle(option, changed[option] and attention is None, "--attention sparse")
+    for option in ("--anchor", "--guard"):
+        _refuse_idle(option, changed[option] and not balance, "--balance")
     if attention is None:
         return None
     chosen = choice(anchor, ("mean", "min", "max"), "--anchor")
@@ -190,8 +194,5 @@ def what_learns(
         raise EffpassError(str(error)) from error
     for option, is_changed in changed.items():
         kinds = ("afa-lora",) if option in ("--activation", "--anneal-end", "--anneal") else ("lora", "afa-lora")
-        if is_changed and not set(kinds) & set(stages or (method,)):
-            raise EffpassError(
-                f"{option} is of an adapter, and none learns here", hint=f"{' or '.join(kinds)}, or leave {option} out"
-            )
+        _refuse_idle(option, is_changed and not set(kinds) & set(stages or (method,)), f"method {' or '.join(kinds)}")
     return found

@@ -56,9 +56,9 @@ train sft | --accumulate | -1 | accumulate: got -1, expected at least 1
 train sft | --sequence-length | 1 | sequence_length: got 1, expected at least 2
 train sft | --alpha | nan | alpha: got nan, expected a positive number
 train sft | --dropout | 1 | dropout: got 1.0, expected a share from 0 to below 1
-train sft | --rank | 16 | --rank is of an adapter, and none learns here
-train sft | --targets | q_proj | --targets is of an adapter, and none learns here
-train sft | --anneal | linear | --anneal is of an adapter, and none learns here
+train sft | --rank | 16 | --rank does nothing without method lora or afa-lora
+train sft | --targets | q_proj | --targets does nothing without method lora or afa-lora
+train sft | --anneal | linear | --anneal does nothing without method afa-lora
 train sft | --anneal | step | --anneal: got 'step'; known: cosine, linear
 train sft | --anneal-end | nan | anneal from 0.0 to nan of the steps
 train sft | --dtype | int8 | --dtype: got 'int8'; known: bfloat16, float32
