@@ -153,11 +153,8 @@ class PassManager:
             started = time.perf_counter()
             for part, found in zip(parts, candidates, strict=True):
                 self._rewrite(pass_, part, found, entry)
-        except (
-            EffpassError,
-            torch._dynamo.exc.TensorifyScalarRestartAnalysis,
-        ):  # the latter is Dynamo's way to restart
-            raise
+        except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
+            raise  # the second is how Dynamo begins anew, and no failure
         except Exception as error:
             raise RewriteError(
                 f"pass {pass_.name} failed: {type(error).__name__}: {error}",

@@ -221,15 +221,16 @@ def _yields_tensor(node: Node) -> bool:
 
 
 def _outputs(graph: torch.fx.Graph) -> tuple[Any, ...]:
-    (output,) = graph.find_nodes(op="output")
-    flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
-    return tuple(_described(value) for value in flat)
+    return tuple(_described(value) for value in _flat_outputs(graph))
 
 
 def _storages(graph: torch.fx.Graph, root: dict[Node, Node]) -> tuple[Any, ...]:
+    return tuple(root.get(value) if isinstance(value, Node) else None for value in _flat_outputs(graph))
+
+
+def _flat_outputs(graph: torch.fx.Graph) -> list[Any]:
     (output,) = graph.find_nodes(op="output")
-    flat, _ = torch.utils._pytree.tree_flatten(output.args[0])
-    return tuple(root.get(value) if isinstance(value, Node) else None for value in flat)
+    return torch.utils._pytree.tree_leaves(output.args[0])
 
 
 def _described(output: Any) -> Any:

@@ -10,7 +10,8 @@ Pairs of tokens in different halves of a chunk decay to and from its middle, bot
 decay to and from the middle of that half: one factor has an exponent above 0, which is safe as long as no 16 tokens
 decay by more than e^−80. In a chunk where some do, a steep one, the middles of 32, 16, 8, 4 and 2 tokens do what that
 of 64 does. RANGE says which chunks a launch takes: all, of which none is steep ("mild") or any may be ("steep"), or one
-kind and not the other ("mild only", "steep only"), since a program that can do both has registers for neither.
+kind and not the other ("mild only", "steep only"): a program that can do both has registers for neither, and with
+products of matrices in the two arms of an `if` Triton 3.6 gives wrong results on sm_90.
 """
 
 from __future__ import annotations

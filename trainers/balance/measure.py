@@ -27,6 +27,7 @@ from effpass.core.roofline import device_name
 from effpass.lowering.ops.routed_attention import trainable_sparse_attention
 from effpass.runtime.cache import full_layers
 from effpass.runtime.context_parallel import check_groups
+from effpass.runtime.cuda_graph import record
 from effpass.trainers.balance.table import LatencyTable, from_flops, read_table, write_table
 
 __all__ = ["attention_seconds", "grid", "latency_table", "rest_seconds", "seconds_of"]
@@ -196,20 +197,10 @@ def _attention(
         out, _ = trainable_sparse_attention(q, k, v, ends, budget, block=block, max_budget=most)
         torch.autograd.grad(out, leaves, gradient)
 
-    return (_captured(run, device) if device.type == "cuda" else run), budget
-
-
-def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`run` as a CUDA graph."""
+    if device.type != "cuda":
+        return run, budget
     with torch.cuda.device(device):
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            run()
-    return graph.replay
+        return record(run, warm_up=run).replay, budget
 
 
 def rest_seconds(model: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:

@@ -130,12 +130,10 @@ class Tuner(AdapterTrainer, Loop):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The mean over the step's graded tokens, plus the router's loss where the model has one."""
-        weights, targets = inputs.pop("weights"), inputs.pop("targets", None)
+        weights, targets = inputs.pop("weights"), inputs.pop("targets")
         outputs = model(**inputs, use_cache=False, **self.asks_router)
-        if targets is None:
-            loss = (_token_losses(outputs.logits[:, :-1], inputs["input_ids"][:, 1:]) * weights[:, 1:]).sum()
-        else:  # a part of a micro-batch; what the parts lose is added up, where processes are averaged
-            loss = (_token_losses(outputs.logits, targets) * weights).sum() * self.processes.sharing
+        # Processes are averaged, and what the parts of a micro-batch lose is added up.
+        loss = (_token_losses(outputs.logits, targets) * weights).sum() * self.processes.sharing
         return self.with_balance(loss, outputs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -173,11 +171,8 @@ def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches, pr
             widest = max(sum(len(sample.tokens) for sample in row) for row in part)
             batch = {name: value.to(device) for name, value in make_rows(part, widest, like.pad).items()}
             batch = processes.part(batch)
-            graded, owner, targets = batch.pop("graded"), batch.pop("sample"), batch.pop("targets", None)
+            graded, owner, targets = (batch.pop(name) for name in ("graded", "sample", "targets"))
             logits = model(**batch, use_cache=False).logits
-            if targets is None:
-                logits, targets = logits[:, :-1], batch["input_ids"][:, 1:]
-                graded, owner = graded[:, 1:], owner[:, 1:]
             weights, owners = graded.flatten().double(), owner.flatten()
             none = weights.new_zeros(sum(map(len, part)))
             losses = _token_losses(logits, targets).flatten() * weights

@@ -67,18 +67,17 @@ class Processes:
         return cls(rank, shape[0], sharing, mesh["context"], mesh["data"].get_group())
 
     def part(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """This process's part of a micro-batch `[B, T]`; itself where nothing is shared.
+        """This process's part of a micro-batch `[B, T]`, all of it where nothing is shared.
 
-        All but ``input_ids`` and ``position_ids`` is about the prediction of a token from those before; in a part it
-        stands at the token before, and so do ``targets``, the tokens themselves.
+        All but ``input_ids`` and ``position_ids`` is about the prediction of a token from those before; it is moved to
+        the token before, and so are ``targets``, the tokens themselves. What is about no token is 0.
         """
-        if self.context is None:
-            return dict(batch)
         rows = {name: value for name, value in batch.items() if value.shape == batch["input_ids"].shape}
         others = {name: value for name, value in batch.items() if name not in rows}
         inputs = {name: rows.pop(name) for name in ("input_ids", "position_ids")}
         rows["targets"] = inputs["input_ids"]
-        return shard({**others, **inputs, **{name: pad(x[:, 1:], (0, 1)) for name, x in rows.items()}}, self.context)
+        whole = {**others, **inputs, **{name: pad(x[:, 1:], (0, 1)) for name, x in rows.items()}}
+        return whole if self.context is None else shard(whole, self.context)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of what the parts of a micro-batch have, in place."""
