@@ -1,22 +1,16 @@
-"""Runs of area `adapters`: one fine-tuning, supervised or by rewards, to one figure; and many, on all GPUs in turn.
-
-A run that came to its end stands in the file that the environment variable `EFFPASS_RUNS` names, and is not run again.
-`EFFPASS_LANES` processes run side by side, each on the next GPU. None begins a run `EFFPASS_SECONDS` after the start.
-"""
+"""Runs of area `adapters`: one fine-tuning, supervised or by rewards, to one figure; and many (:mod:`.kept_runs`)."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import multiprocessing
 import os
 import random
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +20,7 @@ from typing import Any
 import torch
 
 import effpass
+from benchmarks import kept_runs
 from effpass.core.errors import EffpassError
 from effpass.trainers.afa_lora import LoraSettings
 from effpass.trainers.finetune.loop import HeldOut, Tuner, held_out_loss, training_arguments
@@ -39,7 +34,6 @@ from effpass.trainers.run_folder import Recorder
 
 __all__ = ["Cycles", "Found", "Questions", "Run", "held_out", "results"]
 
-_STARTED = time.time()
 # On a GPU no step waits for the device. A loss that is not finite still ends a run.
 _OPTIONS: dict[str, dict[str, Any]] = {"mona": {"capturable": True, "nan_policy": "skip"}, "adamw": {"fused": True}}
 
@@ -96,55 +90,13 @@ class Found:
 
 # -- many runs --------------------------------------------------------------------------------------------------------
 
-_found: dict[str, Found] = {}
-
 
 def results(runs: Sequence[Run]) -> list[Found | None]:
     """Of each run; None where the time is over."""
-    _found.update(_kept())
-    missing = [run for run in dict.fromkeys(runs) if _key(run) not in _found]
-    lanes = int(os.environ.get("EFFPASS_LANES", "1"))
-    deadlines = [_STARTED + float(os.environ.get("EFFPASS_SECONDS", "inf"))] * len(missing)
-    if lanes > 1 and missing:
-        found = list(_pool(lanes, missing[0].device).map(_result, missing, deadlines))
-    else:
-        found = [*map(_result, missing, deadlines)]
-    _found.update({_key(run): value for run, value in zip(missing, found, strict=True) if value is not None})
-    return [_found.get(_key(run)) for run in runs]
+    return kept_runs.results(runs, _result, lambda found: Found(**found), runs[0].device)
 
 
-@cache
-def _pool(lanes: int, device: str) -> ProcessPoolExecutor:
-    """Processes that stay for the next sweep, with the models and data that they have read."""
-    context = multiprocessing.get_context("spawn")
-    numbers = context.SimpleQueue()
-    for number in range(lanes):
-        numbers.put(number)
-    return ProcessPoolExecutor(lanes, context, _take_device, (device, numbers))
-
-
-def _take_device(device: str, numbers: Any) -> None:
-    """A process of a lane sees the next GPU alone: a Trainer takes the first that it sees."""
-    number = numbers.get()
-    if device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-
-
-def _key(run: Run) -> str:
-    return json.dumps(asdict(run))
-
-
-def _kept() -> dict[str, Found]:
-    path = Path(os.environ.get("EFFPASS_RUNS", ""))
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return {json.dumps(line["run"]): Found(**line["found"]) for line in lines}
-
-
-def _result(run: Run, deadline: float) -> Found | None:
-    if time.time() > deadline:
-        return None
+def _result(run: Run) -> Found:
     started = time.perf_counter()
     try:
         value, error = (
@@ -155,9 +107,6 @@ def _result(run: Run, deadline: float) -> Found | None:
         value, error = math.inf, math.inf
     found = Found(value, error, round(time.perf_counter() - started, 2))
     print(f"{run.method} {run.optimizer} {run.rate:g}, seed {run.seed}: {value:.4f}, {found.seconds:.1f} s", flush=True)
-    if path := os.environ.get("EFFPASS_RUNS"):
-        with Path(path).open("a") as file:  # one write a line: lanes share the file
-            file.write(json.dumps({"run": asdict(run), "found": asdict(found)}) + "\n")
     return found
 
 

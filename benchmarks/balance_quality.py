@@ -8,21 +8,17 @@ model, at four times a document's length. All ways have the same documents in th
 Documents are questions about a context (needles among 64) and code of the standard library, half and half, both with
 the answers, or all, graded. Held out: other code, and needles of other seeds, at the default budget for all ways.
 
-    EFFPASS_RUNS       file of finished runs, which are not run again (default: none)
-    EFFPASS_LANES      processes side by side (default 1)
     EFFPASS_TABLE      file of the large model's latency table
+
+Runs are kept, side by side and timed as :mod:`benchmarks.kept_runs` says.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks import kept_runs
 from benchmarks.balance_lengths import BUDGETS, DEFAULT, LENGTHS, the_table
 from benchmarks.quality import MODELS, _load, _tiny
 from benchmarks.rows import Row, row
@@ -77,6 +74,24 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        way: that budgets may move.
+        steps: at most.
+        seconds: of simulated time, after which it ends; 0 for no end but `steps`.
+        table: device of the latency table.
+    """
+
+    sizes: Sizes
+    way: Direction
+    seed: int
+    steps: int
+    seconds: float
+    table: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """
     Attributes:
@@ -100,20 +115,23 @@ def quality(device: str, smoke: bool) -> Iterator[Row]:
     """Fixed and moved budgets, equal tokens."""
     sizes = _sizes(device, smoke)
     ways: tuple[Direction, ...] = ("none", "both")
-    every = _runs(sizes, [(way, seed, sizes.steps, 0.0) for way in ways for seed in _seeds(smoke)])
-    found = {way: every[n * len(_seeds(smoke)) :][: len(_seeds(smoke))] for n, way in enumerate(ways)}
-    yield from _compared(f"{_name(device, smoke)}, {sizes.steps} steps", "both", found, device)
+    found = _found([Run(sizes, way, seed, sizes.steps, 0.0, _table()) for way in ways for seed in _seeds(smoke)])
+    if found is not None:
+        yield from _compared(f"{_name(device, smoke)}, {sizes.steps} steps", "both", found, device)
 
 
 def ablation(device: str, smoke: bool) -> Iterator[Row]:
     """Budgets that stay, fall alone, rise alone, or both, for the same simulated time."""
     sizes = _sizes(device, smoke)
-    seeds, ways = _seeds(smoke), ("down", "up", "both")
-    base = _runs(sizes, [("none", seed, sizes.steps, 0.0) for seed in seeds])
-    time = [one.seconds * one.steps for one in base]
-    every = _runs(sizes, [(way, seed, 4 * sizes.steps, time[n]) for way in ways for n, seed in enumerate(seeds)])
-    for number, way in enumerate(ways):
-        found: dict[Direction, list[Outcome]] = {"none": base, way: every[number * len(seeds) :][: len(seeds)]}
+    fixed = [Run(sizes, "none", seed, sizes.steps, 0.0, _table()) for seed in _seeds(smoke)]
+    ways: tuple[Direction, ...] = ("down", "up", "both")
+    base = _found(fixed)
+    if base is None:
+        return
+    time = [one.seconds * one.steps for one in base["none"]]
+    timed = [replace(run, steps=4 * run.steps, seconds=t) for run, t in zip(fixed, time, strict=True)]
+    found = _found([*fixed, *(replace(run, way=way) for way in ways for run in timed)])
+    for way in ways if found is not None else ():
         case = f"{_name(device, smoke)}, the simulated time of {sizes.steps} steps with fixed budgets"
         yield from _compared(case, way, found, device)
 
@@ -159,46 +177,29 @@ def _name(device: str, smoke: bool) -> str:
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-def _runs(sizes: Sizes, wanted: Sequence[tuple[Direction, int, int, float]]) -> list[Outcome]:
-    """Direction, seed, steps and seconds of each."""
-    lanes = int(os.environ.get("EFFPASS_LANES", "1"))
-    known = _kept()
-    missing = [each for each in wanted if _key(sizes, *each) not in known]
-    if lanes == 1:
-        found = [_kept_run(sizes, *each) for each in missing]
-    else:
-        with ProcessPoolExecutor(lanes, get_context("spawn")) as pool:
-            found = [run.result() for run in [pool.submit(_kept_run, sizes, *each) for each in missing]]
-    known |= {_key(sizes, *each): outcome for each, outcome in zip(missing, found, strict=True)}
-    return [known[_key(sizes, *each)] for each in wanted]
-
-
-def _key(sizes: Sizes, *run: Any) -> str:
-    return json.dumps([asdict(sizes), *run, the_table().device])
-
-
-def _kept() -> dict[str, Outcome]:
-    path = Path(os.environ.get("EFFPASS_RUNS", ""))
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    found = {}
-    for line in lines:
-        outcome = Outcome(**line["found"])
-        found[line["run"]] = replace(outcome, right={int(length): share for length, share in outcome.right.items()})
+def _found(runs: Sequence[Run]) -> dict[Direction, list[Outcome]] | None:
+    """Outcomes by way, seed after seed; None where runs are missing."""
+    found: dict[Direction, list[Outcome]] = {}
+    for run, outcome in zip(runs, kept_runs.results(runs, _run, _read, runs[0].sizes.device), strict=True):
+        if outcome is None:
+            print("more runs are needed: call again")
+            return None
+        found.setdefault(run.way, []).append(outcome)
     return found
 
 
-def _kept_run(sizes: Sizes, *run: Any) -> Outcome:
-    outcome = _run(sizes, *run)
-    if path := os.environ.get("EFFPASS_RUNS"):
-        with Path(path).open("a") as file:  # one write a line: lanes share the file
-            file.write(json.dumps({"run": _key(sizes, *run), "found": asdict(outcome)}) + "\n")
-    return outcome
+def _table() -> str:
+    return the_table().device
 
 
-def _run(sizes: Sizes, way: Direction, seed: int, steps: int, seconds: float) -> Outcome:
-    """Train for `steps` steps, or until `seconds` of simulated time have passed where that is not 0."""
+def _read(given: dict[str, Any]) -> Outcome:
+    return Outcome(**{**given, "right": {int(length): share for length, share in given["right"].items()}})
+
+
+def _run(run: Run) -> Outcome:
+    sizes, seconds = run.sizes, run.seconds
     model = _model(sizes)
-    how = replace(sizes.tuning, direction=way)
+    how = replace(sizes.tuning, direction=run.way)
     routed = install(model, block=sizes.block, budget=how.default, max_budget=how.budgets[-1])
     layers = routed.layers
     table = _scaled(sizes.scale, layers)
@@ -208,10 +209,10 @@ def _run(sizes: Sizes, way: Direction, seed: int, steps: int, seconds: float) ->
     taken: list[float] = []
     ratios: list[float] = []
     budgets: list[float] = []
-    for step in range(steps):
+    for step in range(run.steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 5)
-        documents = _documents(sizes, seed, step)
+        documents = _documents(sizes, run.seed, step)
         lengths = [len(ids) for ids, _ in documents]
         costs = sample_seconds(table, lengths, np.full(len(lengths), float(how.default)), sum(lengths) / RANKS)
         shares = share(costs, lengths, RANKS, 1, 2 * max(lengths))

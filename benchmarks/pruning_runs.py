@@ -1,13 +1,9 @@
-"""Runs of area `pruning`: one model, one method, one seed; the same tokens, loss and recovery for all.
-
-A run that came to its end stands in the file that the environment variable `EFFPASS_RUNS` names, and is not run again.
-`EFFPASS_LANES` processes run side by side, each on the next GPU. None begins a run `EFFPASS_SECONDS` after the start.
-"""
+"""Runs of area `pruning` (:mod:`.kept_runs`): one model, one method, one seed; the same tokens, loss and recovery for
+all."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import tempfile
 import time
@@ -23,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import effpass
-from benchmarks.adapters_runs import Questions, _data, _pool
+from benchmarks import kept_runs
+from benchmarks.adapters_runs import Questions, _data
 from benchmarks.pruning_learners import LEARNERS, learn_non_uniform
 from effpass.trainers.finetune.loop import held_out_loss
 from effpass.trainers.finetune.packing import PackedBatches
@@ -38,7 +35,6 @@ from effpass.trainers.run_folder import Recorder
 
 __all__ = ["Found", "Run", "Size", "losses_of", "results"]
 
-_STARTED = time.time()
 _ADAPTERS = 1e-3  # learning rate after the cut
 TEXT = ("$EFFPASS_DATA/text/*.txt", "$EFFPASS_DATA/gsm8k/train.jsonl", "$STDLIB/*.py")
 _OPTIONS: dict[str, dict[str, Any]] = {"mona": {"capturable": True, "nan_policy": "skip"}, "adamw": {"fused": True}}
@@ -105,44 +101,22 @@ class Found:
 
 # -- many runs --------------------------------------------------------------------------------------------------------
 
-_found: dict[str, Found] = {}
-
 
 def results(runs: Sequence[Run]) -> list[Found | None]:
     """Of each run; None where the time is over."""
-    path = Path(os.environ.get("EFFPASS_RUNS", ""))
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    _found.update({json.dumps(line["run"]): _read(line["found"]) for line in lines})
-    missing = [run for run in dict.fromkeys(runs) if _key(run) not in _found]
-    lanes = int(os.environ.get("EFFPASS_LANES", "1"))
-    deadlines = [_STARTED + float(os.environ.get("EFFPASS_SECONDS", "inf"))] * len(missing)
-    if lanes > 1 and missing:
-        found = list(_pool(lanes, missing[0].device).map(_result, missing, deadlines))
-    else:
-        found = [*map(_result, missing, deadlines)]
-    _found.update({_key(run): value for run, value in zip(missing, found, strict=True) if value is not None})
-    return [_found.get(_key(run)) for run in runs]
-
-
-def _key(run: Run) -> str:
-    return json.dumps(json.loads(json.dumps(asdict(run))))
+    return kept_runs.results(runs, _result, _read, runs[0].device)
 
 
 def _read(given: dict[str, Any]) -> Found:
     return Found(**{**given, "text": tuple(given["text"]), "answers": tuple(given["answers"])})
 
 
-def _result(run: Run, deadline: float) -> Found | None:
-    if time.time() > deadline:
-        return None
+def _result(run: Run) -> Found:
     started = time.perf_counter()
     found = _run(run)
     found = Found(**{**asdict(found), "seconds": round(time.perf_counter() - started, 2)})
     print(f"{run.choose} {run.keep:g} of {run.cost}, seed {run.seed}: WikiText-2 {found.text[0]:.4f}, GSM8K"
           f" {found.answers[0]:.4f}, {found.sizes}, {found.share:.3f}, {found.seconds:.1f} s", flush=True)  # fmt: skip
-    if path := os.environ.get("EFFPASS_RUNS"):
-        with Path(path).open("a") as file:  # one write a line: lanes share the file
-            file.write(json.dumps({"run": asdict(run), "found": asdict(found)}) + "\n")
     return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import balance_quality
-from benchmarks.balance_quality import Sizes, _documents, _run, _scaled
+from benchmarks.balance_quality import Run, Sizes, _documents, _run, _scaled
 
 SIZES = Sizes("cpu", 32, 32, 3, (2, (256,)))
 
@@ -36,9 +36,9 @@ def test_a_scaled_table_is_the_large_one_at_a_multiple():
 
 @pytest.mark.slow
 def test_budgets_move_and_time_is_what_is_equal():
-    fixed = _run(SIZES, "none", 0, SIZES.steps, 0.0)
+    fixed = _run(Run(SIZES, "none", 0, SIZES.steps, 0.0, ""))
     assert (fixed.budget, fixed.steps) == (SIZES.tuning.default, SIZES.steps)
-    moved = _run(SIZES, "both", 0, 4 * SIZES.steps, fixed.seconds * fixed.steps)
+    moved = _run(Run(SIZES, "both", 0, 4 * SIZES.steps, fixed.seconds * fixed.steps, ""))
     assert moved.budget != SIZES.tuning.default
     assert moved.seconds <= fixed.seconds
     assert moved.steps >= fixed.steps
