@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import effpass
 from effpass.core import available_memory
-from effpass.core.errors import ExportError, PassRefusedError
+from effpass.core.errors import ExportError
 from effpass.core.recipe import Recipe
 from effpass.lowering.targets import export, host_memory, publish, tolerance
 from effpass.lowering.targets.assumptions import any_size
@@ -581,26 +581,3 @@ def test_tensorrt_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"needs tensorrt or tensorrt_rtx, not installed here\n.*onnx,tensorrt"):
         effpass.export(small(), None, tmp_path / "m.engine", target="tensorrt")
-
-
-def test_runtime_passes_have_no_place_in_a_file() -> None:
-    from effpass.core.manager import Planned
-    from effpass.core.pass_ import RuntimePass
-
-    class NeedsALoop(RuntimePass):
-        name = "needs_a_loop"
-        exact = True
-
-        def prepare(self, model: torch.nn.Module) -> tuple[int, list[Any]]:
-            raise AssertionError("work was started")
-
-    with pytest.raises(PassRefusedError, match=r"needs_a_loop can't act .* it is a runtime pass.*\n.*effpass\.prepare"):
-        export.check_passes([Planned(NeedsALoop())])
-
-
-def test_verifying_has_no_inputs_in_an_export() -> None:
-    from effpass.core.manager import Planned
-    from effpass.passes.graph.fuse_rotary_table import FuseRotaryTable
-
-    with pytest.raises(PassRefusedError, match=r"fuse_rotary_table has verify: true.*\n.*leave verify out"):
-        export.check_passes([Planned(FuseRotaryTable(), verify=True)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from families import make
 from moe_families import LAYERS
-from ranks import start_ranks
+from ranks import told_by_ranks
 
 import effpass
 from effpass.core.errors import PassRefusedError, RecipeError
@@ -24,9 +23,7 @@ WORLD = 2
 
 def launch(parts: tuple[str, ...], folder: Path, device: str = "cpu") -> list[dict]:
     """What each rank found."""
-    returned, output = start_ranks([str(WORKER), str(folder), ",".join(parts)], WORLD, DEVICE=device)
-    assert returned == [0] * WORLD, output[-6000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return told_by_ranks(WORKER, folder, WORLD, ",".join(parts), DEVICE=device)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
-from ranks import start_ranks
+from ranks import told_by_ranks
 
 WORKER = Path(__file__).with_name("balance_context_worker.py")
 sys.path.insert(0, str(WORKER.parent))
@@ -18,10 +17,7 @@ WORLD = 4
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("context")
-    returned, output = start_ranks([str(WORKER), str(folder)], WORLD)
-    assert returned == [0] * WORLD, output[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return told_by_ranks(WORKER, tmp_path_factory.mktemp("context"), WORLD)
 
 
 def test_processes_that_share_a_micro_batch_attend_with_the_same_budgets(ranks):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families import make
-from ranks import start_ranks
+from ranks import told_by_ranks
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -25,10 +24,7 @@ WORLD = 2
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("loops")
-    returned, output = start_ranks([str(WORKER), str(folder)], WORLD)
-    assert returned == [0] * WORLD, output[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return told_by_ranks(WORKER, tmp_path_factory.mktemp("loops"), WORLD)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "accelerated"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import start_ranks
+from ranks import start_ranks, told_by_ranks
 
 from effpass.core.errors import EffpassError
 from effpass.trainers.balance.tuner import SparsityTuner, documents_of
@@ -25,10 +24,7 @@ WORLD = 3
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    returned, output = start_ranks([str(WORKER), str(folder)], WORLD)
-    assert returned == [0] * WORLD, output[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return told_by_ranks(WORKER, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 def test_every_rank_makes_the_same_plan_and_its_model_runs_its_part_of_it(ranks):
