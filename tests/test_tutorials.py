@@ -29,15 +29,10 @@ def commands() -> list[list[str]]:
     found = []
     for tutorial in TUTORIALS:
         for language, text in blocks(tutorial):
-            words = shlex.split(text.replace("\n", " ; ")) if language == "bash" else []
-            line: list[str] = []
-            for word in [*words, ";"]:
-                if word != ";":
-                    line.append(word)
-                    continue
-                if "effpass" in line:
-                    found.append(line[line.index("effpass") + 1 :])
-                line = []
+            for line in text.replace("\\\n", " ").splitlines() if language == "bash" else []:
+                words = shlex.split(line, comments=True)
+                if "effpass" in words:
+                    found.append(words[words.index("effpass") + 1 :])
     return found
 
 
