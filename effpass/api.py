@@ -81,9 +81,9 @@ def prepare(
 ) -> torch.nn.Module:
     """Make every pass of `recipe` active on `model`; the result is an ordinary transformers model that generates.
 
-    First hands work on the model in place: weights are folded or sliced once, which is the only way that also saves
-    memory. Where a pass has no first hand the model's calls are compiled with the effpass backend, so that its second
-    hand works on the graph. `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
+    Passes that rewrite models work on `model` in place: weights are folded or sliced once, which is the only way that
+    also saves memory. Where a pass only rewrites graphs, the model's calls are compiled with the effpass backend.
+    `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
 
     Args:
         model: a transformers causal LM, or a PeftModel around one. It is changed in place, after every pass has checked
@@ -118,12 +118,12 @@ def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
 
 
 def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """Run the first hands; returns the model to use and the recipe items that are left for the backend."""
-    first = [p for p in planned if p.pass_.has_first_hand]
-    second = [p for p in planned if not p.pass_.has_first_hand]
+    """Run the model stage; returns the model to use and the recipe items that are left for the backend."""
+    first = [p for p in planned if p.pass_.rewrites_model]
+    second = [p for p in planned if not p.pass_.rewrites_model]
     for p in second:
         if "backend" not in p.pass_.entrances:
-            raise PassRefusedError(f"{p.pass_.name} has neither a first hand nor a backend entrance")
+            raise PassRefusedError(f"{p.pass_.name} rewrites neither models nor graphs of torch.compile")
         p.pass_.check_model(model)
     report = PassManager(first).prepare(model)
     prepared = model.get_base_model() if _is_merged_peft(model) else model  # type: ignore[operator]

@@ -71,7 +71,7 @@ class Scale(WeightsPass):
 
 
 class NeedsCache(RuntimePass):
-    """A runtime pass: has only a first hand."""
+    """A runtime pass: has only a model stage."""
 
     name = "needs_cache"
     exact = False

@@ -50,7 +50,7 @@ class ModelError(EffpassError):
 
 
 class PassRefusedError(EffpassError):
-    """A pass that must act (``require: true``, or a missing first hand) can't."""
+    """A pass that must act (``require: true``, or a call that came too late for its model stage) can't."""
 
 
 class RewriteError(EffpassError):

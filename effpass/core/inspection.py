@@ -170,7 +170,7 @@ def inspect_model(
         tokens: positions T of the prefill; 0 leaves it out.
         cache_length: positions of the decode step's cache.
     """
-    here = [p for p in planned if "backend" in p.pass_.entrances and p.pass_.has_second_hand]
+    here = [p for p in planned if "backend" in p.pass_.entrances and p.pass_.rewrites_graph]
     result = Inspection(weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()), ceilings=at)
     for p in planned:
         p.pass_.check_model(model)

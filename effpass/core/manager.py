@@ -75,8 +75,8 @@ def _check_in_front(pass_: Pass, before: Sequence[Pass]) -> None:
 class PassManager:
     """Runs an ordered list of passes.
 
-    A pass has up to two hands. The first changes a model before anything is traced (:meth:`prepare`), the second
-    rewrites the graph of a traced program (:meth:`run`).
+    A pass has up to two stages. The model stage changes a model before anything is traced (:meth:`prepare`), the graph
+    stage rewrites the graph of a traced program (:meth:`run`).
 
     Args:
         passes: in the order in which they run.
@@ -94,10 +94,10 @@ class PassManager:
         built = recipe.build()
         return cls([Planned(p, s.require, s.verify) for p, s in zip(built, recipe.steps, strict=True)])
 
-    # -- first hands ------------------------------------------------------------------------------------------------
+    # -- model stage ------------------------------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module) -> Report:
-        """Run the first hands on `model`, in place, after every pass has checked that it can."""
+        """Run the model stage of every pass on `model`, in place, after all of them have checked that they can."""
         report = Report("model")
         for planned in self.planned:
             if "model" not in planned.pass_.entrances:
@@ -106,7 +106,7 @@ class PassManager:
             planned.pass_.check_model(model)
         for planned in self.planned:
             pass_ = planned.pass_
-            if not pass_.has_first_hand:
+            if not pass_.rewrites_model:
                 continue
             started = time.perf_counter()
             hits, refusals = pass_.prepare(model)
@@ -114,10 +114,10 @@ class PassManager:
             self._record(planned, entry, report)
         return report
 
-    # -- second hands -----------------------------------------------------------------------------------------------
+    # -- graph stage ------------------------------------------------------------------------------------------------
 
     def run(self, program: Program) -> Report:
-        """Run the second hands on `program`, in place.
+        """Run the graph stage of every pass on `program`, in place.
 
         Raises:
             PassRefusedError: a pass can't act at this entrance, or `require` and it rewrote nothing.
@@ -127,7 +127,7 @@ class PassManager:
         for planned in self.planned:
             if program.entrance not in planned.pass_.entrances:
                 self._refuse_entrance(planned.pass_, program.entrance)
-            if not planned.pass_.has_second_hand:
+            if not planned.pass_.rewrites_graph:
                 raise PassRefusedError(
                     f"{planned.pass_.name} acts on models, and has nothing to do in a traced graph",
                     hint="model = effpass.prepare(model, recipe)",

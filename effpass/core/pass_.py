@@ -1,9 +1,11 @@
-"""The contract of a pass: options, two hands, and what they may touch.
+"""The contract of a pass: its options, its two stages, and what they may touch.
 
-A pass has up to two *hands*. :meth:`Pass.prepare` works on the model before anything is traced (swaps modules, folds
-weights, sets an attention implementation). :meth:`Pass.find` and :meth:`Pass.rewrite` work on the traced
-:class:`~effpass.core.program.Program`. Which *entrances* a pass serves follows from its kind and from the hands it
-has; the :class:`~effpass.core.manager.PassManager` refuses with a sentence where a hand is missing.
+A pass has up to two *stages*. In the model stage, :meth:`Pass.prepare` works on the model before anything is traced: it
+swaps modules, folds weights, or sets an attention implementation. In the graph stage, :meth:`Pass.find` and
+:meth:`Pass.rewrite` work on the traced :class:`~effpass.core.program.Program`. An *entrance* is a way by which a model
+reaches the passes: as a model (:func:`effpass.prepare`), as a program of ``torch.export``, or through the backend of
+``torch.compile``. Which entrances a pass serves follows from its kind. Where a pass lacks the stage that an entrance
+needs, the :class:`~effpass.core.manager.PassManager` refuses, and says which call to make instead.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Pass:
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
-    # -- first hand -------------------------------------------------------------------------------------------------
+    # -- model stage ------------------------------------------------------------------------------------------------
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
         """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act between these.
@@ -92,13 +94,13 @@ class Pass:
         """Rewrite `model` in place before tracing.
 
         Returns:
-            The number of places rewritten and the candidates left alone. The default has no first hand and does
-            nothing; :attr:`has_first_hand` tells the two apart.
+            The number of places rewritten and the candidates left alone. The default does nothing;
+            :attr:`rewrites_model` tells whether a pass overrides it.
         """
         return 0, []
 
     @property
-    def has_first_hand(self) -> bool:
+    def rewrites_model(self) -> bool:
         return type(self).prepare is not Pass.prepare
 
     def could_act(self, weight_names: Sequence[str]) -> bool:
@@ -109,7 +111,7 @@ class Pass:
         """
         return True
 
-    # -- second hand ------------------------------------------------------------------------------------------------
+    # -- graph stage ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         """Yield every candidate: a :class:`Match` to rewrite, or a :class:`Refusal` that says why not.
@@ -143,7 +145,7 @@ class Pass:
         raise TypeError(f"{type(self).__name__} has a pattern, and no example_inputs to trace it with")
 
     @property
-    def has_second_hand(self) -> bool:
+    def rewrites_graph(self) -> bool:
         cls = type(self)
         return cls.find is not Pass.find or cls.pattern is not Pass.pattern
 

@@ -94,12 +94,12 @@ def check_passes(planned: Sequence[Planned]) -> None:
                 f"{name} spreads the model over processes, and a file is for one",
                 hint="export in one process, without torchrun",
             )
-        if p.verify and not pass_.has_first_hand:
+        if p.verify and not pass_.rewrites_model:
             raise PassRefusedError(
                 f"{name} has verify: true, which runs the program on the inputs of a call, and an export has none",
                 hint="leave verify out: an export compares the rewritten model with the original anyway (method loss)",
             )
-        if not pass_.has_first_hand and ("program" not in pass_.entrances or not pass_.has_second_hand):
+        if not pass_.rewrites_model and ("program" not in pass_.entrances or not pass_.rewrites_graph):
             raise PassRefusedError(
                 f"{name} can't act on an exported program; it acts on: {', '.join(pass_.entrances)}",
                 hint="leave it out of the recipe",
@@ -122,7 +122,7 @@ def export_decoder(
 
     Args:
         model: a transformers causal LM or PeftModel in `eval()` mode on the CPU or, for targets that take it, on one
-            GPU. Passes with a first hand change it in place, after every check that can be made beforehand.
+            GPU. Passes that rewrite models change it in place, after every check that can be made beforehand.
         recipe: what `planned` was built from; its text goes into the file.
         planned: the passes.
         out: the file to write; nothing appears there unless it validates.
@@ -156,8 +156,8 @@ def export_decoder(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     check_room(out, weights)
     check_memory(target, weights, model.dtype, device)
-    first = [p for p in planned if p.pass_.has_first_hand]
-    second = [p for p in planned if not p.pass_.has_first_hand]
+    first = [p for p in planned if p.pass_.rewrites_model]
+    second = [p for p in planned if not p.pass_.rewrites_model]
     for p in second:
         p.pass_.check_model(model)
 

@@ -67,7 +67,7 @@ class MoeGemm(GraphPass):
     # -- several processes, on the model ------------------------------------------------------------------------------
 
     @property
-    def has_first_hand(self) -> bool:
+    def rewrites_model(self) -> bool:
         return self.over_ranks
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:

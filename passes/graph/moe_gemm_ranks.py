@@ -1,4 +1,4 @@
-"""Spread a model's experts over the ranks that torchrun started: the first hand of `moe_gemm`.
+"""Spread a model's experts over the ranks that torchrun started: the model stage of `moe_gemm`.
 
 Each rank keeps its share of every layer's experts and lets go of the others; the layer becomes a call of
 `effpass::expert_parallel`. It happens on the model, before anything is traced: there alone memory is saved, and

@@ -1,4 +1,4 @@
-"""What adapters do to each parameter, and the arithmetic of it; shared by both hands of `merge_lora`."""
+"""What adapters do to each parameter, and the arithmetic of it; shared by both stages of `merge_lora`."""
 
 from __future__ import annotations
 

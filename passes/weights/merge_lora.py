@@ -109,7 +109,7 @@ class MergeLora(WeightsPass):
     def could_act(self, weight_names: Sequence[str]) -> bool:
         return bool(self.options.named) or any(".lora_" in name for name in weight_names)
 
-    # -- first hand -------------------------------------------------------------------------------------------------
+    # -- model stage ------------------------------------------------------------------------------------------------
 
     def check_model(self, model: nn.Module) -> None:
         if not self.options.named:
@@ -171,7 +171,7 @@ class MergeLora(WeightsPass):
         refusals = [Refusal(n, attached_lora.KEPT.format(s)) for n, s in quantised.items()]
         return len(plan), refusals + [Refusal(n, "merged already by effpass.prepare") for n in done]
 
-    # -- second hand ------------------------------------------------------------------------------------------------
+    # -- graph stage ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         if not self.options.named:

@@ -73,7 +73,7 @@ class StructuredPruning(WeightsPass):
     def artifact(self) -> Artifact:
         return self.keep.artifact
 
-    # -- first hand -------------------------------------------------------------------------------------------------
+    # -- model stage ------------------------------------------------------------------------------------------------
 
     def check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -91,7 +91,7 @@ class StructuredPruning(WeightsPass):
         # Without the fingerprint: a pass before this one may have changed the weights.
         return cut_model(model, self.keep), []
 
-    # -- second hand ------------------------------------------------------------------------------------------------
+    # -- graph stage ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         if not self.keep.fits_graphs:

@@ -191,7 +191,7 @@ def test_generate_streams_the_same_text_merged_and_unmerged(run, recipe_file, ti
 
 
 def test_a_graph_pass_runs_in_generate(run, recipe_file, tiny_model, toy_passes, monkeypatch):
-    """`touch` has no first hand, so the model is compiled, and its text must not change."""
+    """`touch` rewrites graphs only, so the model is compiled, and its text must not change."""
     import effpass.backend
 
     monkeypatch.setattr(effpass.backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
