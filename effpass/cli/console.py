@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Packages that effpass does not depend on, and the extra that installs them.
-_EXTRAS = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "gguf": "hf", "trl": "grpo"}
+_EXTRAS = {"transformers": "hf", "peft": "hf", "accelerate": "hf", "gguf": "hf", "psutil": "hf", "trl": "grpo"}
 
 NOISY_LOGGERS = (
     "torch",

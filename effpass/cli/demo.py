@@ -17,6 +17,7 @@ import typer
 
 from effpass.cli.console import hide_bars, megabytes, stdout
 from effpass.cli.demo_recipes import WORKLOAD, measure_recipes, recipes_table
+from effpass.cli.machine import OtherPrograms
 from effpass.core.errors import EffpassError
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def run_demo(
             engine = steps.tensorrt_engine(exported.path, merged_model, folder / "model.engine")
         story.say("    " + ", ".join(f"{what} {value}" for what, value in engine.items()), style="dim", markup=False)
 
+    others = OtherPrograms()
     with story.step(f"time them, in turns, best of {rounds}"):
         seconds = steps.in_turns(
             {
@@ -173,6 +175,7 @@ def run_demo(
             },
             rounds,
         )
+    remark = others.remark()
     report = folder / "report.html"
     with story.step("inspect: what the recipe should gain on this CPU by the cost model, as a page"):
         inspection = steps.write_report(peft_model, source, recipe, report)
@@ -181,6 +184,8 @@ def run_demo(
     story.say(_changes(backend.reports, exported))
     _say_how_exact(story, exported)
     story.say(_timings(seconds, _bytes(peft_model), _bytes(merged_model)))
+    if remark is not None:
+        story.say(remark)
     _say_prediction(story, inspection)
     _conclude(story, seconds)
     if workload is not None:
@@ -195,8 +200,12 @@ def _measure_recipes(story: _Story, source: str, tokenizer: Any, workload: tuple
 
     requests = Workload(*workload)
     story.say()
+    others = OtherPrograms()
     found = measure_recipes(lambda: api.load_model(source).model, tokenizer, requests, story.step)
     story.say(recipes_table(found))
+    remark = others.remark()
+    if remark is not None:
+        story.say(remark)
     story.say(
         f"After prompts of {requests.prompt} tokens of Python's reference, {requests.new_tokens} tokens each, batch"
         f" {requests.batch}. long-context attends to everything up to 2048 tokens; moe-serving is for mixtures of"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,10 @@ def generate(
                     f"{model} does not run on the decode engine, which a draft needs", hint="leave --draft out"
                 )
             options.update(draft=draft, tree=tree)
-        for piece in api.generate(ready, loaded.tokenizer, text, **options):
+        pieces = api.generate(ready, loaded.tokenizer, text, **options)
+        with step("compiling, and reading the prompt"):  # a minute or more where no compiler cache is warm
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
             if place.writes:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
