@@ -1,7 +1,7 @@
-"""effpass: PyTorch compiler passes that make a language model faster, smaller or longer-sighted.
+"""effpass: PyTorch compiler passes that make a language model faster, smaller, or able to handle longer contexts.
 
-Everything public is loaded on first use, so that ``import effpass`` stays far below a second: torch comes with the
-first name that needs it, transformers and the rest with the first call that does.
+Public names are imported on first use, so that ``import effpass`` takes far less than a second: torch is imported with
+the first name that needs it, transformers and other libraries with the first call that does.
 """
 
 from __future__ import annotations

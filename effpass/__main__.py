@@ -1,4 +1,4 @@
-"""``python -m effpass``: the same as the command `effpass`."""
+"""``python -m effpass``: the same as the command ``effpass``."""
 
 from effpass.cli import main
 

@@ -1,8 +1,11 @@
-"""The Python face: load, prepare, optimize, inspect, generate, export.
+"""The Python interface of effpass: load, prepare, optimize, inspect, generate, export.
 
-model, tokenizer = effpass.load_model("smollm2")
-model = effpass.prepare(model, "recipe.yaml")        # an ordinary transformers model, every pass active
+model = effpass.load_model("smollm2").model
+model = effpass.prepare(model, "recipe.yaml")        # an ordinary transformers model with every pass of the recipe
 model.generate(...)
+
+The functions validate their arguments and call the pass manager (:mod:`effpass.core.manager`), the decode engine
+(:mod:`effpass.runtime`) and the export targets (:mod:`effpass.lowering.targets`). The command line is built on them.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ __all__ = [
 
 
 def read_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> Recipe | None:
-    """A recipe from a file path, a mapping, or as it is."""
+    """Read a recipe from a path or a mapping; a :class:`Recipe` and None are returned unchanged."""
     if recipe is None or isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
@@ -79,25 +82,25 @@ def _planned(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> list[Pla
 def prepare(
     model: torch.nn.Module, recipe: Recipe | str | Path | Mapping[str, Any] | None = None, **compile_options: Any
 ) -> torch.nn.Module:
-    """Make every pass of `recipe` active on `model`; the result is an ordinary transformers model that generates.
+    """Apply every pass of `recipe` to `model`; the result is an ordinary transformers model that can generate.
 
-    Passes that rewrite models work on `model` in place: weights are folded or sliced once, which is the only way that
-    also saves memory. Where a pass only rewrites graphs, the model's calls are compiled with the effpass backend.
-    `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
+    Passes that rewrite models change `model` in place: weights are folded or sliced once, which is the only way that
+    also saves memory. If there are passes that only rewrite graphs, the forward calls of the model are compiled with
+    the effpass backend. `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
 
     Args:
-        model: a transformers causal LM, or a PeftModel around one. It is changed in place, after every pass has checked
-            that it can act.
-        recipe: path, mapping or :class:`Recipe`; None applies every exact pass on weights and graphs that needs no
+        model: a transformers causal LM, or a PeftModel around one. It is changed in place, but not before every pass
+            has checked that it can act.
+        recipe: path, mapping or :class:`Recipe`. None applies every exact pass on weights and graphs that needs no
             artifact.
-        compile_options: passed to `torch.compile` where the model is compiled.
+        compile_options: options for `torch.compile`, used if the model is compiled.
 
     Returns:
         The model to use: the same object, or the plain model inside a PeftModel whose adapters were merged. Its
-        ``effpass_report`` attribute is the :class:`Report`.
+        attribute ``effpass_report`` is the :class:`~effpass.core.report.Report`.
 
     Raises:
-        EffpassError: a pass can't act; nothing was changed.
+        EffpassError: a pass can't act on `model`, in which case nothing was changed.
     """
     prepared, second = _prepare(model, _planned(recipe))
     if second:
@@ -110,7 +113,7 @@ def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
     from effpass.backend import DecodeBackend
     from effpass.runtime.attach import attach
 
-    runs = inner_model(prepared)  # as PeftModel.generate does
+    runs = inner_model(prepared)  # PeftModel.generate calls generate of the inner model
     try:
         attach(runs, backend=DecodeBackend(tuple(second)))
     except ModelError as reason:
@@ -118,7 +121,11 @@ def _attach_engine(prepared: Any, second: list[dict[str, Any]]) -> None:
 
 
 def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
-    """Run the model stage; returns the model to use and the recipe items that are left for the backend."""
+    """Run the model stage of the passes.
+
+    Returns:
+        The model to use, and the recipe items of the passes that remain for the backend.
+    """
     first = [p for p in planned if p.pass_.rewrites_model]
     second = [p for p in planned if not p.pass_.rewrites_model]
     for p in second:
@@ -136,7 +143,7 @@ def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.M
 
 
 def _is_merged_peft(model: Any) -> bool:
-    """A PeftModel whose adapter layers are all gone."""
+    """Whether `model` is a PeftModel that has no adapter layers any more."""
     if not hasattr(model, "get_base_model") or model.active_peft_config.is_prompt_learning:
         return False
     from effpass.passes.weights.attached_lora import tuner_layers
@@ -153,15 +160,24 @@ def optimize(
     fullgraph: bool = False,
     inner: str = "inductor",
 ) -> torch.nn.Module:
-    """:func:`prepare`, and compile the model's calls with the effpass backend.
+    """Apply every pass of `recipe` to `model` and compile its forward calls with the effpass backend.
+
+    The model stage of the passes runs once, in place, as in :func:`prepare`; their graph stage runs when a call is
+    compiled. The decode engine is not attached.
 
     Args:
         model: as in :func:`prepare`.
         recipe: as in :func:`prepare`.
-        mode: an Inductor mode such as ``"reduce-overhead"``.
+        mode: an Inductor mode such as ``"reduce-overhead"``; None for the default.
         dynamic: as in `torch.compile`.
         fullgraph: as in `torch.compile`.
-        inner: registered backend that compiles the rewritten graph.
+        inner: name of the registered backend that compiles the rewritten graph.
+
+    Returns:
+        The model to use, as in :func:`prepare`.
+
+    Raises:
+        EffpassError: a pass can't act on `model`, in which case nothing was changed.
     """
     prepared, second = _prepare(model, _planned(recipe))
     options: dict[str, Any] = {"passes": second, "inner": inner}
@@ -183,23 +199,27 @@ def inspect(
     cache_length: int = 1024,
     predict_for: str | None = None,
 ) -> Inspection:
-    """Rewrite one forward of `model` without compiling or changing it: what fires, what does not, what it gains.
+    """Report what `recipe` would do to `model` and what it would gain, without compiling or changing the model.
 
-    Graphs that `torch.compile` made in this process are dropped, and compiled again when they are next called.
+    A prefill and a decode step are traced and rewritten, and their costs are counted before and after each pass. All
+    graphs that `torch.compile` made in this process are dropped, and are compiled again at their next call.
 
     Args:
         model: a transformers causal LM or PeftModel.
         recipe: as in :func:`prepare`.
-        input_ids: token ids `[B, T]` of the prefill; by default its costs are worked out for `batch` x `tokens`.
-        batch: sequences, of the prefill and of the decode step.
-        tokens: positions of the prefill; 0 leaves it out, which halves the time.
-        cache_length: positions of the decode step's key-value cache.
-        predict_for: a device whose ceilings are known (``"h100"``). By default those of the model's own device are
-            measured, in seconds, and kept in the cache folder.
+        input_ids: token ids `[B, T]` of the prefill. None evaluates its costs for `batch` x `tokens`.
+        batch: number of sequences of the prefill and of the decode step.
+        tokens: number of tokens of each prompt in the prefill; 0 leaves the prefill out, which halves the time.
+        cache_length: number of positions in the KV cache of the decode step.
+        predict_for: device whose ceilings (attainable FLOP/s and bandwidths) are known, such as ``"h100"``. None
+            measures those of the model's own device, which takes seconds, and keeps them in the cache folder.
+
+    Returns:
+        The counts, predicted times and reports.
 
     Raises:
-        EffpassError: a pass can't act on this model, or a size is too small. A required pass that finds
-            nothing is no error here, but named in :attr:`Inspection.unmet`.
+        EffpassError: a pass can't act on this model, or a size is too small. A required pass that finds nothing is not
+            an error here, but is listed in :attr:`Inspection.unmet`.
     """
     for name, value, least in (("batch", batch, 1), ("tokens", tokens, 0), ("cache_length", cache_length, 1)):
         if value < least:
@@ -219,18 +239,18 @@ def generate(
     processor: Any = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Generate text, piece by piece as it comes.
+    """Generate text and stream it.
 
     Args:
         model: a transformers causal LM, prepared or not.
-        tokenizer: its tokenizer. A chat template is applied where it has one.
-        prompt: the user's text.
-        images: PIL's, for a vision-language model; they stand before the text.
-        processor: of that model.
-        options: passed to the model's `generate` (`max_new_tokens`, `do_sample`, ...).
+        tokenizer: tokenizer of the model. Its chat template, if it has one, is applied to the prompt.
+        prompt: text of the user.
+        images: PIL images for a vision-language model; they precede the text.
+        processor: processor of the vision-language model.
+        options: arguments of the model's `generate` (`max_new_tokens`, `do_sample`, ...).
 
     Yields:
-        Text, in order. The first token's text comes as soon as it is there. Closing the iterator ends the generation.
+        Pieces of the text in order, while it is being generated. Closing the iterator ends the generation.
     """
     from threading import Thread
 
@@ -250,7 +270,7 @@ def generate(
 
     def run() -> None:
         try:
-            # A thread starts on the first GPU, and kernels are launched on the current one.
+            # A new thread has the first GPU as its current device, and kernels are launched on the current device.
             with torch.cuda.device_of(next(model.parameters())), torch.inference_mode():
                 model.generate(**inputs.to(model.device), streamer=streamer, **options)  # type: ignore[operator]
         except BaseException as error:
@@ -269,7 +289,7 @@ def generate(
 
 
 class _ClosedError(Exception):
-    """Nobody reads on: ends a generation from inside its streamer."""
+    """Raised inside the streamer to end a generation whose iterator was closed."""
 
 
 def custom_generate(
@@ -283,23 +303,28 @@ def custom_generate(
     tree: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """The decode engine for one call of a model that was not prepared.
+    """Run one `generate` call of a model that was not prepared on the decode engine.
 
-    ``model.generate(..., custom_generate=effpass.custom_generate)``
+    Usage: ``model.generate(..., custom_generate=effpass.custom_generate)``. transformers prepares the arguments and
+    calls this function instead of its own loop.
 
     Args:
-        model: a transformers causal LM; its engine is made at the first call, and kept on it.
-        input_ids: `[B, T]`, as all else here what transformers' `generate` prepared.
-        logits_processor: applied to each step's logits.
-        stopping_criteria: end the sequences.
-        generation_config: as prepared.
-        token_streamer: a streamer; transformers does not pass its own `streamer` on to a custom loop.
-        draft: decode speculatively: a model, a folder of one, ``"ngram"`` or ``"layers:0,1,5"``.
-        tree: that the draft grows: ``"chain"``, ``"static"``, ``"eagle2"`` or ``"c2t"``.
-        model_kwargs: `attention_mask`, `past_key_values`.
+        model: a transformers causal LM. Its engine is created at the first call and kept on the model.
+        input_ids: token ids `[B, T]`, as prepared by transformers' `generate`.
+        logits_processor: prepared logits processors, applied to the logits of each step.
+        stopping_criteria: prepared stopping criteria.
+        generation_config: prepared generation config.
+        token_streamer: a streamer; transformers does not forward its argument `streamer` to a custom loop.
+        draft: draft for speculative decoding: a model, the folder of one, ``"ngram"`` or ``"layers:0,1,5"``. None
+            decodes without a draft.
+        tree: token tree that the draft builds: ``"chain"``, ``"static"``, ``"eagle2"`` or ``"c2t"``.
+        model_kwargs: prepared arguments of the model: `attention_mask`, `past_key_values`.
+
+    Returns:
+        What transformers' `generate` returns for the same arguments.
 
     Raises:
-        EffpassError: the engine can't run the model, or has no place for an argument.
+        EffpassError: the engine can't run the model, or does not support an argument.
     """
     from effpass.backend import DecodeBackend
     from effpass.runtime import generation, speculative
@@ -319,12 +344,15 @@ def custom_generate(
 
 
 def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raise an :class:`EffpassError` when :func:`save` could not write what `recipe` makes as a checkpoint.
+    """Check that :func:`save` can write a model prepared with `recipe` as a checkpoint.
 
     Args:
-        recipe: its passes must all work on weights.
-        folder: where the checkpoint will be; nothing, or with `overwrite` a checkpoint.
-        overwrite: replace a checkpoint that is there.
+        recipe: recipe whose passes must all work on weights.
+        folder: folder of the checkpoint. It must not exist, or with `overwrite` be a checkpoint.
+        overwrite: replace an existing checkpoint.
+
+    Raises:
+        EffpassError: a pass does not work on weights, or `folder` can't be written.
     """
     for step in recipe.steps:
         if registry.load(step.name).kind != "weights":
@@ -332,7 +360,10 @@ def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False
                 f"{step.name} rewrites the graph or the runtime, which a checkpoint can't hold",
                 hint="leave it out of this recipe; apply it with torch.compile(backend='effpass') or `effpass export`",
             )
-    folder = Path(folder)
+    _check_place(Path(folder), overwrite)
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise EffpassError(f"{folder} exists", hint="choose another folder, or pass overwrite (--overwrite)")
     if folder.exists() and not (folder / "config.json").is_file():
@@ -344,21 +375,24 @@ def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False
 def save(
     model: Any, folder: str | Path, *, recipe: Recipe | None = None, tokenizer: Any = None, overwrite: bool = False
 ) -> None:
-    """Save a prepared model as an ordinary checkpoint, whole or not at all.
+    """Save a prepared model as an ordinary checkpoint, atomically.
 
     Args:
-        model: what :func:`prepare` returned; its `effpass_report` must count a rewrite.
-        folder: the checkpoint; its parent folders are made.
-        recipe: saved inside as ``effpass.yaml``.
-        tokenizer: saved inside.
-        overwrite: replace a checkpoint that is there.
+        model: model returned by :func:`prepare`. Its `effpass_report`, if it has one, must count at least one rewrite.
+        folder: folder of the checkpoint; parent folders are created.
+        recipe: recipe to save in the folder as ``effpass.yaml``; None saves none.
+        tokenizer: tokenizer to save in the folder; None saves none.
+        overwrite: replace an existing checkpoint.
 
     Raises:
-        EffpassError: nothing was rewritten, or `folder` is in the way.
+        EffpassError: nothing was rewritten, `recipe` is not one that a checkpoint can hold, or `folder` exists and is
+            not to be replaced.
     """
     folder = Path(folder).absolute()
     if recipe is not None:
         check_savable(recipe, folder, overwrite=overwrite)
+    else:
+        _check_place(folder, overwrite)
     report: Report | None = getattr(model, "effpass_report", None)
     if report is not None and not report.hits:
         raise EffpassError("no pass changed a weight; nothing to save: " + "; ".join(report.lines()))
@@ -386,24 +420,28 @@ def export(
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportedDecoder:
-    """Rewrite `model` by `recipe`, export it, validate the file; a file that does not validate does not stay.
+    """Rewrite `model` with `recipe`, export it to a file, and validate the file.
 
-    Weights passes work once on the model itself, which is changed in place; graph passes on the exported program.
+    Weights passes act on the model itself, which is changed in place; graph passes act on the exported program. A file
+    that fails validation is removed.
 
     Args:
-        model: a transformers causal LM or PeftModel; `eval()` mode, on the CPU. For ``inductor`` and ``aoti`` it may be
-            on one GPU, and so is the file's use then.
+        model: a transformers causal LM or PeftModel in `eval()` mode, on the CPU. For ``inductor`` and ``aoti`` it may
+            be on one GPU, and the file then runs on a GPU.
         recipe: as in :func:`prepare`.
-        out: the file to write.
+        out: path of the file to write.
         target: ``"inductor"`` (.safetensors), ``"aoti"`` (.pt2), ``"onnx"`` (.onnx) or ``"tensorrt"`` (.engine).
-        max_batch: largest batch that the file must take; default: any, for an engine 1.
-        max_length: largest number of positions, past and new together; default: what the model holds, for an engine
-            at most 2048, for ONNX any.
+        max_batch: largest batch size that the file must support. None: any; 1 for a TensorRT engine.
+        max_length: largest number of positions, past and new together. None: as many as the model supports; at most
+            2048 for a TensorRT engine; any for ONNX.
         overwrite: replace an existing file.
         progress: called with one line per step.
 
     Returns:
-        The file with its checks: export error and method loss per case.
+        The file and its validation: export error and method loss of each case.
+
+    Raises:
+        EffpassError: a pass can't act, the export fails, or the file is out of tolerance.
     """
     from effpass.lowering.targets.export import export_decoder
     from effpass.lowering.targets.target import find_target
@@ -433,14 +471,20 @@ def check_export(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Raise an :class:`EffpassError` when :func:`export` could not write `out`; what can be known before loading.
+    """Check that :func:`export` can write `out`, as far as that is known before the model is loaded.
 
     Args:
-        model: what would be loaded, as in :func:`load_model`; its config tells how much memory the export takes.
-        out: as in :func:`export`; so are `recipe`, `target` and `overwrite`.
-        device: that the model would be on.
+        model: source of the model, as in :func:`load_model`. Its config determines how much memory the export needs.
+        out: as in :func:`export`.
+        recipe: as in :func:`export`.
+        target: as in :func:`export`.
+        overwrite: as in :func:`export`.
+        device: device that the model would be loaded to.
         dtype: as in :func:`load_model`.
         trust_remote_code: as in :func:`load_model`.
+
+    Raises:
+        EffpassError: the export would fail.
     """
     from effpass.core.model import weights_size
     from effpass.lowering.targets.export import check_passes
@@ -457,7 +501,7 @@ def check_export(
     try:
         place = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError):
-        return  # loading says what is wrong with the device
+        return  # loading the model reports what is wrong with the device
     require_current(place)
     on_device = None if kind == "cpu" else {"": device}
     weights = weights_size(model, dtype=dtype, device_map=on_device, trust_remote_code=trust_remote_code)
@@ -467,19 +511,20 @@ def check_export(
 
 
 def load_exported(path: str | Path, *, allow_native: bool = False) -> Step:
-    """An exported file as a function of tensors: ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+    """Load an exported file as a function ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
 
-    Shapes and names are those of :mod:`effpass.lowering.targets.decode_graph`. The tensors are on the CPU, or on
-    PyTorch's current GPU for a file that was exported on one. Sizes outside the file's range, and tensors elsewhere,
-    are refused when it is called. A file for a GPU is for one thread at a time; calls can be captured in a CUDA graph.
+    The names and shapes of the tensors are those of :mod:`effpass.lowering.targets.decode_graph`. The tensors must be
+    on the CPU, or on PyTorch's current GPU for a file that was exported on a GPU. Calls with sizes outside the range of
+    the file, or with tensors on another device, are refused. The function of a GPU file may be used by one thread at a
+    time; its calls can be captured in a CUDA graph.
 
     Args:
-        path: what :func:`export` wrote; an ``inductor`` file is compiled now, which takes seconds to minutes.
-        allow_native: run machine code from the file, which ``aoti`` needs. Only for files that you trust.
+        path: file written by :func:`export`. An ``inductor`` file is compiled now, which takes seconds to minutes.
+        allow_native: allow machine code from the file to run, which ``aoti`` needs. Only for files that you trust.
 
     Raises:
-        ExportError: not an exported file, altered, made for another machine or for a GPU that is not here, or native
-            and not allowed.
+        ExportError: the file is not an exported file, was altered, was made for another machine or an absent GPU, or
+            contains machine code and `allow_native` is False.
     """
     from effpass.lowering.targets.validate import open_exported
 
@@ -489,18 +534,19 @@ def load_exported(path: str | Path, *, allow_native: bool = False) -> Step:
 def validate(
     path: str | Path, *, allow_native: bool = False, progress: Callable[[str], None] | None = None
 ) -> Validation:
-    """Check an exported file later, without its model: unaltered to the bit, and right on this machine.
+    """Check an exported file without its model: that it is unaltered, and that its outputs are right on this machine.
 
     Args:
-        path: what :func:`export` wrote.
+        path: file written by :func:`export`.
         allow_native: as in :func:`load_exported`.
         progress: called with one line per step.
 
     Returns:
-        The differences by case; its `ok` says whether all are within the file's tolerance.
+        The differences of each case. Its `ok` is True when all are within the tolerance of the file.
 
     Raises:
-        ExportError: not an exported file, truncated, altered, or native and not allowed.
+        ExportError: the file is not an exported file, is truncated or was altered, or contains machine code and
+            `allow_native` is False.
     """
     from effpass.lowering.targets.validate import validate_file
 
@@ -508,17 +554,18 @@ def validate(
 
 
 def swap_adapter(model: torch.nn.Module, adapter: str | Path) -> int:
-    """Replace the adapter that `merge_lora` folds into the compiled `model`, without recompiling.
+    """Replace the adapter that `merge_lora` merges into the compiled `model`, without recompiling.
 
     Args:
-        model: a model compiled with the effpass backend and a recipe with ``merge_lora``.
-        adapter: a stock PEFT adapter folder for the same modules; its rank may differ.
+        model: model compiled with the effpass backend and a recipe that contains ``merge_lora``.
+        adapter: folder of a PEFT adapter for the same modules; its rank may differ.
 
     Returns:
         The number of weights that will be recomputed at the next call.
 
     Raises:
-        ArtifactError: the adapter does not fit; the one in place stays.
+        ArtifactError: the adapter does not fit, in which case the current one stays.
+        ModelError: no compiled graph of `model` merges an adapter from a folder.
     """
     from effpass.passes.weights.merge_lora import swap
 

@@ -1,8 +1,9 @@
 """The `torch.compile` backend: ``torch.compile(model, backend="effpass", options={...})``.
 
-Dynamo's graph is retraced into the dialect, rewritten by the passes, and handed to an inner backend (Inductor unless
-`options["inner"]` names another). With no options every exact pass that needs no artifact runs. A graph that no pass
-changes goes on exactly as Dynamo wrote it, so it compiles and runs as it would without effpass.
+The graph from Dynamo is retraced into the dialect that passes understand (:mod:`effpass.core.program`), rewritten by
+the passes, and compiled by an inner backend (Inductor unless `options["inner"]` names another). Without options, every
+exact pass that needs no artifact runs. A graph that no pass changes is passed to the inner backend exactly as Dynamo
+wrote it, so it compiles and runs as it would without effpass.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ __all__ = ["BackendOptions", "DecodeBackend", "effpass", "reports"]
 
 log = logging.getLogger("effpass")
 
-#: What happened to each graph compiled in this process, oldest first; see :func:`effpass.inspect` for a whole model.
+#: Reports of the graphs compiled in this process, oldest first; see :func:`effpass.inspect` for a whole model.
 reports: list[Report] = []
 
-#: What turns a decoder layer into few launches.
+#: Passes that reduce the kernel launches of a decoder layer; the decode engine applies them to its steps.
 DECODE_PASSES = ("fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm")
 
 _said: set[str] = set()
@@ -45,16 +46,17 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """The keys of `options`.
+    """The options of the backend: the keys of `options` in `torch.compile`.
 
     Attributes:
-        recipe: path of a recipe file, or a recipe as a mapping.
-        passes: the recipe's `passes` list alone; ``[]`` turns every pass off. Exclusive with `recipe`.
-        inner: registered backend that compiles the rewritten graph.
-        inner_options: passed on to the inner backend (for Inductor: its config patches).
-        prefix: where a submodule is compiled, its name in the model (`model.layers.0`): passes match weights by name.
-        check_weights: compare checksums of the originals of derived weights at every call; slow, finds writes that
-            can't be seen otherwise.
+        recipe: path of a recipe file, or a recipe as a mapping; None if `passes` is given, or for the default passes.
+        passes: the `passes` list of a recipe alone; ``[]`` disables every pass. Exclusive with `recipe`.
+        inner: name of the registered backend that compiles the rewritten graph.
+        inner_options: options of the inner backend (config patches for Inductor).
+        prefix: name in the model of the compiled submodule, such as `model.layers.0`; empty when the whole model is
+            compiled. Passes match weights by their full names.
+        check_weights: compare checksums of the originals of derived weights at every call. This is slow, but finds
+            writes that can't be detected otherwise.
     """
 
     recipe: Any = None
@@ -94,7 +96,7 @@ class BackendOptions:
         return cls(**options)
 
     def planned(self) -> list[Planned]:
-        """The passes to run, in order."""
+        """The passes to run, in order: those of the options, or the default passes."""
         from effpass.core.recipe import Recipe
 
         if self.passes is not None:
@@ -115,9 +117,10 @@ class BackendOptions:
 
 
 def default_passes() -> list[Planned]:
-    """Every exact pass that acts in the backend and needs no artifact: those that change weights first, then by name.
+    """Every exact pass that acts in the backend and needs no artifact: weights passes first, then by name.
 
-    A weights pass looks for the products it changes, and a graph pass may have made them part of something else.
+    Weights passes precede graph passes because they look for the matrix products of the weights that they change, which
+    a graph pass may have fused with other operators.
     """
     return [
         Planned(registry.load(info.name)())
@@ -134,13 +137,19 @@ def effpass(
     mode: str | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile one graph; Dynamo calls this. See :class:`BackendOptions` for `options`.
+    """Compile one graph. Dynamo calls this for every graph of a model compiled with ``backend="effpass"``.
 
     Args:
-        gm: Dynamo's graph.
-        example_inputs: its inputs in this call.
-        options: the keys of :class:`BackendOptions`.
-        mode: an Inductor mode, passed on.
+        gm: graph module from Dynamo.
+        example_inputs: inputs of the graph in this call.
+        options: options by name; see :class:`BackendOptions`.
+        mode: an Inductor mode, forwarded to Inductor; None for the default.
+
+    Returns:
+        The compiled graph: a function of the graph's inputs.
+
+    Raises:
+        EffpassError: the options are not valid, a pass can't act, or a rewrite failed.
     """
     parsed = BackendOptions.parse(options)
     inner = _inner(parsed, mode)
@@ -163,17 +172,18 @@ def effpass(
         compiled = inner(program.gm, program.inputs)
         if program.derived:
             compiled = DerivedArguments(compiled, program.derived, parsed.check_weights)
-    _record(report, parsed)  # last: a compilation that Dynamo restarts does not get here
+    _record(report, parsed)  # last, so that a compilation that Dynamo restarts is not recorded
     return compiled
 
 
 @dataclass(frozen=True)
 class DecodeBackend:
-    """The backend that compiles the decode engine's steps.
+    """The backend that compiles the steps of the decode engine.
 
     Attributes:
-        passes: recipe items that run before the fusions.
-        inner: compiles what the fusions leave; that is little, and a CUDA graph takes it as it is.
+        passes: recipe items that run before the fusions of `DECODE_PASSES`.
+        inner: inner backend. The fusions leave few operators, and CUDA graphs capture them without further
+            compilation, so the default is ``"eager"``.
     """
 
     passes: tuple[Any, ...] = ()
@@ -200,7 +210,7 @@ def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, 
 
 
 def _registered(name: str) -> Callable[..., Any]:
-    """The backend that Dynamo knows by this name; Torch-TensorRT makes itself known when it is imported."""
+    """The backend registered with Dynamo under this name; Torch-TensorRT is imported first, which registers it."""
     if name in ("torch_tensorrt", "tensorrt") and find_spec("torch_tensorrt") is not None:
         importlib.import_module("torch_tensorrt")
     try:
@@ -230,9 +240,10 @@ def _record(report: Report, options: BackendOptions) -> None:
 def _let_generate_run_compiled() -> None:
     """Make ``torch.compile(model, backend="effpass").generate(...)`` run the compiled model.
 
-    `OptimizedModule` forwards `generate` to the original module, which then calls itself uncompiled: the first line
-    anybody types would do nothing. Importing this module (which naming the backend does) gives it a `generate` that
-    compiles the original's calls for the length of the generation; other backends keep the behaviour they had.
+    `OptimizedModule` forwards `generate` to the original module, which then calls itself uncompiled, so that compiling
+    would have no effect on generation. Importing this module, which naming the backend does, gives `OptimizedModule` a
+    `generate` that compiles the calls of the original module for the duration of the generation. Models compiled with
+    other backends behave as before.
     """
     from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
@@ -241,7 +252,7 @@ def _let_generate_run_compiled() -> None:
         backend = innermost_backend(self.dynamo_ctx.callback)
         if getattr(backend, "compiler_fn", backend) is not effpass:
             return original.generate(*args, **kwargs)
-        # A PeftModel generates with the model inside it.
+        # PeftModel.generate calls generate of the inner model.
         runs = inner_model(original)
         before = runs._compiled_call_impl
         runs._compiled_call_impl = self.dynamo_ctx(runs._call_impl)
@@ -255,12 +266,13 @@ def _let_generate_run_compiled() -> None:
 
 
 def _say_where_peft_generates() -> None:
-    """``peft_model.compile(...)`` compiles a call that `PeftModel.generate` never makes; say so once, with the way out.
+    """Warn once when `generate` of a PeftModel that was compiled in place would run uncompiled.
 
-    (``torch.compile(peft_model, backend="effpass").generate(...)`` needs no such care: see above.)
+    ``peft_model.compile(...)`` compiles the forward of the PeftModel, but `PeftModel.generate` calls the inner model.
+    ``torch.compile(peft_model, backend="effpass").generate(...)`` is handled by :func:`_let_generate_run_compiled`.
     """
     peft = sys.modules.get("peft")
-    if peft is None:  # whoever has a PeftModel has imported it
+    if peft is None:  # without peft imported, there is no PeftModel yet
         return
     for cls in (peft.PeftModel, peft.PeftModelForCausalLM):
         original = cls.__dict__.get("generate")

@@ -1,12 +1,13 @@
-"""An artifact: what a trainer learned and a pass applies. A folder of two files.
+"""An artifact: data that was learned for a pass from a particular model, stored in a folder of two files.
 
 ``effpass.json``
-    Which pass it is for and in which version, the options it was learned with, the model's fingerprint, where it comes
-    from (`provenance`), how good it is (`metrics`), and name, shape and dtype of every tensor.
+    The pass and the version of its artifacts, the options of the training or calibration, the fingerprint of the model
+    (:mod:`effpass.core.fingerprint`), provenance, metrics, and name, shape and dtype of every tensor.
 ``effpass.safetensors``
-    The tensors. Never a pickle.
+    The tensors. Nothing is ever unpickled.
 
-Everything is checked before a tensor is handed out, and a folder is written whole or not at all.
+The commands of ``effpass train`` and ``effpass calibrate`` write artifacts, and passes load them. Every check of the
+files is done before a tensor is returned, and a folder is written atomically.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ __all__ = ["Artifact", "TensorSpec", "read_safetensors"]
 JSON_FILE = "effpass.json"
 TENSOR_FILE = "effpass.safetensors"
 
-# Version of the files' layout, not of what a pass writes into them.
+# Version of the layout of the two files, which is independent of the version of a pass's artifacts.
 _LAYOUT = 1
 _MAX_JSON = 16 << 20
 _KEYS = ("effpass", "pass", "version", "options", "fingerprint", "provenance", "metrics", "tensors")
 
-# (shape, dtype); None leaves one open.
+# (shape, dtype); None accepts any.
 TensorSpec = tuple[tuple[int, ...] | None, torch.dtype | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What was learned, for which pass and which model.
+    """Data that was learned for one pass and one model.
 
     Attributes:
         pass_name: registry key of the pass.
-        version: of this pass's artifacts, counted by the pass from 1.
-        options: what it was learned with; JSON.
-        fingerprint: the model it was learned for.
-        provenance: data, seed, versions, commit; JSON.
-        metrics: how good it is; JSON.
-        tensors: by name, on the CPU.
+        version: version of the contents, which each pass counts for its own artifacts, starting at 1.
+        options: options that the artifact was learned with, as JSON types.
+        fingerprint: identity of the model that the artifact was learned for.
+        provenance: origin of the artifact, such as data, seed, versions and commit, as JSON types.
+        metrics: measured quality, as JSON types.
+        tensors: tensor name → tensor, on the CPU.
     """
 
     pass_name: str
@@ -65,10 +66,11 @@ class Artifact:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the artifact as `folder`, whole or not at all; an artifact that is there already is replaced.
+        """Write the artifact to `folder` atomically, replacing an artifact that exists there.
 
         Raises:
-            ArtifactError: `folder` holds something else, or the artifact can't be written as JSON and safetensors.
+            ArtifactError: `folder` is a file or contains other files, or the artifact can't be written as JSON and
+                safetensors.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -116,16 +118,18 @@ class Artifact:
         max_version: int,
         expect_tensors: Mapping[str, TensorSpec] | None = None,
     ) -> Artifact:
-        """Read the artifact in `folder`.
+        """Load the artifact in `folder`.
 
         Args:
-            expect_pass: the pass that wants it.
-            max_version: the newest version that this pass reads.
-            expect_tensors: the tensors there must be, no more and no less, with shape and dtype where they are known.
+            folder: folder that :meth:`save` wrote.
+            expect_pass: registry key of the pass that loads the artifact.
+            max_version: newest version of its artifacts that this pass can read.
+            expect_tensors: exact set of the tensors that must be present, with shape and dtype where they are known;
+                None accepts those that ``effpass.json`` lists.
 
         Raises:
-            ArtifactError: a file is missing or damaged, the artifact is another pass's or newer, or a tensor is
-                missing, unknown, or of another shape or dtype; names the difference.
+            ArtifactError: a file is missing or damaged, the artifact belongs to another pass or is too new, or a tensor
+                is missing, unknown, or of another shape or dtype. The message names the difference.
         """
         folder = Path(folder)
         content = _read_description(folder)
@@ -151,16 +155,19 @@ class Artifact:
         return cls(expect_pass, content["version"], fingerprint=fingerprint, tensors=tensors, **described)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`ArtifactError` unless the artifact was learned for `model`; names the difference.
+        """Check that the artifact was learned for `model`, up to a change of dtype.
 
-        A change of dtype is fine. To use it with other weights of the same architecture on purpose, replace the
-        fingerprint's `weights` in effpass.json by ``"any"``.
+        To use an artifact with other weights of the same architecture on purpose, set `weights` of the fingerprint in
+        ``effpass.json`` to ``"any"``.
+
+        Raises:
+            ArtifactError: the architecture or the weights differ. The message names the difference.
         """
         self.fingerprint.check(model)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    """effpass.json, with the right keys and types."""
+    """The contents of ``effpass.json``, with keys and types checked."""
     path = folder / JSON_FILE
     if not folder.is_dir():
         problem = "a file, not an artifact's folder" if folder.exists() else "no such folder"

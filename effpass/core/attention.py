@@ -1,9 +1,10 @@
-"""Attention in a program, whichever implementation the model was loaded with.
+"""Finds attention in a program, whichever implementation the model was loaded with.
 
     out = softmax(scale · q kᵀ + mask) v
 
-`sdpa` leaves one node, `eager` leaves matmul, scale, mask, softmax, matmul, and FlashAttention an operator of its own
-with another layout. :func:`attentions` yields the same description for all three.
+A model loaded with `sdpa` gives one node; one loaded with `eager` gives a chain of matmul, scale, mask, softmax and
+matmul; one loaded with FlashAttention gives a custom operator with another layout. :func:`attentions` yields the same
+description for all three, so that a pass is written once.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.
+    """One attention of a program.
+
+    Shapes are given for the layout ``"BHTD"``, with B sequences, H query heads, G KV heads, T queries, S keys, key size
+    K and value size V. In the layout ``"BTHD"``, the dimensions of heads and positions are swapped.
 
     Attributes:
-        node: the node whose value is the output: `[B, H, T, V]`, or `[B, T, H, V]` where `layout` is ``"BTHD"``.
-        query: `[B, H, T, K]` (in `layout`).
-        key: `[B, G, S, K]`, before it was repeated for the query heads of its group.
-        value: `[B, G, S, V]`, likewise.
-        mask: additive or boolean mask broadcastable to `[B, H, T, S]`, or None.
+        node: node of the output `[B, H, T, V]`.
+        query: node of the queries `[B, H, T, K]`.
+        key: node of the keys `[B, G, S, K]`, before they are repeated for the query heads of each group.
+        value: node of the values `[B, G, S, V]`, before they are repeated.
+        mask: node of the additive or boolean mask, broadcastable to `[B, H, T, S]`; None without a mask.
         scale: factor of the scores; None stands for K^-½.
-        is_causal: whether position t reads positions ≤ t only, beside `mask`.
-        implementation: what the model was loaded with.
-        layout: order of the dimensions of query, key, value and output.
+        is_causal: whether position t attends only to positions ≤ t, in addition to `mask`.
+        implementation: attention implementation of the model.
+        layout: order of the dimensions of queries, keys, values and output.
     """
 
     node: Node
@@ -51,7 +55,7 @@ class Attention:
 
 
 def attentions(program: Program) -> Iterator[Attention]:
-    """Every attention of `program`, in graph order."""
+    """Yield every attention of `program` in graph order."""
     for node in list(program.graph.nodes):
         if node.op != "call_function":
             continue
@@ -66,7 +70,7 @@ def attentions(program: Program) -> Iterator[Attention]:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    """The call's arguments by their names in the schema, defaults filled in."""
+    """The arguments of the call by their names in the operator's schema, including defaults."""
     schema = node.target._schema  # type: ignore[union-attr]
     given: dict[str, Any] = {a.name: a.default_value for a in schema.arguments}
     given.update({a.name: value for a, value in zip(schema.arguments, node.args, strict=False)})
@@ -132,7 +136,7 @@ def _skip(node: Any, targets: tuple[Any, ...]) -> Node:
 
 
 def _before_repeat(node: Any) -> Node:
-    """The key or value before transformers' `repeat_kv`: unsqueeze, expand over the group, reshape."""
+    """The key or value before transformers' `repeat_kv` (unsqueeze, expand over the group, reshape), if applied."""
     expand = node.args[0] if node.target in (aten.reshape.default, aten.view.default) else None
     if isinstance(expand, Node) and expand.target is aten.clone.default:
         expand = expand.args[0]

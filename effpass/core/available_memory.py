@@ -1,4 +1,4 @@
-"""How much of the host's memory is left."""
+"""Determines how much of the host's memory is available, within the limits of a container."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still take without swapping; None where the system does not say."""
+    """Bytes that this process can still allocate without swapping; None where the system does not report it."""
     try:
         lines = _MEMINFO.read_text().splitlines()
     except OSError:
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    try:  # a container's own limit
+    try:  # the memory limit of the container, if there is one
         limit = (_CGROUP / "memory.max").read_text().strip()
         if limit != "max":
             used = int((_CGROUP / "memory.current").read_text())

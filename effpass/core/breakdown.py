@@ -1,6 +1,7 @@
-"""Where the time of a program goes: its kernels by the module they belong to, equal layers folded into one.
+"""Where the time of a program goes: its kernels by the module they belong to, with equal layers folded into one.
 
-`model.layers.0.mlp.up_proj` to `model.layers.29.mlp.up_proj` become ``model.layers.*.mlp.up_proj``, 30 times.
+`model.layers.0.mlp.up_proj` to `model.layers.29.mlp.up_proj` become ``model.layers.*.mlp.up_proj``, 30 times. The
+reports of :func:`effpass.inspect` are made of this.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerView", "Part", "Row", "breakdown", "layer_view", "outline", "parts"]
 
-# How Dynamo writes the compiled object, and a module found in a dict: L['self'].__dict__['_modules']['base_model'].
+# How Dynamo spells the compiled object, and a module in a dict: L['self'].__dict__['_modules']['base_model'].
 _ROOT = re.compile(r"^(?:L__self__|[LG]\['[^']*'\])\.?")
 _ITEM = re.compile(r"(?:\.?__dict__)?(?:\.?_modules|\['_modules'\])?\['(?P<name>[^']*)'\]")
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)(?:\.(?P<rest>.*))?$")
@@ -30,19 +31,19 @@ _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)(?:\.(?P<rest>.*))?$")
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel, at the sizes asked for.
+    """One kernel with its costs at given sizes.
 
     Attributes:
-        name: module it belongs to, ``model.layers.*.mlp.up_proj``.
-        layer: (``model.layers``, 3) where it belongs to one of a stack of layers.
-        kind: as :class:`effpass.core.kernels.Kernel`.
-        operators: its operators, in order.
-        flops: floating-point operations.
+        name: module that the kernel belongs to, with layer numbers replaced: ``model.layers.*.mlp.up_proj``.
+        layer: stack and index of the layer that the kernel belongs to, (``model.layers``, 3); None outside of layers.
+        kind: as in :class:`effpass.core.kernels.Kernel`.
+        operators: names of its operators, in order.
+        flops: number of floating-point operations.
         weight_bytes: bytes of weights read.
         cache_bytes: bytes of caches read.
         activation_bytes: bytes of everything else, read and written.
         seconds: predicted time.
-        kernel: what it was made from, with its formulas.
+        kernel: the kernel itself, with its costs as formulas.
     """
 
     name: str
@@ -63,7 +64,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """Kernels that do the same in every layer; sums over `count` of them."""
+    """Kernels that are equal in all layers, with the sums of their costs.
+
+    Attributes:
+        name: module that they belong to, as in :class:`Part`.
+        kind: as in :class:`effpass.core.kernels.Kernel`.
+        operators: names of the operators of one kernel, in order.
+        count: number of kernels.
+        flops: number of floating-point operations of all of them.
+        bytes: bytes read and written by all of them.
+        seconds: predicted time of all of them.
+    """
 
     name: str
     kind: str
@@ -76,15 +87,16 @@ class Row:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer of a stack, before and after: name relative to the layer, kind and operators of each kernel, in order.
+    """One layer of a stack, before and after the passes.
 
     Attributes:
-        stack: where the layers are, ``model.layers``.
-        index: the layer shown: the first of the commonest kind, of those that change where any does.
+        stack: name of the stack of layers, ``model.layers``.
+        index: index of the layer shown. Layers that the passes change are preferred; among them, it is the first layer
+            of the most common kind.
         alike: number of layers with exactly these kernels before and after.
         count: number of layers in the stack.
-        before: its kernels as loaded.
-        after: its kernels after the last pass.
+        before: kernels of the layer as loaded, in order: name relative to the layer, kind, and operators.
+        after: kernels of the layer after the last pass, in order.
     """
 
     stack: str
@@ -124,13 +136,13 @@ def parts(program: Program, at: Ceilings, sizes: Mapping[Any, int]) -> list[Part
 
 
 def _path(nodes: Sequence[Node]) -> str:
-    """The module of a kernel; where operators of several modules are fused, that of the most."""
+    """The module of a kernel. If operators of several modules are fused, it is the module of most of them."""
     paths = Counter(path for node in nodes if (path := _module_path(node)))
     return paths.most_common(1)[0][0] if paths else ""
 
 
 def _module_path(node: Node) -> str:
-    """The module that `node` was traced in, as `named_modules` calls it, without PEFT's wrappers."""
+    """Name of the module that `node` was traced in, as in `named_modules` but without the wrappers of PEFT."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
@@ -143,7 +155,7 @@ def _operator(node: Node) -> str:
 
 
 def breakdown(found: Sequence[Part]) -> list[Row]:
-    """Equal kernels of all layers in one row, the longest first."""
+    """Sum up the equal kernels of all layers; the row with the longest time comes first."""
     rows: dict[tuple[str, str, tuple[str, ...]], list[Part]] = {}
     for part in found:
         rows.setdefault((part.name, part.kind, part.operators), []).append(part)
@@ -163,7 +175,7 @@ def breakdown(found: Sequence[Part]) -> list[Row]:
 
 
 def layer_view(before: Sequence[Part], after: Sequence[Part]) -> LayerView | None:
-    """The layer that tells most about a stack of layers; None for a program without one."""
+    """The most representative layer (see :class:`LayerView`); None for a program without a stack of layers."""
     first, last = _layers(before), _layers(after)
     pairs: dict[str, list[tuple[str, int]]] = {}
     for layer in first:
@@ -187,7 +199,7 @@ def _layers(found: Sequence[Part]) -> dict[tuple[str, int], list[dict[str, Any]]
 
 
 def outline(found: Sequence[Part]) -> list[str]:
-    """The program in a line: its modules in order, each stack of layers once."""
+    """The names of the program's modules in order, with each stack of layers once."""
     sizes = Counter(stack for stack, _ in {p.layer for p in found if p.layer is not None})
     names = []
     for part in found:

@@ -1,4 +1,4 @@
-"""Fingerprints of a tensor's bits: a change of any element shows."""
+"""Checksums of tensors: one to detect changes of a weight at run time, and one to identify a set of tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """``Σᵢ bitsᵢ · kᵢ mod 2⁶⁴`` with odd multipliers kᵢ by position, on the tensor's own device.
+    """``Σᵢ bitsᵢ · kᵢ mod 2⁶⁴`` with odd multipliers kᵢ that depend on the position, computed on the tensor's device.
 
-    Odd multipliers are invertible, so a change of one element always changes the sum; several changes cancel by chance
-    only, and so does exchanging elements. NaNs compare as the bits they are.
+    Odd multipliers are invertible, so a change of one element always changes the sum. Several changes, or an exchange
+    of elements, leave it unchanged only by chance. NaNs are compared by their bits.
     """
     bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
     multipliers = _multipliers(min(_CHUNK, bits.numel()), bits.device)
@@ -36,7 +36,7 @@ def _multipliers(count: int, device: torch.device) -> Tensor:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and content."""
+    """SHA-256 of the names, shapes, dtypes and contents of `tensors`."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

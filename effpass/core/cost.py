@@ -1,11 +1,15 @@
-"""What each operator of a program computes and moves, as expressions of the program's symbols.
+"""Cost model of operators: the FLOPs and bytes of every node of a program, as expressions of the program's symbols.
 
-    flops(node)    2 per multiply-add of matrix products, attention and convolutions; other operators count by bytes
-    reads(node)    bytes it must read of each value, a broadcast dimension counted once, a gathered table by its rows
+    flops(node)    2 per multiply-add of matrix products, attention and convolutions; 0 for other operators, whose cost
+                   is the bytes they move
+    reads(node)    bytes it must read of each value; a broadcast dimension counts once, and of a table that is gathered
+                   from, only the selected entries count
     written(node)  bytes it writes; a view writes nothing
 
 Static sizes give ints. A dynamic dimension gives a sympy expression of its symbol (batch, tokens, cache length), which
-:func:`effpass.core.flops.evaluate` turns into a number at any size.
+:func:`effpass.core.flops.evaluate` turns into a number for any size. The manager uses :func:`total` to report what a
+pass changed; :mod:`effpass.core.kernels` groups the nodes into kernels, whose time :mod:`effpass.core.roofline`
+predicts.
 """
 
 from __future__ import annotations
@@ -44,16 +48,16 @@ Kind = Literal["free", "matmul", "attention", "fusible", "other"]
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One operator.
+    """Cost of one operator.
 
     Attributes:
-        node: the graph node.
-        kind: ``"matmul"``, ``"attention"`` or ``"other"`` (a kernel of its own), ``"fusible"`` (pointwise, reductions
-            and copies), or ``"free"`` (views, arithmetic on sizes, checks).
-        flops: floating-point operations.
-        reads: bytes read of each value, by the node whose memory it is.
+        node: node of the graph.
+        kind: ``"matmul"``, ``"attention"`` or ``"other"`` for an operator that is a kernel of its own, ``"fusible"``
+            for pointwise operators, reductions and copies, ``"free"`` for views and calls of bodies.
+        flops: number of floating-point operations.
+        reads: bytes read, by the node that owns the memory.
         written: bytes written.
-        base: the node whose memory this node's value lies in; itself unless it is a view or works in place.
+        base: node that owns the memory of this node's value: `node` itself, unless it is a view or works in place.
     """
 
     node: Node
@@ -66,11 +70,11 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals over a program and the bodies inside it.
+    """Totals over a program and its bodies.
 
     Attributes:
-        flops: floating-point operations, a multiply-add counted as two.
-        weight_bytes: bytes of weights (and derived weights) that one call reads.
+        flops: number of floating-point operations; a multiply-add counts as two.
+        weight_bytes: bytes of weights and derived weights that one call reads.
     """
 
     flops: Size
@@ -78,9 +82,10 @@ class Cost:
 
 
 def total(program: Program, size: Reading = hinted) -> Cost:
-    """FLOPs and weight bytes of `program` with its bodies; at the traced sizes unless `size` is :func:`symbolic`.
+    """FLOPs and weight bytes of `program` and its bodies, at the traced sizes unless `size` is :func:`symbolic`.
 
-    The same as the sums over :func:`node_costs`, in a fraction of the time: the manager asks while a user waits.
+    The result equals the sums over :func:`node_costs` but takes a fraction of the time, which matters because the
+    manager calls this during compilation.
     """
     flops: Size = 0
     weight_bytes: Size = 0
@@ -95,7 +100,7 @@ def total(program: Program, size: Reading = hinted) -> Cost:
 
 
 def _readers(memory: Node) -> Iterator[tuple[Node, Node]]:
-    """Who reads `memory` or a view of it, and which of them it reads."""
+    """Yield each reader of `memory` or of a view of it, together with the node that it reads."""
     waiting = [memory]
     while waiting:
         seen = waiting.pop()
@@ -107,14 +112,14 @@ def _readers(memory: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def weight_nodes(program: Program) -> set[Node]:
-    """Placeholders of weights and of derived weights."""
+    """The placeholders of weights and of derived weights."""
     placeholders = program.graph.find_nodes(op="placeholder")
     appended = placeholders[len(placeholders) - len(program.derived) :]
     return {*program.weights, *appended}
 
 
 def uncounted(program: Program) -> set[str]:
-    """Operators from outside PyTorch whose FLOPs nobody declared; they count by bytes alone."""
+    """Operators from outside PyTorch that have no FLOP formula, so that only their bytes are counted."""
     found = set()
     for part in (program, *program.bodies):
         called = {body.caller for body in part.bodies}
@@ -131,7 +136,7 @@ def uncounted(program: Program) -> set[str]:
 
 
 def node_costs(program: Program, size: Reading = symbolic) -> Iterator[NodeCost]:
-    """The cost of every node of `program` that computes, in graph order; its bodies are programs of their own."""
+    """Yield the cost of every node that computes tensors, in graph order. The bodies of `program` are not included."""
     bases: dict[Node, Node] = {}
     callers = {body.caller for body in program.bodies}
     for node in program.graph.nodes:
@@ -169,22 +174,22 @@ def _tensor_arguments(node: Node) -> Iterable[Node]:
 
 
 def _bytes(value: torch.Tensor, size: Reading) -> Size:
-    """Bytes of the distinct elements of `value`: a dimension of stride 0 repeats the same ones."""
+    """Bytes of the distinct elements of `value`; a dimension of stride 0 repeats the same elements."""
     strides = value.stride() if value.layout is torch.strided else value.shape
     distinct = (size(d) for d, stride in zip(value.shape, strides, strict=True) if not _is(stride, 0))
     return functools.reduce(operator.mul, distinct, 1) * value.element_size()
 
 
 def _is(number: Any, constant: int) -> bool:
-    """Whether `number` is that constant for all sizes."""
+    """Whether `number` equals `constant` for all sizes."""
     return isinstance(number, int) and number == constant
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
-# Operators that read of their first argument only what they return.
+# Operators that read only those elements of their first argument that they return.
 _GATHERS = (aten.embedding, aten.index, aten.gather, aten.index_select, aten.take, aten.take_along_dim)
-# Operators that write a part of their first argument and leave the rest, and where the written values are.
+# Operators that write only a part of their first argument → the argument that has the shape of the written part.
 _SCATTERS = {
     aten.index_copy_: "source", aten.index_put_: "values", aten.index_add_: "source", aten.scatter_: "index",
     aten.scatter_add_: "index",
@@ -199,7 +204,7 @@ def _is_mutable(target: Any) -> bool:
 
 
 def _memory_of(node: Node) -> Node | None:
-    """The argument whose memory the value of `node` lies in; None for new memory."""
+    """The argument whose memory the value of `node` shares; None when `node` allocates new memory."""
     first = next((a for a in node.args if isinstance(a, Node)), None)
     if first is None:
         return None
@@ -209,7 +214,7 @@ def _memory_of(node: Node) -> Node | None:
         return None
     schema = node.target._schema
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
-    # chunk and split return views, and say so of the elements of a list.
+    # The schemas of chunk and split declare aliases for the elements of the returned list only.
     if not aliases and packet_of(node.target) not in _LISTS_OF_VIEWS:
         return _source_of_identity(node, first)
     if any(alias.is_write for alias in aliases):
@@ -226,12 +231,12 @@ _LISTS_OF_VIEWS = (aten.chunk, aten.split, aten.split_with_sizes, aten.unbind, a
 
 
 def _source_of_identity(node: Node, first: Node) -> Node | None:
-    """Dropout outside training returns what it is given."""
+    """The operand of a dropout outside training, which returns it unchanged; None for other nodes."""
     return first if packet_of(node.target) is aten.dropout and node.args[2:] == (False,) else None
 
 
 def _is_view(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether `old` can be seen with the shape of `new` without a copy, at the traced sizes."""
+    """Whether `old` can be viewed with the shape of `new` without a copy, at the traced sizes."""
     shape, strides = [hinted(d) for d in old.shape], [hinted(s) for s in old.stride()]
     stand_in = torch.empty_strided(shape, strides, device="meta")
     if shape == [hinted(d) for d in new.shape]:
@@ -258,7 +263,10 @@ def _bytes_read(node: Node, argument: Node, size: Reading) -> Size:
 
 
 def _experts_read(rows: Sequence[Any], experts: torch.Tensor, size: Reading) -> Size:
-    """A product of `rows` rows (a product of sizes) reads only the experts that have a row: at most one for each."""
+    """Bytes read of `experts` `[E, ...]` by a grouped product over as many tokens as the product of the sizes `rows`.
+
+    Only experts that have a token are read, which are at most as many as there are tokens.
+    """
     whole = _bytes(experts, size)
     if experts.dim() != 3 or not rows:
         return whole
@@ -281,7 +289,7 @@ def _bytes_written(node: Node, outputs: list[torch.Tensor], size: Reading) -> Si
 
 # -- kinds and formulas -----------------------------------------------------------------------------------------------
 
-# ATen operators that Inductor calls a library for, beside those with a FLOP formula.
+# ATen operators without a FLOP formula for which Inductor calls a library kernel instead of fusing them.
 _LIBRARY = (
     aten.sort, aten.topk, aten.argsort, aten.nonzero, aten.multinomial, aten.bincount, aten.histc,
     aten.masked_select,

@@ -1,21 +1,25 @@
-"""Derived weights: pure functions of original weights and artifact tensors, never silently stale.
+"""Derived weights: weights that a pass computes from original weights and artifact tensors, never silently stale.
 
-A pass that prunes, merges or absorbs declares ``program.derive(owner, originals, compute)`` and reads the returned node
-in place of the weight. The value has one of three homes:
+A pass that prunes, merges or absorbs weights calls ``program.derive(owner, originals, compute)``, where `compute` is a
+pure function of both, and reads the returned node in place of the weight. The originals may change after compilation,
+for instance in training. The *home* of a derived weight, which :func:`home_of` chooses, determines where its value is
+kept and when it is computed:
 
 ``module``
-    `torch.export` programs: computed once into the state dict; the original goes when nothing else reads it.
+    For `torch.export` programs. The value is computed once and added to the state dict; the original is removed when
+    nothing else reads it.
 ``graph``
-    inside the program, recomputed at every call: where a gradient must flow to an original, or where a write to it
-    can't be seen from outside (DTensor, inference tensors, a process group, the program's own writes).
+    The value is computed inside the program at every call. This is used where a gradient must flow to an original, and
+    where a write to an original can't be detected from outside (DTensor, inference tensors, an initialized process
+    group, writes by the program itself).
 ``cached``
-    under `torch.compile`: weights reach the compiled function as run-time arguments, so a wrapper around it computes
-    the derived tensor from them and passes it as one more argument (:mod:`effpass.core.derived_arguments`). One copy
-    serves all compiled variants. It is recomputed, into the same buffer (CUDA graphs hold its address), when an
-    original changed (:mod:`effpass.core.live_weights`).
+    Otherwise, under `torch.compile`. Weights reach the compiled function as run-time arguments, so a wrapper around it
+    computes the derived tensor from them and passes it as one more argument (:mod:`effpass.core.derived_arguments`).
+    All compiled variants share one copy. When an original has changed (:mod:`effpass.core.live_weights`), the value is
+    recomputed into the same buffer, because CUDA graphs hold its address.
 
-Writes through `.data`, NumPy or a foreign kernel move nothing that can be seen: call ``effpass.refresh(model)`` after
-them, or compile with ``check_weights: true``, which compares checksums at every call.
+Writes through `.data`, NumPy or a foreign kernel can't be detected. Call ``effpass.refresh(model)`` after them, or
+compile with ``check_weights: true``, which compares checksums at every call.
 """
 
 from __future__ import annotations
@@ -44,7 +48,10 @@ Home = Literal["module", "graph", "cached"]
 
 
 def home_of(program: Program, originals: Sequence[Node]) -> Home:
-    """Where a weight derived from `originals` lives; see the module's docstring."""
+    """The home of a weight that is derived from `originals`; see the module's docstring.
+
+    An original that is not a weight of the program, such as a computed value, also leads to ``"graph"``.
+    """
     if program.front == "export":
         return "module"
     tensors = [weight.tensor for node in originals if (weight := program.weight_of(node)) is not None]
@@ -79,7 +86,7 @@ def derive(
     constants: Mapping[str, Tensor],
     slot: Slot | None,
 ) -> Node:
-    """Implements :meth:`effpass.core.program.Program.derive`."""
+    """Implement :meth:`effpass.core.program.Program.derive`. A repeated declaration returns the node of the first."""
     known = program.derived_nodes.get((owner, tuple(originals)))
     if known is not None:
         return known
@@ -137,7 +144,10 @@ def _derive_in_graph(
 
 @contextmanager
 def _plainly(program: Program, originals: Sequence[Node]) -> Iterator[None]:
-    """Nodes inserted inside compute without autocast, and with gradients where a region of the program enables them."""
+    """Make the nodes inserted in this context compute without autocast, and with gradients if the program uses them.
+
+    Gradients are enabled only when they are off around the program and a region of it enables them.
+    """
     graph, device = program.graph, originals[0].meta["val"].device
     entered = None
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
@@ -156,7 +166,7 @@ def _plainly(program: Program, originals: Sequence[Node]) -> Iterator[None]:
 def _derive_in_body(
     program: Program, owner: str, originals: Sequence[Node], compute: Callable[..., Tensor], slot: Slot | None
 ) -> Node:
-    """Inside a checkpointed body: derive in the parent, and hand the value in as one more operand."""
+    """Derive a weight of a checkpointed body: compute it in the parent, and pass it to the body as one more operand."""
     parent, caller = program.parent, program.caller
     assert parent is not None
     assert caller is not None

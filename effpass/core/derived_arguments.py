@@ -1,11 +1,13 @@
-"""The wrapper around a compiled function that passes it the derived weights, fresh.
+"""The wrapper around a compiled function that passes it up-to-date derived weights.
 
-In every call it looks whether each original is the same object, at the same address, with the same version counter:
-three passes in C, since this is what derived weights cost when nothing changed (benchmark area ``backend``, metric
-``derived_check``). Whatever else can make a derived weight stale replaces ``tokens.change``.
+This is the run-time part of the home ``cached`` of derived weights (:mod:`effpass.core.derived`). At every call it
+checks that each original is the same object, at the same address, with the same version counter. These checks are three
+loops that run in C, because they are the whole cost of derived weights when nothing changed (benchmark area
+``backend``, metric ``derived_check``). Every other event that can make a derived weight stale replaces
+``tokens.change`` (:mod:`effpass.core.live_weights`).
 
-A CUDA graph that the user captures *around* the compiled function replays without this code: capture again after the
-weights changed. (Inductor's own CUDA graphs are inside it.)
+A CUDA graph that the user captures *around* the compiled function is replayed without these checks and must be captured
+again after the weights have changed. (Inductor's own CUDA graphs are inside the compiled function.)
 """
 
 from __future__ import annotations
@@ -29,23 +31,23 @@ __all__ = ["DerivedArguments", "Spec", "derived_bytes", "process_group_is_up"]
 
 _version = attrgetter("_version")
 _data_ptr = Tensor.data_ptr
-# A collective writes weights, and nothing moves.
+# Collectives write to weights without changing an address or a version counter.
 process_group_is_up = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
 
 class Spec:
-    """How to compute one derived argument: from which positional arguments, by which function.
+    """Specification of one derived argument: the positional arguments that it is computed from, and the function.
 
     Args:
-        owner: see :meth:`effpass.core.program.Program.derive`.
-        positions: of the originals among the compiled function's arguments.
-        originals: their values in this call; the derived tensor is computed from them at once.
+        owner: as in :meth:`effpass.core.program.Program.derive`.
+        positions: positions of the originals among the arguments of the compiled function.
+        originals: values of the originals in this call; the derived tensor is computed from them at once.
         compute: as in `derive`.
         slot: as in `derive`.
 
     Attributes:
-        first: the derived tensor of this call, until a :class:`DerivedArguments` takes it over.
-        nbytes: its size.
+        first: entry with the derived tensor of this call; None after a :class:`DerivedArguments` has taken it over.
+        nbytes: bytes of the derived tensor.
     """
 
     def __init__(
@@ -69,12 +71,12 @@ class Spec:
 
 
 def derived_bytes(specs: Iterable[Any], pass_name: str) -> int:
-    """Bytes that the cached derived tensors of one pass hold beside their originals."""
+    """Bytes of the cached derived tensors of one pass, which are held in addition to their originals."""
     return sum(s.nbytes for s in specs if isinstance(s, Spec) and s.owner.partition(":")[0] == pass_name)
 
 
 class _Seen(NamedTuple):
-    """How a set of originals looked when its derived tensors were last fresh."""
+    """State of a set of originals when its derived tensors were last up to date."""
 
     change: list[Any]
     versions: list[int]
@@ -83,11 +85,11 @@ class _Seen(NamedTuple):
 
 
 class _Binding:
-    """One set of originals that the compiled function is called with: one per module that shares its code."""
+    """One set of originals that the compiled function is called with; each module that shares its code has its own."""
 
     def __init__(self, originals: tuple[Tensor, ...], supplies: list[Any]) -> None:
         self.originals = originals
-        self.supplies = supplies  # an Entry, or a pair (slot, name)
+        self.supplies = supplies  # per derived argument, an Entry or a pair (slot, name)
         self.seen: _Seen | None = None
 
 
@@ -95,10 +97,14 @@ class DerivedArguments:
     """Appends derived tensors to the arguments of a compiled function.
 
     Args:
-        function: the compiled function; takes the program's original arguments and then the derived ones.
-        specs: one per derived argument, in order; a ``(slot, name)`` pair stands for an artifact tensor that is an
-            input of the graph itself.
-        check_weights: compare checksums at every call; slow, finds writes that can't be seen.
+        function: compiled function that takes the original arguments of the program, followed by the derived ones.
+        specs: one entry per derived argument, in order. A ``(slot, name)`` pair stands for an artifact tensor that the
+            graph itself takes as an input.
+        check_weights: compare checksums of the originals at every call. This is slow, but finds writes that can't be
+            detected otherwise.
+
+    Attributes:
+        live: all instances that are alive.
     """
 
     live: ClassVar[weakref.WeakSet[DerivedArguments]] = weakref.WeakSet()
@@ -112,7 +118,7 @@ class DerivedArguments:
         self.positions = sorted(first)
         self._pick: Callable[[Any], tuple[Tensor, ...]] = _picker(self.positions)
         self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self._recent: dict[Any, _Binding] = {}  # by the id of the first original alone
+        self._recent: dict[Any, _Binding] = {}  # by the id of the first original only
         _watch()
         with lock:
             self._bind(tuple(first[p] for p in self.positions))
@@ -124,7 +130,7 @@ class DerivedArguments:
         return self.function(*args, *self.values(args))
 
     def values(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """The derived arguments that belong to `args`."""
+        """The derived arguments for a call with `args`, recomputed where an original changed."""
         originals = self._pick(args)
         binding = self._recent.get(originals and id(originals[0]))
         if (
@@ -141,7 +147,7 @@ class DerivedArguments:
             return self._renew(originals)
 
     def _renew(self, originals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        change = tokens.change  # taken first: whatever happens from here on counts at the next call
+        change = tokens.change  # read first, so that any later event is noticed at the next call
         binding = self._recent[originals and id(originals[0])] = self._bind(originals)
         blind = any(t.is_inference() for t in originals)
         if process_group_is_up():
@@ -157,7 +163,7 @@ class DerivedArguments:
             return self._supply(binding, blind)
         versions, pointers = list(map(_version, originals)), list(map(_data_ptr, originals))
         values = self._supply(binding, blind)
-        binding.seen = _Seen(change, versions, pointers, values)  # published whole, for other threads
+        binding.seen = _Seen(change, versions, pointers, values)  # in one assignment, for other threads
         return values
 
     def _supply(self, binding: _Binding, blind: bool) -> tuple[Tensor, ...]:
@@ -177,11 +183,11 @@ class DerivedArguments:
         return binding
 
     def held(self) -> list[tuple[Tensor, ...]]:
-        """The sets of originals that this object holds."""
+        """The sets of originals that this object keeps alive."""
         return [b.originals for b in self._bindings.values()]
 
     def forget(self, ids: set[int]) -> None:
-        """Let go of the sets in which an original has one of these ids."""
+        """Release the sets of originals that contain a tensor with one of these ids."""
         for known in (self._bindings, self._recent):
             for key in [k for k, b in known.items() if not ids.isdisjoint(map(id, b.originals))]:
                 del known[key]  # type: ignore[arg-type]
@@ -191,10 +197,10 @@ def _picker(positions: Sequence[int]) -> Callable[[Any], tuple[Tensor, ...]]:
     if len(positions) > 1:
         return itemgetter(*positions)
     start = positions[0] if positions else 0
-    return itemgetter(slice(start, start + len(positions)))  # itemgetter of one index gives no tuple
+    return itemgetter(slice(start, start + len(positions)))  # itemgetter returns no tuple for a single index
 
 
-# -- what is not looked at in each call ------------------------------------------------------------------------------
+# -- events that are not checked at each call ------------------------------------------------------------------------
 
 
 def _after_step(*_: Any) -> None:
@@ -203,7 +209,7 @@ def _after_step(*_: Any) -> None:
 
 
 def _after_collection(phase: str, info: Mapping[str, int]) -> None:
-    """After a full collection (``del model; gc.collect()``), let go of originals that only this module still holds."""
+    """After a full collection (``del model; gc.collect()``), release originals that only this module still holds."""
     if phase == "stop" and info["generation"] == 2 and lock.acquire(blocking=False):
         try:
             _let_go()
@@ -228,7 +234,7 @@ _BY_THE_CALL = _references((object(),), 0) - 1
 
 
 def _let_go() -> None:
-    """Drop what is derived from originals that nobody else holds. The caller holds the lock."""
+    """Release derived tensors whose originals nothing else references. The caller must hold the lock."""
     arguments = list(DerivedArguments.live)
     holders = [h for a in arguments for h in a.held()] + [e.originals for e in list(Entry.live.values())]
     held = Counter(id(t) for originals in holders for t in originals)

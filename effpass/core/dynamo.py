@@ -1,14 +1,15 @@
-"""Front end one: a Dynamo graph, retraced into the dialect.
+"""Front end for `torch.compile`: turns a graph from Dynamo into a program.
 
-Dynamo hands its backend a graph of torch-level calls. :mod:`effpass.core.retrace` brings them to pre-dispatch ATen on
-fake tensors. Six things must survive that, each learned from a failure:
+Dynamo passes its backend a graph of torch-level calls. :mod:`effpass.core.retrace` translates them to pre-dispatch ATen
+on fake tensors. Six properties must be preserved, each of which was once violated:
 
-* higher-order operators stay whole (executed, `autograd_function_apply` loses gradients silently);
-* a Python float that Dynamo lifted (``dynamic=True``) keeps the SymFloat Dynamo recorded for its ``.item()``;
-* the metadata that makes weights *static* inputs is carried over (without it CUDA graphs copy them at each replay);
-* autocast regions are recorded and entered (recorded alone, the dtypes inside them come out wrong);
-* the retrace has a fake mode of its own, so that in-place writes it traces do not age the one AOTAutograd uses;
-* `TensorifyScalarRestartAnalysis` is Dynamo's control flow, not an error.
+* Higher-order operators are not decomposed (executing `autograd_function_apply` silently loses gradients).
+* A Python float that Dynamo lifted to an input (``dynamic=True``) keeps the SymFloat that Dynamo recorded for its
+  ``.item()``.
+* The metadata that makes weights *static* inputs is carried over (without it, CUDA graphs copy them at each replay).
+* Autocast regions are recorded and also entered while tracing (if only recorded, the dtypes inside them are wrong).
+* The retrace has its own fake mode, so that the in-place writes it traces do not affect the one that AOTAutograd uses.
+* `TensorifyScalarRestartAnalysis` is control flow of Dynamo, not an error.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ from effpass.core.retrace import copy_placeholders, like, retrace
 
 __all__ = ["NotRetraceableError", "program_from_dynamo", "source_name", "weight_names"]
 
-# Transforms whose state lives outside the graph: running the nodes under a tracer would nest or lose their levels.
+# Transforms that keep their state outside the graph: executing these nodes under a tracer would nest or lose levels.
 _FUNCTORCH = re.compile(
     r"vmap_(in|de)crement|_add_batch_dim|_remove_batch_dim|(grad|jvp)_(in|de)crement|_wrap_for_grad"
 )
 
 
 class NotRetraceableError(Exception):
-    """The graph uses a transform that can't be traced again; it goes on as it is."""
+    """The graph uses a transform that can't be retraced; the caller compiles it unchanged."""
 
 
 def program_from_dynamo(gm: GraphModule, example_inputs: Sequence[Any], prefix: str = "") -> Program:
-    """Retrace Dynamo's `gm` into the dialect. `gm` itself is not changed.
+    """Retrace a graph from Dynamo into the dialect. `gm` itself is not changed.
 
     Args:
-        gm: the graph module that Dynamo passes to a backend.
-        example_inputs: its inputs: real tensors, SymInts, ints.
-        prefix: name of the compiled submodule in the whole model, with a trailing dot; weights are named relative to
-            what was compiled.
+        gm: graph module that Dynamo passes to a backend.
+        example_inputs: inputs of the graph in this call: real tensors, SymInts and ints.
+        prefix: prefix of weight names, prepended to names relative to the compiled module. For a submodule, its name
+            in the whole model with a trailing dot.
 
     Raises:
-        NotRetraceableError: the graph holds functorch levels (vmap, func.grad).
+        NotRetraceableError: the graph contains functorch levels (vmap, func.grad).
         RewriteError: the retrace failed for another reason.
     """
     for node in gm.graph.nodes:
@@ -64,7 +65,7 @@ def program_from_dynamo(gm: GraphModule, example_inputs: Sequence[Any], prefix: 
         with _own_fake_mode() as fake_mode:
             fakes = [_fakeify(fake_mode, x) for x in example_inputs]
             retraced = retrace(gm, fakes, fake_mode)
-        # As Dynamo does with its own: weak references to weights would make torch.utils.swap_tensors refuse them.
+        # Dynamo does the same with its fake mode: torch.utils.swap_tensors refuses tensors with weak references.
         fake_mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
     except TensorifyScalarRestartAnalysis:
         raise
@@ -83,7 +84,7 @@ def program_from_dynamo(gm: GraphModule, example_inputs: Sequence[Any], prefix: 
 
 @contextmanager
 def _own_fake_mode() -> Iterator[FakeTensorMode]:
-    """A fresh fake mode over the current ShapeEnv, for the length of one retrace."""
+    """Use a fresh fake mode over the current ShapeEnv for the duration of one retrace."""
     context = TracingContext.try_get()
     outer = context.fake_mode if context is not None else None
     fake_mode = FakeTensorMode(shape_env=outer.shape_env if outer is not None else None, allow_non_fake_inputs=True)
@@ -98,7 +99,7 @@ def _own_fake_mode() -> Iterator[FakeTensorMode]:
 
 
 def _fakeify(fake_mode: FakeTensorMode, x: Any) -> Any:
-    """Fake tensors with the symbols that Dynamo chose for the same input."""
+    """The fake value of an input, with the symbols that Dynamo chose for the same input."""
     if not isinstance(x, torch.Tensor):
         return x
     if isinstance(x, FakeTensor):
@@ -115,8 +116,8 @@ def _carry_metadata(old: GraphModule, new: GraphModule) -> None:
     new.meta.update(old.meta)
     if hasattr(old, "_backend_id"):
         new._backend_id = old._backend_id
-    # AOTAutograd wants a source for each tensor that the graph module holds: those that Dynamo held keep theirs, and
-    # constants that the retrace made (`torch.tensor([])` in an empty cache) get one of their own.
+    # AOTAutograd needs a source for each tensor attribute of the graph module. Attributes from Dynamo keep theirs, and
+    # constants created by the retrace (`torch.tensor([])` in an empty cache) get a new one.
     sources = dict(getattr(old, "_param_name_to_source", {}))
     held = {id(t): sources.get(name) for name, t in (*old.named_parameters(), *old.named_buffers())}
     for name, tensor in (*new.named_parameters(), *new.named_buffers()):
@@ -134,12 +135,12 @@ _ATOM = re.compile(
 
 
 def source_name(source: str) -> str | None:
-    """The fully qualified weight name in a Dynamo source, relative to the compiled callable.
+    """The fully qualified name of a weight from its Dynamo source, relative to the compiled module.
 
     >>> source_name("L['self']._modules['model']._modules['norm']._parameters['weight']")
     'model.norm.weight'
 
-    Returns None for a source that is not a module's parameter or buffer.
+    Returns None for a source that is not a parameter or buffer of a module.
     """
     if "_parameters[" not in source and "_buffers[" not in source:
         return None
@@ -159,7 +160,7 @@ def _name_of(placeholder: Node, prefix: str) -> str | None:
 
 
 def weight_names(gm: GraphModule, prefix: str = "") -> list[str]:
-    """Names of the parameters and buffers that Dynamo's `gm` reads, without retracing it."""
+    """Names of the parameters and buffers that are inputs of the Dynamo graph `gm`, without retracing it."""
     names = (_name_of(n, prefix) for n in gm.graph.find_nodes(op="placeholder"))
     return [name for name in names if name is not None]
 
@@ -174,7 +175,7 @@ def _weights(gm: GraphModule, example_inputs: Sequence[Any], prefix: str) -> dic
 
 
 def _body_program(program: Program, node: Node, position: int) -> Program:
-    """The body of a transparent operator as a program of its own; its weights are those of its operands."""
+    """The body of a transparent higher-order operator as a program; its weights are those among the operands."""
     operand = node.args[position]
     assert isinstance(operand, Node)
     body: GraphModule = getattr(program.gm, str(operand.target))

@@ -1,4 +1,4 @@
-"""Errors that effpass raises. Each says what is wrong, where, and the way out."""
+"""Exceptions that effpass raises. Each message says what is wrong, where, and what the user can do about it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
 
 
 class EffpassError(Exception):
-    """Base of every error that effpass raises on purpose.
+    """Base class of all errors that effpass raises on purpose.
 
     Args:
         message: what is wrong and where, with the value received.
-        hint: the user's next step; printed on a line of its own.
+        hint: next step for the user, printed on a separate line; None for no hint.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -42,19 +42,23 @@ class ArtifactError(EffpassError):
 
 
 class PluginError(EffpassError):
-    """A pass can't be loaded: unknown, duplicate or broken."""
+    """A pass can't be loaded because it is unknown, provided twice, or broken."""
 
 
 class ModelError(EffpassError):
-    """A model can't be loaded or is of a kind that effpass does not rewrite."""
+    """A model can't be loaded, or is of a kind that effpass does not support."""
 
 
 class PassRefusedError(EffpassError):
-    """A pass that must act (``require: true``, or a call that came too late for its model stage) can't."""
+    """A pass can't act where a recipe uses it.
+
+    Reasons include an entrance that the pass does not support, an order of passes that is not possible, and
+    ``require: true`` with nothing to rewrite.
+    """
 
 
 class RewriteError(EffpassError):
-    """effpass itself failed: a pass left a program that is not valid, or a front end met a surprise."""
+    """effpass itself failed: a pass failed or left an invalid program, or a front end could not process a graph."""
 
 
 class ExportError(EffpassError):
@@ -62,11 +66,11 @@ class ExportError(EffpassError):
 
 
 class HostMemoryError(EffpassError):
-    """Host memory that a cache needs is not allowed, or the system does not give it."""
+    """A cache needs more host memory than is allowed or than the system provides."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'budget'?"`` when a known name is close to `name`, else the list of known names."""
+    """Suffix for a message about an unknown name: ``", did you mean 'budget'?"`` if one is close, else all names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:

@@ -1,7 +1,7 @@
-"""Front end two: a `torch.export` program in the dialect, and back.
+"""Front end for `torch.export`: turns an ExportedProgram into a program, and back.
 
-`torch.export.export` already yields pre-dispatch ATen with the weights as placeholders; what is left is to name the
-weights, to undo export's extra checks, and, on the way back, to keep signature, state dict and graph in step.
+`torch.export.export` already produces pre-dispatch ATen with the weights as placeholders. This module names the weights
+and removes the extra checks of export; on the way back it keeps graph signature, state dict and graph consistent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["program_from_exported", "to_exported"]
 
 
 def program_from_exported(exported: ExportedProgram) -> Program:
-    """View `exported` as a :class:`Program`; the program owns it from here on and edits it in place.
+    """View `exported` as a :class:`Program`, which owns it from here on and edits it in place.
 
     Args:
-        exported: the result of ``torch.export.export`` (not decomposed: passes look for `aten.linear` and
-            `aten.scaled_dot_product_attention` whole).
+        exported: result of ``torch.export.export``. It must not be decomposed, because passes look for `aten.linear`
+            and `aten.scaled_dot_product_attention`.
     """
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -46,7 +46,7 @@ def program_from_exported(exported: ExportedProgram) -> Program:
 
 
 def to_exported(program: Program) -> ExportedProgram:
-    """The rewritten ExportedProgram: derived weights stand in its state dict, and weights nobody reads are gone."""
+    """The rewritten ExportedProgram: derived weights are in its state dict, and unread parameters are removed."""
     exported = program.exported
     assert exported is not None, "only a program that came from torch.export goes back"
     program.recompile()
@@ -67,7 +67,7 @@ def to_exported(program: Program) -> ExportedProgram:
 
 
 def add_parameter(program: Program, name: str, tensor: torch.Tensor, before: torch.fx.Node) -> torch.fx.Node:
-    """Append a parameter `name` to the exported program; returns its placeholder, placed before `before`."""
+    """Add a parameter `name` to the exported program, and return its placeholder, which is inserted before `before`."""
     exported = program.exported
     assert exported is not None
     with program.graph.inserting_before(before):
@@ -95,7 +95,7 @@ def _tensor(exported: ExportedProgram, name: str) -> torch.Tensor:
 
 
 def _aliases(exported: ExportedProgram) -> dict[str, list[str]]:
-    """Names that share one storage, offset and shape: tied weights."""
+    """For each weight, all names with the same storage, offset and shape, which are those of a tied weight."""
     groups: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in exported.state_dict.items():
         groups[(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)].append(name)

@@ -1,15 +1,16 @@
-"""Which model an artifact was learned for: its architecture, and a sketch of its weights.
+"""Identity of the model that an artifact was learned for: its architecture, and a sketch of its weights.
 
-The architecture is the model's class, its `model_type`, a table of its parameters (layer numbers replaced by `*`; it
-names differences) and a hash of all names and shapes (it finds every difference). The weights are sketched by a random
-projection: for up to 16 of them, evenly chosen, at most 65,536 evenly spaced elements x give
+The architecture consists of the model's class, its `model_type`, a table of its parameters (with layer numbers replaced
+by `*`; used to name differences) and a hash of all names and shapes (which detects every difference). The weights are
+sketched by a random projection. For up to 16 of them, evenly chosen, at most 65,536 evenly spaced elements x give
 
     norm = ‖x‖        projection = Σ sᵢ xᵢ,   sᵢ = ±1 fixed pseudo-random signs
 
-Two models that differ by Δ have projections that differ by about ‖Δx‖, so the root mean square over the sketched
-weights of (p' − p) / norm estimates the relative change ‖ΔW‖ / ‖W‖: 0.14 % for SmolLM2 rounded to bfloat16, 0.02 % for
-float16. Norms or mean absolute values would not do: changes of either sign cancel in them, so that a fine-tune which
-moved the weights by 0.04 % moved their mean absolute value by 0.002 %.
+The projections of two models whose elements differ by Δx differ by about ‖Δx‖. The root mean square of (p' − p) / norm
+over the sketched weights, with p and p' the projections in both models, therefore estimates the relative change
+‖ΔW‖ / ‖W‖: 0.14 % for SmolLM2 rounded to bfloat16, 0.02 % for float16. Norms or mean absolute values are not suitable,
+because changes of either sign cancel in them: a fine-tune which moved the weights by 0.04 % moved their mean absolute
+value by 0.002 %.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from effpass.core.errors import ArtifactError
 
 __all__ = ["TOLERANCE", "Fingerprint", "Sketch"]
 
-# Relative change of the weights above which they count as those of another model: three times bfloat16's rounding.
+# Relative change of the weights above which they are regarded as those of another model; three times the change by
+# rounding to bfloat16.
 TOLERANCE = 0.004
 
 _WEIGHTS = 16
@@ -38,7 +40,12 @@ _ELEMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class Sketch:
-    """One weight: the norm of its sampled elements, and their sum with fixed pseudo-random signs."""
+    """Sketch of one weight.
+
+    Attributes:
+        norm: Euclidean norm of the sampled elements.
+        projection: sum of the sampled elements with fixed pseudo-random signs.
+    """
 
     norm: float
     projection: float
@@ -50,11 +57,11 @@ class Fingerprint:
 
     Attributes:
         architecture: name of the model's class.
-        model_type: of its config; empty when it has none.
-        parameters: parameter name with layer numbers replaced by `*` → shape → how many,
+        model_type: `model_type` of the model's config; empty if it has none.
+        parameters: parameter name with layer numbers replaced by `*` → shape → number of such parameters:
             ``{"model.layers.*.mlp.up_proj.weight": {"1536x576": 30}}``.
         shapes: SHA-256 of all parameter names and shapes.
-        weights: weight name → its sketch; ``"any"`` accepts every model of this architecture.
+        weights: weight name → sketch; ``"any"`` accepts any weights of this architecture.
     """
 
     architecture: str
@@ -65,11 +72,11 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, *, any_weights: bool = False) -> Fingerprint:
-        """Fingerprint `model`. Tied weights count under each of their names.
+        """Compute the fingerprint of `model`. Tied weights are included under each of their names.
 
         Args:
-            model: any module; weights on the meta device (and sharded or quantised ones) are not sketched.
-            any_weights: leave the weights out, for what does not depend on them.
+            model: any module. Weights that are on the meta device, sharded or quantized are not sketched.
+            any_weights: leave out the weights, for an artifact that does not depend on them.
         """
         model = getattr(model, "_orig_mod", model)
         named = sorted((name, weight) for name, weight in model.named_parameters(remove_duplicate=False))
@@ -84,12 +91,13 @@ class Fingerprint:
         )
 
     def check(self, model: nn.Module) -> None:
-        """Raise unless `model` is the one that was fingerprinted, up to a change of dtype.
+        """Check that `model` is the one that was fingerprinted, up to a change of dtype.
 
-        Weights that `model` does not hold in memory (meta device, sharded, quantised) are not compared.
+        Weights that `model` does not hold as plain tensors in memory (meta device, sharded, quantized) are not
+        compared.
 
         Raises:
-            ArtifactError: another class, `model_type` or set of parameters, or other weights; names the difference.
+            ArtifactError: the class, `model_type`, parameters or weights differ. The message names the difference.
         """
         difference = self._difference(Fingerprint.of(model, any_weights=True))
         if difference:
@@ -101,7 +109,7 @@ class Fingerprint:
             self._check_weights(dict(getattr(model, "_orig_mod", model).named_parameters(remove_duplicate=False)))
 
     def _difference(self, here: Fingerprint) -> str | None:
-        """The first difference in architecture, in words; None when there is none."""
+        """Description of the first difference in architecture; None when there is none."""
         for what in ("architecture", "model_type"):
             if getattr(self, what) != getattr(here, what):
                 return f"{what} is {getattr(here, what)!r}, the artifact was learned for {getattr(self, what)!r}"
@@ -109,7 +117,7 @@ class Fingerprint:
             theirs, ours = (_in_words(fingerprint.parameters.get(name, {})) for fingerprint in (self, here))
             if theirs != ours:
                 return f"{name} is {ours}, the artifact was learned for {theirs}"
-        if self.shapes != here.shapes:  # the same shapes, at other layers
+        if self.shapes != here.shapes:  # the same shapes, but in other layers
             return f"hash of parameter names and shapes is {here.shapes}, the artifact was learned for {self.shapes}"
         return None
 
@@ -151,7 +159,7 @@ class Fingerprint:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            ValueError: `content` is something else; says what.
+            ValueError: `content` is not valid; the message says why.
         """
         types = {"architecture": str, "model_type": str, "parameters": dict, "shapes": str, "weights": object}
         if not isinstance(content, dict) or set(content) != set(types):
@@ -186,17 +194,20 @@ def _in_words(shapes: Mapping[str, int]) -> str:
 
 
 def _architecture(model: nn.Module) -> str:
-    """The model's own class: fully_shard puts a class of its own, ``FSDPLlamaForCausalLM``, in front."""
+    """Name of the model's own class, without the class that fully_shard derives from it (``FSDPLlamaForCausalLM``)."""
     return next(c.__name__ for c in type(model).__mro__ if not c.__module__.startswith("torch.distributed."))
 
 
 def _in_memory(weight: torch.Tensor) -> bool:
-    plain = type(weight) in (torch.Tensor, nn.Parameter)  # not a DTensor, fake or quantised tensor
+    plain = type(weight) in (torch.Tensor, nn.Parameter)  # not a DTensor, fake or quantized tensor
     return plain and not weight.is_meta and weight.is_floating_point() and weight.numel() > 0
 
 
 def _chosen(named: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Up to 16, evenly spaced in name order; matrices where there are any, since norms and biases hardly differ."""
+    """Up to 16 weights, evenly spaced in name order.
+
+    Only matrices are chosen, if there are any, since normalization weights and biases hardly differ between models.
+    """
     held = [(name, weight) for name, weight in named if _in_memory(weight)]
     held = [(name, weight) for name, weight in held if weight.dim() >= 2] or held
     count = min(_WEIGHTS, len(held))
@@ -212,7 +223,7 @@ def _sketch(weight: torch.Tensor) -> Sketch:
 
 
 def _signs(count: int) -> torch.Tensor:
-    """±1 by an integer hash of the position: the same on every machine and in every version."""
+    """Signs ±1 from an integer hash of the position, which are the same on every machine and in every version."""
     h = torch.arange(count, dtype=torch.int64)
     h = (h * 0x9E3779B1) & 0xFFFFFFFF
     h = ((h ^ (h >> 15)) * 0x85EBCA77) & 0xFFFFFFFF

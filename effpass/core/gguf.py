@@ -1,7 +1,7 @@
-"""GGUF files: what is in one, and a plain safetensors checkpoint of it in the cache.
+"""GGUF files: reads the header, and converts a file to a plain safetensors checkpoint in the cache.
 
 transformers unpacks GGUF blocks in Python, which takes SmolLM2-135M about twenty seconds. The unpacked checkpoint is
-kept in :func:`cache_dir`, so that only the first load pays.
+kept in :func:`cache_dir`, so that only the first load takes that time.
 
 Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -24,19 +24,21 @@ from effpass.core.model_config import check_causal_lm, read_config
 __all__ = ["GgufHeader", "cache_dir", "read_gguf_header", "unpacked_checkpoint"]
 
 _MAGIC = b"GGUF"
-_HEAD_BYTES = 1 << 20  # metadata and tokenizer: two fine-tunes of one model differ here or in size and time
-# value type → struct format; 8 is a string, 9 an array
+# Bytes that are hashed to identify a file. They contain metadata and tokenizer; two fine-tunes of one model differ in
+# them, or in size or modification time.
+_HEAD_BYTES = 1 << 20
+# GGUF value type → struct format; type 8 is a string, type 9 an array
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the front of a GGUF file says.
+    """Header of a GGUF file.
 
     Attributes:
-        architecture: `general.architecture`, "llama".
-        elements: number of weights, summed over the tensors.
+        architecture: value of `general.architecture`, such as "llama".
+        elements: number of elements of all tensors together.
     """
 
     architecture: str
@@ -44,9 +46,9 @@ class GgufHeader:
 
 
 def cache_dir() -> Path:
-    """Folder of everything that effpass keeps between runs; safe to delete.
+    """Folder of everything that effpass caches between runs; it is safe to delete.
 
-    `$EFFPASS_CACHE`, else `$XDG_CACHE_HOME/effpass`, else `~/.cache/effpass`. Not created by this call.
+    It is `$EFFPASS_CACHE`, else `$XDG_CACHE_HOME/effpass`, else `~/.cache/effpass`. This call does not create it.
     """
     if chosen := os.environ.get("EFFPASS_CACHE"):
         return Path(chosen).expanduser()
@@ -57,7 +59,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Read the header of `path` and check that every tensor lies inside the file.
 
     Raises:
-        ModelError: not a GGUF file, a version other than 2 or 3, or cut short.
+        ModelError: the file is not a GGUF file, has a version other than 2 or 3, or is truncated or damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -96,14 +98,14 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def unpacked_checkpoint(path: Path) -> Path:
-    """Folder with the weights of `path` as a float32 safetensors checkpoint, tokenizer included.
+    """Folder with the model of the GGUF file `path` as a float32 safetensors checkpoint, including the tokenizer.
 
-    The folder is kept in :func:`cache_dir` under a key of the file's size, modification time and first mebibyte and of
-    the transformers version; it appears whole or not at all.
+    The folder is kept in :func:`cache_dir`. Its key is a hash of the file's size, modification time and first mebibyte,
+    and of the version of transformers. It is written atomically.
 
     Raises:
-        ModelError: an unsupported architecture or no causal LM, a damaged file, no room, a cache that can't be
-            written.
+        ModelError: the architecture is not supported or not a causal LM, the file is damaged, or the cache is full or
+            can't be written.
     """
     import transformers
 
@@ -136,7 +138,7 @@ def unpacked_checkpoint(path: Path) -> Path:
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not folder.is_dir():  # another process was first otherwise, and its copy is as good
+            if not folder.is_dir():  # otherwise another process was first, and its copy is used
                 raise
     except OSError as error:
         raise ModelError(
@@ -157,7 +159,7 @@ def _unpack(path: Path, folder: Path) -> None:
     check_causal_lm(read_config(path.parent, str(path), gguf_file=path.name), str(path))
     options: dict[str, Any] = {}
     try:
-        # Newer versions would keep the blocks packed where a kernel for them is installed.
+        # Newer versions of transformers keep the blocks packed if a kernel for them is installed.
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -166,9 +168,9 @@ def _unpack(path: Path, folder: Path) -> None:
     try:
         packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # whatever the reader raises, the file is what is wrong
+    except Exception as error:  # any error of the reader means that the file is not readable
         raise ModelError(f"{path} can't be read: {type(error).__name__}: {error}") from error
-    # A model loaded from GGUF refuses save_pretrained. A plain one takes its tensors over, without a second copy.
+    # A model loaded from GGUF refuses save_pretrained, so its tensors are assigned, without a copy, to a plain one.
     config = packed.config.__class__(
         **{key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
     )

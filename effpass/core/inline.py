@@ -1,4 +1,9 @@
-"""Put a plain PyTorch function into a program: traced on the values at hand, so shapes and symbols are right."""
+"""Inlines a plain PyTorch function into a program.
+
+The function is traced on the fake values of its inputs in the program, so that the shapes and symbols of the new nodes
+are right. Derived weights (:mod:`effpass.core.derived`) and replacements of patterns (:mod:`effpass.core.pattern`) are
+inserted in this way.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ __all__ = ["inline", "program_values"]
 
 @contextmanager
 def program_values(program: Program) -> Iterator[None]:
-    """Work with the fake values of `program`, whichever fake mode surrounds the caller."""
+    """Make the fake mode and grad mode of `program` current, whatever is active around the caller."""
     fake_mode = program.fake_mode()
     context = TracingContext.try_get()
     outer = context.fake_mode if context is not None else None
@@ -37,12 +42,15 @@ def inline(program: Program, fn: Callable[..., Any], inputs: Sequence[Any]) -> A
     """Trace ``fn(*inputs)`` into the dialect and insert its nodes at the graph's current insertion point.
 
     Args:
-        program: the program; call this under ``with program.graph.inserting_before(node)``.
-        fn: plain PyTorch over tensors, SymInts and numbers; out of place.
-        inputs: nodes of the program, or constants.
+        program: program to insert into, usually within ``with program.graph.inserting_before(node)``.
+        fn: plain PyTorch function of tensors, SymInts and numbers; it must be out of place.
+        inputs: arguments of `fn`: nodes of the program, or constants.
 
     Returns:
-        What `fn` returns, as nodes of the program with their values in ``meta["val"]``.
+        The return value of `fn`, as nodes of the program with their values in ``meta["val"]``.
+
+    Raises:
+        ValueError: `fn` holds a tensor constant.
     """
     with program_values(program):
         values = [_fresh(a.meta["val"]) if isinstance(a, Node) else a for a in inputs]
@@ -62,7 +70,10 @@ def inline(program: Program, fn: Callable[..., Any], inputs: Sequence[Any]) -> A
 
 
 def _fresh(value: Any) -> Any:
-    """Another object: two nodes may have one value, and tracing takes one object for one node."""
+    """A distinct tensor object with the same metadata.
+
+    Two nodes may share one value object, which tracing would treat as a single input.
+    """
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().requires_grad_() if value.requires_grad else value.detach()

@@ -1,7 +1,8 @@
-"""What a recipe would do to a model and gain, found out by tracing it: nothing is compiled, nothing is changed.
+"""Finds out what a recipe would do to a model and what it would gain, by tracing alone: nothing is compiled or changed.
 
-Two workloads are traced. *Prefill* is one forward over a prompt, with batch and tokens as symbols, so that it is traced
-at a small size and evaluated at the one asked for. *Decode* is one token over a static key-value cache.
+Two workloads are traced. *Prefill* is one forward over prompts, with batch and tokens as symbols: it is traced at a
+small size and evaluated at the requested one. *Decode* is a step of one token per sequence over a static KV cache.
+:func:`effpass.inspect` calls :func:`inspect_model`.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ __all__ = ["Inspection", "Memory", "Stage", "Workload", "decode_parts", "inspect
 
 @dataclass(frozen=True)
 class Stage:
-    """A workload's costs after a pass.
+    """Costs of one call of a workload after a pass.
 
     Attributes:
-        name: of the pass; ``"as loaded"`` for the model before any.
-        hits: places that the pass rewrote.
-        flops: floating-point operations of one call.
+        name: name of the pass; ``"as loaded"`` for the model before the first one.
+        hits: number of places that the pass rewrote.
+        flops: number of floating-point operations.
         weight_bytes: bytes of weights read.
-        cache_bytes: bytes of the key-value cache read.
+        cache_bytes: bytes of the KV cache read.
         activation_bytes: bytes of everything else read and written between kernels.
         kernels: number of kernels.
         seconds: predicted time.
-        bound_seconds: time below which no schedule of these kernels can come.
+        bound_seconds: lower bound of the time for any schedule of these kernels.
     """
 
     name: str
@@ -56,22 +57,22 @@ class Stage:
 
 @dataclass
 class Workload:
-    """One call of the model.
+    """One call of the model, with its costs.
 
     Attributes:
         name: ``"prefill"`` or ``"decode"``.
-        batch: sequences B.
-        tokens: positions T of each that the call computes.
-        cache_length: positions of the cache that the call reads.
+        batch: number of sequences B.
+        tokens: number of tokens T per sequence that the call computes.
+        cache_length: number of positions of the KV cache that the call reads.
         stages: costs as loaded and after each pass.
-        flops_formula: FLOPs after the last pass in terms of the sizes that stayed symbols.
-        bytes_formula: bytes moved, likewise.
-        before: where the time goes as loaded, the longest first.
+        flops_formula: FLOPs after the last pass as a formula of the sizes that stayed symbols.
+        bytes_formula: bytes moved after the last pass, as such a formula.
+        before: kernels as loaded, summed over layers, longest time first.
         after: the same after the last pass.
-        outline: the model's modules in order, each stack of layers once.
-        layer: one layer before and after; None where the model has no stack of layers.
-        uncounted: operators whose FLOPs are unknown.
-        missing: why the workload, or a graph of it, could not be counted; empty when all is there.
+        outline: names of the model's modules in order, with each stack of layers once.
+        layer: one layer before and after; None when the model has no stack of layers.
+        uncounted: operators without a FLOP formula.
+        missing: reasons why the workload or a graph of it could not be counted; empty when everything was.
     """
 
     name: str
@@ -94,12 +95,12 @@ class Memory:
     """Bytes of device memory.
 
     Attributes:
-        weights: the model's parameters.
-        derived: what derived weights take beside them under `torch.compile`; 0 through `effpass.prepare`.
-        cache_per_token: key-value cache for one more position of one sequence; None where no cache was made.
-        cache: key-value cache of `batch` sequences at `cache_length` positions.
-        batch: sequences.
-        cache_length: positions.
+        weights: bytes of the model's parameters.
+        derived: additional bytes of derived weights under `torch.compile`; 0 with `effpass.prepare`.
+        cache_per_token: bytes of the KV cache per additional position of one sequence; None when no cache was made.
+        cache: bytes of the KV cache of `batch` sequences at `cache_length` positions; None when no cache was made.
+        batch: number of sequences.
+        cache_length: number of positions.
     """
 
     weights: int
@@ -115,20 +116,20 @@ class Inspection:
     """What a recipe would do to a model.
 
     Attributes:
-        graphs: number of graphs that Dynamo makes of one forward, the prefill where it was traced.
-        reports: what each pass did on each graph of it.
-        decode_reports: the same of the decode step's graphs.
-        prepared: what passes that act only through `effpass.prepare` are left for it.
-        ops_before: operator counts over all graphs.
-        ops_after: the same after the passes.
+        graphs: number of graphs that Dynamo makes of one forward: of the prefill if it was traced, else of the decode
+            step.
+        reports: what each pass did on each of these graphs.
+        decode_reports: what each pass did on each graph of the decode step.
+        prepared: empty reports of the passes that act only through `effpass.prepare` and were not run.
+        ops_before: operator counts over all graphs, as loaded.
+        ops_after: operator counts over all graphs, after the passes.
         weight_bytes: bytes of the model's parameters.
-        derived_bytes: bytes that derived weights would take beside them under `torch.compile`; 0 through
-            `effpass.prepare` and in exports.
-        unmet: passes that are required and would rewrite nothing.
+        derived_bytes: additional bytes of derived weights under `torch.compile`; 0 with `effpass.prepare` or export.
+        unmet: names of passes that are required and would rewrite nothing.
         workloads: costs and predicted times.
-        memory: where device memory goes.
-        ceilings: what the predictions stand on.
-        dtype: of most of the model's weights.
+        memory: use of device memory.
+        ceilings: measured ceilings of the device that the predictions are based on.
+        dtype: dtype of most of the model's weights.
     """
 
     graphs: int = 0
@@ -159,16 +160,16 @@ def inspect_model(
     tokens: int,
     cache_length: int,
 ) -> Inspection:
-    """Trace prefill and decode of `model`, run the passes on what was traced, and count.
+    """Trace prefill and decode of `model`, run the passes on the traced graphs, and count costs.
 
     Args:
         model: a transformers causal LM or PeftModel.
-        planned: the passes.
+        planned: passes to run.
         at: ceilings of the device to predict for.
-        input_ids: token ids `[B, T]` of the prefill; None traces 2 x 16 as symbols, for the sizes below.
-        batch: sequences B.
-        tokens: positions T of the prefill; 0 leaves it out.
-        cache_length: positions of the decode step's cache.
+        input_ids: token ids `[B, T]` of the prefill; None traces 2 x 16 tokens as symbols, for the sizes below.
+        batch: number of sequences B.
+        tokens: number of tokens T per sequence of the prefill; 0 leaves it out.
+        cache_length: number of positions of the decode step's KV cache.
     """
     here = [p for p in planned if "backend" in p.pass_.entrances and p.pass_.rewrites_graph]
     result = Inspection(weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()), ceilings=at)
@@ -194,14 +195,14 @@ def inspect_model(
         cache = _filled_cache(model, batch, cache_length, device)
         step = torch.full((batch, 1), 0, device=device)
         _trace(model, decode, {"input_ids": step, "past_key_values": cache})
-    except PassRefusedError as refusal:  # a pass that changes what a cache holds: the step's graph is of the old one
+    except PassRefusedError as refusal:  # a pass changes what a cache contains, so the traced step does not apply
         if prefill is None:
             raise
         decode = _Counting(decode.workload, here, at, {})
         decode.workload.missing.append(refusal.message)
     except EffpassError:
         raise
-    except Exception as reason:  # a model need not know static caches; its prefill is worth showing all the same
+    except Exception as reason:  # the model may not support static caches, but its prefill can be reported
         decode = _Counting(decode.workload, here, at, {})
         decode.workload.missing.append(f"{type(reason).__name__}: {str(reason).partition(chr(10))[0]}")
     counted = [workload for workload in (prefill, decode) if workload is not None]
@@ -224,10 +225,10 @@ def inspect_model(
 
 
 def decode_parts(model: torch.nn.Module, at: Ceilings, batch: int, cache_length: int) -> list[Part]:
-    """The kernels of a decode step of `batch` sequences over a static cache, as the model is, with their costs.
+    """The kernels, with their costs, of a decode step of `batch` sequences over a static cache, without any pass.
 
     Raises:
-        EffpassError: a graph of the step can't be counted; says why.
+        EffpassError: a graph of the step can't be counted.
     """
     step = _Counting(Workload("decode", batch, 1, cache_length), [], at, {})
     device, _ = device_and_dtype(model)
@@ -242,7 +243,7 @@ def decode_parts(model: torch.nn.Module, at: Ceilings, batch: int, cache_length:
 
 
 def _trace(model: torch.nn.Module, backend: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
-    """Run one forward whose graphs go to `backend` and are then run as they came."""
+    """Run one forward compiled with `backend`, which observes the graphs and returns them unchanged."""
     with _eval_and_no_grad(model):
         try:
             torch.compile(model, backend=backend)(**inputs)
@@ -266,7 +267,7 @@ def _eval_and_no_grad(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _filled_cache(model: torch.nn.Module, batch: int, length: int, device: torch.device) -> Any:
-    """A static cache after its first token, when every layer has made its tensors."""
+    """A static cache after one token, by which all layers have allocated their tensors."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
@@ -276,7 +277,7 @@ def _filled_cache(model: torch.nn.Module, batch: int, length: int, device: torch
 
 
 def _cache_bytes(cache: Any, batch: int, length: int) -> tuple[int, int]:
-    """Bytes for one more position of one sequence, and of the whole cache; a sliding layer stops growing."""
+    """Bytes per additional position of one sequence (none for full sliding layers), and of the whole cache."""
     per_token = whole = 0
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):
@@ -303,10 +304,10 @@ class _Counting:
     """A backend for :func:`_trace` that counts instead of compiling.
 
     Args:
-        workload: where the counts go.
-        passes: to run on each graph.
+        workload: workload that receives the counts.
+        passes: passes to run on each graph.
         at: ceilings of the device to predict for.
-        sizes: traced size → size to evaluate at, for the dimensions that are symbols.
+        sizes: traced size → size to evaluate at, for dimensions that are symbols.
     """
 
     def __init__(self, workload: Workload, passes: Sequence[Planned], at: Ceilings, sizes: Mapping[int, int]) -> None:
@@ -339,7 +340,7 @@ class _Counting:
         return gm.forward
 
     def _values(self, program: Program) -> dict[Any, int]:
-        """What each symbol of the graph stands for, by the size it was traced with."""
+        """The size to evaluate each symbol of the graph at, identified by the size it was traced with."""
         hints: dict[sympy.Symbol, int] = {}
         for node in program.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
@@ -353,7 +354,7 @@ class _Counting:
         return values
 
     def finish(self) -> Workload:
-        """The workload with its sums."""
+        """Sum up the costs of all graphs, and return the workload."""
         work = self.workload
         counted = [g for g in self.graphs if g.stages]
         if not counted:

@@ -1,12 +1,13 @@
-"""Which operators of a program run together as one kernel, as a compiler such as Inductor would group them.
+"""Groups the operators of a program into kernels, as a compiler such as Inductor would fuse them.
 
 1. A view costs nothing.
-2. Matrix products, attention, sorting and operators from elsewhere are kernels of their own.
-3. Other operators (pointwise, reductions, copies) that are connected between the same kernels of rule 2 are one kernel:
-   what it passes on inside itself touches no memory.
-4. A pointwise group that only such kernels read is computed again inside each of them, and is no kernel.
+2. Matrix products, attention, sorting and operators from outside PyTorch are kernels of their own.
+3. Other operators (pointwise, reductions, copies) that are connected, and lie between the same kernels of rule 2, form
+   one kernel. Values that are used only inside it do not touch memory.
+4. A pointwise group that only kernels of rule 3 read is recomputed inside each of them, and is not a kernel.
 
-It is a model of a compiler, not its schedule: Inductor may split a large group, or join groups that share an input.
+This is a model of a compiler, not its actual schedule: Inductor may split a large group, or join groups that share an
+input. The kernels are the terms of the prediction in :mod:`effpass.core.roofline`.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class Kernel:
 
     Attributes:
         kind: ``"matmul"``, ``"attention"``, ``"fused"`` or ``"other"``.
-        nodes: in graph order; views are left out.
-        flops: floating-point operations, a multiply-add counted as two.
+        nodes: operators in graph order, without views.
+        flops: number of floating-point operations; a multiply-add counts as two.
         weights: bytes of weights read.
-        cache: bytes read of inputs that the program writes in place or extends (a key-value cache).
-        read: bytes of everything else read, in memory outside the kernel.
-        written: bytes written that something outside the kernel reads.
+        cache: bytes read of inputs that the program writes in place or extends (a KV cache).
+        read: bytes of everything else read from memory outside the kernel.
+        written: bytes written that are read outside the kernel.
     """
 
     kind: Literal["matmul", "attention", "fused", "other"]
@@ -57,7 +58,7 @@ class Kernel:
 
 
 def kernels(program: Program, size: Reading = symbolic) -> list[Kernel]:
-    """The kernels of `program` and of the bodies inside it, in graph order."""
+    """The kernels of `program`, followed by those of its bodies, each in graph order."""
     return [k for part in (program, *program.bodies) for k in _kernels(part, size)]
 
 
@@ -91,8 +92,11 @@ def _kernels(program: Program, size: Reading) -> Iterator[Kernel]:
 
 
 def _groups(costs: list[NodeCost]) -> list[list[NodeCost]]:
-    """Rules 2 and 3: connected fusible operators with the same number of other kernels before them."""
-    level: dict[Node, int] = {}  # of the value, or of the last write to it
+    """Apply rules 2 and 3: group connected fusible operators that have the same depth.
+
+    The depth (`level`) of a value is the largest number of kernels of rule 2 on a path to it.
+    """
+    level: dict[Node, int] = {}  # depth of the value, or of the last write to it
     group: dict[Node, list[NodeCost]] = {}
     for cost in costs:
         before = [*cost.reads, cost.base] if cost.base is not cost.node else list(cost.reads)
@@ -117,7 +121,7 @@ def _groups(costs: list[NodeCost]) -> list[list[NodeCost]]:
 
 
 def _readers(costs: dict[Node, NodeCost]) -> dict[Node, list[NodeCost]]:
-    """Who reads the memory of each node."""
+    """The operators that read the memory of each node."""
     readers: dict[Node, list[NodeCost]] = {}
     for cost in costs.values():
         for base in cost.reads:
@@ -128,20 +132,20 @@ def _readers(costs: dict[Node, NodeCost]) -> dict[Node, list[NodeCost]]:
 def _recomputed(
     members: list[NodeCost], kept: list[NodeCost], outside: dict[Node, list[NodeCost]], outputs: set[Node]
 ) -> bool:
-    """Rule 4."""
+    """Whether rule 4 applies to the group `members`."""
     if any(c.node in outputs or c.base is not c.node or _reduces(c) for c in members):
         return False
     return bool(kept) and all(r.kind == "fusible" for c in kept for r in outside[c.node])
 
 
 def _reduces(cost: NodeCost) -> bool:
-    """Whether an operator has fewer results than elements read; then computing it again would read them again."""
+    """Whether an operator has fewer output elements than input elements; recomputing it would read the input again."""
     most = max((numel(v, hinted) for n in cost.node.all_input_nodes for v in values_of(n)), default=0)
     return sum(numel(v, hinted) for v in values_of(cost.node)) < most
 
 
 def _cache_nodes(program: Program, costs: dict[Node, NodeCost]) -> set[Node]:
-    """Floating-point inputs that the program writes in place or extends: key-value caches and recurrent states."""
+    """Floating-point inputs that the program writes in place or extends: KV caches and recurrent states."""
     inputs = set(program.graph.find_nodes(op="placeholder")) - weight_nodes(program)
     touched = {c.base for c in costs.values() if c.kind != "free" and c.base is not c.node}
     touched |= {base for c in costs.values() if c.node.target is aten.cat.default for base in c.reads}

@@ -1,8 +1,9 @@
-"""The cached home of derived weights: one copy for all compiled variants, recomputed when an original changed.
+"""The home ``cached`` of derived weights: one copy for all compiled variants, recomputed when an original has changed.
 
-A derived tensor is recomputed when one of its originals has another address, layout or version counter than before,
-when its :class:`Slot` was swapped, after an optimiser step anywhere in the process (fused steps move no version), and
-after :func:`refresh`, which is for writes that can't be seen: through `.data`, NumPy or a foreign kernel.
+A derived tensor (see :mod:`effpass.core.derived`) is recomputed when one of its originals has another address, layout
+or version counter than before, when its :class:`Slot` was swapped, after an optimizer step anywhere in the process
+(fused steps do not change version counters), and after :func:`refresh`. The latter is for writes that can't be
+detected: through `.data`, NumPy or a foreign kernel.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from effpass.core.errors import ArtifactError
 
 __all__ = ["Entry", "Slot", "compute_exactly", "lock", "refresh", "slots_of", "tokens"]
 
-# Guards everything in this module. Not reentrant: a garbage collection that starts in a guarded block must find it
-# taken (see effpass.core.derived_arguments).
+# Protects all state of this module. It is not reentrant on purpose: a garbage collection that starts while the lock is
+# held must not acquire it (see _after_collection in effpass.core.derived_arguments).
 lock = threading.Lock()
 
 
 class _Tokens:
-    """Compared by identity, and replaced by a new list: two threads can't lose an update, as they can of a counter.
+    """Tokens that signal events. A token is compared by identity and is replaced by a new object for each event.
 
-    A list, because Dynamo traces its creation inside a compiled optimiser step without a guard on the old one.
+    Unlike the increments of a counter, updates from two threads can't be lost. The tokens are lists because Dynamo
+    traces the creation of a list inside a compiled optimizer step without a guard on the old one.
 
     Attributes:
-        change: replaced whenever a derived tensor might be stale for a reason that is not looked for in each call.
-        step: replaced after an optimiser step.
+        change: replaced when a derived tensor may be stale for a reason that is not checked at each call.
+        step: replaced after every optimizer step.
     """
 
     def __init__(self) -> None:
@@ -54,12 +56,13 @@ class Slot:
     """Artifact tensors that derived weights are computed from, replaceable at run time.
 
     Args:
-        key: identity of what the tensors are; slots are shared by key, so that every compiled variant of a model
-            reads one copy and a swap reaches all of them.
+        key: identity of the contents. Slots are shared by key, so that all compiled variants of a model read one copy,
+            and a swap reaches all of them.
         tensors: name → tensor.
 
     Attributes:
-        in_graph: a compiled graph takes the tensors themselves as inputs.
+        version: object that is replaced at each swap.
+        in_graph: whether a compiled graph takes the tensors themselves as inputs.
     """
 
     _shared: ClassVar[weakref.WeakValueDictionary[Any, Slot]] = weakref.WeakValueDictionary()
@@ -72,7 +75,7 @@ class Slot:
 
     @classmethod
     def shared(cls, key: Any, load: Callable[[], Mapping[str, Tensor]]) -> Slot:
-        """The live slot with this key, or a new one filled by ``load()``."""
+        """The slot with this key if one is alive, else a new one filled by ``load()``."""
         with lock:
             slot = cls._shared.get(key)
             if slot is None:
@@ -80,7 +83,7 @@ class Slot:
             return slot
 
     def check_fit(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise :class:`ArtifactError` unless :meth:`swap` would take `tensors`."""
+        """Raise an :class:`ArtifactError` unless :meth:`swap` can accept `tensors`."""
         if set(tensors) != set(self.tensors):
             raise ArtifactError(f"{self.key}: expected the tensors {sorted(self.tensors)}, got {sorted(tensors)}")
         for name, old in self.tensors.items():
@@ -96,17 +99,17 @@ class Slot:
                 entry.check_fit(tensors)
 
     def swap(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the tensors; every derived weight that reads them is recomputed at its next call.
+        """Replace the tensors. Every derived weight that is computed from them is recomputed at its next use.
 
-        Shapes may change (an adapter of another rank) where the derived weights keep theirs, except of tensors that
-        are inputs of a compiled graph.
+        Shapes may change (an adapter of another rank) if the derived weights keep theirs. Tensors that are inputs of a
+        compiled graph must keep shape and dtype.
 
         Raises:
-            ArtifactError: other names, or shapes that do not fit; the tensors in place stay.
+            ArtifactError: the names or shapes do not fit, in which case the current tensors stay.
         """
         with lock:
             self.check_fit(tensors)
-            if self.in_graph:  # in place: the graph, and a CUDA graph around it, keep their inputs
+            if self.in_graph:  # in place, since CUDA graphs hold their addresses
                 with torch.inference_mode(False), torch.no_grad():
                     for name, old in self.tensors.items():
                         old.copy_(tensors[name])
@@ -117,10 +120,10 @@ class Slot:
 
 
 class Entry:
-    """One derived tensor, and the state of its originals when it was computed.
+    """One derived tensor, with the state of its originals when it was computed.
 
-    Holds its originals strongly, so that an id stays theirs while the entry lives: a weak reference to a tensor would
-    make `torch.utils.swap_tensors` refuse it.
+    An entry holds strong references to its originals, so that their ids stay valid while it lives. Weak references
+    would make `torch.utils.swap_tensors` refuse the tensors.
     """
 
     live: ClassVar[weakref.WeakValueDictionary[Any, Entry]] = weakref.WeakValueDictionary()
@@ -130,8 +133,8 @@ class Entry:
         self.originals = originals
         self.slot = slot
         self.value: Tensor | None = None
-        self.visible: Any = None  # see _visible; None: recompute
-        # Weak, for a storage shall not outlive its weight. Once it is gone, other content may come to its address.
+        self.visible: Any = None  # result of _visible() at the last use; None forces recomputation
+        # Weak references, so that a storage does not outlive its weight. Another one may later have the same address.
         self.storages: list[Any] = []
         self.step: Any = None
         self.checksums: list[int] | None = None
@@ -140,7 +143,7 @@ class Entry:
     def shared(
         cls, owner: str, compute: Callable[..., Tensor], originals: tuple[Tensor, ...], slot: Slot | None
     ) -> Entry:
-        """The live entry for these tensors, or a new one. The caller holds the lock."""
+        """The entry for these tensors if one is alive, else a new one. The caller must hold the lock."""
         key = (owner, tuple(map(id, originals)), id(slot))
         entry = cls.live.get(key)
         if entry is None:
@@ -148,13 +151,13 @@ class Entry:
         return entry
 
     def current(self, *, check: bool = False, blind: bool = False) -> Tensor:
-        """The derived tensor, recomputed where needed. The caller holds the lock.
+        """The derived tensor, recomputed if necessary. The caller must hold the lock.
 
         Args:
-            check: compare checksums of the originals with those at the last computation.
-            blind: writes can't be seen now: recompute in any case.
+            check: also compare checksums of the originals with those of the previous call.
+            blind: recompute in any case, because writes can't be detected.
         """
-        # The state is taken before the value, so that a write in between is seen at the next call.
+        # The state is read before the value is computed, so that a write in between is noticed at the next call.
         step, visible, storages = tokens.step, self._visible(), [t.untyped_storage() for t in self.originals]
         checksums = [checksum(t) for t in self.originals] if check else None
         moved = [r() for r in self.storages] != storages
@@ -190,15 +193,15 @@ class Entry:
             old = self.value
             if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
                 self.value = new.clone(memory_format=torch.contiguous_format)
-            else:  # into the same buffer: CUDA graphs hold its address
-                # A pending backward refuses a tensor whose version moved. It shall where the original's version moved
-                # too, and shall not because some other model's optimiser took a step.
+            else:  # into the same buffer, since CUDA graphs hold its address
+                # A pending backward raises if the version of a saved tensor has changed. That is right when an original
+                # was written, but not when only an unrelated optimizer took a step.
                 with nullcontext() if written else _unsafe_preserve_version_counter(old):
                     old.copy_(new)
-        tokens.change = []  # other compiled variants, which saw the originals in another state, read this buffer
+        tokens.change = []  # other compiled variants read this buffer, and last saw the originals in another state
 
     def check_fit(self, constants: Mapping[str, Tensor]) -> None:
-        """Raise unless `constants` give a derived tensor of the same shape."""
+        """Raise an :class:`ArtifactError` unless `constants` give a derived tensor of the same shape."""
         assert self.value is not None
         originals = (t.detach().to("meta") for t in self.originals)
         try:
@@ -211,7 +214,7 @@ class Entry:
 
 @contextmanager
 def compute_exactly(device: torch.device) -> Iterator[None]:
-    """Compute in the precision that is written down, whatever autocast surrounds the call."""
+    """Disable autocast, so that a computation uses the dtypes in which it is written."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         yield
         return
@@ -228,13 +231,13 @@ def _entries_of(model: torch.nn.Module | None) -> list[Entry]:
 
 
 def refresh(model: torch.nn.Module | None = None) -> int:
-    """Recompute derived weights at their next use, after writes that can't be seen.
+    """Mark derived weights to be recomputed at their next use, after writes that can't be detected.
 
     Args:
-        model: only weights derived from this model's parameters and buffers; None means all.
+        model: model whose parameters and buffers were written; None marks all derived weights.
 
     Returns:
-        The number of derived weights marked.
+        The number of derived weights that were marked.
     """
     with lock:
         entries = _entries_of(model)
@@ -245,6 +248,6 @@ def refresh(model: torch.nn.Module | None = None) -> int:
 
 
 def slots_of(model: torch.nn.Module) -> list[Slot]:
-    """The slots that weights derived from `model` read."""
+    """The slots that the weights derived from `model` are computed from."""
     with lock:
         return list({id(e.slot): e.slot for e in _entries_of(model) if e.slot is not None}.values())

@@ -1,7 +1,12 @@
-"""Runs passes and watches them from outside: timing, hit counts, dumps, checks on the result.
+"""Runs the passes of a recipe, in order, and observes each one from outside.
 
-Dumps go where PyTorch's own tools look: ``TORCH_LOGS="+effpass"`` prints the graph before and after each pass that
-fired, and ``TORCH_TRACE`` hands the same text to tlparse.
+:class:`PassManager` is used by every entry point of effpass: :func:`effpass.prepare` runs the model stage of the
+passes; the `torch.compile` backend and exports run their graph stage. A pass only rewrites. The manager checks that the
+passes fit together and fit the model, times them, counts hits (places rewritten), collects refusals (candidates left
+alone), verifies the resulting program, and records all this in a :class:`~effpass.core.report.Report`.
+
+Graph dumps go where PyTorch's own tools look: ``TORCH_LOGS="+effpass"`` prints the graph before and after each pass
+that rewrote something, and ``TORCH_TRACE`` passes the same text to tlparse.
 """
 
 from __future__ import annotations
@@ -28,19 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["PassManager", "Planned"]
 
-_CHANGES = ("values", "sizes", "layers")  # a pass stands in front of those that change what comes later here
+# Extent of the change that a pass makes (`Pass.changes`), smallest first; a pass must precede those that change more.
+_CHANGES = ("values", "sizes", "layers")
 
 log = logging.getLogger("effpass")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A pass as a recipe names it.
+    """A pass together with the settings of its recipe step.
 
     Attributes:
         pass_: the pass with its options.
-        require: an error when it rewrites nothing.
-        verify: compare the program's outputs before and after on the inputs of this call.
+        require: raise when the pass rewrites nothing.
+        verify: compare the program's outputs before and after the pass, on the inputs that it was traced with.
     """
 
     pass_: Pass
@@ -49,7 +55,7 @@ class Planned:
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
-    """Raise a :class:`PassRefusedError` when passes of a recipe can't stand together, or not in this order."""
+    """Raise a :class:`PassRefusedError` when `passes` can't be combined, or not in this order."""
     for index, pass_ in enumerate(passes):
         if pass_.kind == "weights":
             _check_in_front(pass_, passes[:index])
@@ -57,7 +63,7 @@ def _check_order(passes: Sequence[Pass]) -> None:
 
 
 def _check_in_front(pass_: Pass, before: Sequence[Pass]) -> None:
-    """Raise a :class:`PassRefusedError` when a pass on weights must run before one of those in front of it."""
+    """Raise a :class:`PassRefusedError` when the weights pass `pass_` follows a pass that it must precede."""
     for other in before:
         if other.kind == "runtime":
             raise PassRefusedError(
@@ -75,14 +81,14 @@ def _check_in_front(pass_: Pass, before: Sequence[Pass]) -> None:
 class PassManager:
     """Runs an ordered list of passes.
 
-    A pass has up to two stages. The model stage changes a model before anything is traced (:meth:`prepare`), the graph
-    stage rewrites the graph of a traced program (:meth:`run`).
+    :meth:`prepare` runs their model stage, which changes a model before anything is traced. :meth:`run` runs their
+    graph stage, which rewrites the graph of a traced program.
 
     Args:
-        passes: in the order in which they run.
+        passes: passes in the order in which they run.
 
     Raises:
-        PassRefusedError: they can't stand together, or not in this order.
+        PassRefusedError: the passes can't be combined, or not in this order.
     """
 
     def __init__(self, passes: Sequence[Pass | Planned]) -> None:
@@ -91,13 +97,21 @@ class PassManager:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PassManager:
+        """Create the passes of a recipe and a manager that runs them."""
         built = recipe.build()
         return cls([Planned(p, s.require, s.verify) for p, s in zip(built, recipe.steps, strict=True)])
 
     # -- model stage ------------------------------------------------------------------------------------------------
 
     def prepare(self, model: torch.nn.Module) -> Report:
-        """Run the model stage of every pass on `model`, in place, after all of them have checked that they can."""
+        """Run the model stage of every pass on `model`, in place.
+
+        Nothing is changed until all passes have checked that they can act on `model`.
+
+        Raises:
+            PassRefusedError: a pass does not act on models, or one with `require` rewrote nothing.
+            EffpassError: a pass can't act on `model`.
+        """
         report = Report("model")
         for planned in self.planned:
             if "model" not in planned.pass_.entrances:
@@ -120,8 +134,8 @@ class PassManager:
         """Run the graph stage of every pass on `program`, in place.
 
         Raises:
-            PassRefusedError: a pass can't act at this entrance, or `require` and it rewrote nothing.
-            RewriteError: a pass left a program that is not valid, or failed.
+            PassRefusedError: a pass can't act at this entrance, or one with `require` rewrote nothing.
+            RewriteError: a pass failed, left an invalid program, or claims to be exact and changed the outputs.
         """
         report = Report(program.entrance)
         for planned in self.planned:
@@ -149,12 +163,12 @@ class PassManager:
             candidates = [list(pass_.find(part)) for part in parts]
             entry.seconds = time.perf_counter() - started
             has_match = any(isinstance(c, Match) for found in candidates for c in found)
-            cost_before = cost.total(program) if has_match else None  # no work for a pass that finds nothing
+            cost_before = cost.total(program) if has_match else None  # not needed when nothing matches
             started = time.perf_counter()
             for part, found in zip(parts, candidates, strict=True):
                 self._rewrite(pass_, part, found, entry)
         except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
-            raise  # the second is how Dynamo begins anew, and no failure
+            raise  # the latter is how Dynamo restarts its analysis, not a failure of the pass
         except Exception as error:
             raise RewriteError(
                 f"pass {pass_.name} failed: {type(error).__name__}: {error}",
@@ -166,7 +180,7 @@ class PassManager:
                 verify(part, before, pass_.name)
                 part.recompile()
             after = _ops(parts)
-            names = dict.fromkeys([*after, *ops_before])  # in order
+            names = dict.fromkeys([*after, *ops_before])  # their union, in order
             entry.ops = {op: after[op] - ops_before[op] for op in names if after[op] != ops_before[op]}
             cost_after = cost.total(program)
             assert cost_before is not None
@@ -251,7 +265,10 @@ def _dump(name: str, before: str, after: str) -> None:
 
 
 def _float_outputs(program: Program) -> list[torch.Tensor]:
-    """The program's floating-point outputs on the inputs it was traced with; in-place writes hit copies."""
+    """The program's floating-point outputs on the inputs that it was traced with.
+
+    All inputs but the weights are copied, so that in-place writes (of caches) do not reach the caller's tensors.
+    """
     if any(isinstance(x, torch._subclasses.FakeTensor) for x in program.inputs):
         raise PassRefusedError("verify: true needs real inputs; this program was traced without them")
     weights = set(program.weights)
@@ -260,22 +277,25 @@ def _float_outputs(program: Program) -> list[torch.Tensor]:
         x if n in weights or not isinstance(x, torch.Tensor) else x.detach().clone()
         for n, x in zip(placeholders, program.inputs, strict=True)
     ]
-    # Hints, since int() would guard on the size and compile one graph for each.
+    # Use the hints: int() would add a guard on the size, and one graph would be compiled per size.
     inputs = [x.node.hint if isinstance(x, (torch.SymInt, torch.SymFloat)) else x for x in inputs]
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
-    with torch.no_grad(), torch.random.fork_rng(devices):  # so dropout is the same before and after
+    with torch.no_grad(), torch.random.fork_rng(devices):  # so that dropout is the same before and after the pass
         flat, _ = torch.utils._pytree.tree_flatten(torch.fx.Interpreter(program.gm).run(*inputs))
     return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Largest absolute difference; infinite where one is NaN or infinite and the other is not the same."""
+    """Largest absolute difference; infinite when a NaN or infinity in one has no equal in the other."""
     same = (before == after) | (before.isnan() & after.isnan())
     found = (before.double() - after.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(found.max()) if found.numel() else 0.0
 
 
 def _rounding(output: torch.Tensor) -> float:
-    """More than sums in another order would change: the root of the type's precision, of the largest value."""
+    """Tolerance for an exact pass: √ε times the largest absolute value, with ε the machine epsilon of the dtype.
+
+    It is larger than what a different order of summation changes.
+    """
     largest = output.double().abs().nan_to_num(nan=0.0, posinf=0.0).amax() if output.numel() else 0.0
     return float(torch.finfo(output.dtype).eps ** 0.5 * largest)

@@ -1,4 +1,8 @@
-"""Lay a traced pattern over a program, and say what keeps it from fitting (see :mod:`effpass.core.pattern`)."""
+"""Matches a traced pattern against a program by backtracking, and finds the reason when it does not fit.
+
+:mod:`effpass.core.pattern` traces the patterns and defines what matches; this module implements the search. An
+:class:`Attempt` tries one pattern at one node.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,13 @@ _BORDERS = (
 
 @dataclass(frozen=True)
 class Pattern:
-    """A traced pattern: its arguments by name, its last node, and the number of its operators."""
+    """A traced pattern.
+
+    Attributes:
+        arguments: argument name → placeholder.
+        anchor: node of the result, the last one of the pattern.
+        size: number of operators.
+    """
 
     arguments: dict[str, Node]
     anchor: Node
@@ -40,13 +50,13 @@ class Pattern:
 
 
 def is_size(node: Node) -> bool:
-    """Whether the pattern's node is a number that sizes determine."""
+    """Whether the value of `node` is a number that is computed from sizes."""
     number = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
     return isinstance(node.meta.get("val"), number) and node.target not in _READS_A_VALUE
 
 
 def is_no_cast(node: Node) -> bool:
-    """Whether the node casts a tensor to what it is already, and so returns that very tensor."""
+    """Whether `node` casts a tensor to the dtype and device that it already has, and thus returns the same tensor."""
     if node.target not in _CASTS:
         return False
     named = {a.name: value for a, value in zip(node.target._schema.arguments, _arguments(node), strict=True)}  # type: ignore[union-attr]
@@ -56,13 +66,20 @@ def is_no_cast(node: Node) -> bool:
 
 
 def writes(node: Node) -> bool:
-    """Whether the node is an operator that changes one of its operands."""
+    """Whether `node` is an operator that writes to one of its operands."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a match must respect: the order of nodes, reads and writes, and region borders."""
+    """Properties of a program that a match must preserve.
+
+    Attributes:
+        position: node → position in the graph.
+        epochs: reader → storage root → number of earlier writes, as in :class:`effpass.core.verify.Snapshot`.
+        writes: storage root → positions of the nodes that write to it, in order.
+        borders: nodes that begin or end a no-grad or autocast region.
+    """
 
     position: dict[Node, int]
     epochs: dict[Node, dict[Node, int]]
@@ -77,7 +94,7 @@ class Surroundings:
         return cls(position, order.epochs, writes, [node for node in position if node.target in _BORDERS])
 
     def why_not_late(self, inner: set[Node], anchor: Node) -> str | None:
-        """Why `inner` can't be computed as late as `anchor`; None when it can."""
+        """Why the nodes `inner` can't be computed as late as `anchor`; None when they can."""
         last = self.position[anchor]
         for node in inner:
             for root, seen in self.epochs.get(node, {}).items():
@@ -92,11 +109,12 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class _Bound:
-    """A pattern laid over part of a program.
+    """A partial or complete assignment of a pattern to a program.
 
     Attributes:
-        nodes: pattern node → the program's node or number.
-        sizes: numbers in the pattern with the program's; compared when everything else is bound.
+        nodes: node of the pattern → node or number of the program.
+        sizes: pairs of a number in the pattern and its counterpart in the program. They are compared when everything
+            else is bound.
     """
 
     nodes: dict[Node, Any] = field(default_factory=dict)
@@ -109,7 +127,14 @@ class _Bound:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why an attempt failed, after how many operators; complete when all of them fit."""
+    """Why an attempt failed.
+
+    Attributes:
+        anchor: node of the program at which the pattern was tried.
+        fitting: number of operators that fit.
+        reason: description of the mismatch.
+        is_complete: whether all operators fit, so that the place has the pattern but must not be rewritten.
+    """
 
     anchor: Node
     fitting: int
@@ -118,7 +143,18 @@ class Miss:
 
 
 class Attempt:
-    """One try to lay a pattern over the program so that its last node is `anchor`: `bound`, or else `miss`."""
+    """An attempt to match a pattern so that its last node is `anchor`.
+
+    Args:
+        pattern: traced pattern.
+        anchor: node of the program.
+        surroundings: properties of the program that a match must preserve.
+        taken: nodes inside earlier matches → anchor of the match.
+
+    Attributes:
+        bound: assignment of the pattern; None if it does not match.
+        miss: reason why it does not match; of all assignments tried, that of the one where most operators fit.
+    """
 
     def __init__(self, pattern: Pattern, anchor: Node, surroundings: Surroundings, taken: dict[Node, Node]) -> None:
         self.pattern = pattern
@@ -133,7 +169,7 @@ class Attempt:
             self.miss = Miss(anchor, pattern.size, reason, is_complete=True)
 
     def _refusal(self, bound: _Bound, surroundings: Surroundings, taken: dict[Node, Node]) -> str | None:
-        """Why a place that has all the pattern's operators is no match."""
+        """Why an assignment in which all operators fit is not a match; None when it is one."""
         inner = bound.inner
         for size, found in bound.sizes:
             expected = _evaluate(size, bound)
@@ -150,8 +186,8 @@ class Attempt:
         return surroundings.why_not_late(inner, self.anchor)
 
     def _bind(self, pattern: Any, found: Any, bound: _Bound) -> Iterator[_Bound]:
-        """Every way to lay `pattern` (a node, a literal or a list) over `found`, given what is bound already."""
-        while isinstance(found, Node) and is_no_cast(found):  # casts that change nothing; a pattern has none
+        """Yield all ways to assign `pattern` (a node, a literal or a list) to `found` that extend `bound`."""
+        while isinstance(found, Node) and is_no_cast(found):  # skip casts without effect; a pattern has none
             found = found.all_input_nodes[0]
         if isinstance(pattern, (list, tuple)):
             if isinstance(found, (list, tuple)) and len(found) == len(pattern):
@@ -197,7 +233,7 @@ class Attempt:
         bound = _Bound({**bound.nodes, pattern: found}, bound.sizes)
         expected, given = _arguments(pattern), _arguments(found)
         yield from self._bind_all(_operators_first(expected, given), bound)
-        if pattern.target in _COMMUTATIVE and given[2:] in ([], [1]):  # an alpha scales the second operand
+        if pattern.target in _COMMUTATIVE and given[2:] in ([], [1]):  # alpha scales the second operand
             yield from self._bind_all(_operators_first(expected, [given[1], given[0], *given[2:]]), bound)
 
     def _bind_all(self, pairs: list[tuple[Any, Any]], bound: _Bound) -> Iterator[_Bound]:
@@ -216,7 +252,7 @@ class Attempt:
 
 
 def _operators_first(patterns: list[Any], found: list[Any]) -> list[tuple[Any, Any]]:
-    """Pairs in the order to bind them: operators first, so that a miss reports the mismatch that is furthest in."""
+    """Pairs in the order in which to bind them: operators first, so that a miss reports the deepest mismatch."""
     pairs = zip(patterns, found, strict=True)
     return sorted(
         pairs, key=lambda pair: not isinstance(pair[0], Node) or pair[0].op == "placeholder" or is_size(pair[0])
@@ -224,7 +260,7 @@ def _operators_first(patterns: list[Any], found: list[Any]) -> list[tuple[Any, A
 
 
 def _arguments(node: Node) -> list[Any]:
-    """Arguments in the schema's order, defaults filled in."""
+    """The arguments of a node in the order of the operator's schema, including defaults."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return [*node.args, *node.kwargs.values()]
     arguments = []
@@ -241,7 +277,7 @@ def _value(found: Any) -> Any:
 
 
 def _evaluate(pattern: Any, bound: _Bound) -> Any:
-    """The number that a size of the pattern has in the program."""
+    """The value in the program of a size of the pattern."""
     if not isinstance(pattern, Node):
         return pattern
     if pattern in bound.nodes:

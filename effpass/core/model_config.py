@@ -1,4 +1,4 @@
-"""What can be known of a model from its config, and what went wrong when it could not be loaded."""
+"""Reads the config of a model, checks its kind, and converts loading errors of transformers to clear messages."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from typing import Any
 
 from effpass.core.errors import ModelError
 
-# Model types of effpass's own, and what makes transformers know them; imported where their name is met.
+# Model types defined by effpass → the module that registers them with transformers, imported when such a type is read.
 _OWN_TYPES = {"effpass_hybrid": "effpass.runtime.linear_attention"}
 
 __all__ = ["check_causal_lm", "check_reads_images", "hub_is_out_of_reach", "load_error", "read_config"]
 
 
 def read_config(where: str | Path, name: str, **options: Any) -> Any:
-    """``AutoConfig.from_pretrained`` with one clear :class:`ModelError` for each way it fails."""
+    """Call ``AutoConfig.from_pretrained`` and convert its errors to a :class:`ModelError`.
+
+    Args:
+        where: hub id or folder.
+        name: source as the user gave it, for messages.
+        options: arguments of ``from_pretrained``.
+    """
     from transformers import AutoConfig
 
     options = {"trust_remote_code": False, **options}
     try:
         return AutoConfig.from_pretrained(where, **options)
-    except Exception as error:  # the boundary: whatever the reader raises becomes one sentence
+    except Exception as error:  # any error of transformers becomes one clear message
         own = next((module for kind, module in _OWN_TYPES.items() if f"`{kind}`" in str(error)), None)
         if own is None or own in sys.modules:
             raise load_error(error, name, None) from error
@@ -31,13 +37,13 @@ def read_config(where: str | Path, name: str, **options: Any) -> Any:
 
 
 def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) -> None:
-    """Raise a :class:`ModelError` unless `config` is of a text model that predicts the next token."""
+    """Raise a :class:`ModelError` unless `config` belongs to a causal language model that reads text only."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     hint = "effpass rewrites causal language models: Llama, Qwen3, Mistral, Gemma3, GPT-2, Mixtral, DeepSeek-V3, ..."
     architectures = list(getattr(config, "architectures", None) or [])
     model_type = getattr(config, "base_model_type", config.model_type)
-    if model_type != config.model_type:  # a hybrid, whose class is named after its family's
+    if model_type != config.model_type:  # a hybrid, whose class name is derived from that of its base model
         architectures = [name.removeprefix("Hybrid") for name in architectures]
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
@@ -57,7 +63,7 @@ def check_causal_lm(config: Any, name: str, *, trust_remote_code: bool = False) 
 
 
 def check_reads_images(config: Any, name: str) -> None:
-    """Raise a :class:`ModelError` unless `config` is of a model that writes text about text and images."""
+    """Raise a :class:`ModelError` unless `config` belongs to a vision-language model that generates text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -68,12 +74,12 @@ def check_reads_images(config: Any, name: str) -> None:
 
 
 def load_error(error: Exception, name: str, quantised: Any) -> ModelError:
-    """One sentence for what transformers raised.
+    """Convert an exception of transformers to a :class:`ModelError` with a clear message.
 
     Args:
-        error: what it raised.
-        name: the source as the user gave it.
-        quantised: the config's `quantization_config`; None for ordinary weights.
+        error: exception that transformers raised.
+        name: source of the model as the user gave it.
+        quantised: `quantization_config` of the config; None for ordinary weights.
     """
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
@@ -100,20 +106,23 @@ def load_error(error: Exception, name: str, quantised: Any) -> ModelError:
 
 
 def hub_is_out_of_reach() -> bool:
-    """Whether to use the hub library's own cache only; asked once, where the library would retry for half a minute."""
+    """Whether the model hub can't be reached, so that only the local cache of the hub library can be used.
+
+    One request with a timeout answers this, whereas the library would retry for half a minute.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return True
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # the library has used two HTTP clients, whose errors share no base class
+    except Exception:  # versions of the library use different HTTP clients, whose errors have no common base class
         return True
     return False
 
 
 def _caused_by(error: BaseException | None, *names: str) -> bool:
-    """Whether an exception of one of these classes stands in the chain of `error`."""
+    """Whether `error` or one of its causes is an exception of one of the named classes."""
     while error is not None:
         if any(c.__name__ in names for c in type(error).__mro__):
             return True

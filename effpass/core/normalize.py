@@ -1,4 +1,4 @@
-"""Differences between the two front ends, removed once, so that no pass has to know them."""
+"""Removes the differences between the programs of the two front ends, so that passes need not handle them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 __all__ = ["normalize"]
 
-# torch.export writes these between operations (20 in a two-layer Qwen3), Dynamo does not; nothing reads them.
+# torch.export inserts these checks between operators (20 in a two-layer Qwen3) and Dynamo does not; nothing reads them.
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 def normalize(program: Program) -> None:
-    """Bring `program` and the bodies inside it to the common form."""
+    """Bring `program` and its bodies to the common form, in place."""
     for part in (program, *program.bodies):
         for node in list(part.graph.nodes):
             if node.op == "call_function" and node.target in _CHECKS:

@@ -1,7 +1,8 @@
-"""Options of a pass: from what a person wrote to the pass's frozen dataclass, and back.
+"""Conversion of a pass's options between a recipe and the pass's frozen dataclass.
 
-Types are checked strictly, as JSON knows them: an int is taken for a float, but ``"0.2"`` is no number and ``1`` is no
-bool. Paths are relative to the recipe's folder. All faults are collected, each with the path of the value.
+Types are checked strictly, according to JSON: an int is accepted for a float, but ``"0.2"`` is not a number and ``1``
+is not a bool. Paths are resolved against the recipe's folder. All faults are collected, each with the path of the value
+in the recipe.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ _short.maxlevel = 3
 
 
 def read_options(options_class: type, given: object, *, base: Path, where: str) -> tuple[Any, list[str]]:
-    """Make an instance of a pass's `Options` from a mapping.
+    """Create an instance of a pass's `Options` from a mapping.
 
     Args:
-        options_class: a frozen dataclass.
-        given: option name → value, of YAML's types; None stands for no options.
-        base: folder that relative paths start from.
-        where: path of the mapping for messages, ``"r.yaml: passes[2].prefix_kv"``.
+        options_class: frozen dataclass to create.
+        given: option name → value, in types of YAML; None stands for no options.
+        base: folder that relative paths are resolved against.
+        where: path of the mapping for messages, such as ``"r.yaml: passes[2].prefix_kv"``.
 
     Returns:
-        The options and no faults, or None and one message per fault.
+        The options and an empty list, or None and one message per fault.
     """
     given = {} if given is None else given
     if not isinstance(given, Mapping):
@@ -59,17 +60,18 @@ def read_options(options_class: type, given: object, *, base: Path, where: str) 
         return options_class(**values), []
     except EffpassError as error:
         return None, [f"{where}: {error.message}"]
-    except Exception as error:  # __post_init__ is the pass's own code
+    except Exception as error:  # __post_init__ of the pass may raise anything
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return None, [f"{where}: {reason}"]
 
 
 def dump_options(options: Any, folder: Path | None = None) -> dict[str, Any]:
-    """Options that differ from their defaults, as YAML's and JSON's types; what :func:`read_options` reads back.
+    """The options that differ from their defaults, in types of YAML and JSON, as :func:`read_options` accepts them.
 
     Args:
-        options: an instance of a pass's `Options`.
-        folder: where the result will be saved: paths below it are written relative to it, all others absolute.
+        options: instance of a pass's `Options`.
+        folder: folder in which the result will be saved. Paths inside it are made relative to it, all others absolute;
+            None makes all paths absolute.
     """
     return {
         field.name: _plain(getattr(options, field.name), folder)
@@ -79,7 +81,7 @@ def dump_options(options: Any, folder: Path | None = None) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """`value` and its type for a message, at most about 80 characters."""
+    """Description of `value` and its type for a message, at most about 80 characters long."""
     return f"{_short.repr(value)} ({type(value).__name__})"
 
 
@@ -93,7 +95,8 @@ def _read_value(hint: Any, value: object, base: Path, where: str) -> tuple[list[
     except (TypeError, ValueError, RecursionError):
         return [f"{where}: got {shown(value)}, expected {_expected(hint)}"], None
     try:
-        # JSON and not Python values: strict about numbers, but a list may become a tuple and a string a path.
+        # JSON is validated instead of Python values: this is strict about numbers, but accepts a list for a tuple and a
+        # string for a path.
         return faults, TypeAdapter(hint).validate_json(text, strict=True)
     except ValidationError as error:
         return faults or _type_faults(hint, value, error, where), None
@@ -102,13 +105,13 @@ def _read_value(hint: Any, value: object, base: Path, where: str) -> tuple[list[
 
 
 def _prepare(hint: Any, value: object, base: Path, where: str, faults: list[str]) -> Any:
-    """`value` with its paths resolved; unknown keys of nested dataclasses are added to `faults`."""
+    """Resolve the paths in `value`. Unknown keys of nested dataclasses are appended to `faults` and left out."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Path and isinstance(value, (str, Path)):
         return os.fspath(base / Path(value).expanduser())
     if origin is Annotated:
         return _prepare(args[0], value, base, where, faults)
-    if origin in _UNIONS and str not in args:  # in `str | Path` a word may be a name and stays as it is
+    if origin in _UNIONS and str not in args:  # in `str | Path`, a string may be a name and is not resolved
         for arm in args:
             if arm is not type(None):
                 value = _prepare(arm, value, base, where, faults)
@@ -140,7 +143,7 @@ def _unknown_keys(given: Mapping[Any, Any], known: Mapping[str, Any], where: str
 
 
 def _type_faults(hint: Any, value: object, error: Any, where: str) -> list[str]:
-    """pydantic's report in our words."""
+    """Convert pydantic's errors to messages in the style of recipes."""
     if get_origin(hint) in _UNIONS:  # one message, not one per arm
         return [f"{where}: got {shown(value)}, expected {_expected(hint)}"]
     faults = []
@@ -149,7 +152,7 @@ def _type_faults(hint: Any, value: object, error: Any, where: str) -> list[str]:
         if fault["loc"] and fault["type"] != "value_error":
             reason = fault["msg"].removeprefix("Input ")
             faults.append(f"{place}: got {shown(fault['input'])}: {reason}")
-        elif fault["type"] == "value_error":  # the words of the dataclass itself
+        elif fault["type"] == "value_error":  # raised by the dataclass itself
             faults.append(f"{place}: {fault['msg'].removeprefix('Value error, ')}")
         elif fault["type"].endswith(("_type", "_error", "_from_float")):
             suggestion = did_you_mean(value, get_args(hint)) if _is_choice(hint) and isinstance(value, str) else ""

@@ -1,11 +1,17 @@
-"""The contract of a pass: its options, its two stages, and what they may touch.
+"""Interface of a pass: its options, its stages, and the entrances at which it can act.
 
-A pass has up to two *stages*. In the model stage, :meth:`Pass.prepare` works on the model before anything is traced: it
-swaps modules, folds weights, or sets an attention implementation. In the graph stage, :meth:`Pass.find` and
-:meth:`Pass.rewrite` work on the traced :class:`~effpass.core.program.Program`. An *entrance* is a way by which a model
-reaches the passes: as a model (:func:`effpass.prepare`), as a program of ``torch.export``, or through the backend of
-``torch.compile``. Which entrances a pass serves follows from its kind. Where a pass lacks the stage that an entrance
-needs, the :class:`~effpass.core.manager.PassManager` refuses, and says which call to make instead.
+A pass is one rewrite of a model. A recipe (:mod:`effpass.core.recipe`) selects it by name, and the
+:class:`~effpass.core.manager.PassManager` runs it. A pass implements up to two *stages*:
+
+* The model stage, :meth:`Pass.prepare`, changes the ``nn.Module`` before anything is traced: it swaps modules, folds
+  weights, or sets an attention implementation.
+* The graph stage, :meth:`Pass.find` and :meth:`Pass.rewrite`, changes the traced
+  :class:`~effpass.core.program.Program`.
+
+An *entrance* is the form in which a model reaches the passes: ``"model"`` (a module given to :func:`effpass.prepare`),
+``"program"`` (a program of ``torch.export``) or ``"backend"`` (a graph that ``torch.compile`` passes to the effpass
+backend). The kind of a pass determines the entrances at which it can act, unless the pass overrides them. At any other
+entrance the manager raises an error that says where the pass can act; a pass that a recipe names is never skipped.
 """
 
 from __future__ import annotations
@@ -34,11 +40,11 @@ class NoOptions:
 
 @dataclass
 class Match:
-    """One place that a pass will rewrite.
+    """One place in a program that a pass will rewrite.
 
     Attributes:
-        anchor: the node whose value the rewrite replaces; named in reports.
-        nodes: the pass's own names for the other nodes and values it needs in :meth:`Pass.rewrite`.
+        anchor: node whose value the rewrite replaces; reports name it.
+        nodes: the other nodes and values that :meth:`Pass.rewrite` needs, under names that the pass chooses.
     """
 
     anchor: torch.fx.Node
@@ -46,22 +52,24 @@ class Match:
 
 
 class Pass:
-    """One rewrite. Subclass :class:`WeightsPass`, :class:`GraphPass` or :class:`RuntimePass`, not this.
+    """Base class of all passes. Subclass :class:`WeightsPass`, :class:`GraphPass` or :class:`RuntimePass` instead.
+
+    A pass holds no state between matches: everything that :meth:`rewrite` needs is stored in the :class:`Match`.
 
     Class attributes:
-        name: registry key, the same as the entry point's name.
-        exact: True when the rewritten model means the same up to rounding. Approximate passes run only when a recipe
-            names them.
-        needs_artifact: True when the pass can't act without something learned or downloaded.
-        Options: a frozen dataclass; its field names are the recipe's keys.
-        entrances: where the pass can act.
-        changes: of a pass on weights, what of them: values, sizes, or whole layers. Its artifact was learned for the
-            model as it was loaded, so that it stands behind no pass that changes more; None leaves that to the pass.
+        name: registry key, identical to the name of the pass's entry point.
+        exact: True when the rewritten model computes the same function up to rounding. Approximate passes run only
+            when a recipe names them.
+        needs_artifact: True when the pass can't act without data that was learned or downloaded for it.
+        Options: frozen dataclass of the pass's options; its field names are the option keys in a recipe.
+        kind: ``"weights"``, ``"graph"`` or ``"runtime"``; set by the three subclasses.
+        entrances: entrances at which the pass can act.
+        changes: for a pass on weights, the extent of the change: the values of weights, their sizes, or whole layers.
+            The artifact of such a pass was learned for the model as it was loaded, so the pass can't follow one that
+            changes more. None disables this check.
 
     Args:
-        options: an instance of `Options`, already validated.
-
-    A pass holds no state between matches: what `rewrite` needs travels in the :class:`Match`.
+        options: validated instance of `Options`; None stands for the defaults.
     """
 
     name: ClassVar[str]
@@ -78,74 +86,87 @@ class Pass:
     # -- model stage ------------------------------------------------------------------------------------------------
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
-        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act between these.
+        """Check this pass against the other passes of its recipe.
 
-        Called with the passes that stand in front of it in the recipe and those behind it, before any pass checks the
-        model.
+        Called when the manager is created, before any pass checks the model.
+
+        Args:
+            before: passes that precede this one, in order.
+            behind: passes that follow this one, in order.
+
+        Raises:
+            EffpassError: this pass can't be combined with the others in this order.
         """
 
     def check_model(self, model: torch.nn.Module) -> None:
-        """Raise an :class:`~effpass.core.errors.EffpassError` when this pass can't act on `model`.
+        """Check that this pass can act on `model`.
 
         Called for *every* pass of a recipe before the first one changes anything.
+
+        Raises:
+            EffpassError: this pass can't act on `model`.
         """
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Rewrite `model` in place before tracing.
+        """Rewrite `model` in place, before it is traced.
+
+        The default implementation does nothing; :attr:`rewrites_model` tells whether a pass overrides it.
 
         Returns:
-            The number of places rewritten and the candidates left alone. The default does nothing;
-            :attr:`rewrites_model` tells whether a pass overrides it.
+            The number of places rewritten, and a refusal for each candidate that was left alone.
         """
         return 0, []
 
     @property
     def rewrites_model(self) -> bool:
+        """Whether this pass has a model stage."""
         return type(self).prepare is not Pass.prepare
 
     def could_act(self, weight_names: Sequence[str]) -> bool:
-        """False when the names of a graph's weights already rule this pass out.
+        """Whether this pass may find something in a graph that reads the weights `weight_names`.
 
-        Asked before the graph is retraced, for passes that no recipe named, so that a graph nobody will change costs
-        nothing.
+        The backend of `torch.compile` calls this before it retraces a graph, and only for passes that no recipe
+        named. A graph on which no pass could act is not retraced.
         """
         return True
 
     # -- graph stage ------------------------------------------------------------------------------------------------
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
-        """Yield every candidate: a :class:`Match` to rewrite, or a :class:`Refusal` that says why not.
+        """Yield every candidate: a :class:`Match` to rewrite, or a :class:`Refusal` with the reason to leave it alone.
 
-        The default matches :meth:`pattern` (see :mod:`effpass.core.pattern`) where a subclass has one.
+        All candidates of a program are collected before the first one is rewritten. The default implementation looks
+        for :meth:`pattern` (see :mod:`effpass.core.pattern`).
         """
         from effpass.core.pattern import find_pattern
 
         yield from find_pattern(self, program)
 
     def check(self, program: Program, match: Match) -> Refusal | None:
-        """Return a :class:`Refusal` when a match must be left alone; called before each rewrite."""
+        """Return a :class:`Refusal` when `match` must be left alone, else None; called before each rewrite."""
         return None
 
     def rewrite(self, program: Program, match: Match) -> None:
-        """Replace one match in `program.graph`. The default inlines :meth:`replacement` for a pattern match."""
+        """Rewrite one match in `program.graph`. The default implementation inlines :meth:`replacement`."""
         from effpass.core.pattern import inline_replacement
 
         inline_replacement(self, program, match)
 
     def pattern(self, *args: Any) -> Any:
-        """The computation to look for, written as plain PyTorch. Optional: override this or :meth:`find`."""
+        """The computation to look for, written in plain PyTorch. A graph stage overrides this or :meth:`find`."""
         raise TypeError(f"{type(self).__name__} has neither find nor pattern")
 
     def replacement(self, *args: Any) -> Any:
-        """What stands in its place, over the same arguments. A pass with a pattern has this or :meth:`rewrite`."""
+        """What replaces :meth:`pattern`, over the same arguments. A pass with a pattern has this or :meth:`rewrite`."""
         raise TypeError(f"{type(self).__name__} has neither rewrite nor replacement")
 
     def example_inputs(self) -> Sequence[torch.Tensor]:
-        """Arguments to trace :meth:`pattern` and :meth:`replacement` with. Any small shapes of the right rank do."""
+        """Tensors to trace :meth:`pattern` with, one per argument. Any small shapes of the right rank will do."""
         raise TypeError(f"{type(self).__name__} has a pattern, and no example_inputs to trace it with")
 
     @property
     def rewrites_graph(self) -> bool:
+        """Whether this pass has a graph stage."""
         cls = type(self)
         return cls.find is not Pass.find or cls.pattern is not Pass.pattern
 
@@ -153,21 +174,21 @@ class Pass:
 
     @property
     def keeps_outputs(self) -> bool:
-        """Whether the model as it was given computes the same afterwards, up to rounding.
+        """Whether the given model computes the same outputs after this pass, up to rounding.
 
-        False for an approximate pass, and for an exact one that brings weights of its own: merging an adapter that was
-        not attached before is exact for the adapted model and changes the given one.
+        False for an approximate pass, and for an exact one that adds weights: merging an adapter that was not attached
+        before is exact with respect to the adapted model, but changes the outputs of the given one.
         """
         return self.exact
 
     @property
     def over_ranks(self) -> bool:
-        """Whether the prepared model is one process's part, which no file can hold."""
+        """Whether preparation leaves each rank with only its part of the model, which can't be exported to a file."""
         return False
 
     @property
     def artifact(self) -> Artifact | None:
-        """The artifact this pass applies, for provenance; None when it has none."""
+        """The artifact that this pass applies, for provenance; None when the pass has none."""
         return None
 
     def __repr__(self) -> str:
@@ -175,7 +196,7 @@ class Pass:
 
 
 class WeightsPass(Pass):
-    """A pass that changes weights (merge, prune, absorb)."""
+    """A pass that changes weights, such as merging, pruning or absorbing them."""
 
     kind = "weights"
     entrances = ("model", "program", "backend")
@@ -189,7 +210,7 @@ class GraphPass(Pass):
 
 
 class RuntimePass(Pass):
-    """A pass that needs a cache or a loop which effpass owns; it acts through :func:`effpass.prepare`."""
+    """A pass that needs a cache or a generation loop owned by effpass; it acts through :func:`effpass.prepare` only."""
 
     kind = "runtime"
     entrances = ("model",)

@@ -1,15 +1,20 @@
-"""Patterns written as plain PyTorch: trace, match, say why a match failed, inline the replacement.
+"""Patterns written as plain PyTorch: trace a pattern, find it in a program, and inline its replacement.
 
-A pass gives `pattern`, `replacement` and `example_inputs`. How a pattern is read:
+A pass that overrides `pattern`, `replacement` and `example_inputs` needs no `find` and `rewrite`: the default
+implementations in :class:`~effpass.core.pass_.Pass` call :func:`find_pattern` and :func:`inline_replacement`. Where the
+pattern almost matches, the reason is reported as a refusal. The matching itself is in :mod:`effpass.core.matching`. A
+pattern is interpreted as follows:
 
-* The function's arguments stand for any tensor, and for any number written where a tensor could stand (`x + eps`).
-* Sizes are compared by value: ``x.shape[0]`` fits a literal 4, a SymInt and ``s0 * 1`` alike. Every other literal (a
+* The arguments of the function stand for any tensor, and for any number where a tensor could be written (`x + eps`).
+* Sizes are compared by value: ``x.shape[0]`` matches a literal 4, a SymInt, and ``s0 * 1``. Every other literal (a
   dimension, a dtype, ``2`` in ``x.pow(2)``) must be equal.
-* Where all floating-point `example_inputs` have one dtype, they stand for tensors of any one floating-point dtype, and
-  ``x.dtype`` is that; where they differ, for tensors of those dtypes. A cast to the dtype that a tensor has is nothing.
-* `add` and `mul` of two operands fit in either order.
-* A match must keep the meaning of the program. It is refused where an inner value is also read elsewhere, and where
-  computing it as late as its last node would move a read across a write or a no-grad or autocast border.
+* If all floating-point `example_inputs` have one dtype, they stand for tensors of any one floating-point dtype, and
+  ``x.dtype`` is that dtype. If their dtypes differ, they stand for tensors of exactly those dtypes. A cast to the dtype
+  that a tensor already has is ignored.
+* The operands of `add` and `mul` match in either order.
+* A match must preserve the meaning of the program. It is refused when an inner value is also read elsewhere, and when
+  computing the inner values as late as the last node would move a read across a write or across the boundary of a
+  no-grad or autocast region.
 """
 
 from __future__ import annotations
@@ -47,13 +52,15 @@ __all__ = ["erase_unread", "find_pattern", "inline_replacement"]
 def find_pattern(pass_: Pass, program: Program) -> Iterator[Match | Refusal]:
     """Yield a :class:`Match` for every place that computes ``pass_.pattern``, and a :class:`Refusal` for near misses.
 
-    ``match.nodes`` holds the pattern's arguments by name. A place that computes the pattern and must stay is always
-    refused with the reason; when nothing matches at all, so is the place that came closest.
+    ``match.nodes`` holds the arguments of the pattern by name. A place that has all operators of the pattern but can't
+    be rewritten always yields a refusal with the reason. If there is no such place and no match, the place where most
+    operators fit yields one.
 
-    Matches come last first: an input of a match may be the value of an earlier one, which must still be there.
+    Matches are yielded in reverse graph order, because an input of a match may be the value of a match before it in the
+    graph, which must still exist when the later one is rewritten.
 
     Raises:
-        RewriteError: the pattern can't be traced, or is not one functional computation with one tensor as result.
+        RewriteError: the pattern can't be traced, or is not a functional computation with one tensor as its result.
     """
     surroundings = Surroundings.of(program)
     matches: list[Match] = []
@@ -86,13 +93,13 @@ def find_pattern(pass_: Pass, program: Program) -> Iterator[Match | Refusal]:
 
 
 def inline_replacement(pass_: Pass, program: Program, match: Match) -> None:
-    """Put ``pass_.replacement`` in place of a match of :func:`find_pattern`.
+    """Replace a match of :func:`find_pattern` by ``pass_.replacement``.
 
-    The replacement is traced on the values it is given, so it may look at their shapes and dtypes, and its nodes have
-    fake values. Nodes that only the match needed are removed.
+    The replacement is traced on the fake values of the match's arguments, so it may depend on their shapes and dtypes.
+    Nodes that only the match needed are removed.
 
     Raises:
-        RewriteError: the replacement's result is not one tensor of the same shape, dtype and device.
+        RewriteError: the replacement does not return one tensor of the same shape, dtype and device.
     """
     anchor, given = match.anchor, match.nodes
     names = [name for name, value in given.items() if isinstance(value, Node)]
@@ -118,9 +125,10 @@ def inline_replacement(pass_: Pass, program: Program, match: Match) -> None:
 
 
 def erase_unread(program: Program, anchor: Node, keep: Set[Node] = frozenset()) -> None:
-    """Erase `anchor` and what only it needed, random operators included, which dead code elimination would keep.
+    """Erase `anchor` and the nodes that only it needed.
 
-    A node that has readers, writes, or is in `keep` stays.
+    This includes random operators, which dead code elimination would keep. Nodes that have readers, that write in
+    place, or that are in `keep` are not erased.
     """
     erased: set[Node] = set()
     waiting = [anchor]
@@ -140,7 +148,7 @@ _traced: WeakKeyDictionary[Pass, dict[Any, Pattern]] = WeakKeyDictionary()
 
 
 def _patterns(pass_: Pass, program: Program) -> list[Pattern]:
-    """The pattern, traced once for each floating-point dtype of the program: ``x.dtype`` in it is a literal."""
+    """The pattern, traced once per floating-point dtype of the program, since ``x.dtype`` becomes a literal in it."""
     values = [v for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
     dtypes = sorted({v.dtype for v in values if v.is_floating_point()}, key=str)
     device = values[0].device if values else torch.device("cpu")
@@ -189,7 +197,7 @@ def _trace(pass_: Pass, dtype: torch.dtype, device: torch.device) -> Pattern:
 
 
 def _fake(mode: FakeTensorMode, example: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Every size a symbol of its own (but 1, which broadcasts)."""
+    """A fake tensor like `example`, in which every size other than 1 (which broadcasts) is a symbol of its own."""
     symbolic: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * example.dim())
     fake = mode.from_tensor(example, symbolic_context=symbolic)
     with mode:
@@ -197,7 +205,7 @@ def _fake(mode: FakeTensorMode, example: torch.Tensor, dtype: torch.dtype, devic
 
 
 def _reach(node: Node) -> set[Node]:
-    """`node` and what it is computed from, apart from sizes."""
+    """`node` and all nodes that it is computed from, apart from sizes."""
     reached, waiting = set(), [node]
     while waiting:
         node = waiting.pop()

@@ -1,7 +1,8 @@
-"""YAML for recipes: plain data only, the words of YAML 1.2, and nothing that a person can't have meant.
+"""YAML for recipes: plain data only, scalars as in YAML 1.2, and no constructs that are likely to be mistakes.
 
-Refused, with line and column: a key given twice, tags, a second document, keys that are no words, more than 1 MiB, more
-than 32 levels, and aliases that expand to more than 10,000 values. Anchors, aliases and merge keys are fine otherwise.
+Refused with line and column are duplicate keys, tags, a second document, keys that are not strings, more than 1 MiB,
+more than 32 levels, and aliases that expand to more than 10,000 values. Other anchors, aliases and merge keys are
+allowed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ __all__ = ["MAX_BYTES", "read_yaml", "write_yaml"]
 
 MAX_BYTES = 1 << 20
 
-# YAML 1.2's words for numbers and truth. PyYAML's own are those of YAML 1.1, where `1e-3` is text, `no` is false,
-# `1:30` is ninety and `010` is eight.
+# The scalars of YAML 1.2. PyYAML implements YAML 1.1, in which `1e-3` is a string, `no` is false, `1:30` is 90 and
+# `010` is 8.
 _SCALARS = [
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9]{0,18})", "-+0123456789"),
@@ -54,7 +55,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML would take for something else than text."""
+    """Quotes strings that YAML 1.1 or YAML 1.2 would not read as strings."""
 
 
 for _name, _pattern, _first in _SCALARS:
@@ -69,13 +70,14 @@ def read_yaml(
     """Parse one YAML mapping with string keys.
 
     Args:
-        data: the text.
-        source: what to call it in messages.
-        what: the kind of file, for messages.
-        keys: what it begins with, for messages.
+        data: text to parse.
+        source: name of the text in messages.
+        what: kind of file, for messages.
+        keys: keys that the file begins with, for messages.
 
     Raises:
-        RecipeError: too large, not UTF-8, not YAML, a key given twice, an alias bomb, or not such a mapping.
+        RecipeError: the text is too large, not UTF-8, not valid YAML, contains something that is refused (see the
+            module's docstring), or is not a mapping.
     """
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{source}: larger than {MAX_BYTES >> 20} MiB, which no {what} is")
@@ -99,7 +101,7 @@ def read_yaml(
         raise RecipeError(f"{source}{place}: {', '.join(filter(None, (error.context, error.problem)))}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not valid YAML: {error}") from error
-    except (ValueError, LookupError) as error:  # an explicit tag on a scalar that does not fit it: `!!int x`
+    except (ValueError, LookupError) as error:  # a scalar that does not match its explicit tag: `!!int x`
         raise RecipeError(f"{source}: a value does not fit its tag: {error}") from error
     finally:
         if loader is not None:
@@ -110,15 +112,19 @@ def read_yaml(
 
 
 def write_yaml(content: dict[str, Any]) -> str:
-    """`content`, of strings, numbers, bools, None, lists and dicts, as YAML that :func:`read_yaml` reads back."""
+    """Serialize strings, numbers, bools, None, lists and dicts as YAML that :func:`read_yaml` accepts."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _check_node(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Refuse keys given twice, tags beyond plain data, and aliases that expand without measure; returns the size.
+    """Refuse duplicate keys, tags other than those of plain data, and aliases that expand to too many nodes.
 
     Args:
-        sizes: id of a node → number of nodes it expands to; None while the node is being visited.
+        node: node to check, with everything below it.
+        sizes: id of a node → number of nodes that it expands to; None while the node is being visited.
+
+    Returns:
+        The number of nodes that `node` expands to.
     """
     if id(node) in sizes:
         size = sizes[id(node)]

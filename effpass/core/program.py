@@ -1,9 +1,11 @@
-"""`Program`: a `torch.fx.GraphModule` in one dialect, whichever front end it came from.
+"""`Program`: a traced model as a `torch.fx.GraphModule` in one dialect, whichever front end produced it.
 
-The dialect is pre-dispatch ATen (`aten.linear`, `aten.scaled_dot_product_attention`, still whole) plus `effpass::`
-operators. Weights are placeholders in both front ends, so a pass reads ``program.weight_of(node)`` and never asks
-where the graph came from. The dialect is *not* functional: caches are written in place, and no rewrite may move a
-read across a write (:mod:`effpass.core.verify` checks it).
+The *dialect* is the set of operators that passes are written against: pre-dispatch ATen (`aten.linear`,
+`aten.scaled_dot_product_attention`, not decomposed) plus `effpass::` operators. Both front ends produce it:
+:mod:`effpass.core.dynamo` for `torch.compile` and :mod:`effpass.core.exported` for `torch.export`. Weights are
+placeholders in either case, so a pass reads ``program.weight_of(node)`` and does not depend on where the graph came
+from. The dialect is *not* functional: caches are written in place, and no rewrite may move a read across a write
+(:mod:`effpass.core.verify` checks this after every pass).
 """
 
 from __future__ import annotations
@@ -31,20 +33,20 @@ __all__ = ["Linear", "Program", "Weight", "op_counts"]
 
 aten = torch.ops.aten
 
-# How Dynamo writes the object that was compiled: L['self'].lm_head, G['model'].lm_head.
+# How Dynamo spells the compiled object in a module path: L['self'].lm_head, G['model'].lm_head.
 _ROOT = re.compile(r"^(?:L__self__|[LG]\['[^']*'\]\.?)")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer of the original model, as one placeholder of the program.
+    """A parameter or buffer of the original model, represented by one placeholder of the program.
 
     Attributes:
-        name: fully qualified name in the model, `model.layers.0.self_attn.q_proj.weight`. A tied weight is one
-            placeholder with one `name` and the other names in `aliases`.
-        aliases: further names of the same tensor.
+        name: fully qualified name in the model, such as `model.layers.0.self_attn.q_proj.weight`. A tied weight is one
+            placeholder with one `name`; its other names are in `aliases`.
         node: the placeholder.
-        tensor: the live tensor (a fake one when the program was traced without real weights).
+        tensor: the model's own tensor (a fake tensor when the program was traced without real weights).
+        aliases: other names of the same tensor.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Weight:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All names of the weight in the model."""
         return (self.name, *self.aliases)
 
 
@@ -62,13 +65,14 @@ class Linear:
     """One use of a weight matrix: ``y = x @ Wᵀ + b``.
 
     Attributes:
-        node: the node that computes y `[..., out]`.
-        x: input node `[..., in]` (`[N, in]` for GPT-2's `addmm`).
-        weight: the node read as W; a placeholder for an ordinary layer.
-        bias: the node read as b `[out]`, or None.
-        transposed: True where W is stored `[in, out]` (GPT-2's Conv1D), False for `[out, in]`.
-        name: the weight's name *at this use*: `lm_head.weight` for the head of a model whose head is tied to the
-            embedding, although the weight itself is `model.embed_tokens.weight`; None where W is no original weight.
+        node: node that computes y `[..., out]`.
+        x: node of the input `[..., in]` (`[N, in]` for GPT-2's `addmm`).
+        weight: node of W; a placeholder for an ordinary layer.
+        bias: node of b `[out]`; None without a bias.
+        transposed: True when W is stored as `[in, out]` (GPT-2's Conv1D), False for `[out, in]`.
+        name: name of the weight *at this use*: `lm_head.weight` for the head of a model whose head is tied to the
+            embedding, although the weight itself is `model.embed_tokens.weight`. None when W is not an original
+            weight.
     """
 
     node: Node
@@ -79,7 +83,15 @@ class Linear:
     name: str | None
 
     def replace_weight(self, weight: Node, bias: Node | Literal["keep"] | None = "keep") -> None:
-        """Read another weight (same layout as before) at this use only; other uses of a tied weight stay."""
+        """Read another weight, of the same layout, at this use only; other uses of a tied weight are unaffected.
+
+        Args:
+            weight: node of the new W.
+            bias: node of the new b; None removes the bias, ``"keep"`` leaves it as it is.
+
+        Raises:
+            ValueError: `bias` is not ``"keep"``, and the operator has a fixed bias argument (`addmm`).
+        """
         args = list(self.node.args)
         w_at, b_at = _LINEAR_ARGS[self.node.target]
         args[w_at] = weight
@@ -98,7 +110,7 @@ _LINEAR_ARGS: dict[Any, tuple[int, int | None]] = {
 
 
 def op_counts(graph: torch.fx.Graph) -> Counter[str]:
-    """Number of nodes per operator, `{"aten.linear.default": 211, ...}`; placeholders and the output are left out."""
+    """Number of nodes per operator, `{"aten.linear.default": 211, ...}`, without inputs, attributes and the output."""
     return Counter(
         str(node.target) if node.op != "call_function" else _op_name(node.target)
         for node in graph.nodes
@@ -112,23 +124,27 @@ def _op_name(target: Any) -> str:
 
 @dataclass
 class Program:
-    """A graph in the dialect, with its weights by name.
+    """A graph in the dialect, together with its weights and inputs.
 
     Attributes:
-        gm: the graph. Rewrites edit `gm.graph` in place.
-        front: ``"dynamo"`` (the `torch.compile` backend) or ``"export"``.
+        gm: graph module that holds the graph. Rewrites edit `gm.graph` in place.
+        front: front end that produced the program: ``"dynamo"`` (the `torch.compile` backend) or ``"export"``.
         weights: placeholder node → :class:`Weight`.
-        inputs: one entry per placeholder, in order: the real tensors, SymInts and ints of this call. Under export the
-            weights are real and the user inputs are the fake example values.
+        inputs: one entry per placeholder, in order. From Dynamo, the real tensors, SymInts and ints of this call. Under
+            export, the real weights, and the fake example values of the user inputs.
         grad_enabled: whether autograd records when the program runs.
-        exported: the ExportedProgram that `gm` belongs to; None from Dynamo.
-        derived: what supplies each input that :meth:`add_input` appended, in order (see :mod:`effpass.core.derived`).
-        derived_nodes: derived weights declared so far, so that the same one is declared once.
-        bodies: programs inside operators that stay whole (gradient checkpointing); passes rewrite them too.
-        prefix: what precedes every name, with its dot, where a submodule was compiled: ``"model.layers.0."``.
-        parent: the program that holds this body; None for a whole program.
-        caller: the parent's node that calls this body.
-        replaced_writes: operator → the write it does in the place of another, and the reads, see :meth:`replace_write`.
+        exported: ExportedProgram that `gm` belongs to; None from Dynamo.
+        derived: source of the value of each input that :meth:`add_input` appended, in order (see
+            :mod:`effpass.core.derived`).
+        derived_nodes: derived weights declared so far, by owner and originals, so that each is declared once.
+        bodies: programs of the graphs inside operators that are not decomposed (gradient checkpointing). Passes rewrite
+            them too.
+        prefix: prefix of every weight name, with the trailing dot, when a submodule was compiled:
+            ``"model.layers.0."``.
+        parent: program that contains this body; None for a whole program.
+        caller: node of the parent that calls this body; None for a whole program.
+        replaced_writes: new operator → the operator whose write it performs, and the operators whose reads it performs
+            (see :meth:`replace_write`).
     """
 
     gm: GraphModule
@@ -151,25 +167,26 @@ class Program:
 
     @property
     def entrance(self) -> Literal["program", "backend"]:
+        """The entrance (see :mod:`effpass.core.pass_`) through which the program reached the passes."""
         return "backend" if self.front == "dynamo" else "program"
 
     def weight_of(self, node: Any) -> Weight | None:
-        """The original weight that `node` *is* (not: is computed from); None for anything else."""
+        """The original weight that `node` is the placeholder of; None for any other node, even one computed from it."""
         return self.weights.get(node) if isinstance(node, Node) else None
 
     def weight_named(self, name: str) -> Weight | None:
-        """The weight with this name or alias; None when the program does not read it."""
+        """The weight with this name or alias; None when the program has no such weight."""
         return next((w for w in self.weights.values() if name in w.names), None)
 
     def linears(self) -> Iterator[Linear]:
-        """Every use of a weight matrix, `aten.linear` and GPT-2's `addmm` alike, in graph order."""
+        """Yield every use of a weight matrix in graph order, both `aten.linear` and GPT-2's `addmm`."""
         for node in list(self.graph.nodes):
             linear = self.linear_at(node)
             if linear is not None:
                 yield linear
 
     def linear_at(self, node: Node) -> Linear | None:
-        """`node` as the use of a weight matrix; None for any other node."""
+        """`node` as a use of a weight matrix; None for any other node."""
         if node.op != "call_function":
             return None
         if node.target is aten.linear.default:
@@ -183,7 +200,7 @@ class Program:
         return None
 
     def _name_at(self, use: Node, node: Any) -> str | None:
-        """The name of the weight `node` as the module that uses it knows it (see :class:`Linear`)."""
+        """The name of the weight `node` in the module that `use` was traced in (see :class:`Linear`)."""
         weight = self.weight_of(node)
         if weight is None:
             return None
@@ -212,17 +229,19 @@ class Program:
         """Declare a derived weight: a pure function of original weights and artifact tensors.
 
         Args:
-            owner: name of the pass and of the weight, `merge_lora:model.layers.0.self_attn.q_proj.weight`. Two
-                programs that declare the same owner over the same tensors share one derived tensor.
-            originals: placeholders of the weights it is computed from.
-            compute: ``compute(*originals, **constants) -> Tensor``; pure, out of place, traceable.
-            constants: artifact tensors, passed by keyword.
-            slot: an :class:`effpass.core.derived.Slot` instead of `constants`, when the artifact tensors can be
+            owner: name of the pass and of the weight, such as
+                `merge_lora:model.layers.0.self_attn.q_proj.weight`. Two programs that declare the same owner over the
+                same tensors share one derived tensor.
+            originals: placeholders of the weights that the derived weight is computed from.
+            compute: ``compute(*originals, **constants) -> Tensor``. It must be pure, out of place and traceable.
+            constants: artifact tensors, passed to `compute` by keyword.
+            slot: an :class:`effpass.core.derived.Slot` in place of `constants`, when the artifact tensors can be
                 swapped at run time.
 
         Returns:
-            A node to read in place of the weight. The manager decides where the value lives: computed once (export),
-            in the graph (training, DTensor, inference tensors) or cached beside the compiled function.
+            The node to read in place of the weight. :meth:`home_of` determines where its value lives: computed once
+            (export), computed in the graph (training, DTensor, inference tensors), or cached outside the compiled
+            function.
         """
         from effpass.core.derived import derive
 
@@ -235,7 +254,7 @@ class Program:
         return home_of(self, originals)
 
     def first_computation(self, after: Sequence[Node] = ()) -> Node:
-        """The first node that is not a placeholder and comes after all of `after`: a place to insert before."""
+        """The first node that is no placeholder and follows all nodes of `after`: an insertion point for new nodes."""
         waiting = set(after)
         for node in self.graph.nodes:
             waiting.discard(node)
@@ -244,23 +263,24 @@ class Program:
         raise RuntimeError("the graph has no output")
 
     def add_input(self, name: str, value: torch.Tensor, supply: Any) -> Node:
-        """Append an input that the wrapper around the compiled function passes (backend only).
+        """Append an input that the wrapper around the compiled function supplies (backend only).
 
         Args:
-            name: for a person; made a valid identifier.
-            value: its value in this call; later ones have the same shape, dtype and device.
-            supply: what :class:`effpass.core.derived.DerivedArguments` takes the value from.
+            name: readable name of the input; characters that an identifier can't have are replaced.
+            value: value of the input in this call; values of later calls have the same shape, dtype and device.
+            supply: object from which :class:`effpass.core.derived.DerivedArguments` obtains the value.
         """
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         identifier = "".join(c if c.isalnum() else "_" for c in name)
         with self.graph.inserting_before(self.first_computation()):
             node = self.graph.placeholder(identifier)
         node.meta["val"] = self.fake_mode().from_tensor(value, static_shapes=True)
-        # No source: no guard is made for it. Static: CUDA graphs read it where it lies instead of copying it.
+        # Without a source, no guard is created for the input. As a static input, CUDA graphs read it at its address
+        # instead of copying it at every replay.
         node._dynamo_source = None  # type: ignore[attr-defined]
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         context = TracingContext.try_get()
-        if context is not None:  # its sizes are what they are: a symbol made for them would have no guard
+        if context is not None:  # the sizes are static: symbols created for them would have no guards
             context.tensor_to_context[value] = StatefulSymbolicContext(
                 dynamic_sizes=[DimDynamic.STATIC] * value.dim(), tensor_source=ConstantSource(identifier)
             )
@@ -270,21 +290,22 @@ class Program:
         return node
 
     def replace_write(self, old: Node, new: Node, reads: Sequence[Node] = ()) -> None:
-        """Declare that `new` does the write of `old`, and erase `old`; undeclared, a pass may drop and add no write.
+        """Declare that `new` performs the in-place write of `old`, and erase `old`.
 
-        :mod:`effpass.core.verify` holds `new` to it: it writes the storages that `old` wrote, in its place among their
-        writes, and what `reads` read of them is what stands there once `new` has written.
+        Without such a declaration a pass may neither remove nor add a write. :mod:`effpass.core.verify` checks the
+        declaration: `new` must write the storages that `old` wrote, at the same place in the order of their writes, and
+        the operators in `reads` must have read these storages as they are after that write.
 
         Args:
-            old: an operator that writes into operands, and whose own value nothing reads any more.
-            new: the operator that stands for it, in the graph already.
-            reads: operators whose reads of these storages `new` does as well, after its write.
+            old: operator that writes to its operands, and whose own value has no readers left.
+            new: operator that replaces it; already in the graph.
+            reads: operators whose reads of these storages `new` also performs, after its write.
         """
         self.replaced_writes[new] = (old, tuple(reads))
         self.graph.erase_node(old)
 
     def fake_mode(self) -> FakeTensorMode:
-        """The fake mode of the values in this program's `meta["val"]`."""
+        """The fake tensor mode of the values that this program's nodes have in `meta["val"]`."""
         for node in self.graph.nodes:
             value = node.meta.get("val")
             while is_traceable_wrapper_subclass(value):  # a DTensor
@@ -294,13 +315,13 @@ class Program:
         raise RuntimeError("the program has no tensor values")
 
     def recompile(self) -> None:
-        """Drop dead code and bring `gm` up to date with its graph."""
+        """Eliminate dead code and regenerate the code of `gm` from its graph."""
         self.graph.eliminate_dead_code(is_impure_node=_keep)
         self.gm.recompile()
 
 
 def _keep(node: Node) -> bool:
-    """Dead code elimination must not drop mutations, grad-mode switches or higher-order operators."""
+    """Whether dead code elimination must keep `node`: mutations, grad-mode switches and higher-order operators."""
     if node.op in ("placeholder", "output"):
         return True
     if node.op != "call_function":

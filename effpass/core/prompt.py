@@ -1,4 +1,4 @@
-"""From a person's text, with images where a model reads them, to a model's inputs."""
+"""Preparation of prompts: turns the text of a user, and images for a vision-language model, into inputs of a model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["open_image", "prompt_inputs"]
 
 
 def open_image(path: str | Path) -> Any:
-    """The image in a file, as PIL's `Image` in RGB.
+    """Open an image file as a PIL `Image` in RGB.
 
     Raises:
-        EffpassError: no such file, no image, or Pillow is not installed.
+        EffpassError: the file does not exist or is not an image, or Pillow is not installed.
     """
     try:
         from PIL import Image
@@ -24,22 +24,25 @@ def open_image(path: str | Path) -> Any:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:  # PIL's own error for what is no image is one
+    except OSError as error:  # PIL's error for files that are not images is a subclass
         raise EffpassError(f"{path}: no image that can be read: {error}") from error
 
 
 def prompt_inputs(tokenizer: Any, text: str, images: Sequence[Any] = (), processor: Any = None) -> Any:
-    """`input_ids` `[1, T]`, `attention_mask`, and for images `pixel_values`.
+    """Tokenize a prompt: `input_ids` `[1, T]`, `attention_mask` and, with images, `pixel_values`.
 
     Args:
-        tokenizer: of the model. A chat template is applied where there is one.
-        text: the user's.
-        images: PIL's; they stand before the text.
-        processor: of the model; needed for images.
+        tokenizer: tokenizer of the model. Its chat template, if it has one, is applied.
+        text: text of the user.
+        images: PIL images; they precede the text.
+        processor: processor of the model; required for images.
+
+    Returns:
+        The inputs by name, as the tokenizer or processor returns them.
 
     Raises:
-        EffpassError: no tokens come of it, the text has the token of images in it, or the processor knows no place for
-            images.
+        EffpassError: the prompt has no tokens, the text contains the image token, or the processor does not define
+            where images go.
     """
     template = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt", "return_dict": True}
     if images:

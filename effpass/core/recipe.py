@@ -1,4 +1,4 @@
-"""A recipe: which passes, in which order, with which options.
+"""A recipe: the passes to apply to a model, their order and their options.
 
 ::
 
@@ -7,11 +7,13 @@
       - merge_lora: {adapter: ./adapter}     # paths are relative to the recipe's folder
       - structured_pruning:
           artifact: ./pruned
-          require: true                      # nothing rewritten is an error
-          verify: true                       # compare the model's output before and after this pass
+          require: true                      # raise if this pass rewrites nothing
+          verify: true                       # compare the model's outputs before and after this pass
     target: onnx                             # optional: inductor, aoti, onnx or tensorrt
 
-A recipe is validated whole, and every fault is reported, before any work starts.
+Recipes are written by hand or by ``effpass optimize`` (:mod:`effpass.search`), and are accepted by every entry point of
+effpass. A recipe is validated as a whole before any work starts, and the error lists all of its faults, not only the
+first. :meth:`effpass.core.manager.PassManager.from_recipe` makes it runnable.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ class Step:
     """One pass of a recipe.
 
     Attributes:
-        name: registry key.
-        options: an instance of the pass's `Options`, validated, with absolute paths.
-        require: raise when this pass rewrites nothing.
-        verify: compare outputs before and after this pass and report the largest difference.
+        name: registry key of the pass.
+        options: validated instance of the pass's `Options`; its paths are absolute.
+        require: raise when the pass rewrites nothing.
+        verify: compare the outputs before and after the pass and report the largest difference.
     """
 
     name: str
@@ -57,10 +59,10 @@ class Recipe:
     """An ordered list of passes, validated.
 
     Attributes:
-        steps: the passes, in the order they run.
-        target: where the program goes, one of `TARGETS`; None leaves the choice to the caller.
-        base: folder that relative paths started from.
-        source: what to call the recipe in messages, usually its path.
+        steps: passes in the order in which they run.
+        target: target that the program is lowered to, one of `TARGETS`; None leaves the choice to the caller.
+        base: folder that relative paths were resolved against.
+        source: name of the recipe in messages, usually its path.
     """
 
     steps: tuple[Step, ...]
@@ -70,10 +72,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe file, or one of effpass's own by its name, such as ``fast-decode``.
+        """Read a recipe from a file, or one of those that come with effpass by its name, such as ``fast-decode``.
 
         Raises:
-            RecipeError: no such file, larger than 1 MiB, not UTF-8, or any fault that :meth:`parse` finds.
+            RecipeError: the file does not exist, is larger than 1 MiB or not UTF-8, or :meth:`parse` finds a fault.
         """
         path = Path(path).expanduser()
         own = named_recipes()
@@ -93,15 +95,16 @@ class Recipe:
     def parse(
         cls, given: str | bytes | Mapping[str, Any], *, base: str | os.PathLike[str] = ".", source: str = "recipe"
     ) -> Recipe:
-        """Validate a recipe given as YAML text, or as the mapping that such text stands for.
+        """Validate a recipe given as YAML text or as the mapping that such text parses to.
 
         Args:
-            given: YAML text, where ``version`` is required, or a mapping, where it may be left out.
-            base: folder that relative paths start from.
-            source: what to call it in messages.
+            given: YAML text, in which ``version`` is required, or a mapping, in which it may be left out.
+            base: folder that relative paths are resolved against.
+            source: name of the recipe in messages.
 
         Raises:
-            RecipeError: names every fault with its path, ``"r.yaml: passes[2].prefix_kv.budgett: unknown option"``.
+            RecipeError: the recipe is not valid. The message lists every fault with its path:
+                ``"r.yaml: passes[2].prefix_kv.budgett: unknown option"``.
         """
         base = Path(base).absolute()
         if isinstance(given, (str, bytes)):
@@ -131,19 +134,20 @@ class Recipe:
         return cls(tuple(step for step in steps if step is not None), target, base, source)
 
     def build(self) -> list[Pass]:
-        """One instance of each pass, in order.
+        """Create an instance of each pass, in order.
 
         Raises:
-            PluginError: a pass is gone since the recipe was validated.
-            EffpassError: whatever a pass raises that can't be made with its options.
+            PluginError: a pass is no longer available since the recipe was validated.
+            EffpassError: a pass can't be created with its options.
         """
         return [load(step.name)(step.options) for step in self.steps]
 
     def to_yaml(self, folder: str | os.PathLike[str] | None = None) -> str:
-        """The recipe as YAML that :meth:`parse` reads back; options at their defaults are left out.
+        """Serialize the recipe as YAML that :meth:`parse` accepts; options that have their default value are left out.
 
         Args:
-            folder: where the text will be saved: paths below it become relative to it. All others are absolute.
+            folder: folder in which the text will be saved. Paths inside it are written relative to it, all others as
+                absolute paths; None writes all paths as absolute ones.
         """
         passes: list[Any] = []
         for step in self.steps:
@@ -154,13 +158,13 @@ class Recipe:
         return write_yaml(content)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_yaml` to `path`, whole or not at all."""
+        """Write the recipe to `path` atomically, with paths relative to the folder of `path`."""
         path = Path(path)
         write_text(path, self.to_yaml(path.absolute().parent))
 
 
 def named_recipes() -> dict[str, Path]:
-    """The recipes that come with effpass, by name."""
+    """Files of the recipes that come with effpass, by recipe name."""
     return {path.stem: path for path in sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))}
 
 
@@ -174,7 +178,7 @@ def _check_version(version: object, source: str) -> None:
 
 
 def _read_step(item: object, base: Path, where: str, faults: list[str]) -> Step | None:
-    """One item of `passes`; faults are added to the list."""
+    """Read one item of `passes`. Its faults are appended to `faults`; None is returned when there are any so far."""
     if isinstance(item, str):
         item = {item: None}
     if not isinstance(item, Mapping) or len(item) != 1:

@@ -1,12 +1,13 @@
-"""Passes by name: effpass's own and those that other distributions add through entry points.
+"""Passes by name: those of effpass, and those that other distributions add through entry points.
 
 A distribution adds a pass with one line in its `pyproject.toml`::
 
     [project.entry-points."effpass.passes"]
     my_pass = "my_package.my_pass:MyPass"
 
-A pass is imported when it is asked for by name (or listed by :func:`describe`), never found by scanning folders. One
-broken or duplicate plugin is an error where its own name is used and a row in the listing; the rest go on working.
+A pass is imported only when it is requested by name or listed by :func:`describe`; folders are never scanned. A plugin
+that is broken or duplicated raises an error where its own name is used, and is shown with that error in the listing;
+all other passes keep working.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ __all__ = ["BUILTIN", "GROUP", "STEP_KEYS", "PassInfo", "describe", "load", "nam
 
 GROUP = "effpass.passes"
 
-# Keys that a recipe understands beside every pass's own options; no pass may have an option of that name.
+# Keys that a recipe accepts for every pass in addition to its options; no pass may have an option of that name.
 STEP_KEYS = ("require", "verify")
 
-# effpass's own passes. They are read from here and not from installed metadata, so that a checkout that was never
-# installed, or was installed before a pass was added, has them all. pyproject.toml repeats this table for other tools.
+# The passes of effpass. They are listed here, instead of being read from installed metadata, so that they are complete
+# in a checkout that was never installed or was installed before a pass was added. pyproject.toml repeats this table for
+# other tools.
 BUILTIN = {
     "fg2_gdn": "effpass.passes.weights.fg2_gdn:FG2GDN",
     "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
@@ -47,18 +49,19 @@ BUILTIN = {
 
 @dataclasses.dataclass(frozen=True)
 class PassInfo:
-    """One row of the listing.
+    """One pass in the listing of :func:`describe`.
 
     Attributes:
-        name: registry key, what a recipe says.
+        name: registry key, by which a recipe names the pass.
+        distribution: distribution that provides the pass; several names joined by ``" and "`` for a duplicate.
+        version: version of that distribution.
         kind: ``"weights"``, ``"graph"`` or ``"runtime"``; None when the pass can't be loaded.
-        exact: whether the rewritten model means the same up to rounding; None when the pass can't be loaded.
-        needs_artifact: whether it needs something learned or downloaded.
-        entrances: where it can act, of ``"model"``, ``"program"`` and ``"backend"``.
-        summary: first line of the class's docstring.
-        distribution: who provides it; several names joined by ``" and "`` for a duplicate.
-        version: of that distribution.
-        error: why it can't be loaded; None for a working pass.
+        exact: whether the rewritten model computes the same function up to rounding; None when the pass can't be
+            loaded.
+        needs_artifact: whether the pass needs data that was learned or downloaded for it.
+        entrances: entrances at which the pass can act, of ``"model"``, ``"program"`` and ``"backend"``.
+        summary: first line of the docstring of the class.
+        error: why the pass can't be loaded; None for a working pass.
     """
 
     name: str
@@ -73,7 +76,7 @@ class PassInfo:
 
 
 def names() -> list[str]:
-    """Names of all passes, sorted. Imports none of them."""
+    """Names of all passes, sorted. No pass is imported."""
     return sorted(_providers())
 
 
@@ -81,7 +84,8 @@ def load(name: str) -> type[Pass]:
     """The class of the pass `name`.
 
     Raises:
-        PluginError: no such pass, two distributions claim the name, or the class can't be imported or is no pass.
+        PluginError: there is no such pass, two distributions provide it, or its class can't be imported or is not a
+            valid pass.
     """
     providers = _providers()
     if name not in providers:
@@ -99,7 +103,7 @@ def load(name: str) -> type[Pass]:
 
 
 def describe() -> list[PassInfo]:
-    """Every pass with what it is and who provides it, sorted by name. Imports them all; a failure is an `error`."""
+    """Describe every pass, sorted by name. All passes are imported; a failure is recorded in `error`."""
     rows = []
     for name, claims in sorted(_providers().items()):
         distribution = " and ".join(_distribution(claim) for claim in claims)
@@ -129,7 +133,7 @@ def _providers() -> dict[str, list[EntryPoint]]:
 def _load(entry_point: EntryPoint) -> type[Pass]:
     try:
         cls = entry_point.load()
-    except (Exception, SystemExit) as error:  # a plugin's module runs whatever it likes when imported
+    except (Exception, SystemExit) as error:  # the module of a plugin may run any code on import
         raise PluginError(
             f"pass {entry_point.name!r} from {_from(entry_point)} can't be imported: {type(error).__name__}: {error}",
             hint=f"update or uninstall {_distribution(entry_point)}",
@@ -144,7 +148,7 @@ def _load(entry_point: EntryPoint) -> type[Pass]:
 
 
 def _fault(name: str, cls: Any) -> str | None:
-    """What keeps `cls` from being the pass `name`; None when nothing does."""
+    """Why `cls` is not a valid pass with this name; None when it is valid."""
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         return f"is {cls!r}, not a subclass of effpass.Pass"
     for attribute in ("kind", "entrances"):

@@ -1,4 +1,4 @@
-"""What a rewrite did, and what it declined to do: counted, timed, printable, JSON."""
+"""Reports of what passes did to a model or program, and what they left alone, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Refusal:
     """One candidate that a pass left alone.
 
     Attributes:
-        node: the graph node, module or weight concerned.
-        reason: why the pass stayed away.
-        hint: what the user could change; empty when nothing.
+        node: name of the graph node, module or weight.
+        reason: why the pass did not rewrite it.
+        hint: what the user could change so that the pass rewrites it; empty for no hint.
     """
 
     node: str
@@ -28,7 +28,7 @@ class Refusal:
 
 
 def _signed(value: int, unit: str) -> str:
-    """`-8400000 B` as ``-8.4 MB``."""
+    """Format a change with its sign and an SI prefix: -8400000 with the unit ``B`` gives ``-8.4 MB``."""
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:+.1f} {prefix}{unit}"
@@ -37,19 +37,20 @@ def _signed(value: int, unit: str) -> str:
 
 @dataclass
 class PassReport:
-    """One pass on one program or model.
+    """What one pass did to one program or model.
 
     Attributes:
         name: registry key of the pass.
-        exact: whether the rewrite keeps the model's meaning up to rounding.
+        exact: whether the rewritten model computes the same function up to rounding.
         hits: number of places rewritten.
-        refusals: candidates left alone, each with its reason.
+        refusals: candidates that were left alone, each with the reason.
         seconds: wall time of the pass.
-        ops: operator counts, after minus before; zero entries are left out.
-        flops: FLOPs of the program after minus before, at the traced sizes; None where not counted.
-        weight_bytes: bytes of weights read by one call, after minus before; None where not counted.
-        derived_bytes: bytes held beside the original weights for derived weights.
-        max_difference: largest absolute output difference to the program before the pass, where asked for.
+        ops: change in the number of nodes of each operator (after minus before), without zeros.
+        flops: change in the FLOPs of the program at the traced sizes; None when not counted.
+        weight_bytes: change in the bytes of weights that one call reads; None when not counted.
+        derived_bytes: bytes of derived weights held in addition to the original weights.
+        max_difference: largest absolute difference between the outputs before and after the pass; None unless the
+            recipe requests ``verify``.
     """
 
     name: str
@@ -64,7 +65,7 @@ class PassReport:
     max_difference: float | None = None
 
     def line(self) -> str:
-        """One line for a person: what fired, or the commonest reason why nothing did."""
+        """One line of text: what was rewritten, or the most common reason why nothing was."""
         if self.hits:
             gain = ""
             if self.weight_bytes:
@@ -84,14 +85,15 @@ class PassReport:
 
 @dataclass
 class Report:
-    """Everything that happened on the way from one graph (or model) to its rewritten form.
+    """What all passes did to one graph or model.
 
     Attributes:
-        entrance: ``"model"``, ``"program"`` or ``"backend"``.
-        passes: one entry per pass, in the order they ran.
-        unrewritten: why the graph went on as it was, when it could not be brought into the dialect.
-        generates: why the model's `generate` is transformers' own, where the decode engine can't run the model.
-        compiled: names of passes that act on the graphs of this model, when it is called.
+        entrance: form in which the model reached the passes: ``"model"``, ``"program"`` or ``"backend"``.
+        passes: one entry per pass, in the order in which they ran.
+        unrewritten: why the graph was compiled unchanged; None unless it could not be translated to the dialect.
+        generates: why `generate` of the model is that of transformers; None unless the decode engine can't run the
+            model.
+        compiled: names of the passes that act on the graphs of this model when its calls are compiled.
     """
 
     entrance: str
@@ -102,9 +104,11 @@ class Report:
 
     @property
     def hits(self) -> int:
+        """Number of places that all passes rewrote together."""
         return sum(p.hits for p in self.passes)
 
     def lines(self) -> list[str]:
+        """The report as lines of text."""
         if self.unrewritten:
             return [f"graph left as it was: {self.unrewritten}"]
         engine = [f"generate is transformers' own: {self.generates}"] if self.generates else []

@@ -1,8 +1,9 @@
-"""Dynamo's torch-level calls into pre-dispatch ATen: each distinct call is traced once, and copied where it recurs.
+"""Translates torch-level calls from Dynamo to pre-dispatch ATen, tracing each distinct call only once.
 
-A transformer is thirty times the same layer, so a graph of thousands of calls has a few dozen distinct ones. A call is
-distinct by its function, its constants, the metadata of its tensors and the state it runs in (grad mode, autocast).
-Tracing one gives a *template*; the others cost a dictionary look-up and a node copy.
+A transformer repeats the same layer, so a graph of thousands of calls has a few dozen distinct ones. A call is
+identified by its function, its constants, the metadata of its tensors, and the state it runs in (grad mode, autocast).
+Tracing a distinct call gives a *template*; each recurrence costs a dictionary look-up and a copy of the template's
+nodes. :mod:`effpass.core.dynamo` calls :func:`retrace`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["Retraced", "like", "retrace"]
 
-# Operators whose body computes the model itself, so passes look inside. Bodies of others (a custom autograd.Function, a
-# flex_attention score function) are somebody's definition of an operation and stay untouched.
+# Higher-order operators whose body is a part of the model itself, so that passes rewrite it too. The bodies of others
+# (a custom autograd.Function, a score function of flex_attention) define an operation and are left unchanged.
 _TRANSPARENT = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint", "invoke_subgraph")
 
-# What a copied node keeps of the call it came from.
+# Metadata that a node of the new graph inherits from the call that it was traced from.
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -42,8 +43,8 @@ class Retraced:
     """A graph in the dialect.
 
     Attributes:
-        gm: the graph module.
-        bodies: nodes of transparent higher-order operators, with the position of their body among the arguments.
+        gm: graph module of the new graph.
+        bodies: nodes of transparent higher-order operators, each with the position of the body among its arguments.
     """
 
     gm: GraphModule
@@ -52,14 +53,21 @@ class Retraced:
 
 @dataclass(frozen=True)
 class _Input:
-    """Place of a tensor or symbol among the arguments of a template."""
+    """Placeholder, in the arguments of a call, for the tensor or symbol number `index` among its inputs."""
 
     index: int
 
 
 @dataclass
 class _Template:
-    """One distinct call, traced: `graph` computes `outputs`; `values` are fake tensors like what it returned."""
+    """The trace of one distinct call.
+
+    Attributes:
+        graph: traced graph.
+        constants: tensor attributes of the graph, by name.
+        outputs: return value of the call, as nodes of `graph`.
+        values: return value of the call, as fake tensors.
+    """
 
     graph: Graph
     constants: dict[str, Tensor]
@@ -68,20 +76,27 @@ class _Template:
 
 
 class _MutatesMetadataError(Exception):
-    """The graph changes sizes in place (`unsqueeze_`, `resize_`): equal calls must not share their fake values."""
+    """The graph changes sizes in place (`unsqueeze_`, `resize_`), so that equal calls can't share fake values."""
 
 
 def like(fake_mode: FakeTensorMode, value: Tensor) -> Tensor:
     """A fake tensor with the metadata of `value`, which may belong to another fake mode over the same symbols.
 
-    It requires no gradient: what a call becomes in ATen does not depend on it, and a graph may write into any value.
+    It never requires a gradient, because the translation of a call does not depend on that, and a graph may write to
+    any value in place.
     """
     with fake_mode, torch.no_grad():
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
 
 
 def retrace(gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> Retraced:
-    """Rewrite Dynamo's `gm`, whose inputs have the fake values `fakes`, in the dialect. `gm` is not changed."""
+    """Translate the graph `gm` from Dynamo to the dialect. `gm` itself is not changed.
+
+    Args:
+        gm: graph module from Dynamo.
+        fakes: fake values of the inputs of `gm`.
+        fake_mode: fake mode of these values.
+    """
     grad = torch.is_grad_enabled()
     try:
         return _Retrace(gm, fake_mode, {}).run(fakes)
@@ -93,12 +108,12 @@ def retrace(gm: GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) ->
 
 
 class _Retrace:
-    """One graph on its way.
+    """The translation of one graph.
 
     Args:
-        gm: Dynamo's graph.
-        fake_mode: what the values belong to.
-        templates: calls traced so far; None traces every call on the values at hand.
+        gm: graph module from Dynamo.
+        fake_mode: fake mode of all values.
+        templates: calls traced so far; None traces every call separately, on the current values.
     """
 
     def __init__(self, gm: GraphModule, fake_mode: FakeTensorMode, templates: dict[Any, _Template] | None) -> None:
@@ -107,7 +122,7 @@ class _Retrace:
         self.templates = templates
         self.root = torch.nn.Module()
         self.graph = Graph()
-        self.new: dict[Node, Any] = {}  # old node → new nodes and constants, in any structure
+        self.new: dict[Node, Any] = {}  # old node → its value as a structure of new nodes and constants
         self.value: dict[Node, Any] = {}  # new node → its fake tensor, symbol or module
         self.autocasts: dict[Node, torch.autocast] = {}
         self.bodies: list[tuple[Node, int]] = []
@@ -125,7 +140,7 @@ class _Retrace:
                     self.graph.output(self._mapped(node.args[0]))
                 else:
                     self.new[node] = self._call(node)
-        # Its Python code is written when somebody asks for it, as for Dynamo's own modules; the compilers don't.
+        # As in Dynamo, the Python code of the module is generated lazily; the compilers do not need it.
         return Retraced(_make_graph_module(self.root, self.graph), self.bodies)
 
     def _add(self, new: Node, value: Any) -> Node:
@@ -161,7 +176,7 @@ class _Retrace:
             source = self.new[node.args[0]]  # type: ignore[index]
             if not isinstance(source, Node):
                 return source[node.args[1]]
-            if isinstance(self.value[source], (list, tuple)):  # what an operator that stays whole returned
+            if isinstance(self.value[source], (list, tuple)):  # the value of an operator that is not decomposed
                 return self._emit(node, target, self.value[source][node.args[1]])
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._whole(node, target)
@@ -183,7 +198,7 @@ class _Retrace:
         return self._traced(node)
 
     def _emit(self, node: Node, target: Any, value: Any) -> Node:
-        """Put `node` into the new graph as it is, with `value` as its value."""
+        """Copy `node` to the new graph, calling `target`, with `value` as its value."""
         args, kwargs = self._mapped((node.args, node.kwargs))
         op = node.op if target is node.target else "call_function"
         new = self.graph.create_node(op, target, args, kwargs, name=node.name)
@@ -204,10 +219,10 @@ class _Retrace:
         takes = body.graph.find_nodes(op="placeholder")
         operands = held[position + 1 :][-len(takes) :] if takes else []
         if len(operands) < len(takes):
-            return  # a calling convention we don't know: the body stays as Dynamo wrote it
+            return  # unknown calling convention: the body stays as Dynamo wrote it
         inner = _Retrace(body, self.fake_mode, self.templates).run(operands)
         if inner.bodies:
-            return  # checkpoints inside checkpoints keep the torch-level body
+            return  # the body of a checkpoint that contains checkpoints stays as Dynamo wrote it
         copy_placeholders(body, inner.gm)
         self.root.add_module(str(new.args[position].target), inner.gm)  # type: ignore[union-attr]
         self.bodies.append((new, position))
@@ -215,7 +230,7 @@ class _Retrace:
     def _traced(self, node: Node) -> Any:
         arguments = self._mapped((node.args, node.kwargs))
         given: dict[Node, int] = {}
-        # Inputs are told apart by node and never by value, since equal calls share their values.
+        # Inputs are identified by node and never by value, since equal calls share their values.
         call = _with_inputs(arguments, given)
         values = [self.value[n] for n in given]
         if any(map(_is_quantised, values)):
@@ -227,7 +242,7 @@ class _Retrace:
         return self._instantiate(node, template, list(given))
 
     def _left_as_it_is(self, node: Node) -> Node:
-        """A call on a quantised weight: what its class makes of it has tensors inside that are nobody's input here."""
+        """Copy a call on a quantized weight without tracing, since its inner tensors are not inputs of this graph."""
 
         def value(x: Tensor) -> Tensor:
             return x if _is_quantised(x) else like(self.fake_mode, x)
@@ -235,7 +250,7 @@ class _Retrace:
         return self._emit(node, node.target, pytree.tree_map_only(Tensor, value, node.meta["example_value"]))
 
     def _symbolic(self, node: Node, call: Any, given: list[Node], values: list[Any], recorded: list[Any]) -> Any:
-        """A call without tensors: arithmetic on sizes is done here, a side effect is only recorded."""
+        """Translate a call without tensors: arithmetic on sizes is evaluated, and a side effect is only recorded."""
         if all(v is None for v in recorded):
             return self._emit(node, node.target, None)
         if node.target is torch.Size:
@@ -244,7 +259,7 @@ class _Retrace:
         if isinstance(result, _SYMBOLS):
             return self._emit(node, node.target, result)
         if any(isinstance(v, _SYMBOLS) for v in pytree.tree_leaves(result)):
-            return _apply(node, call, given)  # sizes joined or cut: the same on the nodes that stand for them
+            return _apply(node, call, given)  # a tuple of sizes: do the same with their nodes
         return result
 
     # -- templates --------------------------------------------------------------------------------------------------
@@ -255,7 +270,7 @@ class _Retrace:
         key = (node.op, node.target, _frozen(call), *map(_metadata, values), *_state())
         found = self.templates.get(key)
         if found is None:
-            # Fresh objects: the same one may stand for two nodes, which tracing would take for one.
+            # Fresh objects, since one object may be the value of two nodes, which tracing would treat as one input.
             fresh = [like(self.fake_mode, v) if type(v) is FakeTensor else v for v in values]
             found = self._trace(node, call, fresh)
             if any(torch.Tag.inplace_view in getattr(n.target, "tags", ()) for n in found.graph.nodes):
@@ -282,7 +297,7 @@ class _Retrace:
         mapping: dict[Node, Node] = dict(zip(template.graph.find_nodes(op="placeholder"), given, strict=True))
         for old in template.graph.nodes:
             if old.op == "get_attr":
-                name = f"_constant{len(list(self.root.buffers()))}"
+                name = f"_constant{len(self.root._buffers)}"  # one tensor may have several names
                 self.root.register_buffer(name, template.constants[str(old.target)])
                 mapping[old] = self.graph.get_attr(name)
                 mapping[old].meta["val"] = old.meta.get("val")
@@ -301,12 +316,12 @@ class _Retrace:
 
 
 def _is_quantised(value: Any) -> bool:
-    """Whether a class of its own holds several tensors. A DTensor holds one, and is traced through."""
+    """Whether `value` is a tensor subclass with inner tensors, other than a DTensor, which can be traced through."""
     return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
 
 
 def _with_inputs(arguments: Any, given: dict[Node, int]) -> Any:
-    """`arguments` with each node replaced by its place in `given`, which grows."""
+    """Replace each node in `arguments` by its number in `given`, to which new nodes are added."""
 
     def place(x: Any) -> Any:
         return _Input(given.setdefault(x, len(given))) if isinstance(x, Node) else x
@@ -327,7 +342,7 @@ def copy_placeholders(old: GraphModule, new: GraphModule) -> None:
     """Give the new placeholders the names and metadata of the old ones."""
     pairs = zip(old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True)
     for before, after in pairs:
-        # grapharg, which Dynamo clears from its own graph, refers to the weight weakly: swap_tensors would refuse it.
+        # grapharg, which Dynamo clears from its own graph, holds a weak reference, which swap_tensors refuses.
         after.meta = {**{k: v for k, v in before.meta.items() if k != "grapharg"}, "val": after.meta.get("val")}
         after._rename(before.name)
         after.target = before.target
@@ -349,14 +364,14 @@ def _frozen(value: Any) -> Any:
 def _metadata(value: Any) -> Any:
     if isinstance(value, Tensor):
         if type(value) is not FakeTensor:
-            return id(value)  # a subclass: its inner tensors decide, so nothing is shared
+            return id(value)  # a subclass: its inner tensors matter, so it is never shared
         sizes = (*value.size(), "|", *value.stride(), "|", value.storage_offset())
         return (tuple(map(_symbol, sizes)), value.dtype, value.device, value.layout)
     return _symbol(value)
 
 
 def _symbol(value: Any) -> Any:
-    """Hashable, by expression: two SymInts of one expression are one size."""
+    """A hashable form of a number, in which SymInts with the same expression are equal."""
     return (type(value), value.node.expr) if isinstance(value, _SYMBOLS) else (type(value), value)
 
 

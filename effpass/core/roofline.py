@@ -1,16 +1,16 @@
-"""How long a program should take on a device: the cost model's equation, and the ceilings that it stands on.
+"""Predicts how long a program takes on a device, from the costs of its kernels and measured ceilings of the device.
 
     t(program) = Σ over kernels k of  latency[k] + max(flops(k) / peak[k], bytes(k) / bandwidth[k])
     bound      = max(Σ flops(k) / peak[k], bytes of weights and cache / bandwidth)
 
-`k` is a kernel of :mod:`effpass.core.kernels` and is a matrix product, an attention, fused operators, or another.
-`latency` is what one small kernel of its kind takes in a chain of dependent ones (in a CUDA graph on a GPU): launch,
-ramp-up and the wait for memory. `peak` and `bandwidth` are what a large kernel of its kind reaches; a matrix product
-with one row reads at less than the bandwidth of a plain read. All are measured once per device and dtype, in seconds,
-and kept on disk.
+A kernel k of :mod:`effpass.core.kernels` is a matrix product, an attention, fused operators, or another operator.
+`latency` is the time of one small kernel of its kind in a chain of dependent ones (in a CUDA graph on a GPU): launch,
+ramp-up and memory latency. `peak` and `bandwidth` are what a large kernel of its kind attains; a matrix-vector product
+reads at less than the bandwidth of a plain read. All are measured once per device and dtype, which takes seconds, and
+cached on disk.
 
-What it can't know: caches between kernels, kernels that run side by side, work of the host (a call without CUDA graphs,
-checks before it), and how well a library's kernel fits a shape.
+The prediction does not account for hits in caches between kernels, kernels that run concurrently, work of the host (a
+call without CUDA graphs, checks before it), and how well a library kernel fits a shape.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ log = logging.getLogger("effpass")
 
 Sizes: TypeAlias = "Mapping[Any, int] | None"
 Some = Callable[..., torch.Tensor]
-# One step of a chain: takes what the last step made, and a value of the same shape comes out.
+# One step of a chain of kernels, which maps a tensor to one of the same shape, and the first input.
 Step = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches for one dtype.
+    """Attainable throughputs and latencies of a device for one dtype.
 
     Attributes:
-        device: its name, and the number of threads on a CPU.
-        dtype: of the matrix products.
-        torch: version of torch that measured.
+        device: name of the device; for a CPU, with its number of threads.
+        dtype: dtype of the matrix products.
+        torch: version of torch that they were measured with.
         peak: FLOP/s of a large square matrix product.
         attention_peak: FLOP/s of attention over a long prompt with a mask.
         bandwidth: bytes/s of a read-only kernel over a large buffer.
         matvec_bandwidth: bytes/s of a matrix-vector product with a matrix larger than any cache.
-        latency: seconds of one small kernel of each kind in a chain.
+        latency: kind of kernel → seconds of one small kernel in a chain.
     """
 
     device: str
@@ -74,24 +74,24 @@ class Ceilings:
 
 
 def predict(kernel: Kernel, at: Ceilings, sizes: Sizes = None) -> float:
-    """Seconds of one kernel, its symbols replaced by `sizes`."""
+    """Predicted seconds of one kernel, with its symbols replaced by `sizes`."""
     flops, moved = evaluate(kernel.flops, sizes or {}), evaluate(kernel.bytes, sizes or {})
     bandwidth = at.matvec_bandwidth if kernel.kind == "matmul" else at.bandwidth
     return at.latency[kernel.kind] + max(flops / at.peak_of(kernel), moved / bandwidth)
 
 
 def bound(kernels: Sequence[Kernel], at: Ceilings, sizes: Sizes = None) -> float:
-    """Seconds below which no schedule of these kernels can come: all FLOPs at peak, weights and caches read once."""
+    """Lower bound in seconds for any schedule of `kernels`: all FLOPs at peak, and weights and caches read once."""
     computing = sum(evaluate(k.flops, sizes or {}) / at.peak_of(k) for k in kernels)
     needed = sum(evaluate(k.weights + k.cache, sizes or {}) for k in kernels)
     return max(computing, needed / at.bandwidth)
 
 
 def known(name: str) -> Ceilings:
-    """Ceilings measured beforehand, for predictions about a device that is not here.
+    """Ceilings that were measured beforehand, for predictions about a device that is not present.
 
     Raises:
-        EffpassError: nothing is known of `name`.
+        EffpassError: no ceilings are stored for `name`.
     """
     if name not in KNOWN:
         raise EffpassError(
@@ -102,9 +102,9 @@ def known(name: str) -> Ceilings:
 
 
 def ceilings(device: torch.device | str, dtype: torch.dtype) -> Ceilings:
-    """The ceilings of `device`, from the cache on disk or measured now (seconds) and kept there.
+    """The ceilings of `device`, read from the cache on disk, or else measured in seconds and cached.
 
-    A cache file that can't be read, or was written by another version of effpass, is measured again.
+    If the cache file can't be read or has another format, the ceilings are measured again.
     """
     device = torch.device(device)
     name, kind = device_name(device), str(dtype).removeprefix("torch.")
@@ -119,7 +119,7 @@ def ceilings(device: torch.device | str, dtype: torch.dtype) -> Ceilings:
 
 
 def device_and_dtype(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device and the floating-point dtype of most of the model's weights.
+    """The device and floating-point dtype of most of the model's weights, by number of elements.
 
     Raises:
         EffpassError: the model has no floating-point weights.
@@ -147,7 +147,7 @@ def _read(file: Path) -> Ceilings | None:
 
 
 def _write(file: Path, measured: Ceilings) -> None:
-    """Whole or not at all; without a writable cache the next process measures again."""
+    """Write the cache file atomically; if it can't be written, the next process measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(asdict(measured), indent=2))
@@ -156,7 +156,7 @@ def _write(file: Path, measured: Ceilings) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the driver or the system calls the device; a CPU with its number of threads."""
+    """Name of the device according to the driver or the system; for a CPU, with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -172,7 +172,7 @@ def device_name(device: torch.device) -> str:
 
 
 def measure(device: torch.device | str, dtype: torch.dtype) -> Ceilings:
-    """Measure `device` now; takes a few seconds and up to 2 GiB of its memory (256 MiB on a CPU).
+    """Measure `device`, which takes a few seconds and up to 2 GiB of its memory (256 MiB on a CPU).
 
     Raises:
         EffpassError: `device` is neither a CPU nor a CUDA device.
@@ -224,20 +224,20 @@ def _matvec_bandwidth(some: Some, device: torch.device) -> float:
 
 
 def _matmul(some: Some, device: torch.device) -> Step:
-    """One row by a matrix that lies in a cache, so that reading it does not count."""
+    """The product of one vector and a matrix that is small enough to stay in a cache."""
     side = 512 if device.type == "cuda" else 64
     weight = some(side, side) * side**-0.5
     return lambda x: F.linear(x, weight), some(1, side)
 
 
 def _attention(some: Some, device: torch.device) -> Step:
-    """A decode step over a static cache has a mask."""
+    """Attention of one query with a mask, as in a decode step over a static cache."""
     key, value, mask = some(1, 1, 64, 64), some(1, 1, 64, 64), torch.ones(1, 1, 1, 64, device=device).bool()
     return lambda query: F.scaled_dot_product_attention(query, key, value, mask), some(1, 1, 1, 64)
 
 
 def _norm(some: Some, device: torch.device) -> Step:
-    """Most fused kernels of a language model normalise a row."""
+    """Normalization of one vector, which most fused kernels of a language model contain."""
     return lambda x: F.layer_norm(x, (512,)), some(1, 512)
 
 
@@ -277,7 +277,7 @@ def _per_step(step: Step, device: torch.device, steps: int = 100) -> float:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, runs: int = 7) -> float:
-    """The shortest of a few runs after two to warm up: ceilings are what the device can reach."""
+    """The shortest of `runs` runs after two warm-up runs, since ceilings are what the device can attain."""
     shortest = float("inf")
     for attempt in range(runs + 2):
         if device.type == "cuda":
@@ -291,7 +291,7 @@ def _seconds(run: Callable[[], Any], device: torch.device, runs: int = 7) -> flo
     return shortest
 
 
-#: Measured by :func:`measure`, but for the attention, which is cuDNN's with a mask, 9 heads of 64, 2048 tokens.
+#: Measured by :func:`measure`, except `attention_peak`: that of cuDNN with a mask, 9 heads of size 64, 2048 tokens.
 KNOWN: dict[str, Ceilings] = {
     "h100": Ceilings(
         device="NVIDIA H100 80GB HBM3",

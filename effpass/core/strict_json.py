@@ -1,4 +1,4 @@
-"""JSON from files that may be damaged or hostile: no key twice, no NaN, and one kind of error."""
+"""Strict JSON parsing for files that may be damaged or hostile: no duplicate keys, no NaN, and one type of error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def parse_json(data: bytes) -> Any:
     """Parse UTF-8 JSON.
 
     Raises:
-        ValueError: not UTF-8, not JSON, a key given twice, NaN or Infinity, or nested without measure.
+        ValueError: `data` is not UTF-8, is not JSON, has a duplicate key, contains NaN or Infinity, or is nested too
+            deeply.
     """
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)

@@ -1,7 +1,8 @@
-"""Read a safetensors file that may be truncated or hostile: its header is checked in full before a tensor is made.
+"""Reads safetensors files that may be truncated or hostile: the header is checked in full before a tensor is created.
 
-Layout: 8 bytes little-endian N, N bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}`` (perhaps
-with ``"__metadata__"``, strings by name), then the tensors' bytes, which must fill the rest without gap or overlap.
+Layout: N as 8 bytes little-endian, N bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``
+(optionally with ``"__metadata__"``, a mapping of strings), then the bytes of the tensors, which must fill the rest of
+the file without gap or overlap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from effpass.core.strict_json import parse_json
 
 __all__ = ["check_safetensors", "read_safetensors"]
 
-# The format's own limit. Reading a header costs about ten times its size in memory.
+# The limit of the format. Parsing a header takes about ten times its size in memory.
 _MAX_HEADER = 100_000_000
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -42,10 +43,11 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, by name, on the CPU.
+    """Read all tensors of a safetensors file, by name, to the CPU.
 
     Raises:
-        ArtifactError: no such file, truncated, or a header that is not valid; says what is wrong with which tensor.
+        ArtifactError: the file does not exist, is truncated, or its header is not valid. The message names the problem
+            and the tensor.
     """
     path = Path(path)
     check_safetensors(path)
@@ -59,10 +61,13 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, checked in full, and the byte where the tensors start.
+    """Check the header of a safetensors file in full.
+
+    Returns:
+        The header, and the offset in bytes at which the tensors start.
 
     Raises:
-        ArtifactError: as :func:`read_safetensors`.
+        ArtifactError: as in :func:`read_safetensors`.
     """
     try:
         return _check_header(path)
@@ -75,7 +80,7 @@ def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Header and start of the tensors; raises ValueError with the fault of the file at `path`."""
+    """The header and the offset of the tensors; raises a ValueError that describes the fault of the file."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
@@ -105,7 +110,7 @@ def _check_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _check_entry(name: str, entry: Any) -> tuple[int, int]:
-    """The tensor's first and last byte; raises ValueError with the fault of its header entry."""
+    """Begin and end offset of a tensor; raises a ValueError that describes the fault of its header entry."""
     if not name or name.startswith("/") or ".." in name.split("/") or not name.isprintable():
         raise ValueError(f"{name!r} is no tensor's name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

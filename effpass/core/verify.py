@@ -1,4 +1,10 @@
-"""Checks on the *result* of a pass: a valid graph, the same interface, no read moved across a write."""
+"""Checks on the *result* of a pass: the graph is well formed, its interface is unchanged, no read moved across a write.
+
+The manager takes a :func:`snapshot` of a program before a pass and calls :func:`verify` after it. Programs are not
+functional: caches are written in place, so the order of the reads and writes of a storage is part of a program's
+meaning. The order is represented by *epochs*: the epoch of a read is the number of writes to the same storage that
+precede it. A pass may move a read as long as its epoch stays the same.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshot", "aliased_operands", "returns_alias", "snapshot", "verify"]
 
+# Operators whose schema declares that they return an alias, although they may copy their operand instead.
 _SOMETIMES_COPIES = {
     "contiguous",
     "flatten",
@@ -35,16 +42,18 @@ _SOMETIMES_COPIES = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What must still hold after a pass.
+    """Properties of a program that must still hold after a pass.
+
+    Only storages that the program writes to occur in `epochs` and `writes`. A storage is identified by its *root*, the
+    node at the start of a chain of views.
 
     Attributes:
-        nodes: all nodes.
-        inputs: names of the placeholders.
-        outputs: per output, `(shape, dtype)` as traced.
-        storages: per output, the node whose storage it has.
-        epochs: reader → {storage root: number of writes to it before the read}. A *storage root* is the node whose
-            storage a chain of views reads.
-        writes: storage root → the nodes that write to it, in order.
+        nodes: all nodes of the graph.
+        inputs: names of the placeholders, in order.
+        outputs: `(shape, dtype)` of each output, as traced.
+        storages: root of the storage of each output; None for an output that is not a node.
+        epochs: reader → {root: number of writes to the storage before this read}.
+        writes: root → nodes that write to the storage, in order.
     """
 
     nodes: frozenset[Node]
@@ -56,7 +65,7 @@ class Snapshot:
 
 
 def snapshot(program: Program) -> Snapshot:
-    """Take down what :func:`verify` compares with; call it before the pass."""
+    """Record the properties that :func:`verify` compares with; called before a pass."""
     nodes = frozenset(program.graph.nodes)
     inputs = tuple(n.name for n in program.graph.find_nodes(op="placeholder"))
     epochs, writes, root = _accesses(program.graph)
@@ -67,15 +76,15 @@ def verify(program: Program, before: Snapshot, name: str) -> None:
     """Check the result of a pass.
 
     Args:
-        program: after the pass.
-        before: the :func:`snapshot` taken ahead of it.
-        name: the pass, for the message.
+        program: the program after the pass.
+        before: the :func:`snapshot` taken before the pass.
+        name: name of the pass, for messages.
 
     Raises:
         RewriteError: the graph is malformed, its inputs or outputs changed, a new node has no value, a write reaches
-            another storage than before, an output has the storage of an input, or reads and writes of one storage
-            changed their order. A write that the pass declared with
-            :meth:`~effpass.core.program.Program.replace_write` counts as the one it replaces.
+            another storage than before, an output newly shares the storage of an input, or the reads and writes of a
+            storage changed their order. A write that the pass declared with
+            :meth:`~effpass.core.program.Program.replace_write` counts as the one that it replaces.
     """
     try:
         program.graph.lint()
@@ -119,7 +128,7 @@ def _verify_order(program: Program, before: Snapshot, name: str) -> None:
     for root, old in before.writes.items():
         kept = [stands_for.get(w, w) for w in writes.get(root, ()) if w in before.nodes or w in stands_for]
         in_use = root in alive and (root.op == "placeholder" or root.users)
-        if in_use and kept != old:  # a buffer of the program's own may go with all that is done to it
+        if in_use and kept != old:  # an unread intermediate may go, with its writes
             raise RewriteError(
                 f"pass {name} removed or reordered writes to {root.name}: {_names(old)} became {_names(kept)}"
             )
@@ -163,7 +172,7 @@ def _verify_read(before: Snapshot, root: Node, reader: Node, epoch: int, name: s
 def _accesses(
     graph: torch.fx.Graph,
 ) -> tuple[dict[Node, dict[Node, int]], dict[Node, list[Node]], dict[Node, Node]]:
-    """As in :class:`Snapshot`: reads and writes of every storage that is written at all. And the root of each node."""
+    """`epochs` and `writes` as in :class:`Snapshot`, and the root of every node."""
     root: dict[Node, Node] = {}
     writes: dict[Node, list[Node]] = defaultdict(list)
     reads: list[tuple[Node, Node, int]] = []
@@ -185,10 +194,10 @@ def _accesses(
 
 
 def aliased_operands(node: Node) -> Iterator[tuple[Node, bool]]:
-    """Operands whose storage `node` writes or returns, each with whether it is written."""
+    """Yield the operands whose storage `node` writes or may return, each with whether it is written."""
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         yield node.args[0], False
-    if node.target is triton_kernel_wrapper_mutation:  # a user's Triton kernel: which operands it writes is not said
+    if node.target is triton_kernel_wrapper_mutation:  # a user's kernel does not declare which operands it writes
         yield from ((operand, True) for operand in node.all_input_nodes)
     if not isinstance(node.target, torch._ops.OpOverload):
         return
@@ -202,14 +211,14 @@ def aliased_operands(node: Node) -> Iterator[tuple[Node, bool]]:
 
 
 def returns_alias(node: Node) -> bool:
-    """Whether what `node` returns may share storage with an operand."""
+    """Whether the value of `node` may share storage with an operand."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
     return any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _may_copy(node: Node) -> bool:
-    """Whether an operator whose schema says "alias" copies at times, so that it reads at that place."""
+    """Whether `node` may copy although its schema declares an alias; a copy reads its operand at that point."""
     return getattr(node.target, "_opname", None) in _SOMETIMES_COPIES
 
 
@@ -241,7 +250,7 @@ def _described(output: Any) -> Any:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Equal shapes and dtypes, as far as can be known without a guard on a symbolic size."""
+    """Whether two outputs have the same shape and dtype, as far as that is known without a guard on a symbolic size."""
     if not (isinstance(old, tuple) and isinstance(new, tuple)):
         return bool(old == new)
     sizes = zip(old[0], new[0], strict=False)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process is killed."""
+"""Atomic writes: files and folders that exist completely or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _RENAME_EXCHANGE = 2
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as `path`, in UTF-8, over a file that is there.
+    """Write `text` to `path` in UTF-8 atomically, replacing an existing file.
 
     Raises:
-        OSError: the old file is as it was.
+        OSError: the file can't be written; an existing file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -30,13 +30,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_folder(new: Path, place: Path) -> None:
-    """Give the folder `new`, on the same file system, the name `place`; a folder that is there goes.
+    """Move the folder `new` to `place`, replacing an existing folder.
 
-    On Linux the two exchange their names in one step. Where the system can't, there is a moment in which `place` is not
-    there, and the old folder stands beside it.
+    On Linux the two folders exchange their names in one step, and the old one is then deleted. Where the system does
+    not support that, there is a moment in which `place` does not exist and the old folder has a temporary name.
+
+    Args:
+        new: folder on the same file system.
+        place: final path.
 
     Raises:
-        OSError: the old folder is where it was.
+        OSError: the folder can't be moved; an existing folder stays at `place`.
     """
     if not place.exists():
         os.rename(new, place)
@@ -55,7 +59,7 @@ def put_folder(new: Path, place: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Whether the system could let them exchange their names; Python has no name for the call."""
+    """Exchange two names by the system call renameat2, which Python does not wrap; returns whether it succeeded."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False

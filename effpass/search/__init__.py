@@ -1,10 +1,11 @@
-"""Finding a recipe: legal ones are ranked by the cost model, and the promising ones measured on the decode engine.
+"""Search for a recipe: ``effpass optimize`` ranks legal recipes by the cost model and measures the promising ones.
 
-choices     what each pass could do to this model, and why others are left out
-calibrated  what choices need to know of the model, learned from one text
-recipes     choices that stand together, in a legal order
-predict     what each recipe should gain
-explore     which one to measure next, and when to stop
+choices     passes and options that can act on the model, and reasons why others are left out
+calibrated  artifacts that choices need, learned from a calibration text
+recipes     combinations of choices in a legal order
+predict     predicted gain of each recipe
+explore     which recipe to measure next, and when to stop
 measure     time, memory and loss of one recipe, on another text
-run         all of it, kept in a folder that it goes on from
+log         the folder in which a search is stored
+run         the whole search, which can be resumed from its folder
 """

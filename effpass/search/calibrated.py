@@ -1,4 +1,8 @@
-"""What choices need to know of the model: learned from the calibration text, and kept as artifacts."""
+"""Calibration for a search: learns the artifacts that choices need from the calibration text, and keeps them on disk.
+
+Nothing is trained. :class:`Calibrator` makes three kinds of artifact: a profile of the layers (prefix_kv), channels of
+the keys (sparse_attention), and kept units by Taylor scores (structured_pruning).
+"""
 
 from __future__ import annotations
 
@@ -21,19 +25,20 @@ from effpass.search.workload import Workload
 __all__ = ["Calibrator"]
 
 _SAMPLES = 8
-_CHANNELS, _LATENT_CHANNELS = 32, 128  # of a key's; as `effpass calibrate sparse-attention` chooses them
+_CHANNELS, _LATENT_CHANNELS = 32, 128  # channels of a key to keep; as in `effpass calibrate sparse-attention`
 
 
 @dataclass
 class Calibrator:
-    """
+    """Makes the artifacts that choices need.
+
     Attributes:
-        folder: of the artifacts; one that is there already is used as it is.
-        load: a model as it comes.
-        ids: of the calibration text, int64 `[1, T]`.
-        workload: samples are as long as its prompts.
-        name: of the text, for the artifacts' provenance.
-        say: gets a line for people.
+        folder: folder of the artifacts; artifacts that exist there are used as they are.
+        load: returns the model without any pass.
+        ids: token ids of the calibration text, int64 `[1, T]`.
+        workload: sizes of the requests; their prompts determine the length of the calibration samples.
+        name: name of the text, for the provenance of the artifacts.
+        say: called with one line of progress at a time.
     """
 
     folder: Path
@@ -45,7 +50,11 @@ class Calibrator:
     _failed: dict[str, str] = field(default_factory=dict)
 
     def usable(self, choices: Iterable[Choice]) -> tuple[list[Choice], dict[str, str]]:
-        """The choices with their artifacts; those that can't be calibrated or act on the model, with reasons."""
+        """Calibrate choices where they need it, and check that each can act on the model.
+
+        Returns:
+            The usable choices with their artifacts set, and for each of the others its label and the reason.
+        """
         found, refused = [], {}
         for choice in choices:
             try:
@@ -66,7 +75,7 @@ class Calibrator:
         need = choice.needs
         assert need is not None
         if need == "channels" and self._channels is None:
-            return replace(choice, needs=None)  # a label holds every channel
+            return replace(choice, needs=None)  # all channels are kept, so there is nothing to choose
         if need in self._failed:
             raise EffpassError(self._failed[need])
         place = self.folder / need
@@ -101,7 +110,7 @@ class Calibrator:
 
     @cached_property
     def _channels(self) -> int | None:
-        """Channels of a label; None for all."""
+        """Number of key channels that the index of sparse attention keeps; None keeps all."""
         text = self.model.config.get_text_config(decoder=True)
         if latent_layers(self.model):
             size, most = text.kv_lora_rank + text.qk_rope_head_dim, _LATENT_CHANNELS
@@ -113,7 +122,7 @@ class Calibrator:
     # -- pruning ------------------------------------------------------------------------------------------------------
 
     def _kept(self, share: float) -> Any:
-        """Keep indices by Taylor's scores; nothing is trained."""
+        """An artifact that keeps `share` of the units, chosen by their Taylor scores, without training."""
         from effpass.trainers.pruning.choice import best_units, keep_indices
 
         problem, settings = self._problem(share)
@@ -138,7 +147,7 @@ class Calibrator:
         return score_units("taylor", self.model, find_units(self.model, ()), Calibration(batches))
 
     def _pieces(self, length: int) -> Iterable[Tensor]:
-        """Samples `[1, length]`, spread over the text."""
+        """Samples of the text `[1, length]`, evenly spaced."""
         count = min(_SAMPLES, self.ids.shape[1] // length)
         if not count:
             raise EffpassError(
@@ -149,7 +158,7 @@ class Calibrator:
         return [self.ids[:, first : first + length].to(self.model.device) for first in starts]
 
     def release(self) -> None:
-        """Let the model go."""
+        """Release the model."""
         self.__dict__.pop("model", None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

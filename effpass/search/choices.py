@@ -1,4 +1,7 @@
-"""What each pass could do to a model: itself with options that make a difference, or why it is left out."""
+"""Choices of a search: the passes, each with options that make a difference, that could act on a model.
+
+The options are fixed grids per pass. A pass that can't take part is returned with the reason, which ends up in the log.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,22 @@ from effpass.search.workload import Goal, Workload
 
 __all__ = ["Choice", "choices", "given_choice"]
 
-# Shares of the tokens that a cache keeps, and of the prompt's keys that a step reads, and of a layer's weights.
+# Options to try: the share of tokens that prefix_kv keeps, the share of the prompt's keys that a step of
+# sparse_attention reads, and the share of a layer's weights that structured_pruning keeps.
 _BUDGETS, _READ, _KEPT = (0.5, 0.25, 0.1), (0.5, 0.25), (0.95, 0.9, 0.8)
 _NARROW = ((1.0, "int8"), (1.0, "int4"), (0.5, "int8"), (0.25, "int8"))
-_BLOCK, _FEWEST = 64, 4  # of sparse attention: slots, and blocks that are looked into
+_BLOCK, _FEWEST = 64, 4  # sparse_attention: cache slots per block, and smallest number of candidate blocks
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One pass with options.
+    """One pass with its options.
 
     Attributes:
-        name: of the pass.
-        label: what people see; no two choices of a search have the same.
-        options: as in a recipe; ``artifact`` comes with what was calibrated.
-        needs: name of what is calibrated for it; None for nothing.
+        name: registry key of the pass.
+        label: name of the choice in messages; unique within a search.
+        options: options as in a recipe. ``artifact`` is set once the artifact has been calibrated.
+        needs: name of the artifact to calibrate for it; None when none is needed.
     """
 
     name: str
@@ -45,13 +49,13 @@ class Choice:
 def choices(
     model: Any, goal: Goal, workload: Workload, given: Iterable[Choice] = ()
 ) -> tuple[list[Choice], dict[str, str]]:
-    """What a search could go through, before anything is calibrated.
+    """The choices of a search, before anything is calibrated.
 
     Args:
         model: a transformers causal LM.
-        goal: of the search: a choice that can't serve it is left out.
-        workload: its requests.
-        given: choices with artifacts that the user has.
+        goal: quantity that the search minimizes; choices that can't improve it are left out.
+        workload: sizes of the requests.
+        given: choices with artifacts provided by the user.
 
     Returns:
         The choices, and the passes that are left out with the reason for each.
@@ -67,10 +71,10 @@ def choices(
 
 
 def given_choice(folder: Path) -> Choice:
-    """The choice that an artifact makes.
+    """The choice that applies the artifact in `folder`.
 
     Raises:
-        EffpassError: it can't be read, or belongs to a pass whose options name no artifact.
+        EffpassError: the artifact can't be read, or its pass has no option ``artifact``.
     """
     try:
         name = json.loads((folder / "effpass.json").read_text(encoding="utf-8"))["pass"]
@@ -82,7 +86,7 @@ def given_choice(folder: Path) -> Choice:
 
 
 def _reason(info: PassInfo, model: Any, goal: Goal) -> str | None:
-    """Why a pass can't serve a search, whatever its options."""
+    """Why a pass can't take part in the search, whatever its options; None when it can."""
     on_gpu = model.device.type == "cuda"
     if info.error is not None:
         return info.error
@@ -102,7 +106,7 @@ def _reason(info: PassInfo, model: Any, goal: Goal) -> str | None:
 
 
 def _options(info: PassInfo, goal: Goal, workload: Workload) -> Iterator[Choice]:
-    """A pass's choices; of one that is not known here its defaults, where it has them."""
+    """The choices for one pass; a pass not listed here takes part with its default options, if it has defaults."""
     name = info.name
     if name == "structured_pruning":
         for share in _KEPT:
@@ -112,7 +116,7 @@ def _options(info: PassInfo, goal: Goal, workload: Workload) -> Iterator[Choice]
         for share, dtype in [*plain, *_NARROW] if goal == "memory" else plain:
             label = f"{name} {share:.0%}" + ("" if dtype == "auto" else f" {dtype}")
             options = {"budget": share} | ({} if dtype == "auto" else {"kv_cache_dtype": dtype})
-            # A cache that keeps everything has nothing to share out.
+            # A cache that keeps all tokens has no budget to divide among layers, and needs no profile.
             yield Choice(name, label, options, "profile" if share < 1 else None)
     elif name == "sparse_attention":
         for tokens in dict.fromkeys(max(_BLOCK, round(share * workload.prompt)) for share in _READ):

@@ -1,20 +1,27 @@
-"""Which recipe to measure next, and when nothing more is promised.
+"""Decides which recipe to measure next, and when the search ends.
 
-A recipe promises what the cost model predicts for it, corrected by what was measured. The corrections are fitted to all
-measured recipes by least squares,
+:mod:`effpass.search.run` measures what :func:`next_candidate` returns until that is None. The search minimizes a goal
+(time or memory) among the recipes whose perplexity exceeds that of the dense model, which has no pass, by no more than
+a limit. A recipe consists of *choices*, each of which is one pass with one set of options.
 
-    log(measured / predicted) = c + Σ over its choices of (c_pass x_choice + c_choice)
+The *promise* of a recipe is the goal value that the cost model predicts for it, corrected by what was measured so far.
+The corrections are fitted to all measured recipes by least squares,
 
-with a prior of no correction, stronger for choices: one that nobody has measured has that of its pass. A pass may be
-off by a factor, x = 1, or by a share of what it gains, x = log(predicted alone / predicted without); of the two, the
-promise is the better one.
+    log(measured / predicted) = c + Σ over its choices of (c_pass · x_choice + c_choice)
 
-The recipe that promises most is next; before one of several choices, each of them alone, since that rules out all that
-hold one which loses too much. A recipe that holds another one whose loss is over the limit, by more than the loss's
-standard error, is not looked at: leaving out more loses no less. The search ends when no recipe promises to come near
-the best one.
+where c is common to all recipes, c_pass to all choices of a pass, and c_choice belongs to one choice. A prior draws
+c_pass and c_choice towards zero, c_choice more strongly, so that a choice that was never measured takes the correction
+of its pass. The prediction of a pass may be wrong by a constant factor, x = 1, or by a share of its predicted gain,
+x = log(predicted for the choice alone / predicted for the dense model). Both fits are made, and the promise is the
+smaller (better) of the two results.
 
-Everything follows from what was measured, so that a search goes on where it was stopped.
+The recipe with the best promise is measured next. If it combines several choices, those that can still be measured
+alone are measured first, because a choice that loses too much rules out all recipes that contain it. In general, a
+recipe is ruled out when it contains one that was refused or failed, or one whose loss is above the limit by more than
+the standard error of the loss: adding passes is assumed not to reduce the loss. The search ends when no remaining
+recipe promises to come near the best measured one.
+
+Everything follows from the measurements alone, so an interrupted search resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -36,16 +43,23 @@ __all__ = ["Trials", "added_loss", "best", "frontier", "holding", "next_candidat
 
 Trials: TypeAlias = "Mapping[Candidate, Trial]"
 
-# What a promise may be worse than the best measured recipe and still be looked at: promises are that far off.
+# Relative margin by which a promise may be worse than the best measured recipe and still be measured; promises are not
+# more accurate than that.
 _MARGIN = 0.02
-# Share of the dense model's figure below which a gain is none: no reason to lose anything.
+# Least gain, relative to the dense model, that justifies a loss in quality.
 _LEAST_GAIN = 0.01
-# Weights of the priors against one measurement's.
+# Weights of the prior's equations in the least-squares fit, in which each measurement has the weight 1.
 _PASS_PRIOR, _CHOICE_PRIOR = 0.01, 0.15
 
 
 def added_loss(trials: Trials, candidate: Candidate, *, confirmed: bool = False) -> tuple[float, float]:
-    """Nats a token more than the dense model, and the standard error over sequences."""
+    """Increase of the loss over the dense model in nats per token, and its standard error over the sequences.
+
+    Args:
+        trials: measurements so far, by candidate.
+        candidate: measured recipe.
+        confirmed: use the losses on the confirmation text instead of those on the selection text.
+    """
     name = "confirmed" if confirmed else "losses"
     pairs = zip(getattr(trials[candidate], name), getattr(trials[DENSE], name), strict=True)
     differences = [ours - dense for ours, dense in pairs]
@@ -53,20 +67,27 @@ def added_loss(trials: Trials, candidate: Candidate, *, confirmed: bool = False)
 
 
 def quality_loss(trials: Trials, candidate: Candidate, *, confirmed: bool = False) -> float:
-    """By what share the perplexity is higher than the dense model's."""
+    """Relative increase of the perplexity over the dense model's; arguments as in :func:`added_loss`."""
     return math.expm1(added_loss(trials, candidate, confirmed=confirmed)[0])
 
 
 def holding(trials: Trials, limit: float) -> list[Candidate]:
-    """The measured candidates whose loss is within the limit; the dense model's always is."""
+    """The measured candidates whose quality loss is within the limit; the dense model always is."""
     measured = [candidate for candidate, trial in trials.items() if trial.is_measured]
     return [c for c in measured if c == DENSE or quality_loss(trials, c) <= limit]
 
 
 def best(trials: Trials, goal: Goal, limit: float, among: Sequence[Candidate] | None = None) -> Candidate:
-    """The candidate that serves the goal best within the limit; of equals the one with the fewest passes.
+    """The candidate with the best goal value among those whose quality loss is within the limit.
 
-    The dense model, where no other gains a hundredth.
+    Among candidates with the same value, the one with the fewest passes is preferred. If no candidate improves on the
+    dense model by at least 1 %, the dense model is returned.
+
+    Args:
+        trials: measurements so far, by candidate.
+        goal: quantity that the search minimizes.
+        limit: largest relative increase of the perplexity.
+        among: candidates to choose from; None stands for all measured ones within the limit.
     """
     found = holding(trials, limit) if among is None else among
     enough = (1 - _LEAST_GAIN) * trials[DENSE].of(goal)
@@ -75,7 +96,7 @@ def best(trials: Trials, goal: Goal, limit: float, among: Sequence[Candidate] | 
 
 
 def frontier(trials: Trials, goal: Goal) -> list[Candidate]:
-    """The measured candidates that no other beats in both the goal and the loss, the best in the goal first."""
+    """The Pareto frontier of goal and quality loss over the measured candidates, best goal value first."""
     measured = [candidate for candidate, trial in trials.items() if trial.is_measured]
     found: list[Candidate] = []
     least = math.inf
@@ -94,14 +115,14 @@ def next_candidate(
     goal: Goal,
     limit: float,
 ) -> Candidate | None:
-    """What to measure now; None when nothing more is promised.
+    """The recipe to measure next; None when the search has ended.
 
     Args:
-        candidates: every legal recipe.
-        predicted: by the cost model, of each.
-        trials: what was measured, and what was refused.
-        goal: of the search.
-        limit: share by which the perplexity may grow.
+        candidates: all legal recipes.
+        predicted: prediction of the cost model for each recipe.
+        trials: results so far, including recipes that were refused or failed.
+        goal: quantity that the search minimizes.
+        limit: largest relative increase of the perplexity.
     """
     if DENSE not in trials:
         return DENSE
@@ -118,7 +139,7 @@ def next_candidate(
 
 
 def _loses_too_much(trials: Trials, candidate: Candidate, limit: float) -> bool:
-    """For what leaves out more to lose too much as well; so does what is not measured."""
+    """Whether all recipes that contain `candidate` are ruled out: it loses too much, was refused, or failed."""
     if not trials[candidate].is_measured:
         return True
     loss, error = added_loss(trials, candidate)
@@ -128,7 +149,7 @@ def _loses_too_much(trials: Trials, candidate: Candidate, limit: float) -> bool:
 def promises(
     candidates: Sequence[Candidate], predicted: Mapping[Candidate, Estimate], trials: Trials, goal: Goal
 ) -> dict[Candidate, float]:
-    """What each candidate should measure, by the cost model and what was measured already."""
+    """The promise of each candidate: the value of the goal that its measurement is expected to give."""
     gains = {c.choices[0]: predicted[c].of(goal) for c in predicted if len(c.choices) == 1}
     gains = {choice: math.log(alone / predicted[DENSE].of(goal)) for choice, alone in gains.items()}
     by_factor, by_share = (_promises(candidates, predicted, trials, goal, amount) for amount in ({}, gains))
@@ -142,7 +163,15 @@ def _promises(
     goal: Goal,
     amount: Mapping[Choice, float],
 ) -> dict[Candidate, float]:
-    """Promises by one fit; `amount` is x of choices, 1 for those that it does not name."""
+    """Promises of one fit.
+
+    Args:
+        candidates: recipes to return promises for.
+        predicted: prediction of the cost model for each recipe.
+        trials: results so far.
+        goal: quantity that the search minimizes.
+        amount: x of each choice (see the module's docstring); 1 for choices that it lacks.
+    """
 
     def terms(candidate: Candidate) -> dict[tuple[str, str], float]:
         found = {("pass", choice.name): amount.get(choice, 1.0) for choice in candidate.choices}
@@ -151,13 +180,13 @@ def _promises(
     measured = [candidate for candidate, trial in trials.items() if trial.is_measured]
     names = list(dict.fromkeys(name for candidate in measured for name in terms(candidate)))
     rows = [[1.0, *(terms(candidate).get(name, 0.0) for name in names)] for candidate in measured]
-    logs = [math.log(trials[c].of(goal) / predicted[c].of(goal)) for c in measured]
+    log_ratios = [math.log(trials[c].of(goal) / predicted[c].of(goal)) for c in measured]
     prior = np.diag([0.0, *(_PASS_PRIOR if kind == "pass" else _CHOICE_PRIOR for kind, _ in names)])
-    matrix, right = np.vstack([np.array(rows), prior]), np.concatenate([logs, np.zeros(len(prior))])
-    whole, *found = np.linalg.lstsq(matrix, right, rcond=None)[0]
-    of_name = dict(zip(names, found, strict=True))
+    matrix, right = np.vstack([np.array(rows), prior]), np.concatenate([log_ratios, np.zeros(len(prior))])
+    constant, *fitted = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    corrections = dict(zip(names, fitted, strict=True))
     return {
         candidate: predicted[candidate].of(goal)
-        * math.exp(whole + sum(x * of_name.get(name, 0.0) for name, x in terms(candidate).items()))
+        * math.exp(constant + sum(x * corrections.get(name, 0.0) for name, x in terms(candidate).items()))
         for candidate in candidates
     }

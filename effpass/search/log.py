@@ -1,9 +1,11 @@
-"""The folder of a search: what it was asked, and all that it has found, whole at every moment.
+"""The folder of a search: its settings and all results so far, from which an interrupted search is resumed.
 
-search.json     settings, what was left out, predictions, trials, the choice
+search.json     settings, choices left out, predictions, trials, the chosen recipe
 recipe.yaml     the best recipe so far
-pareto.png      time or memory against loss, of all that was measured
-artifacts/      what was calibrated
+pareto.png      time or memory against quality loss, for all measured recipes
+artifacts/      calibrated artifacts
+
+The files are written atomically, so that the folder is usable whenever the process ends.
 """
 
 from __future__ import annotations
@@ -26,14 +28,15 @@ _SCHEMA = 1
 
 @dataclass
 class Log:
-    """
+    """Contents of ``search.json``.
+
     Attributes:
-        folder: of the search.
-        settings: what results rest on; another search has others.
-        left_out: passes and choices that the search does not go through, with reasons.
-        predicted: of every legal recipe, by its key.
-        trials: of recipes, by their keys, in the order they were measured.
-        chosen: key of the recipe in `recipe.yaml`, and whether it held on text that nobody has chosen by.
+        folder: folder of the search.
+        settings: settings that the results depend on, as JSON types. A search can be resumed only with equal settings.
+        left_out: passes, choices and recipes that are not searched → the reason.
+        predicted: predictions for all legal recipes, by recipe key.
+        trials: results of the recipes measured so far, by recipe key, in the order of measurement.
+        chosen: key of the recipe in ``recipe.yaml``, and whether it was confirmed on text that was not used to choose.
     """
 
     folder: Path
@@ -45,10 +48,16 @@ class Log:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], *, resume: bool) -> Log:
-        """A new search's log, or that of the search in `folder`.
+        """Create the log of a new search, or read that of the search in `folder`.
+
+        Args:
+            folder: folder of the search.
+            settings: settings that the results depend on.
+            resume: read an existing log instead of creating one.
 
         Raises:
-            EffpassError: `folder` is taken, holds no search, or one with other settings.
+            EffpassError: without `resume`, `folder` exists and is not empty. With `resume`, it contains no search, or
+                one with other settings.
         """
         settings = json.loads(json.dumps(settings))
         if not resume:
@@ -88,7 +97,7 @@ class Log:
             raise EffpassError(f"{file} can't be read: {error}", hint="start anew in another folder") from error
 
     def save(self) -> None:
-        """Write it, whole or not at all."""
+        """Write ``search.json`` atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         data = {
             "schema": _SCHEMA,

@@ -1,7 +1,8 @@
-"""One recipe, measured: time of a step and of a prompt, bytes that stay, and the loss of text that is read.
+"""Measurement of one recipe: time of a decode step and of prefill, memory, and the loss on a text.
 
-Tokens of the text are fed one at a time through the decode engine, as generation does it, so that what a pass drops
-from the cache, or does not read of it, is in the loss. The first token is the prompt's to predict.
+The tokens of the text are fed one at a time through the decode engine, as in generation, so that the loss includes the
+effect of passes that evict tokens from the KV cache or do not read all of it. The first token is predicted from the
+prompt.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from effpass.search.workload import Goal, Workload
 
 __all__ = ["Trial", "held_bytes", "losses_of", "measure", "prepared", "try_out"]
 
-_UNTIMED = 2  # steps of a session that warm up
-_ROWS = 8  # sequences whose losses a CPU works out together
+_UNTIMED = 2  # warm-up steps of a session
+_ROWS = 8  # smallest batch for computing losses on a CPU
 
 
 @dataclass
 class Trial:
-    """What became of one recipe.
+    """Result of one recipe.
 
     Attributes:
-        status: ``"measured"``; ``"refused"`` by a pass, or ``"failed"``.
-        reason: of what is not measured.
+        status: ``"measured"``, ``"refused"`` (by a pass) or ``"failed"``.
+        reason: why the recipe was refused or failed; empty when it was measured.
         step_seconds: median time of a decode step of the workload's batch.
-        prompt_seconds: of its prompts.
-        tokens_per_second: new tokens of the batch over the time of prompts and steps together.
-        weight_bytes: of the weights.
-        cache_bytes: of keys, values and indices, at the end of the sequences, on the device.
-        peak_bytes: the allocator's peak; 0 on a CPU.
-        losses: nats a token, of each sequence of the text recipes are chosen by.
-        confirmed: likewise of the text nobody has chosen by; empty where it was not looked at.
+        prompt_seconds: time of the prefill of the batch.
+        tokens_per_second: new tokens of the batch divided by the time of prefill and decode steps together.
+        weight_bytes: bytes of the weights on the device.
+        cache_bytes: bytes of keys, values and indices on the device, at the end of the sequences.
+        peak_bytes: peak of the allocator; 0 on a CPU.
+        losses: mean loss in nats per token of each sequence of the selection text, by which recipes are chosen.
+        confirmed: the same for the confirmation text, which is not used to choose; empty if not measured yet.
     """
 
     status: str
@@ -60,7 +61,7 @@ class Trial:
         return self.status == "measured"
 
     def of(self, goal: Goal) -> float:
-        """What the goal makes smaller."""
+        """The quantity that `goal` minimizes: bytes, seconds per step, or seconds per token."""
         if goal == "memory":
             return float(self.weight_bytes + self.cache_bytes)
         return self.step_seconds if goal == "latency" else 1 / self.tokens_per_second
@@ -70,10 +71,10 @@ class Trial:
 
 
 def prepared(load: Callable[[], Any], candidate: Candidate) -> Any:
-    """A new model with the candidate's passes.
+    """Load a new model and apply the candidate's passes to it.
 
     Raises:
-        EffpassError: a pass refuses, or finds nothing to rewrite.
+        EffpassError: a pass refuses the model, or finds nothing to rewrite.
     """
     from effpass import api
 
@@ -85,12 +86,12 @@ def prepared(load: Callable[[], Any], candidate: Candidate) -> Any:
 
 
 def try_out(load: Callable[[], Any], candidate: Candidate, texts: Tensor, workload: Workload) -> Trial:
-    """Measure a candidate; what goes wrong with it is its result."""
+    """Load and measure a candidate; an error becomes its result instead of being raised."""
     try:
         return measure(prepared(load, candidate), texts, workload)
     except EffpassError as error:
         return Trial("refused", error.message)
-    except Exception as error:  # one recipe's failure is no reason to end a night's search
+    except Exception as error:  # the failure of one recipe must not end the search
         return Trial("failed", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     finally:
         gc.collect()
@@ -99,11 +100,12 @@ def try_out(load: Callable[[], Any], candidate: Candidate, texts: Tensor, worklo
 
 
 def measure(model: Any, texts: Tensor, workload: Workload) -> Trial:
-    """
+    """Measure time, memory and loss of a prepared model.
+
     Args:
-        model: as `effpass.prepare` returns it.
-        texts: int64 `[W, prompt + new tokens]`.
-        workload: what is timed.
+        model: model returned by :func:`effpass.prepare`.
+        texts: token ids of the selection text, int64 `[W, prompt + new_tokens]`.
+        workload: sizes of the requests.
     """
     device = model.device
     if device.type == "cuda":
@@ -112,7 +114,7 @@ def measure(model: Any, texts: Tensor, workload: Workload) -> Trial:
     readings = [_read(model, group, workload) for group in groups]
     trial = Trial("measured", losses=[loss for reading in readings for loss in reading.losses])
     if len(readings) > 1 and len(readings[-1].losses) == workload.batch:
-        timed = readings[-1]  # the first one warms up
+        timed = readings[-1]  # the groups before it were the warm-up
     else:
         timed = _read(model, texts.repeat(-(-workload.batch // len(texts)), 1)[: workload.batch], workload)
     trial.prompt_seconds, trial.cache_bytes = timed.prompt_seconds, timed.cache_bytes
@@ -126,19 +128,19 @@ def measure(model: Any, texts: Tensor, workload: Workload) -> Trial:
 
 
 def losses_of(model: Any, texts: Tensor, workload: Workload) -> list[float]:
-    """Nats a new token, the mean of each sequence of `texts`."""
+    """Mean loss of each sequence of `texts`, in nats per new token."""
     groups = texts.split(_rows(model, workload))
     return [loss for group in groups for loss in _read(model, group, workload).losses]
 
 
 def _rows(model: Any, workload: Workload) -> int:
-    """Sequences that are read together."""
+    """Batch size for computing losses."""
     return workload.batch if model.device.type == "cuda" else max(workload.batch, _ROWS)
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What reading one group of sequences came to."""
+    """Measurements of one batch of sequences."""
 
     losses: list[float]
     prompt_seconds: float
@@ -180,7 +182,7 @@ def _now(device: torch.device) -> float:
 
 
 def held_bytes(root: Any, device: torch.device) -> int:
-    """Bytes on `device` of the tensors that `root` refers to, each storage once."""
+    """Bytes on `device` of all tensors reachable from `root`, without modules; each storage is counted once."""
     storages, seen = {}, set()
     waiting = [root]
     while waiting:
@@ -199,7 +201,7 @@ def held_bytes(root: Any, device: torch.device) -> int:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """A tensor's own, where it is made of others (quantised weights)."""
+    """The tensors that a tensor subclass (quantised weights) consists of; an ordinary tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]

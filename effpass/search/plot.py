@@ -1,4 +1,4 @@
-"""What was measured, as a picture: the goal against the loss."""
+"""A plot of all measured recipes of a search: the goal against the quality loss, with the Pareto frontier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effpass.search.workload import Goal
 
 __all__ = ["AXES", "can_plot", "plot"]
 
-# Of a goal: its name, and the factor from a trial's figure.
+# Axis label of each goal, and the factor from `Trial.of(goal)` to the unit of the label.
 AXES: dict[Goal, tuple[str, float]] = {
     "latency": ("ms a step", 1e3),
     "memory": ("MB of weights and cache", 1e-6),
@@ -26,7 +26,15 @@ def can_plot() -> bool:
 
 
 def plot(trials: Trials, goal: Goal, limit: float, chosen: Candidate, path: Path) -> None:
-    """Draw all that was measured, the frontier, the limit and the choice as a PNG, whole or not at all."""
+    """Draw the measured recipes, their Pareto frontier, the limit and the chosen recipe as a PNG, written atomically.
+
+    Args:
+        trials: measurements so far, by candidate.
+        goal: quantity that the search minimizes.
+        limit: largest relative increase of the perplexity.
+        chosen: recipe to highlight.
+        path: file to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,13 @@
-"""What the cost model makes of a recipe: time of a decode step on the engine, and bytes that stay.
+"""Prediction for a recipe: time of a decode step on the engine, and bytes of weights and KV cache, from the cost model.
 
-    seconds = Σ over kernels that read no cache of t(kernel) + L (launches latency + B S R / bandwidth)
+    seconds = Σ over kernels that read no cache of t(kernel) + L (launches · latency + B S R / bandwidth)
     bytes   = weights + L B S H
 
-of a decode step that is traced once for each choice of weights, B sequences over S positions. Attention is the
-engine's: it reads R bytes of a position's keys and values, once, where the traced model's repeats them for the heads
-that share them. Runtime passes change R, the launches and H, the bytes that are held.
+with L layers of full attention, B sequences and S cached positions of each. A decode step is traced once for each
+combination of weights passes; t, latency and bandwidth are those of :mod:`effpass.core.roofline`. The attention
+kernels of the trace are replaced by those of the decode engine, which reads R bytes of keys and values per position
+once, whereas the traced model repeats them for the query heads that share a KV head. Runtime passes change R, the
+number of kernel launches, and H, the bytes held on the device per position.
 """
 
 from __future__ import annotations
@@ -34,33 +36,35 @@ __all__ = ["Estimate", "Traced", "trace"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """
+    """Prediction for one recipe.
+
     Attributes:
-        seconds: of a decode step.
-        bytes: of weights and cache.
+        seconds: time of a decode step.
+        bytes: bytes of weights and KV cache on the device.
     """
 
     seconds: float
     bytes: float
 
     def of(self, goal: Goal) -> float:
-        """What the goal makes smaller."""
+        """The quantity that `goal` minimizes."""
         return self.bytes if goal == "memory" else self.seconds
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A decode step of one choice of weights, without attention.
+    """A traced decode step of a model with one combination of weights passes, without attention.
 
     Attributes:
-        seconds: of its kernels.
-        weight_bytes: of the model.
-        config: of the model.
-        element: bytes of a number.
-        layers: with full attention.
-        is_latent: values are part of the keys.
-        batch, length: sequences, and positions of each in the mean.
-        at: ceilings of the device.
+        seconds: predicted time of all kernels that read no cache.
+        weight_bytes: bytes of the model's weights.
+        config: config of the model.
+        element: bytes per element of the model's dtype.
+        layers: number of layers with full attention.
+        is_latent: whether the layers have latent attention (MLA), where values are a part of the keys.
+        batch: number of sequences.
+        length: mean number of cached positions of a sequence.
+        at: measured ceilings of the device.
     """
 
     seconds: float
@@ -74,7 +78,7 @@ class Traced:
     at: Ceilings
 
     def with_passes(self, passes: Sequence[Pass]) -> Estimate:
-        """With runtime passes, in the order of the recipe."""
+        """The prediction with the runtime passes `passes` applied, in the order of the recipe."""
         step = _Cache(self, self.length)
         for pass_ in passes:
             step = step.after(pass_)
@@ -87,14 +91,14 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Cache:
-    """One layer's cache of one sequence."""
+    """The cache of one sequence in one layer, as the passes applied so far have changed it; sizes are in bytes."""
 
     of: Traced
     length: float
     bytes_of: Any = layer_class("auto").bytes_of
-    index: float = 0.0  # bytes of an index
-    chosen: float | None = None  # bytes that a sparse step reads
-    on_device: float | None = None  # bytes of a pool, where the rest is elsewhere
+    index: float = 0.0  # bytes of the index of sparse attention
+    chosen: float | None = None  # bytes that a step of sparse attention reads; None: the whole cache
+    on_device: float | None = None  # bytes of the device pool of an offloaded cache; None: the whole cache
     launches: int = 1
     selection: Selection | None = None
 
@@ -135,14 +139,14 @@ class _Cache:
         return replace(self, index=index, chosen=read, selection=how, launches=2 if how.levels == "blocks" else 3)
 
     def _offloaded(self, pass_: KVOffload) -> _Cache:
-        assert self.selection is not None  # the manager has seen sparse attention in front of it
+        assert self.selection is not None  # the manager has checked that sparse attention precedes
         positions = pass_.options.pages(self.selection) * self.selection.block
         row = token_bytes(self.of.config, self.of.element, self.bytes_of)
         return replace(self, on_device=min(self.dense, positions * row))
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
-        """Key-value heads, key size and value size as they are cached."""
+        """Number of KV heads, key size and value size of the cache."""
         text = self.of.config.get_text_config(decoder=True)
         if self.of.is_latent:
             return 1, text.kv_lora_rank + text.qk_rope_head_dim, text.kv_lora_rank
@@ -151,10 +155,10 @@ class _Cache:
 
 
 def trace(model: Any, workload: Workload) -> Traced:
-    """Trace a decode step of `model`, prepared by passes on weights alone.
+    """Trace a decode step of `model`, to which only weights passes were applied.
 
     Raises:
-        EffpassError: it can't be counted.
+        EffpassError: the decode step can't be traced and counted.
     """
     at = ceilings(*device_and_dtype(model))
     length = workload.prompt + workload.new_tokens // 2

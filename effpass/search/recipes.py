@@ -1,4 +1,4 @@
-"""Legal recipes: choices that stand together, in an order that the manager takes."""
+"""Legal recipes of a search: the combinations of choices that the pass manager accepts, each in one order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _KINDS = ("weights", "runtime", "graph")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe of a search; it is known by its choices."""
+    """A recipe of a search, identified by its choices in order."""
 
     choices: tuple[Choice, ...] = ()
 
     @property
     def key(self) -> str:
-        """What people see, and the log says: the labels in their order."""
+        """Name of the recipe in messages and in the log: the labels of its choices in order."""
         return " + ".join(choice.label for choice in self.choices) or "dense"
 
     @property
@@ -35,11 +35,11 @@ class Candidate:
 
     @property
     def weights(self) -> Candidate:
-        """Its passes that change weights, alone."""
+        """The candidate that consists of the weights passes of this one alone."""
         return Candidate(tuple(choice for choice in self.choices if load(choice.name).kind == "weights"))
 
     def holds(self, other: Candidate) -> bool:
-        """Whether all choices of `other` are among its own."""
+        """Whether this candidate contains all choices of `other`."""
         return set(other.choices) <= set(self.choices)
 
     @staticmethod
@@ -51,10 +51,14 @@ DENSE = Candidate()
 
 
 def legal_recipes(choices: Sequence[Choice], most: int) -> list[Candidate]:
-    """Every legal recipe of up to `most` passes, the empty one first.
+    """All legal recipes of up to `most` passes, the empty one first.
 
-    One for each set of choices: orders that are both legal do the same, since then neither pass looks at what the other
-    changed.
+    A set of choices gives at most one recipe, since two legal orders have the same effect: when both are legal, no pass
+    depends on what another one changed.
+
+    Args:
+        choices: choices to combine; a recipe contains at most one choice of a pass.
+        most: maximum number of passes in a recipe.
     """
     by_kind = sorted(choices, key=lambda choice: _KINDS.index(load(choice.name).kind))
     found = [DENSE]

@@ -1,4 +1,9 @@
-"""A search from a model and texts to a recipe, kept in a folder that it goes on from."""
+"""A whole search, from a model and texts to a recipe.
+
+``effpass optimize`` creates a :class:`Search` and calls :meth:`~Search.begin`, :meth:`~Search.run` and
+:meth:`~Search.confirm`. Every result is saved at once in the folder of the search (:mod:`effpass.search.log`), from
+which an interrupted search is resumed.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +32,22 @@ RECIPE, _PICTURE = "recipe.yaml", "pareto.png"
 
 @dataclass
 class Search:
-    """
+    """The state of a search.
+
     Attributes:
-        log: of its folder.
-        load: a model as it comes; every recipe gets one of its own.
-        texts: token ids.
-        goal: what the recipe is to make smaller.
-        limit: share by which the perplexity may grow.
-        workload: requests that are measured.
-        most: passes of a recipe.
-        given: choices with artifacts that the user has.
-        name: of the calibration text.
-        say: gets a line for people.
-        candidates: every legal recipe; there after :meth:`begin`.
+        log: log in the folder of the search.
+        load: returns the model without any pass; called anew for every recipe.
+        texts: token ids of the calibration, selection and confirmation texts.
+        goal: quantity to minimize.
+        limit: largest relative increase of the perplexity.
+        workload: sizes of the requests that are measured.
+        most: maximum number of passes in a recipe.
+        given: choices with artifacts provided by the user.
+        name: name of the calibration text.
+        say: called with one line of progress at a time.
+        candidates: all legal recipes; set by :meth:`begin`.
+        predicted: prediction of the cost model for each recipe; set by :meth:`begin`.
+        trials: results of the recipes measured so far.
     """
 
     log: Log
@@ -57,10 +65,10 @@ class Search:
     trials: dict[Candidate, Trial] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Find the legal recipes and what the cost model makes of them.
+        """Find the legal recipes, calibrating artifacts where needed, and predict each with the cost model.
 
         Raises:
-            EffpassError: the model can't be loaded, run or counted.
+            EffpassError: the model can't be loaded, run, or counted by the cost model.
         """
         self.log.save()
         calibrator = Calibrator(
@@ -102,10 +110,13 @@ class Search:
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def run(self, most_trials: int | None = None) -> bool:
-        """Measure what is promising until nothing more is; says whether the search has come to its end.
+        """Measure one promising recipe after another.
 
         Args:
-            most_trials: recipes to measure in this call, at most.
+            most_trials: maximum number of recipes to measure in this call; None for no limit.
+
+        Returns:
+            Whether the search has ended, i.e. no recipe is left that promises an improvement.
         """
         count = 0
         while (candidate := self.next()) is not None:
@@ -119,7 +130,7 @@ class Search:
         return next_candidate(self.candidates, self.predicted, self.trials, self.goal, self.limit)
 
     def measure(self, candidate: Candidate) -> Trial:
-        """Measure one recipe and keep what it came to."""
+        """Measure one recipe and save its result, and the best recipe so far, in the folder."""
         trial = try_out(self.load, candidate, self.texts.selection, self.workload)
         if candidate == DENSE and not trial.is_measured:
             raise EffpassError(f"the model as it is can't be measured: {trial.reason}")
@@ -129,7 +140,7 @@ class Search:
         return trial
 
     def confirm(self) -> Candidate:
-        """The best recipe that also holds on text that nobody has chosen by."""
+        """The best recipe whose quality loss is within the limit on the confirmation text as well; it is saved."""
         self._confirmed(DENSE)
         among = holding(self.trials, self.limit)
         while (chosen := best(self.trials, self.goal, self.limit, among)) != DENSE:
@@ -149,13 +160,13 @@ class Search:
             self.log.save()
 
     def _keep(self, chosen: Candidate, *, confirmed: bool) -> None:
-        """Leave the folder with the recipe of this moment."""
+        """Save `chosen` as the recipe of the folder."""
         self.log.chosen = {"recipe": chosen.key, "confirmed": confirmed}
         chosen.recipe.save(self.log.folder / RECIPE)
         self.log.save()
 
     def picture(self) -> None:
-        """Draw what was measured, where matplotlib is installed."""
+        """Plot the measured recipes, if matplotlib is installed."""
         if self.trials and can_plot():
             chosen = next(c for c in self.trials if c.key == self.log.chosen["recipe"])
             plot(self.trials, self.goal, self.limit, chosen, self.log.folder / _PICTURE)

@@ -1,4 +1,4 @@
-"""The texts of a search: one to calibrate with, one to choose by, and one that nobody has chosen by."""
+"""The texts of a search: one for calibration, one to choose recipes by, and one to confirm the chosen recipe."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from effpass.search.workload import Workload
 
 __all__ = ["Texts", "builtin_text"]
 
-_FEWEST = 2  # sequences, or a mean has no error
+_FEWEST = 2  # sequences per text; the standard error of a mean needs two
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Token ids, int64.
+    """Token ids of the texts, int64.
 
     Attributes:
-        calibration: `[1, T]`.
-        selection: `[W, prompt + new tokens]`: recipes are chosen by the loss of its new tokens.
-        confirmation: likewise; the chosen recipe has to hold on it.
+        calibration: text that artifacts are learned from, `[1, T]`.
+        selection: sequences `[W, prompt + new_tokens]`; recipes are chosen by the loss of the new tokens.
+        confirmation: sequences of the same shape, on which the chosen recipe must also be within the limit.
     """
 
     calibration: Tensor
@@ -32,20 +32,24 @@ class Texts:
 
     @classmethod
     def of(cls, data: str, validation: str | None, tokenizer: Any, workload: Workload) -> Texts:
-        """
+        """Tokenize the texts and cut them into sequences.
+
         Args:
-            data: calibrates; without `validation` its first half does, and losses are measured on the second.
-            validation: losses are measured on it.
+            data: calibration text. Without `validation`, its first half is used for calibration and its second half to
+                measure losses.
+            validation: text to measure losses on. Its sequences go to selection and confirmation alternately.
+            tokenizer: tokenizer of the model.
+            workload: length and number of the sequences.
 
         Raises:
-            EffpassError: too few tokens for two sequences of each kind.
+            EffpassError: the text is too short for two sequences each of selection and confirmation.
         """
         if validation is None:
             middle = len(data) // 2
             data, validation = data[:middle], data[middle:]
         calibration, ids = _ids(data, tokenizer), _ids(validation, tokenizer)
         start = ids[:, :1] if tokenizer.bos_token_id is not None and ids[0, 0] == tokenizer.bos_token_id else ids[:, :0]
-        body = workload.length - start.shape[1]  # each piece begins as a text of its own does
+        body = workload.length - start.shape[1]  # each sequence begins with the BOS token, if there is one
         ids = ids[:, start.shape[1] :]
         count = min(2 * workload.sequences, ids.shape[1] // body // 2 * 2)
         if count < 2 * _FEWEST:
@@ -64,10 +68,10 @@ def _ids(text: str, tokenizer: Any) -> Tensor:
 
 
 def builtin_text() -> str:
-    """English prose that is on every machine: the chapters of Python's reference that `help()` shows.
+    """English prose that comes with Python: the chapters of its reference that `help()` shows.
 
     Raises:
-        EffpassError: this Python has none.
+        EffpassError: this Python installation does not have them.
     """
     try:
         from pydoc_data.topics import topics

@@ -1,4 +1,4 @@
-"""What a recipe is to be good at, and at what: the goal, and the requests that it is measured with."""
+"""What a search optimizes: the goal, and the sizes of the requests that recipes are measured with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ GOALS: tuple[Goal, ...] = get_args(Goal)
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one size.
+    """Sizes of the requests that recipes are measured with.
 
     Attributes:
-        batch: sequences at a time.
-        prompt: tokens of each prompt.
-        new_tokens: tokens that follow; all of them are timed, and their loss is the quality.
-        sequences: pieces of text that losses are measured on, each of `prompt` and `new_tokens`.
+        batch: number of sequences in a batch.
+        prompt: number of tokens of each prompt.
+        new_tokens: number of tokens after each prompt. Their decode steps are timed, and their loss is the measure of
+            quality.
+        sequences: number of sequences of `prompt` + `new_tokens` tokens that losses are measured on.
     """
 
     batch: int = 1
@@ -36,15 +37,19 @@ class Workload:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens of a sequence: prompt and new tokens."""
         return self.prompt + self.new_tokens
 
 
 def parse_share(name: str, given: str) -> float:
-    """``"1%"`` or ``"0.01"`` as 0.01.
+    """Parse a share given as a percentage (``"1%"``) or as a fraction (``"0.01"``).
+
+    Args:
+        name: name of the option, for messages.
+        given: text to parse.
 
     Raises:
-        EffpassError: neither, or not between 0 and 1.
+        EffpassError: `given` is neither, or is not at least 0 and below 1.
     """
     text = given.strip()
     try:

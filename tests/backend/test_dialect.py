@@ -315,3 +315,23 @@ def test_repeated_layers_compile_once():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-6)
     assert count.compiled == 1
     assert count.ran == 4
+
+
+def test_constants_of_equal_calls_do_not_replace_others():
+    ones, twos = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+
+    def scaled(x):
+        return x * ones
+
+    def shifted(x):
+        return x + twos
+
+    graph = torch.fx.Graph()
+    value = graph.placeholder("x")
+    for function in (scaled, scaled, scaled, shifted):
+        value = graph.call_function(function, (value,))
+    graph.output((value,))
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    given = torch.randn(3, 2)
+    program = program_from_dynamo(gm, [given])
+    torch.testing.assert_close(program.gm(given), (shifted(given * ones**3),))

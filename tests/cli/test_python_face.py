@@ -144,6 +144,18 @@ def test_save_leaves_nothing_behind_when_it_fails(model, tiny_adapter, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("with_recipe", [True, False])
+def test_save_replaces_no_folder_unasked_and_nothing_but_a_checkpoint(model, tmp_path, with_recipe):
+    recipe = effpass.Recipe.parse({"passes": ["merge_lora"]}) if with_recipe else None
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(EffpassError, match="thesis exists"):
+        api.save(model, tmp_path / "thesis", recipe=recipe)
+    with pytest.raises(EffpassError, match="thesis is no checkpoint"):
+        api.save(model, tmp_path / "thesis", recipe=recipe, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+
+
 def test_export_refuses_before_it_works(model, tmp_path):
     with pytest.raises(ExportError, match=r"unknown target 'tensorrtx', did you mean 'tensorrt'\?"):
         effpass.export(model, None, tmp_path / "m.onnx", target="tensorrtx")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from families import make
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from effpass.core.cost import Cost, node_costs, total, uncounted, weight_nodes
 from effpass.core.dynamo import program_from_dynamo
@@ -259,3 +261,32 @@ def test_a_pass_that_finds_nothing_is_not_counted(toy_passes, monkeypatch):
     monkeypatch.setattr(cost, "total", lambda program: pytest.fail("counted"))
     (entry,) = PassManager([MergeLora()]).run(program).passes
     assert (entry.hits, entry.flops, entry.weight_bytes) == (0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("module", "operator", "shapes", "rest"),
+    [
+        (
+            "block_sparse_attention_causal", "block_sparse_causal_attention",
+            lambda t: ((2, 4, t, 16), (2, 2, t, 16), (2, 2, t, 16)), (0.25, 0.12),
+        ),
+        (
+            "routed_attention", "routed_attention",
+            lambda t: ((t, 4, 16), (t, 2, 16), (t, 2, 16), (2,), (t, 2, 3)), (8,),
+        ),
+        (
+            "two_level_attention", "two_level_attention",
+            lambda t: (
+                (2, 4, 1, 16), (2, 2, t, 16), (2, 2, t, 16), None, None, (2, t), (2, 1), (2,), (2, 8), (2, 2, 4, 32),
+                None, (2, 2, t, 4), None, None, (2, 2, 3), (2, 2, 24), 0.25, 0.0,
+            ),
+            (16,),
+        ),
+    ],
+)  # fmt: skip
+def test_formulas_of_attention_take_a_dynamic_length(module, operator, shapes, rest):
+    importlib.import_module(f"effpass.lowering.ops.{module}")
+    formula = flop_registry[getattr(torch.ops.effpass, operator)]
+    tokens = sympy.Symbol("tokens", integer=True, positive=True)
+    for count in (7, 20, 333):
+        assert evaluate(formula(*shapes(tokens), *rest), {tokens: count}) == formula(*shapes(count), *rest) > 0
