@@ -1,1 +1,1 @@
-"""Targets: where a rewritten program goes."""
+"""Targets: the file formats that a rewritten program can be exported to."""

@@ -1,7 +1,8 @@
-"""AOTInductor: the decode graph as native code for the CPU or the GPU of this machine, a ``.pt2`` package.
+"""The AOTInductor target: the decode graph as native code for this machine's CPU or GPU, in a ``.pt2`` package.
 
-The package runs without Python too (``AOTIModelPackageLoader``). It is a zip archive whose shared library holds code
-and weights: to load one is to run it. The library checks neither sizes nor strides; :func:`effpass.load_exported` does.
+The package is a zip archive with a shared library that holds code and weights. It also runs without Python
+(``AOTIModelPackageLoader``). Loading a package executes code from it. The library checks neither sizes nor strides of
+its inputs; :func:`effpass.load_exported` does.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from effpass.lowering.targets.tolerance import require_cpp_compiler, require_sha
 
 __all__ = ["AotiTarget"]
 
-# Weights are appended to the library and mapped from it. Inductor's default below 2 GB assembles them into it, which
-# takes one more copy of them in memory.
+# Append the weights to the library and map them from there. Below 2 GB, Inductor's default is to assemble them into the
+# library, which needs one more copy of them in memory.
 _WEIGHTS_APPENDED = {"aot_inductor.force_mmap_weights": True}
 
 
 class AotiTarget(Target):
-    """See the module."""
+    """Writes AOTInductor packages; see the module docstring."""
 
     name: ClassVar[str] = "aoti"
     suffix: ClassVar[str] = ".pt2"
@@ -40,7 +41,7 @@ class AotiTarget(Target):
     checked_by: ClassVar[str] = "AOTInductor's runtime"
 
     def require_installed(self, device: str) -> None:
-        require_cpp_compiler(self.name)  # what calls a GPU's kernels is C++ too
+        require_cpp_compiler(self.name)  # for a GPU too: the code that launches its kernels is C++
         require_shared_cpp_runtime(self.name)
         require_triton(self.name, device)
 
@@ -64,18 +65,18 @@ class AotiTarget(Target):
                 )
         except (ExportError, OSError):
             raise
-        except Exception as error:  # Inductor raises whatever its parts do
+        except Exception as error:  # Inductor raises exceptions of any type
             raise compile_error("AOTInductor", error) from error
         return replace(limits, indices=tuple(indices))
 
     def load(self, file: Path, device: torch.device) -> Step:
-        # The locks of several threads are events on a GPU, which no CUDA graph can hold.
+        # On a GPU the package synchronises several threads with events, which can't be captured in a CUDA graph.
         one_thread = device.type != "cpu"
         try:
             return torch._inductor.aoti_load_package(
                 str(file), run_single_threaded=one_thread, device_index=-1 if device.index is None else device.index
             )
-        except Exception as error:  # so does its loader
+        except Exception as error:  # the loader does too
             raise ExportError(f"AOTInductor's runtime can't load {file.name}: {first_words(error)}") from error
 
     def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:

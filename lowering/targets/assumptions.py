@@ -1,8 +1,10 @@
-"""Sizes that a compiler took for granted: found after it ran, since compiled code checks none of them when called.
+"""Detection of the assumptions on sizes that Inductor makes while it compiles a decode graph.
 
-Inductor may choose code by the sizes of the example it compiles for, and notes the condition as a guard.
-`torch.compile` checks guards at each call; ahead-of-time compilation drops them. On GPUs it counts the elements of
-small tensors with 32 bits: that they stay small is a guard too, and becomes a limit of the file.
+Inductor may specialise code for the sizes of the example that it compiles with, and records the condition as a guard.
+`torch.compile` checks guards at each call, but ahead-of-time compilation drops them, and the compiled code does not
+check them either. :func:`any_size` therefore inspects the guards after compilation and refuses code that is correct for
+some sizes only. One kind of guard is accepted: on GPUs Inductor indexes tensors with 32 bits where they are small, and
+the guard that they stay small becomes a limit of the file (:class:`~effpass.lowering.targets.limits.Limits`).
 """
 
 from __future__ import annotations
@@ -22,27 +24,28 @@ from effpass.lowering.targets.limits import LARGEST_INDEX, Elements
 
 __all__ = ["any_size"]
 
-# Sizes at which a condition must hold. 0 and 1 are left out: there a condition may be a mere order of equal strides,
-# and the cases that every file is checked with (validation.py) have a batch, tokens and a past of 1, and a past of 0.
+# Sizes at which a condition must hold. 0 and 1 are left out: at these sizes a condition may only be about the order of
+# equal strides, which does not matter, and the cases that every file is checked with (validation.py) include a batch,
+# a token count and a past of 1, and a past of 0.
 _PROBES = (2, 3, 5, 8, 64, 1000, 100_003)
 
-# B, T and P.
+# The sizes B, T and P of a decode graph.
 _SIZES = sympy.symbols("batch tokens past", integer=True, nonnegative=True)
 
 
 @contextmanager
 def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]]:
-    """Compile `program` inside; raises when the code would be right for some sizes only.
+    """Context manager in which `program` is compiled; on exit it raises if the code is correct for some sizes only.
 
     Args:
         program: a decode graph.
-        compiler: its name, for messages.
+        compiler: name of the compiler, for messages.
 
     Yields:
-        A list: afterwards it holds the tensors that the code counts through with 32 bits.
+        A list that holds, after the context was left, the sizes of the tensors that the code indexes with 32 bits.
 
     Raises:
-        ExportError: names the condition.
+        ExportError: if the compiler made another assumption on sizes; the message names the condition.
     """
     specs = program.graph_signature.user_inputs
     values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in specs}
@@ -52,13 +55,13 @@ def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]
     counted: list[Elements] = []
     with sizes_stay_free():
         yield counted
-    rows, new, held = _SIZES
+    batch, tokens, past_length = _SIZES
     meanings: dict[sympy.Symbol, sympy.Expr] = {}
     for tensor, dims in [
-        (ids, {0: rows, 1: new}),
-        (positions, {0: rows, 1: new}),
-        *((t, {0: rows, 2: held}) for t in past),
-        (mask, {0: rows, 1: new + held}),  # a symbol of its own in some versions
+        (ids, {0: batch, 1: tokens}),
+        (positions, {0: batch, 1: tokens}),
+        *((t, {0: batch, 2: past_length}) for t in past),
+        (mask, {0: batch, 1: tokens + past_length}),  # some versions of torch give it a symbol of its own
     ]:
         for dim, meaning in dims.items():
             size = tensor.shape[dim]
@@ -80,9 +83,9 @@ def any_size(program: ExportedProgram, compiler: str) -> Iterator[list[Elements]
 
 
 def _counted(condition: Any) -> Elements | None:
-    """The elements whose number `condition` holds below 2³¹; None for a condition of another kind.
+    """Return the size of a tensor that `condition` bounds to 32-bit indices; None for any other condition.
 
-    What the condition takes away from them is left out: the limit is a little narrower then.
+    Negative terms of the size are dropped, which makes the limit slightly stricter than the condition.
     """
     if not isinstance(condition, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
         return None
@@ -100,7 +103,7 @@ def _counted(condition: Any) -> Elements | None:
 
 
 def _covers(one: Elements, other: Elements) -> bool:
-    """Whether `one` is at least `other` at all sizes, term by term."""
+    """Whether no coefficient of `one` is below that of `other`, so that `one` is at least as large at all sizes."""
     factors = {tuple(exponents): factor for factor, *exponents in one}
     return all(factors.get(tuple(exponents), 0) >= factor for factor, *exponents in other)
 

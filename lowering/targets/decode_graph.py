@@ -1,4 +1,7 @@
-"""A causal LM as ONE graph for prefill and decode, its cache as plain inputs and outputs; shared by all file targets.
+"""Capture of a causal LM as one graph for prefill and decode, with its KV cache as plain inputs and outputs.
+
+:func:`export_decode_graph` captures a transformers model with ``torch.export``; all export targets write the resulting
+:class:`DecodeGraph`. Inputs and outputs are, for layer i::
 
     input_ids                    [B, T]           logits                [B, T, vocab]
     attention_mask               [B, P + T]       present.{i}.key       [B, G, P + T, K]
@@ -6,10 +9,12 @@
     past_key_values.{i}.key      [B, G, P, K]
     past_key_values.{i}.value    [B, G, P, V]
 
-B, T and P are dynamic; P may be 0 and T may be 1. Names and layout are those of Optimum's ONNX decoders, so that its
-runners load the file. `attention_mask` is 1 for tokens to attend to and 0 for padding (on the left, or in the past).
-Sliding-window layers keep all P positions too, and the mask applies the window. Models with multi-head latent attention
-cache latents: G is 1, K the latent's size and V the rotary part's.
+B is the batch size, T the number of new tokens, P the number of past positions, G the number of KV heads, K the key
+size and V the value size. B, T and P are dynamic; P may be 0 and T may be 1. Names and layout are those of Optimum's
+ONNX decoders, so that Optimum's runners can load an exported file. `attention_mask` is 1 for tokens to attend to and 0
+for padding (on the left, or in the past). Sliding-window layers also keep all P positions, and the mask applies the
+window. Models with multi-head latent attention (MLA) cache latents: G is 1, K is the size of the latent and V that of
+the rotary part. Layers of effpass's linear attention cache convolution inputs and a state (:class:`CacheLayer`).
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ __all__ = [
 # (input_ids, attention_mask, position_ids, *past) → (logits, *present)
 Step = Callable[..., Sequence[Tensor]]
 
-# What files are made for.
+# Types of the devices that files can be exported for.
 DEVICES = ("cpu", "cuda")
 CPU = torch.device("cpu")
 
@@ -59,15 +64,18 @@ _STOCK_ATTENTION = ("sdpa", "eager", "flash_attention", "flex_attention")
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer caches.
+    """Shape of the cache of one layer.
+
+    An attention layer caches keys `[B, G, P, K]` and values `[B, G, P, V]` of P positions. A linear-attention layer
+    caches the last inputs of its convolution `[B, conv_tokens, conv_channels]` and a state `[B, G, K, V]`, whose dtype
+    is float32 or wider.
 
     Attributes:
-        heads: G.
-        key_size: K elements of a key.
-        value_size: V elements of a value. Keys `[B, G, P, K]` and values `[B, G, P, V]` of P positions.
-        conv_channels: where it is not 0 the layer is linear attention, which caches the last `conv_tokens` inputs of a
-            convolution `[B, conv_tokens, conv_channels]` and a state `[B, G, K, V]`, float32 at the least.
-        conv_tokens: see there.
+        heads: number of heads G.
+        key_size: number of elements K of a key.
+        value_size: number of elements V of a value.
+        conv_channels: channels of the convolution of a linear-attention layer; 0 for an attention layer.
+        conv_tokens: cached inputs of the convolution, in tokens; 0 for an attention layer.
     """
 
     heads: int
@@ -78,45 +86,45 @@ class CacheLayer:
 
     @property
     def grows(self) -> bool:
-        """Whether it has a place for each position."""
+        """Whether the cache has an entry per position, that is, whether the layer is an attention layer."""
         return self.conv_channels == 0
 
     @property
     def parts(self) -> tuple[str, str]:
-        """Names of its tensors."""
+        """Names of the two cache tensors."""
         return ("key", "value") if self.grows else ("conv", "state")
 
     def shapes(self, batch: int, past: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of its tensors."""
+        """Return the shapes of the two cache tensors."""
         if self.grows:
             return (batch, self.heads, past, self.key_size), (batch, self.heads, past, self.value_size)
         return (batch, self.conv_tokens, self.conv_channels), (batch, self.heads, self.key_size, self.value_size)
 
     def dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Of its tensors, in a cache of `dtype`."""
+        """Return the dtypes of the two cache tensors in a cache of `dtype`."""
         return dtype, dtype if self.grows else torch.promote_types(dtype, torch.float32)
 
     def zeros(self, batch: int, past: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Its tensors, as they are before the first token."""
-        of = zip(self.shapes(batch, past), self.dtypes(dtype), strict=True)
-        return [torch.zeros(shape, dtype=kind, device=device) for shape, kind in of]
+        """Return the two cache tensors, filled with zeros; with `past` of 0, the cache before the first token."""
+        specs = zip(self.shapes(batch, past), self.dtypes(dtype), strict=True)
+        return [torch.zeros(shape, dtype=kind, device=device) for shape, kind in specs]
 
     def to_json(self) -> list[int]:
-        """What the constructor takes."""
+        """Return the arguments of the constructor."""
         sizes = [self.heads, self.key_size, self.value_size]
         return sizes if self.grows else [*sizes, self.conv_channels, self.conv_tokens]
 
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """The captured graph.
+    """A captured decode graph.
 
     Attributes:
-        program: not decomposed: passes find `aten.linear` and `aten.scaled_dot_product_attention` whole. Weights have
-            the model's own names.
-        layers: one entry per layer of the cache.
-        dtype: of logits and cache.
-        device: of weights, inputs and outputs.
+        program: the graph, not decomposed, so that passes find `aten.linear` and `aten.scaled_dot_product_attention`.
+            Weights have the names that they have in the model.
+        layers: cache shapes, one entry per layer.
+        dtype: dtype of logits and cache.
+        device: device of weights, inputs and outputs.
     """
 
     program: ExportedProgram
@@ -134,7 +142,7 @@ class DecodeGraph:
 
     @property
     def axes(self) -> dict[str, dict[int, str]]:
-        """Dynamic dimensions of the inputs by the names that Optimum gives them."""
+        """Dynamic dimensions of each input with the names that Optimum gives them."""
         batch, tokens, past = "batch_size", "sequence_length", "past_sequence_length"
         fixed = {
             "input_ids": {0: batch, 1: tokens},
@@ -147,9 +155,9 @@ class DecodeGraph:
         return fixed
 
     def module(self) -> Step:
-        """The graph as it stands, rewritten or not, as a callable on plain tensors."""
-        # What is left of export's guards forbids sizes of 1 where a view's strides were worked out at other sizes.
-        # A view that is valid for other sizes is valid at size 1, and every export is run at size 1.
+        """Return the graph in its current form, rewritten or not, as a callable on plain tensors."""
+        # The guards that torch.export leaves reject sizes of 1 for views whose strides were derived at other sizes. A
+        # view that is valid at other sizes is valid at size 1 too, and every export is checked at size 1.
         return self.program.module(check_guards=False)
 
     def _cache_names(self, prefix: str) -> list[str]:
@@ -157,10 +165,10 @@ class DecodeGraph:
 
 
 def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
-    """Shapes of the model's cache, found by running it on two tokens.
+    """Return the shapes of the model's cache, found by running the model on two tokens.
 
     Raises:
-        ExportError: a layer keeps something other than keys and values, or the state of effpass's linear attention.
+        ExportError: if a layer caches neither keys and values nor the state of effpass's linear attention.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -189,18 +197,18 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
 
 
 def state_classes(model: Any) -> dict[int, type]:
-    """Cache layers of linear attention, by layer: what its module names `cache_layer`.
+    """Return the cache classes of linear-attention layers by layer index, from the attribute `cache_layer` of modules.
 
-    An instance holds `conv`, `state` and the number of tokens `seen`.
+    An instance holds `conv`, `state`, and the number of tokens `seen`.
     """
     return {module.layer_idx: module.cache_layer for module in model.modules() if hasattr(module, "cache_layer")}
 
 
 def model_device(model: Any) -> torch.device:
-    """The device that all weights and buffers of `model` are on.
+    """Return the device that all weights and buffers of `model` are on.
 
     Raises:
-        ExportError: they are on several, or on one that no file runs on.
+        ExportError: if they are on several devices, or on one that no file can be exported for.
     """
     name = type(model).__name__
     places = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
@@ -216,21 +224,21 @@ def model_device(model: Any) -> torch.device:
 
 
 def check_exportable(model: Any) -> None:
-    """Raise an :class:`ExportError` when `model` is in training mode, or not on one CPU or GPU."""
+    """Raise an :class:`ExportError` if `model` is in training mode, or not on a single CPU or GPU."""
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode", hint="call model.eval() first")
     model_device(model)
 
 
 def export_decode_graph(model: Any) -> DecodeGraph:
-    """Capture `model`.
+    """Capture `model` as a decode graph.
 
     Args:
         model: a transformers causal LM or PeftModel in `eval()` mode, on the CPU or one GPU. It is not changed.
 
     Raises:
-        ExportError: the model is in training mode, on several devices, or can't be captured as one graph; names the
-            operation and the line of the model's code.
+        ExportError: if the model is in training mode, on several devices, or can't be captured as one graph; the
+            message then names the error and the line of the model's code.
     """
     check_exportable(model)
     name = type(model).__name__
@@ -239,7 +247,7 @@ def export_decode_graph(model: Any) -> DecodeGraph:
     with plain_tensors(model), _flat_forward(model, layers) as names:
         try:
             program = trace(model, names, layers, dtype, device)
-        except Exception as error:  # torch.export raises whatever the model's code does
+        except Exception as error:  # torch.export passes on any exception of the model's code
             raise _capture_error(error, name) from error
     return DecodeGraph(program, layers, dtype, device)
 
@@ -251,17 +259,17 @@ def trace(
     dtype: torch.dtype,
     device: torch.device,
 ) -> ExportedProgram:
-    """Capture a module that takes and returns this graph's tensors, for all B, T and P.
+    """Capture a module that has the inputs and outputs of a decode graph, for all sizes B, T and P.
 
     Args:
-        module: on `device`.
-        names: of its arguments.
-        layers: shapes of the cache.
-        dtype: of the cache.
-        device: of the arguments.
+        module: module on `device`.
+        names: names of the module's arguments, in order.
+        layers: cache shapes, one entry per layer.
+        dtype: dtype of the cache.
+        device: device of the arguments.
     """
-    # Sizes of 0 and 1 would be burned in; the graph is exported at others and run at 0 and 1 when it is validated.
-    # Inductor cuts its loops for these: for few tokens on a cache of some hundred.
+    # Sizes of 0 and 1 would become constants of the graph. It is captured at other sizes, and executed at 0 and 1 when
+    # it is validated. Inductor tiles its loops for these sizes: few tokens on a cache of some hundred positions.
     batch, tokens, past = 2, 3, 509
     args = [
         torch.zeros(batch, tokens, dtype=torch.long),
@@ -285,18 +293,18 @@ def trace(
 
 
 def sizes_stay_free() -> Any:
-    """A context in which tracing and compiling do not tell sizes of 0 and 1 from others."""
+    """Return a context manager in which tracing and compiling do not specialise on sizes of 0 and 1."""
     import torch.fx.experimental._config as symbolic_shapes_config
 
     return symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
 
 
 def plain_attention(device: torch.device) -> AbstractContextManager[Any]:
-    """A context for tracing, compiling and running this graph: on a GPU attention is two matrix products and a softmax.
+    """Return a context manager for tracing, compiling and running a decode graph, with attention not fused on a GPU.
 
-    PyTorch's fused kernels for GPUs are chosen by sizes, and each is for some: one pads the mask to multiples of 16,
-    another refuses one key, none that takes a mask shares keys among query heads. The choice is made when a graph is
-    traced, and this graph is for all sizes.
+    Attention is then two matrix products and a softmax. PyTorch chooses among its fused GPU kernels by size when a
+    graph is traced, and each supports some sizes only: one pads the mask to multiples of 16, another refuses a single
+    key, and none that takes a mask shares keys among query heads. A decode graph must work for all sizes.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
@@ -304,7 +312,7 @@ def plain_attention(device: torch.device) -> AbstractContextManager[Any]:
 def relate_sizes(
     layers: Sequence[CacheLayer], input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
 ) -> None:
-    """Tell a trace which sizes are the same."""
+    """Assert, while tracing, which sizes of the inputs are equal."""
     batch, tokens = input_ids.shape
     for tensor in (attention_mask, position_ids, *past):
         torch._check(tensor.shape[0] == batch)
@@ -316,15 +324,16 @@ def relate_sizes(
 
 @contextmanager
 def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str]]:
-    """Inside, ``model(...)`` takes and returns the flat tensors of this module's docstring, in that order.
+    """Context manager in which ``model(...)`` has the inputs and outputs of the module docstring, in that order.
 
-    The forward of the instance is replaced, not wrapped in a module: weights keep their names in the captured graph.
+    Yields the names of the inputs. The instance's `forward` is replaced instead of wrapped in another module, so that
+    weights keep their names in the captured graph.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     class GivenLayer(DynamicLayer):
-        """A cache layer that starts with keys and values and does not ask whether they are empty."""
+        """A cache layer that is created with keys and values, and does not branch on whether they are empty."""
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
@@ -375,20 +384,22 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
 
 @contextmanager
 def _attribute(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute, and put back what the instance held itself."""
-    held = vars(module).get(name)
+    """Context manager in which an instance attribute is set; on exit the instance's own value is restored."""
+    held = {name: vars(module)[name]} if name in vars(module) else {}
     setattr(module, name, value)
     try:
         yield
     finally:
         delattr(module, name)
-        if held is not None:
-            setattr(module, name, held)
+        vars(module).update(held)
 
 
 @contextmanager
 def _exportable_implementations(model: Any) -> Iterator[None]:
-    """Attention and experts whose code has no branch on sizes or values; an implementation of effpass's own stays."""
+    """Context manager that selects implementations of attention and experts without branches on sizes or values.
+
+    An attention implementation of effpass's own is left in place.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -399,7 +410,7 @@ def _exportable_implementations(model: Any) -> Iterator[None]:
     attention, experts = config._attn_implementation, getattr(config, "_experts_implementation", None)
     if base._supports_sdpa and attention.startswith(_STOCK_ATTENTION):
         base.set_attn_implementation(_ATTENTION)
-    loops = experts == "eager" and base._can_set_experts_implementation()  # over the experts that were hit
+    loops = experts == "eager" and base._can_set_experts_implementation()  # over the chosen experts
     if loops:
         base.set_experts_implementation("grouped_mm")
     try:
@@ -421,9 +432,10 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa` without its branches on T: query `[B, H, T, K]`, key and value `[B, G, S, ...]`.
+    """Attention like transformers' `sdpa`, but without its branches on T.
 
-    The group is left to the operator, so that no target has to copy keys and values H / G times.
+    query is `[B, H, T, K]`, key and value are `[B, G, S, ...]`. Grouped-query attention is left to the operator
+    (`enable_gqa`), so that no target has to copy keys and values H / G times.
     """
     unknown = [k for k in ("position_bias", "s_aux", "softcap") if kwargs.get(k) is not None]
     if unknown:
@@ -435,11 +447,13 @@ def _attention(
 
 
 def _expand_kv(module: Any, latent: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of multi-head latent attention; the model's own writes into an empty tensor in place.
+    """Expand the latents of multi-head latent attention into keys and values, without in-place operations.
+
+    It replaces the model's own method, which writes into an empty tensor in place.
 
     Args:
-        latent: `[B, 1, S, latent]`, without positions.
-        rotary: `[B, 1, S, rotary]`, shared by all heads.
+        latent: `[B, 1, S, latent]`, the latents without position information.
+        rotary: `[B, 1, S, rotary]`, the rotated part of the keys, shared by all heads.
     """
     nope, size = module.qk_nope_head_dim, module.v_head_dim
     heads = module.kv_b_proj(latent).unflatten(-1, (-1, nope + size)).squeeze(1).transpose(1, 2)

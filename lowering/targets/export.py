@@ -1,7 +1,13 @@
-"""The road from a model to a validated file, the same for every target.
+"""The export pipeline from a model to a validated file; it is the same for every target.
 
-Refuse what can be refused → record the original → rewrite the model → capture the decode graph → rewrite the graph →
-record it → write → run what was written and compare → stamp → publish.
+:func:`export_decoder`, which ``effpass.export`` calls, performs these steps in order:
+
+1. check everything that can be refused before the model is changed;
+2. record the logits of the original model;
+3. rewrite the model (model stage of the passes), capture its decode graph, and rewrite the graph (graph stage);
+4. record logits and cache of the rewritten graph;
+5. write the file, execute it, and compare it with the recordings;
+6. store the results and a digest in the file, and move it to its final path.
 """
 
 from __future__ import annotations
@@ -44,17 +50,17 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportedDecoder:
-    """What :func:`export_decoder` made.
+    """Result of :func:`export_decoder`.
 
     Attributes:
-        path: the file.
-        size: bytes of it and of what stands beside it.
+        path: path of the file.
+        size: size of the file and its companion files in bytes.
         target: name of the target.
-        checks: one entry per case.
-        tolerance: what the checks allowed, and why.
-        executed: whether the file itself was run; otherwise what it was made from, see `checked_by`.
-        checked_by: what ran.
-        reports: what the passes did, on the model and on the program.
+        checks: measured errors, one entry per test case.
+        tolerance: the differences that the checks allowed, with their derivation.
+        executed: whether the file itself was executed; if not, what it was built from was, see `checked_by`.
+        checked_by: description of what was executed.
+        reports: reports of the passes, first those on the model and then those on the program.
     """
 
     path: Path
@@ -80,7 +86,7 @@ class ExportedDecoder:
 
 
 def check_passes(planned: Sequence[Planned]) -> None:
-    """Raise a :class:`PassRefusedError` when a pass can't act on the way to a file."""
+    """Raise a :class:`PassRefusedError` if one of the passes can't take part in an export."""
     for p in planned:
         name, pass_ = p.pass_.name, p.pass_
         if pass_.kind == "runtime":
@@ -123,19 +129,19 @@ def export_decoder(
     Args:
         model: a transformers causal LM or PeftModel in `eval()` mode on the CPU or, for targets that take it, on one
             GPU. Passes that rewrite models change it in place, after every check that can be made beforehand.
-        recipe: what `planned` was built from; its text goes into the file.
-        planned: the passes.
-        out: the file to write; nothing appears there unless it validates.
-        target: what kind of file.
-        max_batch: largest batch that the file must take; default: the target's.
-        max_length: largest number of positions, past and new together; default: the model's, or the target's.
-        overwrite: replace an existing file.
-        progress: called with one line at the start of each step.
+        recipe: the recipe that `planned` was built from, whose text is stored in the file; None if there is none.
+        planned: the passes to apply, in order.
+        out: path of the file to write; nothing appears there unless the file passes its checks.
+        target: file format to write.
+        max_batch: largest batch size that the file must accept; None for the target's default.
+        max_length: largest number of positions, past and new tokens together; None for the model's or the target's.
+        overwrite: whether to replace an existing file.
+        progress: function that is called with one line at the start of each step; None for no progress.
 
     Raises:
-        ExportError: something is missing on this machine, the output can't be written, the model can't be captured or
-            lowered or does not hold the sizes, or the file is out of tolerance.
-        EffpassError: a pass can't act.
+        ExportError: if this machine lacks something that the export needs, the output can't be written, the model
+            can't be captured or lowered or does not support the sizes, or the file is out of tolerance.
+        EffpassError: if a pass refuses the model.
     """
     say = progress or (lambda line: None)
     out = Path(out).absolute()
@@ -177,11 +183,11 @@ def export_decoder(
 
     with published(out, target) as file:
         say(f"writing for {target.name}")
-        limits = target.write(graph, file, limits)  # before the tolerance: most of what a target can't hold shows here
+        limits = target.write(graph, file, limits)  # before the tolerance: most unsupported graphs fail here
         say("measuring the tolerance")
         tolerance = measure_tolerance(graph, cases, rewritten)
         say(f"checking with {target.checked_by}")
-        # Limits are for callers; the cases are what they are.
+        # No size limits: they are meant for callers, and the test cases may exceed them.
         step = limited(target.load_written(file, device), graph.layers, graph.dtype, Limits(), out.name, device)
         exported = record_step(step, graph.layers, graph.dtype, cases, device)
         del step
@@ -210,7 +216,7 @@ def export_decoder(
 
 
 def _without_peft(model: Any) -> Any:
-    """The model inside a PeftModel whose adapters are all merged; otherwise `model`."""
+    """Return the base model of a PeftModel whose adapters are all merged; otherwise return `model`."""
     if not hasattr(model, "get_base_model"):
         return model
     from peft.tuners.tuners_utils import BaseTunerLayer

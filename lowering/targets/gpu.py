@@ -1,4 +1,4 @@
-"""GPUs: which one a file was made for, whether there is one here, and how much of its memory is free."""
+"""GPU queries of the export targets: the GPU that a file was made for, the current GPU, and its free memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NAME, _CAPABILITY = "gpu", "compute capability"
 
 
 def device_here(kind: str, what: str) -> torch.device:
-    """The device of this machine that a file for `kind` runs on: the CPU, or PyTorch's current GPU.
+    """Return the device of this machine that a file for `kind` runs on: the CPU, or PyTorch's current GPU.
 
     Args:
-        kind: ``"cpu"`` or ``"cuda"``.
-        what: the file's name, for messages.
+        kind: device type, ``"cpu"`` or ``"cuda"``.
+        what: name of the file, for messages.
 
     Raises:
-        ExportError: there is no GPU here.
+        ExportError: if `kind` is a GPU and this machine has none.
     """
     if kind == "cpu":
         return CPU
@@ -35,7 +35,7 @@ def device_here(kind: str, what: str) -> torch.device:
 
 
 def require_current(device: torch.device) -> None:
-    """Raise an :class:`ExportError` when `device` is a GPU and not the current one: files know no other."""
+    """Raise an :class:`ExportError` if `device` is a GPU but not the current one, on which exported files run."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         raise ExportError(
             f"the model is on {device}, and PyTorch's current GPU is cuda:{torch.cuda.current_device()}",
@@ -44,18 +44,18 @@ def require_current(device: torch.device) -> None:
 
 
 def describe_gpu(device: torch.device) -> dict[str, str]:
-    """Name and compute capability, as text: machine code for one capability is for no other."""
+    """Return name and compute capability of a GPU as text; machine code runs on the capability it was made for."""
     major, minor = torch.cuda.get_device_capability(device)
     return {NAME: torch.cuda.get_device_name(device), _CAPABILITY: f"{major}.{minor}"}
 
 
 def check_gpu(made: Mapping[str, str], device: torch.device, what: str) -> None:
-    """Raise an :class:`ExportError` when `device` has another compute capability than the GPU of a file.
+    """Raise an :class:`ExportError` if the compute capability of `device` differs from that of a file.
 
     Args:
-        made: what :func:`describe_gpu` said where the file was made.
+        made: result of :func:`describe_gpu` on the machine that wrote the file.
         device: a GPU of this machine.
-        what: the file's name, for messages.
+        what: name of the file, for messages.
     """
     here = describe_gpu(device)
     if made.get(_CAPABILITY) != here[_CAPABILITY]:
@@ -67,6 +67,6 @@ def check_gpu(made: Mapping[str, str], device: torch.device, what: str) -> None:
 
 
 def available_gpu_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on a GPU."""
+    """Return the bytes that this process can still allocate on a GPU, including what its allocator holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,14 +1,14 @@
-"""A captured graph as JSON and back, with nothing in it that could run by itself.
+"""Serialisation of a captured graph as JSON that can be loaded without executing anything from the file.
 
-``torch.export.save`` is no such format: reading it back unpickles, and evaluates strings as Python. Here an operator is
-a name, looked up among PyTorch's own operators on tensors and effpass's; an argument is a number, a name or a list.
-
-::
+The Inductor target (:mod:`effpass.lowering.targets.inductor`) stores its graph in this form. ``torch.export.save`` is
+not suitable: loading its files unpickles, and evaluates strings as Python. Here an operator is a name, which is looked
+up among the tensor operators of a few known libraries, and an argument is a number, a string or a list::
 
     {"inputs": [name, ...], "weights": {name: name of its tensor, ...}, "outputs": [name, ...],
      "nodes": [[name, operator, [argument, ...], {keyword: argument, ...}], ...]}
 
-An argument that names a node is ``{"node": name}``, a dtype ``{"dtype": "float32"}``, and so on for the kinds below.
+An argument that refers to a node is ``{"node": name}``, a dtype is ``{"dtype": "float32"}``; layouts, memory formats,
+devices and non-finite floats are written in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from effpass.core.errors import ExportError
 
 __all__ = ["graph_from_text", "graph_to_text"]
 
-# Arithmetic on sizes.
+# Functions for arithmetic on sizes, by name.
 _ON_SIZES: dict[str, Callable[..., Any]] = {
     f"{module.__name__.strip('_')}.{name}": getattr(module, name)
     for module, names in (
@@ -41,17 +41,17 @@ _NAME_OF = {function: name for name, function in _ON_SIZES.items()}
 
 _LIBRARIES = ("aten", "effpass", "transformers")
 
-# Arguments of type str in operators that compute. Others name files.
+# String arguments that operators may have. Other string arguments may name files, so operators with them are refused.
 _WORDS = ("approximate", "rounding_mode", "indexing", "equation", "message", "assert_msg", "path")
 
 _CONSTANTS = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
 def graph_to_text(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The graph as JSON data, and its weights by name; tensors that share memory appear once.
+    """Return the graph as JSON data, and its weights by name; weights that share memory appear once.
 
     Raises:
-        ExportError: names the node and what the format can't hold.
+        ExportError: if the format can't represent part of the graph; the message names the part and its node.
     """
     inputs: list[str] = []
     weights: dict[str, str] = {}
@@ -86,10 +86,14 @@ def graph_to_text(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, T
 
 
 def graph_from_text(text: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The module that :func:`graph_to_text` described, on plain tensors.
+    """Build a module from the output of :func:`graph_to_text`.
+
+    Args:
+        text: the graph as JSON data.
+        tensors: weights by name.
 
     Raises:
-        ValueError, KeyError, TypeError: the text is no such description, or names an operator that is not allowed.
+        ValueError, KeyError, TypeError: if the text does not have this form, or names an operator that is not allowed.
     """
     root, graph = torch.nn.Module(), fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -122,7 +126,7 @@ def _operator_name(node: fx.Node) -> str:
 
 
 def _operator(name: Any) -> Callable[..., Any]:
-    """The function of this name; ValueError unless it only computes."""
+    """Return the operator of this name; raise a ValueError unless it is known to only compute on tensors and sizes."""
     if name in _ON_SIZES:
         return _ON_SIZES[name]
     parts = name.split(".") if isinstance(name, str) else []
@@ -142,7 +146,7 @@ def _operator(name: Any) -> Callable[..., Any]:
 
 
 def _keyword(called: Callable[..., Any], name: str, key: Any) -> str:
-    """`key`, when `called` has an argument of this name: the module's Python is written with it."""
+    """Return `key` if `called` has an argument of this name; the key becomes part of the module's generated code."""
     known = [a.name for a in called._schema.arguments] if isinstance(called, torch._ops.OpOverload) else []
     if key not in known:
         raise ValueError(f"the operator {name} has no argument {key!r}")
@@ -159,7 +163,7 @@ def _to_json(node: fx.Node, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.device):
-        return {"device": value.type}  # of several GPUs, the one that is current where the file is loaded
+        return {"device": value.type}  # without index: the file runs on the GPU that is current when it is loaded
     for kind, cls in _CONSTANTS.items():
         if isinstance(value, cls):
             return {kind: str(value).removeprefix("torch.")}

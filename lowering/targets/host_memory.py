@@ -1,4 +1,4 @@
-"""Memory: what an export takes is known before it starts, and before a model is loaded for it."""
+"""Memory checks that run before an export starts and, where possible, before its model is loaded."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from effpass.lowering.targets.target import Target
 
 __all__ = ["available_memory", "check_memory"]
 
-# Memory of a GPU, as a multiple of the weights: the model's and the file's, and what is computed while it is checked.
+# GPU memory of an export as a multiple of the weights: those of the model and of the file, and the activations of the
+# check.
 _ON_GPU = 2.2
 
 
 def check_memory(
     target: Target, weights: int, dtype: torch.dtype, device: torch.device = CPU, *, loaded: bool = True
 ) -> None:
-    """Raise an :class:`ExportError` when an export would run out of memory.
+    """Raise an :class:`ExportError` if an export would run out of memory.
 
     Args:
-        target: says how many times the weights an export holds, the model's own included.
-        weights: bytes of the model's weights.
-        dtype: of the model.
-        device: that it is on, or will be. On a GPU the file's weights stand beside the model's when it is checked; in
-            host memory, the copy that is written takes the place of the model.
+        target: target of the export; :meth:`Target.memory` gives its peak host memory.
+        weights: size of the model's weights in bytes.
+        dtype: dtype of the model.
+        device: device that the model is on, or will be loaded to. For a GPU both the memory of the GPU, which holds the
+            weights of model and file during the check, and the host memory, which holds the copy to write, are checked.
         loaded: whether the model is in memory already.
     """
     times = target.memory(dtype)

@@ -1,7 +1,8 @@
-"""Inductor: the rewritten graph and its weights in one ``.safetensors`` file, compiled when it is loaded.
+"""The Inductor target: the rewritten graph and its weights in one ``.safetensors`` file, compiled when it is loaded.
 
-The file runs on any machine with PyTorch and a compiler; it holds no code. Weights stand under their own names, so that
-other tools read them too, and the graph as text in the file's metadata (:mod:`effpass.lowering.targets.graph_text`).
+The file contains no code and runs on any machine with PyTorch and a compiler. Weights are stored under the model's own
+names, so that other tools can read them, and the graph is stored as text in the file's metadata
+(:mod:`effpass.lowering.targets.graph_text`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from effpass.lowering.targets.tolerance import require_cpp_compiler, require_tri
 __all__ = ["InductorTarget"]
 
 _GRAPH = "graph"
-_ALIGNMENT = 64  # bytes: what PyTorch's own allocations have, and its products of int8 weights on a CPU rely on
+_ALIGNMENT = 64  # bytes; the alignment of PyTorch's allocator, which its int8 matrix products on the CPU rely on
 
 
 class InductorTarget(Target):
-    """See the module."""
+    """Writes graph and weights into a safetensors file; see the module docstring."""
 
     name: ClassVar[str] = "inductor"
     suffix: ClassVar[str] = ".safetensors"
@@ -67,10 +68,13 @@ class InductorTarget(Target):
         text["dtype"] = str(graph.dtype).removeprefix("torch.")
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(whole, file, metadata={_GRAPH: json.dumps(text)})
-        return limits  # what the kernels can count to is known when they are compiled: in load
+        return limits  # 32-bit index limits are only known after compilation, in `load`
 
     def load(self, file: Path, device: torch.device) -> Step:
-        """See :meth:`Target.load`. Compiles: seconds for a small model, minutes for a large one."""
+        """Load and compile a file, which takes seconds for a small model and minutes for a large one.
+
+        See :meth:`Target.load`.
+        """
         metadata = _header(file)[0]
         if _GRAPH not in metadata:
             raise ExportError(f"{file.name} holds weights only, no graph", hint="`effpass export` writes both")
@@ -86,15 +90,15 @@ class InductorTarget(Target):
             return _compiled(module, text["inputs"], layers, dtype, device, file.name)
         except ExportError:
             raise
-        except Exception as error:  # Inductor raises whatever its parts do
+        except Exception as error:  # Inductor raises exceptions of any type
             raise compile_error("Inductor", error) from error
 
     def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:
-        """Write the header anew; the weights move as they are."""
+        """Rewrite the header with the metadata added, and copy the weights unchanged."""
         old, header, start = _header(file)
         header["__metadata__"] = {**old, **metadata}
         text = json.dumps(header).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)  # most tensors are used where they are in the file
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)  # most tensors stay aligned and need no copy in `load`
         stamped = file.with_name(f"{file.name}.stamped")
         with file.open("rb") as source, stamped.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
@@ -119,10 +123,10 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _header(file: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    """The metadata, the whole header, and where the tensors start.
+    """Return the metadata, the whole header, and the byte offset of the tensors.
 
     Raises:
-        ExportError: no whole safetensors file.
+        ExportError: if `file` is no complete safetensors file.
     """
     try:
         header, start = check_safetensors(file)
@@ -139,7 +143,7 @@ def _compiled(
     device: torch.device,
     what: str,
 ) -> Step:
-    """One compilation for all sizes, where `torch.compile` makes one for each size of 0 and 1."""
+    """Compile `module` once for all sizes; `torch.compile` would compile it again for sizes of 0 and 1."""
 
     def forward(*inputs: Tensor) -> Any:
         relate_sizes(layers, *inputs)
@@ -155,7 +159,7 @@ def _compiled(
         if spec.target is not None
     ]
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
-    # By default the sizes of an exported graph become other symbols, and what is taken for granted of them goes unseen.
+    # By default Inductor replaces the size symbols of an exported graph, which hides guards on them from `any_size`.
     same_sizes = tracing(TracingContext(values[0].fake_mode))
     with torch.no_grad(), any_size(program, "Inductor") as indices, plain_attention(device), same_sizes:
         compiled = torch._inductor.standalone_compile(

@@ -1,7 +1,8 @@
-"""The sizes that an exported file takes, and a wrapper that refuses all others.
+"""The sizes that an exported file accepts, and a wrapper that refuses inputs outside of them.
 
-Compiled code checks nothing: called with other sizes, dtypes, strides or devices than it was made for it returns wrong
-numbers.
+Ahead-of-time compiled code checks nothing: called with sizes, dtypes, strides or devices that it was not compiled for,
+it returns wrong numbers. :func:`limited` therefore wraps every loaded file. Sizes are named as in
+:mod:`effpass.lowering.targets.decode_graph`: B sequences, T new tokens and P past positions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step
 
 __all__ = ["LARGEST_INDEX", "Elements", "Limits", "check_indices", "check_limits", "limited", "model_length"]
 
-# How many elements of a tensor B, T and P make: the sum over (coefficient, exponents of B, T and P).
+# Number of elements of a tensor as a polynomial in B, T and P. Each term is (coefficient, exponent of B, exponent of T,
+# exponent of P), and the number is the sum of the terms.
 Elements = tuple[tuple[int, int, int, int], ...]
 
 LARGEST_INDEX = 2**31 - 1
@@ -26,13 +28,13 @@ LARGEST_INDEX = 2**31 - 1
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper limits; None where there is none. Batch and tokens start at 1, the past at 0.
+    """Upper limits of the sizes that a file accepts. The lower limits are 1 for B and T, and 0 for P.
 
     Attributes:
-        batch: largest B.
-        length: largest P + T, past and new tokens together.
-        indices: tensors that the code counts through with 32 bits, and that must not outgrow them; see
-            :func:`check_indices`.
+        batch: largest batch size B; None for no limit.
+        length: largest P + T, past and new tokens together; None for no limit.
+        indices: sizes of the tensors that compiled kernels index with 32 bits, none of which may have more than
+            :data:`LARGEST_INDEX` elements; see :func:`check_indices`.
     """
 
     batch: int | None = None
@@ -41,14 +43,14 @@ class Limits:
 
 
 def model_length(model: Any) -> int | None:
-    """How many positions `model` was made for: its config's ``max_position_embeddings``."""
+    """Return the ``max_position_embeddings`` of the model's config; None if the config has none."""
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 def check_limits(model: Any, max_batch: int | None, max_length: int | None) -> None:
-    """Raise an :class:`ExportError` when `model` can't hold what was asked for."""
+    """Raise an :class:`ExportError` if the requested limits are too small, or too large for `model`."""
     for name, value, least in (("max_batch", max_batch, 1), ("max_length", max_length, 2)):
         if value is not None and value < least:
             raise ExportError(f"{name} is {value}, at least {least} is needed")
@@ -62,14 +64,14 @@ def check_limits(model: Any, max_batch: int | None, max_length: int | None) -> N
 
 
 def check_indices(indices: Sequence[Elements], batch: int, tokens: int, past: int, what: str) -> None:
-    """Raise an :class:`ExportError` when a tensor has more elements than its kernel can count.
+    """Raise an :class:`ExportError` if a tensor has more elements than a kernel can index with 32 bits.
 
     Args:
-        indices: the tensors.
-        batch: B of a call.
-        tokens: its T.
-        past: its P.
-        what: the file's name, for messages.
+        indices: sizes of the tensors, from :attr:`Limits.indices`.
+        batch: batch size B of a call.
+        tokens: number of new tokens T of the call.
+        past: number of past positions P of the call.
+        what: name of the file, for messages.
     """
     for elements in indices:
         count = sum(factor * batch**b * tokens**t * past**p for factor, b, t, p in elements)
@@ -89,18 +91,21 @@ def limited(
     what: str,
     device: torch.device = CPU,
 ) -> Step:
-    """`step`, called with contiguous tensors of the right sizes and dtypes, on the right device, only.
+    """Wrap `step` so that it is called only with contiguous tensors of supported shapes, dtypes and device.
 
     Args:
         step: an exported file as a function.
-        layers: shapes of its cache.
-        dtype: of its cache.
-        limits: the sizes that it takes.
-        what: the file's name, for messages.
-        device: that it runs on.
+        layers: cache shapes of the file, one entry per layer.
+        dtype: dtype of the cache.
+        limits: the sizes that the file accepts.
+        what: name of the file, for messages.
+        device: device that `step` runs on.
+
+    Returns:
+        A function of the same arguments that raises an :class:`ExportError` for unsupported inputs.
     """
     count = 3 + 2 * len(layers)
-    grows = next((3 + 2 * i for i, layer in enumerate(layers) if layer.grows), None)  # a tensor that tells P
+    grows = next((3 + 2 * i for i, layer in enumerate(layers) if layer.grows), None)  # an input with dimension P
 
     def checked(*inputs: Tensor) -> Sequence[Tensor]:
         if len(inputs) != count:
@@ -113,6 +118,10 @@ def limited(
                 f"input_ids is {list(ids.shape)}{past}"
             )
         batch, tokens = ids.shape
+        if inputs[1].dim() != 2 or inputs[1].shape[1] < tokens:
+            raise ExportError(
+                f"{what}: attention_mask is {list(inputs[1].shape)}; it covers the past and the {tokens} input_ids"
+            )
         length = inputs[1].shape[-1] - tokens if grows is None else inputs[grows].shape[2]
         expected: list[tuple[torch.dtype, tuple[int, ...]]]
         expected = [(torch.int64, (batch, n)) for n in (tokens, length + tokens, tokens)]

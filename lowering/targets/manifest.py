@@ -1,8 +1,9 @@
-"""What an exported file says about itself, so that it can be checked later, without the model.
+"""The manifest that every exported file carries, so that the file can be checked later without the model.
 
-As metadata it is text by key, ``effpass.version``, ``effpass.target``, ``effpass.recipe`` and so on, wherever the
-format keeps such text. ``effpass.digest`` covers the rest of the file and the metadata: a changed bit shows. It is no
-signature: who can write the file can write its digest.
+A :class:`Manifest` is stored as text metadata with the keys ``effpass.version``, ``effpass.target``,
+``effpass.recipe`` and so on, in the place that the file format has for metadata. ``effpass.digest`` is a hash over the
+metadata and the rest of the file, which detects any accidental change. It is not a signature: whoever can write the
+file can also write a matching digest.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ __all__ = ["PREFIX", "Manifest", "Reference", "reference_of", "seal", "unseal"]
 PREFIX = "effpass."
 _DIGEST = f"{PREFIX}digest"
 
-# Logits that are kept of each sequence: the largest, and some at even distances.
+# Number of reference logits stored per sequence: the largest ones, and some at even distances in the vocabulary.
 _TOP, _SPACED = 8, 16
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the rewritten model answered to one case, at the last position of each sequence.
+    """Some logits of the rewritten model on one test case, at the last position of each sequence.
 
     Attributes:
         case: the inputs.
-        picked: `[B, N]`, indices into the vocabulary.
-        logits: `[B, N]`, the logits there.
+        picked: `[B, N]`, vocabulary indices of the stored logits.
+        logits: `[B, N]`, the logits at these indices.
     """
 
     case: DecodeCase
@@ -47,8 +48,8 @@ class Reference:
 
 
 def reference_of(case: DecodeCase, recording: Recording) -> Reference:
-    """Pick what is kept of a recording of the rewritten model."""
-    last = case.attention_mask.sum(1).cumsum(0) - 1  # padding is on the left: each sequence attends to its last token
+    """Select the logits to store from a recording of the rewritten model."""
+    last = case.attention_mask.sum(1).cumsum(0) - 1  # padding is on the left: the last position is never padding
     logits = recording.logits[last]
     vocabulary = logits.shape[1]
     spaced = torch.arange(0, vocabulary, max(1, vocabulary // _SPACED))[:_SPACED]
@@ -59,21 +60,21 @@ def reference_of(case: DecodeCase, recording: Recording) -> Reference:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module.
+    """Description of an exported file; see the module docstring.
 
     Attributes:
-        version: of effpass.
+        version: version of effpass that wrote the file.
         target: name of the target.
-        recipe: the recipe's text; empty where there was none.
-        dtype: of logits and cache.
-        layers: shapes of the cache.
-        device: what it runs on, ``"cpu"`` or ``"cuda"``.
-        limits: the sizes that the file takes.
-        tolerance: by case.
-        checks: what was measured when the file was written.
-        executed: whether the file itself was run for that.
-        reference: what the rewritten model answered.
-        machine: what native code needs to run; empty for files without.
+        recipe: text of the recipe; empty if there was none.
+        dtype: dtype of logits and cache.
+        layers: cache shapes, one entry per layer.
+        device: type of the device that the file runs on, ``"cpu"`` or ``"cuda"``.
+        limits: sizes that the file accepts.
+        tolerance: allowed differences, per test case.
+        checks: errors measured when the file was written.
+        executed: whether these checks executed the file itself.
+        reference: reference logits of the rewritten model, one entry per test case.
+        machine: requirements of native code on the machine; empty for files without native code.
     """
 
     version: str
@@ -105,10 +106,10 @@ class Manifest:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest:
-        """The inverse of :meth:`to_metadata`.
+        """Parse the result of :meth:`to_metadata`.
 
         Raises:
-            ValueError, KeyError, TypeError, RuntimeError: not what that wrote.
+            ValueError, KeyError, TypeError, RuntimeError: if `metadata` does not have the form that it writes.
         """
         text = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
         names = ("dtype", "cache", "limits", "tolerance", "validation", "executed", "reference", "machine")
@@ -160,20 +161,20 @@ def _reference_from_json(entry: Mapping[str, Any]) -> Reference:
 
 
 def seal(metadata: Mapping[str, str], content: str) -> dict[str, str]:
-    """`metadata` with the digest of itself and of `content`, the digest of the rest of the file."""
+    """Return `metadata` with a digest added, which covers it and `content`, the digest of the rest of the file."""
     return {**metadata, _DIGEST: _digest(metadata, content)}
 
 
 def unseal(metadata: Mapping[str, str], content: str, what: str) -> Manifest:
-    """The manifest in a file's metadata.
+    """Verify the digest in a file's metadata and return its manifest.
 
     Args:
-        metadata: as read from the file.
-        content: digest of the rest of the file.
-        what: the file's name, for messages.
+        metadata: all metadata of the file; keys of other tools are ignored.
+        content: digest of the rest of the file, from :meth:`Target.digest`.
+        what: name of the file, for messages.
 
     Raises:
-        ExportError: the file has none, or was changed after it was written.
+        ExportError: if the file has no manifest, or was changed after it was written.
     """
     ours = {k: v for k, v in metadata.items() if k.startswith(PREFIX) and k != _DIGEST}
     if _DIGEST not in metadata:
@@ -200,5 +201,5 @@ def _digest(metadata: Mapping[str, str], content: str) -> str:
 
 
 def digest_of(parts: Sequence[str]) -> str:
-    """One digest of several."""
+    """Combine several digests into one."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,6 +1,7 @@
-"""ONNX: an exported program as a file of standard operators, run with onnxruntime.
+"""The ONNX target: an exported program as a file of standard ONNX operators, checked with onnxruntime.
 
-Names, layout and axes are Optimum's. Weights over 2 GB stand beside the file, in ``{file}.data``.
+Names, layout and axes follow Optimum. Weights of more than 2 GB are stored next to the file, in ``{file}.data``.
+:func:`export_onnx` also writes programs that are not decode graphs.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ __all__ = ["OnnxTarget", "export_onnx", "onnx_step"]
 
 @dataclass(frozen=True)
 class OnnxTarget(Target):
-    """See the module.
+    """Writes ONNX files; see the module docstring.
 
     Attributes:
-        external_data: weights in ``{file}.data``. Default: from 2 GB on.
+        external_data: whether weights are stored in ``{file}.data``; None stores them there if they exceed 2 GB.
     """
 
     name: ClassVar[str] = "onnx"
@@ -43,10 +44,10 @@ class OnnxTarget(Target):
     external_data: bool | None = None
 
     def limits(self, model: Any, max_batch: int | None, max_length: int | None) -> Limits:
-        return Limits(max_batch, max_length)  # the file takes any size; the model's own limit is the caller's affair
+        return Limits(max_batch, max_length)  # the file accepts any size; the model's own limit is left to the caller
 
     def memory(self, dtype: torch.dtype) -> float:
-        # onnxruntime's CPU kernels for float16 are few: it computes with copies in float32.
+        # onnxruntime has few CPU kernels for float16 and computes with float32 copies instead.
         return 1.3 if dtype == torch.float32 else 3.5
 
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
@@ -60,7 +61,7 @@ class OnnxTarget(Target):
         return limits
 
     def load_written(self, file: Path, device: torch.device) -> Step:
-        """The file while its weights still stand beside it: onnxruntime maps them into memory and copies none."""
+        """Load the file while its weights are still external, so that onnxruntime maps instead of copying them."""
         return onnx_step(file, as_stored=True)
 
     def finish(self, file: Path, limits: Limits) -> None:
@@ -109,7 +110,16 @@ def write_onnx(
     axes: Mapping[str, Mapping[int, str]] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `program` to `file`, its weights beside it; see :func:`export_onnx`."""
+    """Write `program` to `file`, with its weights in ``{file}.data``.
+
+    Args:
+        program: the program, from ``torch.export``, not decomposed.
+        file: path of the .onnx file.
+        input_names: names of the inputs, in order; None keeps the program's.
+        output_names: names of the outputs, in order; None keeps the program's.
+        axes: names of dynamic dimensions by input name and dimension; None keeps the program's symbols.
+        metadata: metadata to store in the file.
+    """
     from effpass.lowering.targets import onnx_file
     from effpass.lowering.targets.onnx_translate import translate
 
@@ -126,17 +136,18 @@ def export_onnx(
     overwrite: bool = False,
     external_data: bool | None = None,
 ) -> None:
-    """Write any exported program as an ONNX file, whole or not at all; nothing is checked.
+    """Write any exported program as an ONNX file, atomically and without checking its outputs.
 
     Args:
-        program: from ``torch.export``, rewritten or not, not decomposed.
-        path: the .onnx file.
-        metadata: written into the file.
-        overwrite: replace an existing file.
-        external_data: weights in ``{path}.data``. Default: from 2 GB on.
+        program: the program, from ``torch.export``, rewritten or not, but not decomposed.
+        path: path of the .onnx file.
+        metadata: metadata to store in the file.
+        overwrite: whether to replace an existing file.
+        external_data: whether weights are stored in ``{path}.data``; None stores them there if they exceed 2 GB.
 
     Raises:
-        ExportError: an operator has no ONNX translation (names operator and node), or `path` can't be written.
+        ExportError: if an operator has no ONNX translation (the message names operator and node), or `path` can't be
+            written.
     """
     path = Path(path).absolute()
     target = OnnxTarget(external_data)
@@ -148,16 +159,20 @@ def export_onnx(
 
 
 def onnx_step(path: Path, *, as_stored: bool = False) -> Step:
-    """An exported decoder as a function of tensors: ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+    """Load an exported decoder as a function ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
 
     Args:
-        path: the .onnx file.
-        as_stored: compute with the weights where they lie, without the copies in a faster order that onnxruntime makes.
+        path: path of the .onnx file.
+        as_stored: whether to compute with the stored weights, without the copies in a faster layout that onnxruntime
+            otherwise makes (prepacking).
+
+    Raises:
+        ExportError: if onnxruntime can't load the file.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # errors only
     if as_stored:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
@@ -172,12 +187,12 @@ def onnx_step(path: Path, *, as_stored: bool = False) -> Step:
         feeds = {name: t.contiguous().numpy() for name, t in zip(names, inputs, strict=True)}
         try:
             return [torch.from_numpy(array) for array in session.run(None, feeds)]
-        except Exception as error:  # as above
+        except Exception as error:  # onnxruntime's errors share no base class
             raise ExportError(f"onnxruntime can't run {path.name}: {' '.join(str(error).split())}") from error
 
     return step
 
 
 def data_file(path: Path) -> Path:
-    """Where the weights of `path` stand when they are not inside it."""
+    """Return the path of the external weights of the ONNX file `path`."""
     return path.with_name(f"{path.name}.data")

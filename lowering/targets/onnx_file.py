@@ -1,6 +1,8 @@
-"""ONNX files on disk: weights beside the graph or inside it, never twice in memory.
+"""Reading and writing of ONNX files without holding their weights in memory a second time.
 
-Imports onnx: import this module lazily.
+Weights are stored inside the file or next to it. Files are processed field by field at the level of the protobuf
+encoding, so that metadata and digests do not require loading them. This module imports onnx, an optional dependency,
+so import it lazily.
 """
 
 from __future__ import annotations
@@ -17,25 +19,26 @@ from effpass.lowering.targets.publish import sha256
 
 __all__ = ["append_metadata", "digest", "embed", "metadata", "save"]
 
-# A protobuf message may not reach 2 GiB; 16 MiB are left for the graph.
+# Largest size of weights inside the file: a protobuf message must be smaller than 2 GiB, and 16 MiB are left for the
+# graph.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
 
 _VARINT, _LENGTH_DELIMITED = 0, 2
 
 
 def save(model: onnx_ir.Model, file: Path, data: Path) -> None:
-    """Write `model`, weight by weight.
+    """Write `model` with external weights, one weight at a time.
 
     Args:
-        model: the graph, its weights still PyTorch's.
-        file: the .onnx file.
-        data: in the same folder, for the weights.
+        model: the model, whose weights are PyTorch tensors.
+        file: path of the .onnx file.
+        data: path of the file for the weights, in the same folder.
     """
     onnx_ir.save(model, file, external_data=data.name)
 
 
 def append_metadata(file: Path, metadata: Mapping[str, str]) -> None:
-    """Add metadata without reading the weights back: protobuf messages that follow one another merge."""
+    """Add metadata without reading the file, by appending a message: concatenated protobuf messages are merged."""
     more = onnx.ModelProto()
     for key, value in metadata.items():
         more.metadata_props.add(key=key, value=value)
@@ -44,10 +47,10 @@ def append_metadata(file: Path, metadata: Mapping[str, str]) -> None:
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """The metadata, without reading the weights.
+    """Read the metadata without reading the weights.
 
     Raises:
-        ValueError: no ONNX file, or truncated.
+        ValueError: if the file is no ONNX file, or is truncated.
     """
     found = {}
     with file.open("rb") as stream:
@@ -60,10 +63,10 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def digest(file: Path, prefix: str) -> str:
-    """SHA-256 of all fields but metadata whose key starts with `prefix`.
+    """Return the SHA-256 of each field, one per line, without metadata whose key starts with `prefix`.
 
     Raises:
-        ValueError: no ONNX file, or truncated.
+        ValueError: if the file is no ONNX file, or is truncated.
     """
     parts = []
     with file.open("rb") as stream:
@@ -78,7 +81,7 @@ def digest(file: Path, prefix: str) -> str:
 
 
 def _fields(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Number, first byte and length of each field of the model."""
+    """Yield field number, byte offset and length in bytes of each top-level field of the model."""
     size = os.fstat(stream.fileno()).st_size
     at = 0
     while at < size:
@@ -96,7 +99,7 @@ def _fields(stream: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 
 def _read_varint(stream: BinaryIO, at: int) -> tuple[int, int]:
-    """The number at the stream's place `at`, and the place after it."""
+    """Read the varint at byte `at`, the stream's current position; return it and the offset of the byte after it."""
     value = 0
     for index in range(10):
         byte = stream.read(1)
@@ -111,13 +114,13 @@ def _read_varint(stream: BinaryIO, at: int) -> tuple[int, int]:
 def embed(file: Path, data: Path, *, external_data: bool | None) -> None:
     """Move the weights from `data` into `file`.
 
-    Args:
-        file: the .onnx file.
-        data: its weights; gone when they are inside.
-        external_data: whether they stay in `data`; None keeps them there from 2 GB on.
+    With onnx's own functions the weights would be in memory three times: as tensors, as a message and as its bytes.
+    Here the message is assembled on disk, first everything but the weights, then one ``initializer`` field per weight.
 
-    The usual way holds them three times: as tensors, as a message and as its bytes. Here the message is put together
-    on disk: all that is not a weight, then one ``initializer`` field after the other.
+    Args:
+        file: path of the .onnx file.
+        data: path of its weights, which is removed when they are inside the file.
+        external_data: whether the weights stay in `data`; None leaves them there if they exceed 2 GB.
     """
     if external_data is None:
         external_data = data.exists() and data.stat().st_size > LARGEST_SINGLE_FILE
@@ -161,7 +164,7 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
 
 
 def _field(number: int, length: int) -> bytes:
-    """Tag and length that stand before `length` bytes of field `number`."""
+    """Encode the tag and length that precede `length` bytes of field `number`."""
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(length)
 
 

@@ -1,7 +1,7 @@
-"""`effpass::gated_delta_rule` in ONNX's own operators: elementwise preparation and a Scan over the tokens.
+"""Translation of `effpass::gated_delta_rule` into ONNX operators: elementwise preparation and a Scan over the tokens.
 
-A decoding step has one token, and for prompts no runtime fuses the products of chunks. Imports onnxscript: import
-this module lazily.
+The recurrence runs token by token rather than in chunks: a decode step has one token, and for prompts no runtime fuses
+the matrix products of chunks. This module imports onnxscript, an optional dependency, so import it lazily.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON
 
 __all__ = ["gated_delta_rule"]
 
-# Untyped: onnxscript's operations are typed as if they ran here, on tensors.
+# Untyped, because onnxscript annotates its operations as if they were executed eagerly on tensors.
 op: Any = opset18
 
 
@@ -37,7 +37,7 @@ def gated_delta_rule(
     normalize: bool,
     beta_logits: bool,
 ) -> Any:
-    """Arguments and results of the operator; see :mod:`effpass.lowering.ops.gated_delta_rule`."""
+    """Translate the operator; see :mod:`effpass.lowering.ops.gated_delta_rule` for its arguments and results."""
     if cu_seqlens is not None:
         raise NotImplementedError("effpass::gated_delta_rule of packed sequences; give it a batch")
     heads, key_size, value_size = v.shape[2], q.shape[3], v.shape[3]
@@ -61,7 +61,11 @@ def gated_delta_rule(
 
 @script(default_opset=opset18)
 def _recurrence(query: TFloat, key: TFloat, value: TFloat, decay: TFloat, state: TFloat) -> tuple[TFloat, TFloat]:
-    """Query and key [T, B, HV, 1, K], value [T, B, HV, 1, V], decay [T, B, HV, K or 1, 1], state [B, HV, K, V]."""
+    """Run the recurrence with an ONNX Scan.
+
+    query and key are [T, B, HV, 1, K], value is [T, B, HV, 1, V], decay is [T, B, HV, K or 1, 1], and state is
+    [B, HV, K, V]. Returns the outputs [T, B, HV, 1, V] and the last state.
+    """
 
     @graph()
     def token(before, q, k, v, factor):  # type: ignore[no-untyped-def]

@@ -1,6 +1,7 @@
-"""What operators become in ONNX where the exporter's own translation is missing or slow, and a light graph clean-up.
+"""ONNX translations of operators for which PyTorch's exporter has none or a slow one, and a light graph clean-up.
 
-Imports onnxscript: import this module lazily.
+:mod:`effpass.lowering.targets.onnx_translate` passes :func:`translations` to the exporter and applies :func:`tidy` to
+its result. This module imports onnxscript, an optional dependency, so import it lazily.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from effpass.lowering.targets.onnx_gated_delta_rule import gated_delta_rule
 
 __all__ = ["tidy", "translations"]
 
-# Untyped: onnxscript's operations are typed as if they ran here, on tensors.
+# Untyped, because onnxscript annotates its operations as if they were executed eagerly on tensors.
 op: Any = opset18
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """PyTorch operator → function of onnxscript operations with the same arguments."""
+    """Return a map from PyTorch operators to functions of the same arguments, written in onnxscript operations."""
     table: dict[Any, Callable[..., Any]] = {
         torch.ops.aten.scaled_dot_product_attention.default: attention,
         torch.ops.aten._grouped_mm.default: grouped_mm,
@@ -34,7 +35,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # registered by transformers' MoE code
     if fallback is not None:
         table[fallback.default] = grouped_mm
-    experts = getattr(torch.ops.effpass, "moe_ffn", None)  # registered by the pass that brings it in
+    experts = getattr(torch.ops.effpass, "moe_ffn", None)  # registered by the pass that introduces it
     if experts is not None:
         table[experts.default] = moe_ffn
     delta_rule = getattr(torch.ops.effpass, "gated_delta_rule", None)
@@ -53,10 +54,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(scale · q kᵀ + mask) v without a copy of keys and values per query head.
+    """Translate softmax(scale · q kᵀ + mask) v without copying keys and values for each query head.
 
-    The H / G query heads of a group are put side by side as rows of one matrix product:
+    The H / G query heads of each KV head become rows of one matrix product:
     query `[B, H, T, K]` → `[B, G, (H/G)·T, K]`, key `[B, G, S, K]`, value `[B, G, S, V]`, mask `[B, 1, T, S]` boolean.
+    Other cases use the exporter's own translation.
     """
     heads, groups = query.shape[1], key.shape[1]
     plain = attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL and attn_mask.shape[1] == 1
@@ -66,11 +68,12 @@ def attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     dtype = query.dtype.numpy()
-    # Half of the lowest number, not -inf: exp still gives 0 beside any attended key, and a row of padding that attends
-    # to nothing stays finite, which it must, since 0 · NaN would reach the other rows through its value.
+    # Half of the lowest finite number instead of -inf: exp still gives 0 next to any attended key, and the output of a
+    # padding token that attends to nothing stays finite. It must, since as a value of the next layer it would reach the
+    # other tokens as 0 · NaN.
     blocked = op.Constant(value=ir.tensor(np.array(np.finfo(dtype).min / 2, dtype)))
     zero = op.Constant(value=ir.tensor(np.array(0, dtype)))
-    bias = op.Where(attn_mask, zero, blocked)  # the same for all layers: one node after the clean-up
+    bias = op.Where(attn_mask, zero, blocked)  # the same in all layers, so one node remains after the clean-up
     rows = op.Mul(query, op.Constant(value=ir.tensor(np.array(scale or sizes[2] ** -0.5, dtype))))
     if heads != groups:
         rows = op.Reshape(rows, op.Constant(value_ints=[0, groups, -1, sizes[2]]))
@@ -81,7 +84,10 @@ def attention(
 
 
 def grouped_mm(rows: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None) -> Any:
-    """out[r] = rows[r] @ weight[group of r]; rows `[M, K]` sorted by group, weight `[E, K, N]`, ends `[E]`."""
+    """Translate a grouped matrix product: out[r] = rows[r] @ weight[group of r].
+
+    rows is `[M, K]`, sorted by group; weight is `[E, K, N]`; ends is `[E]`, the row at which each group ends.
+    """
     if bias is not None or out_dtype is not None or len(rows.shape) != 2 or len(weight.shape) != 3:
         raise NotImplementedError("grouped_mm with a bias, an output dtype, or operands other than [M, K] x [E, K, N]")
     return _grouped_mm(rows, weight, ends)
@@ -89,7 +95,7 @@ def grouped_mm(rows: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: A
 
 @script(default_opset=opset18)
 def _grouped_mm(rows: TFloat, weight: TFloat, ends: TInt) -> TFloat:
-    """A loop over the groups that have rows, so that decoding reads only the experts that were hit."""
+    """Loop over the groups that have rows, so that a decode step reads the weights of the chosen experts only."""
     last = op.Cast(ends, to=INT64.dtype)
     first = op.Concat(op.Constant(value_ints=[0]), op.Slice(last, [0], [-1], [0]), axis=0)
     hit = op.Squeeze(op.NonZero(op.Greater(last, first)), [0])
@@ -124,7 +130,7 @@ def moe_ffn(
     interleaved: bool,
     keep: bool,
 ) -> Any:
-    """`effpass::moe_ffn`: each product is a loop over the experts that a token chose, the gate one piece between."""
+    """Translate `effpass::moe_ffn`: two products, each a loop over the chosen experts, and the gate between them."""
     if keep:
         raise NotImplementedError("effpass::moe_ffn of a program that records gradients")
     each, count, width, inner = experts.shape[1], gate_up.shape[0], down.shape[1], down.shape[2]
@@ -174,7 +180,7 @@ def _gate(
 
 @script(default_opset=opset18)
 def _by_expert(rows: TFloat, weight: TFloat, ids: TInt) -> TFloat:
-    """out[r] = W[ids[r]] rows[r] for weight `[E, N, K]`; zeros where the id is not below E."""
+    """Compute out[r] = W[ids[r]] rows[r] for weight W `[E, N, K]`; out[r] is zero if ids[r] is not below E."""
     met, _, _, _ = op.Unique(ids, sorted=1)
     here = op.Compress(met, op.Less(met, op.Squeeze(op.Shape(weight, start=0, end=1), [0])))
     count = op.Squeeze(op.Shape(here), [0])
@@ -194,10 +200,10 @@ def _by_expert(rows: TFloat, weight: TFloat, ids: TInt) -> TFloat:
 
 
 def tidy(model: ir.Model) -> None:
-    """Fold constants, merge equal nodes, drop dead ones; in place.
+    """Fold constants, merge equal nodes and remove unused ones, in place.
 
-    The exporter's own optimiser does little more for a decoder and takes ten times as long: one of its rules compares
-    every pair of Slice nodes.
+    The exporter's own optimiser does little more for a decoder and takes ten times as long, since one of its rules
+    compares every pair of Slice nodes.
     """
     common.InlinePass()(model)
     fold_constants(model)
@@ -212,13 +218,13 @@ def tidy(model: ir.Model) -> None:
         common.RemoveUnusedOpsetsPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
-        common.ClearMetadataAndDocStringPass(),  # stack traces with the paths of this machine
+        common.ClearMetadataAndDocStringPass(),  # removes stack traces with local paths
     ):
         clean(model)
 
 
 def _divide_by_root(graph: ir.Graph) -> None:
-    """x · (1 / √v) → x / √v: the form of RMSNorm that runtimes recognise and run as one kernel."""
+    """Rewrite x · (1 / √v) to x / √v, the form of RMSNorm that runtimes recognise and run as one kernel."""
     for node in list(graph):
         if node.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
             continue

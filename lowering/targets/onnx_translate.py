@@ -1,6 +1,7 @@
-"""A `torch.export` program as an ONNX graph in memory: PyTorch's exporter, our translations and a light clean-up.
+"""Translation of a `torch.export` program into an ONNX model in memory.
 
-Imports onnxscript: import this module lazily.
+:func:`translate` runs PyTorch's exporter with the additional translations and the clean-up of
+:mod:`effpass.lowering.targets.onnx_ops`. This module imports onnxscript, an optional dependency, so import it lazily.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from effpass.lowering.targets import onnx_ops
 
 __all__ = ["OPSET", "translate"]
 
-# The oldest that the exporter's translations are written for: no runtime of recent years lacks an operator.
+# The oldest opset that the exporter's translations support; runtimes of recent years have all of its operators.
 OPSET = 18
 
 # Namespaces whose operators the exporter translates or decomposes; others need an entry in `onnx_ops.translations`.
@@ -34,16 +35,16 @@ def translate(
     output_names: Sequence[str] | None,
     axes: Mapping[str, Mapping[int, str]],
 ) -> onnx_ir.Model:
-    """Translate `program`; its weights stay PyTorch's tensors.
+    """Translate `program` into an ONNX model whose weights are still PyTorch tensors.
 
     Args:
-        program: from ``torch.export``, rewritten or not, not decomposed.
-        input_names: names of the user inputs, in order; None: the program's.
-        output_names: names of the outputs, in order; None: the program's.
-        axes: input name → dimension → name; the names replace the program's symbols everywhere.
+        program: the program, from ``torch.export``, rewritten or not, but not decomposed.
+        input_names: names of the user inputs, in order; None keeps the program's.
+        output_names: names of the outputs, in order; None keeps the program's.
+        axes: names of dynamic dimensions by input name and dimension, which replace the program's symbols everywhere.
 
     Raises:
-        ExportError: an operator has no ONNX translation; names operator and node.
+        ExportError: if an operator has no ONNX translation; the message names operator and node.
     """
     table = onnx_ops.translations()
     _refuse_untranslatable(program, table)
@@ -53,7 +54,7 @@ def translate(
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                optimize=False,  # onnx_ops.tidy
+                optimize=False,  # onnx_ops.tidy does it
                 custom_translation_table=table,
                 input_names=input_names,
                 output_names=output_names,
@@ -68,7 +69,7 @@ def translate(
 
 
 def _refuse_untranslatable(program: ExportedProgram, table: Mapping[Any, Any]) -> None:
-    """Operators of other libraries without an entry; found in a moment, where the exporter takes minutes."""
+    """Raise an :class:`ExportError` for an operator without translation, which the exporter would find in minutes."""
     implicit = torch._C.DispatchKey.CompositeImplicitAutograd
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
@@ -87,7 +88,7 @@ def _no_translation(operator: str, node: str) -> ExportError:
 
 
 def _translation_error(error: BaseException) -> ExportError:
-    """The exporter's chain of errors in one sentence."""
+    """Summarise the exporter's chain of exceptions in one sentence."""
     node, operator, text = "", "", str(error)
     cause: BaseException | None = error
     while cause is not None:
@@ -103,7 +104,10 @@ def _translation_error(error: BaseException) -> ExportError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of packages that it could use and of its own code; nothing that a user could act on."""
+    """Context manager that silences the exporter's warnings, none of which a user could act on.
+
+    They are about optional packages and about the exporter's own code.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -118,7 +122,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_axes(model: onnx_ir.Model, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Replace symbols such as s17 by the names that the inputs' dimensions were given, in every shape."""
+    """Replace symbols such as s17 by the names given to the inputs' dimensions, in all shapes."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, name in axes.get(value.name or "", {}).items():

@@ -1,7 +1,8 @@
-"""Quantised weights as the plain tensors inside them, for as long as a graph is captured.
+"""Unwrapping of quantised weights into the plain tensors they consist of, while a graph is captured.
 
-A file holds tensors, and none of a class of somebody's own. What torchao's linear layers do with the tensors inside
-their weights is plain ATen, so that a graph over those needs no torchao, and a file of it no code of torchao's.
+Exported files hold plain tensors, not tensor subclasses. torchao's linear layers compute on the tensors inside their
+quantised weights with plain ATen operators, so a graph over these tensors, and a file made from it, does not need
+torchao.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ __all__ = ["plain_tensors"]
 
 @contextmanager
 def plain_tensors(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes its quantised weights from parameters that are plain tensors; then it is as it was.
+    """Context manager in which the quantised weights of `model` are computed from parameters that are plain tensors.
 
-    A weight `x.weight` becomes `x.parametrizations.weight.original0` and so on.
+    A weight `x.weight` becomes `x.parametrizations.weight.original0` and so on. The model is restored on exit.
     """
     wrapped = {
         module: (type(module), dict(module._parameters))

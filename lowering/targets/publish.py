@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all: written in a folder of their own beside their place, then renamed."""
+"""Atomic publication of exported files: they are written to a temporary folder next to their path, then renamed.
+
+A file therefore appears at its path only once it is complete and has passed its checks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ __all__ = ["check_output", "check_room", "published", "sha256"]
 def check_output(path: Path, target: Target, *, overwrite: bool = False) -> None:
     """Raise an :class:`ExportError` unless `path` can be written.
 
-    Its folder is made where it is missing, and what exports of dead processes left of this file is removed.
+    The parent folder is created if it is missing, and temporary folders that terminated exports to `path` left behind
+    are removed.
     """
     if path.is_dir():
         raise ExportError(f"{path} is a folder", hint=f"name the file: {path / f'model{target.suffix}'}")
@@ -45,7 +49,7 @@ def check_output(path: Path, target: Target, *, overwrite: bool = False) -> None
 
 
 def check_room(path: Path, size: int) -> None:
-    """Raise an :class:`ExportError` when the disk of `path` has no room for `size` bytes."""
+    """Raise an :class:`ExportError` if the disk of `path` has fewer than `size` bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ExportError(
@@ -56,13 +60,14 @@ def check_room(path: Path, size: int) -> None:
 
 @contextmanager
 def published(path: Path, target: Target) -> Iterator[Path]:
-    """Where to write the file that will be `path`; it and what stands beside it appear when the block ends well.
+    """Context manager that yields a temporary path, and moves the file written there to `path` on success.
 
-    A process that is killed leaves a folder ``.{name}.*.tmp``, which the next export to `path` removes, and at `path`
-    the old file or the new; none in the moment in which one file after another gets its name.
+    Companion files (:meth:`Target.beside`) are moved along. A process that is killed leaves behind a folder
+    ``.{name}.*.tmp``, which the next export to `path` removes. `path` then holds the old file or the new one, or no
+    file if the process was killed while a file with companion files was being renamed.
 
     Raises:
-        ExportError: the disk can't hold the file.
+        ExportError: if the file does not fit on the disk, or can't be written for another reason.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f"{_working_name(path)}{os.getpid()}.", suffix=".tmp", dir=path.parent))
     try:
@@ -73,12 +78,12 @@ def published(path: Path, target: Target) -> Iterator[Path]:
         for source, _ in [*made, (file, path)]:
             _to_disk(source)
         if made or any(place.exists() for _, place in pairs):
-            path.unlink(missing_ok=True)  # an old file must not stand beside new weights
-        # What stands beside comes first: the file itself never stands without it.
+            path.unlink(missing_ok=True)  # the old file must never be next to the new weights
+        # Companion files are moved first, so that the file itself never exists without them.
         for source, place in made:
             os.replace(source, place)
         for _, place in set(pairs) - set(made):
-            place.unlink(missing_ok=True)  # of the file that was replaced
+            place.unlink(missing_ok=True)  # companion of the file that is replaced
         os.replace(file, path)
     except OSError as error:
         raise ExportError(
@@ -89,12 +94,12 @@ def published(path: Path, target: Target) -> Iterator[Path]:
 
 
 def _working_name(path: Path) -> str:
-    """How names of folders begin in which this machine writes `path`; the process comes next."""
+    """Return the prefix of the temporary folders in which this machine writes `path`; the process id follows it."""
     return f".{path.name}.{platform.node()}-"
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the folders in which processes of this machine, dead by now, were writing `path`."""
+    """Remove the temporary folders of `path` whose processes, on this machine, no longer run."""
     pattern = re.compile(re.escape(_working_name(path)) + r"(\d+)\.\w+\.tmp")
     for folder in path.parent.iterdir():
         if (found := pattern.fullmatch(folder.name)) and not _is_alive(int(found[1])):
@@ -107,18 +112,18 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # the process exists, but belongs to another user
     return True
 
 
 def _to_disk(file: Path) -> None:
-    """A full disk may show only when what was written leaves the cache."""
+    """Flush `file` to disk; a full disk may be reported only when the page cache is written back."""
     with file.open("rb") as written:
         os.fsync(written.fileno())
 
 
 def sha256(stream: BinaryIO, length: int | None = None) -> str:
-    """Digest of the next `length` bytes, or of all that is left."""
+    """Return the SHA-256 of the next `length` bytes of `stream`; None reads to its end."""
     sha = hashlib.sha256()
     while length is None or length > 0:
         chunk = stream.read(1 << 22 if length is None else min(length, 1 << 22))

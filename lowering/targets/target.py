@@ -1,7 +1,8 @@
-"""What a target is: where a rewritten decode graph goes, as a file that can be loaded and checked.
+"""The interface of an export target: one file format that a rewritten decode graph can be written to.
 
-A target knows one file format. The road to the file (:mod:`effpass.lowering.targets.export`) and the check of a file
-later (:mod:`effpass.lowering.targets.validate`) are the same for all.
+A :class:`Target` knows how to write, load, stamp and hash files of its format, and nothing else. Exporting
+(:mod:`effpass.lowering.targets.export`) and checking an exported file later
+(:mod:`effpass.lowering.targets.validate`) are shared by all targets and call them through this interface.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from effpass.lowering.targets.limits import Limits, model_length
 
 __all__ = ["TARGETS", "Target", "compile_error", "find_target", "first_words", "target_of_file"]
 
-# Name → module and class. Imported when asked for.
+# Target name → module and class. Modules are imported on first use, since they have optional dependencies.
 TARGETS = {
     "inductor": ("effpass.lowering.targets.inductor", "InductorTarget"),
     "aoti": ("effpass.lowering.targets.aoti", "AotiTarget"),
@@ -31,18 +32,18 @@ TARGETS = {
 
 
 class Target(ABC):
-    """One file format.
+    """Abstract base class of one file format.
 
     Class attributes:
-        name: what recipes and the command line call it.
-        suffix: of its files.
-        packages: what must be installed to write one.
-        extra: the extra of effpass that installs them.
-        dtypes: of the models that it can hold.
-        devices: that a model may be on; its files run there.
-        native: whether loading a file runs machine code from it.
-        executes: whether the file itself is run when it is checked; :attr:`checked_by` says what is.
-        checked_by: what runs, for messages.
+        name: name of the target in recipes and on the command line.
+        suffix: file name suffix of its files, with the dot.
+        packages: importable packages that must be installed to write a file.
+        extra: optional dependency group of effpass that installs `packages`.
+        dtypes: dtypes of the models that a file can hold.
+        devices: types of the devices that a model may be on; a file runs on the type that it was exported from.
+        native: whether loading a file executes machine code from it.
+        executes: whether the check executes the file itself; if not, :attr:`checked_by` names what is executed instead.
+        checked_by: description of what the check executes, for messages.
     """
 
     name: ClassVar[str]
@@ -58,10 +59,10 @@ class Target(ABC):
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def require(self, device: str = "cpu") -> None:
-        """Raise an :class:`ExportError` when something that the export needs is missing on this machine.
+        """Raise an :class:`ExportError` if this machine lacks something that the export needs.
 
         Args:
-            device: type of the device that the model is on.
+            device: type of the device that the model is on, such as ``"cuda"``.
         """
         if device not in self.devices:
             raise ExportError(
@@ -71,7 +72,7 @@ class Target(ABC):
         self.require_installed(device)
 
     def require_installed(self, device: str) -> None:
-        """The part of :meth:`require` that a target may have its own of."""
+        """Check installed packages and compilers; the part of :meth:`require` that targets override."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             raise ExportError(
@@ -80,81 +81,86 @@ class Target(ABC):
             )
 
     def limits(self, model: Any, max_batch: int | None, max_length: int | None) -> Limits:
-        """The sizes that a file of `model` will take: what was asked for, within what the model holds."""
+        """Return the sizes that a file of `model` will accept: the requested ones, or else those of the model."""
         return Limits(max_batch, max_length or model_length(model))
 
     @abstractmethod
     def memory(self, dtype: torch.dtype) -> float:
-        """Host memory of an export as a multiple of the weights, the model's own included (docs/targets.md)."""
+        """Return the peak host memory of an export as a multiple of the weights' size (docs/targets.md).
+
+        The multiple includes the model's own weights.
+        """
 
     @abstractmethod
     def write(self, graph: DecodeGraph, file: Path, limits: Limits) -> Limits:
-        """Write what can be checked by running it.
+        """Write a file that the check can execute: the exported file or, where it is not executed, its source.
 
         Args:
             graph: the rewritten graph.
-            file: in a folder of its own, which is thrown away when anything fails.
-            limits: the sizes that it must take.
+            file: path in a temporary folder, which is deleted if any later step fails.
+            limits: the sizes that the file must accept.
 
         Returns:
-            The sizes that it takes: `limits`, and those under which its indices hold.
+            The sizes that the file accepts: `limits`, extended by the tensors that its kernels index with 32 bits.
 
         Raises:
-            ExportError: the target can't hold the graph.
-            OSError: the disk can't hold the file.
+            ExportError: if the format can't represent the graph.
+            OSError: if the file does not fit on the disk.
         """
 
     def load_written(self, file: Path, device: torch.device) -> Step:
-        """What :meth:`write` wrote, as a function to check. The default is :meth:`load`."""
+        """Load what :meth:`write` wrote as a function to check; by default the same as :meth:`load`."""
         return self.load(file, device)
 
     def finish(self, file: Path, limits: Limits) -> None:  # noqa: B027 (most formats are finished when written)
-        """Complete the file after its check."""
+        """Complete the file after the check has passed."""
 
     @abstractmethod
     def stamp(self, file: Path, metadata: Mapping[str, str]) -> None:
-        """Put `metadata` into the file."""
+        """Store `metadata` in the file, or in a file next to it where the format has no place for it."""
 
     def machine(self, device: torch.device = CPU) -> dict[str, str]:
-        """What the files need of the machine that runs them; empty when they hold no native code."""
+        """Return what a file requires of the machine that runs it; empty if files contain no native code."""
         return {}
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def load(self, file: Path, device: torch.device) -> Step:
-        """The file, a function of contiguous tensors, ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+        """Load a file as a function ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
+
+        The function takes contiguous tensors and checks nothing; see :func:`effpass.lowering.targets.limits.limited`.
 
         Args:
-            file: what :meth:`write` wrote.
-            device: that it is for.
+            file: a file of this format.
+            device: device to run on.
 
         Raises:
-            ExportError: the file can't be run here.
+            ExportError: if the file can't be run on this machine.
         """
 
     @abstractmethod
     def read(self, file: Path) -> dict[str, str]:
-        """The metadata that :meth:`stamp` wrote; runs nothing from the file.
+        """Read the metadata that :meth:`stamp` stored, without executing anything from the file.
 
         Raises:
-            ExportError: the file is not of this format, or truncated.
+            ExportError: if the file is not of this format, or is truncated.
         """
 
     @abstractmethod
     def digest(self, file: Path) -> str:
-        """SHA-256 of all that the file says, metadata of effpass apart."""
+        """Return the SHA-256 of the file's contents, excluding the metadata that effpass stored in it."""
 
     def beside(self, file: Path) -> list[Path]:
-        """Files that belong to `file` and stand beside it, there or not."""
+        """Return the paths of companion files next to `file`, such as external weights, whether they exist or not."""
         return []
 
 
 def find_target(name: str) -> Target:
-    """The target of this name, with its default settings.
+    """Return the target of this name, with default settings.
 
     Raises:
-        ExportError: no such target.
+        ExportError: if there is no such target.
     """
     if name not in TARGETS:
         raise ExportError(
@@ -165,10 +171,10 @@ def find_target(name: str) -> Target:
 
 
 def target_of_file(path: Path) -> Target:
-    """The target that writes files with the suffix of `path`.
+    """Return the target whose files have the suffix of `path`.
 
     Raises:
-        ExportError: none does, or there is no such file.
+        ExportError: if no target has this suffix, or `path` is no existing file.
     """
     targets = {target.suffix: target for target in map(find_target, TARGETS)}
     if path.suffix not in targets:
@@ -182,7 +188,7 @@ def target_of_file(path: Path) -> Target:
 
 
 def compile_error(compiler: str, error: Exception) -> ExportError:
-    """What a compiler raised, in one sentence."""
+    """Wrap an exception that a compiler raised into an :class:`ExportError` of one sentence."""
     return ExportError(
         f"{compiler} can't compile the decode graph: {first_words(error)}",
         hint="`effpass --debug export ...` shows where; export to ONNX goes without a compiler",
@@ -190,5 +196,5 @@ def compile_error(compiler: str, error: Exception) -> ExportError:
 
 
 def first_words(error: Exception) -> str:
-    """Type and beginning of an error's message, on one line."""
+    """Return the type and the first 300 characters of an error's message, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

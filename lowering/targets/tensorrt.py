@@ -1,17 +1,17 @@
-"""TensorRT: an engine of the whole decode graph, built from the ONNX file that onnxruntime has checked.
+"""The TensorRT target: an engine of the whole decode graph, built from an ONNX file that onnxruntime has checked.
 
-TensorRT for RTX builds engines on a machine without a GPU; where TensorRT itself is installed, and a GPU, that is used.
-The engine is not run here: what was checked is the file that it was made from, and the record beside the engine,
-``{file}.json``, says so.
+The target uses TensorRT if it is installed, which needs a GPU, and otherwise TensorRT for RTX, which builds engines on
+a machine without a GPU. The engine itself is not executed: the check runs the ONNX file that the engine is built from,
+and the record next to the engine, ``{file}.json``, says so.
 
-An engine has two optimisation profiles, for B up to the largest batch and L, the length:
+An engine has two optimisation profiles. Both accept batch sizes B up to the largest batch; L is the largest length:
 
-======= ============ ============== =======================
-profile T            P              for
-======= ============ ============== =======================
-0       1 to L       0              a prompt
-1       1 to 16      0 to L - 16    decoding, drafts checked
-======= ============ ============== =======================
+======= ============ ============== ========================================
+profile T            P              used for
+======= ============ ============== ========================================
+0       1 to L       0              prefill
+1       1 to 16      0 to L - 16    decode steps and verification of drafts
+======= ============ ============== ========================================
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from effpass.lowering.targets.target import Target
 
 __all__ = ["TensorRTTarget", "build_engine"]
 
-# TensorRT itself, TensorRT for RTX, and the same as its wheels for one CUDA version name it.
+# Modules of TensorRT, of TensorRT for RTX, and of the latter's wheels for one CUDA version, in order of preference.
 _MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
-# Ampere to Blackwell; Hopper and other data-centre GPUs are no business of TensorRT for RTX.
+# Compute capabilities to build for, Ampere to Blackwell. TensorRT for RTX is not made for Hopper and other data-centre
+# GPUs.
 _CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
 
-# Memory for activations is set aside for the largest sizes.
+# Default batch size and length. They are small because an engine reserves activation memory for its largest sizes.
 _BATCH, _LENGTH = 1, 2048
-_DRAFT = 16
+_DRAFT = 16  # largest number of new tokens of the decode profile
 
 
 class TensorRTTarget(Target):
-    """See the module."""
+    """Builds TensorRT engines; see the module docstring."""
 
     name: ClassVar[str] = "tensorrt"
     suffix: ClassVar[str] = ".engine"
@@ -118,12 +119,15 @@ class TensorRTTarget(Target):
 
 
 def _source(file: Path) -> Path:
-    """The ONNX file beside an engine that is being built."""
+    """Return the path of the ONNX file that the engine `file` is built from."""
     return file.with_suffix(".onnx")
 
 
 def _tensorrt() -> Any:
-    return importlib.import_module(next(name for name in _MODULES if find_spec(name)))
+    installed = [name for name in _MODULES if find_spec(name)]
+    if not torch.cuda.is_available():
+        installed.sort(key="tensorrt".__eq__)  # last, since it builds on a GPU only
+    return importlib.import_module(installed[0])
 
 
 def _for_rtx(trt: Any) -> bool:
@@ -131,14 +135,14 @@ def _for_rtx(trt: Any) -> bool:
 
 
 def build_engine(source: Path, limits: Limits) -> Any:
-    """An engine, serialised, as a buffer.
+    """Build an engine and return it as a serialised buffer.
 
     Args:
-        source: an ONNX file of a decode graph.
-        limits: the sizes that it must take; default: one sequence of up to 2048 positions.
+        source: path of the ONNX file of a decode graph.
+        limits: sizes that the engine must accept; where they are None, one sequence and 2048 positions.
 
     Raises:
-        ExportError: TensorRT can't read the graph, hold the sizes, or build the engine.
+        ExportError: if TensorRT can't read the graph, support the sizes, or build the engine.
     """
     trt = _tensorrt()
     errors: list[str] = []
@@ -181,7 +185,9 @@ def build_engine(source: Path, limits: Limits) -> Any:
                 shape = list(tensor.shape)
                 axis = {"attention_mask": (1, p + t), "input_ids": (1, t), "position_ids": (1, t)}
                 dim, size = axis.get(tensor.name, (2, p))
-                shape[0], shape[dim] = b, size
+                shape[0] = b
+                if shape[dim] == -1:  # not in the state of linear attention, which has no past
+                    shape[dim] = size
                 shapes.append(shape)
             profile.set_shape(tensor.name, *shapes)
         if config.add_optimization_profile(profile) < 0:

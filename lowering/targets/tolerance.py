@@ -1,22 +1,23 @@
-"""What an export may differ: four times the spread between right evaluations of the same program.
+"""The tolerance of an export check, measured as four times the spread between correct evaluations of the program.
 
-The *spread* of a case is the largest difference to the recording that exports are compared with, for the same inputs
-and dtype. It is measured at each export and stored with the file. Three more evaluations are made, of all cases as one
-batch:
+An exported file is compared with a recording of the rewritten program (:mod:`effpass.lowering.targets.validation`). The
+*spread* of a test case is the largest difference between this recording and three other evaluations of the same
+program, with the same inputs and dtype. It is measured at each export, per test case, since a model amplifies rounding
+errors at some tokens and not at others, and the resulting tolerance is stored with the file. The evaluations, which run
+all cases as one batch, are:
 
 * PyTorch's operators, all tokens at once;
 * PyTorch's operators, one token at a time;
-* Inductor's kernels, all tokens at once. Inductor compiles the program layer by layer: layers that are alike are
-  compiled once and run in turn, so that thirty layers cost the compilation of one. What is lost is fusion across the
-  border of two layers.
+* Inductor's kernels, all tokens at once. The program is compiled layer by layer, and equal layers share one compiled
+  function, so that thirty layers cost the compilation of one. Only fusion across layer boundaries is lost.
 
-The first two are there because Inductor and PyTorch call the same matrix product and share its roundings; other
-runtimes do not. And the spread is each case's own because a model amplifies roundings at some tokens and not at others.
+The first two are needed because Inductor and PyTorch call the same matrix products and therefore share their rounding
+errors, which other runtimes do not.
 
-The tolerance lies between two bounds. *At least* :data:`FLOOR` roundings a layer: the spread of a small model may be 0
-by chance. *At most* :data:`~effpass.lowering.targets.validation.TOLERANCE`: a spread above a quarter of it does not
-come from rounding. Without a C++ compiler Inductor makes no kernels for the CPU, and the spread is that of the first
-two.
+The tolerance is bounded on both sides. It is at least :data:`FLOOR` rounding errors per layer, because the spread of a
+small model may be 0 by chance. It is at most :data:`~effpass.lowering.targets.validation.TOLERANCE`, because a spread
+of more than a quarter of this value does not come from rounding. Without a C++ compiler Inductor can't generate CPU
+kernels, and the spread is that of the first two evaluations.
 """
 
 from __future__ import annotations
@@ -57,21 +58,23 @@ __all__ = [
     "require_triton",
 ]
 
+# Tolerance as a multiple of the spread.
 FACTOR = 4
 
-# In roundings of the largest value a layer: each adds its own to those of the layers before.
+# Smallest tolerance per layer, in units of the dtype's epsilon times the largest value. It grows with the number of
+# layers, since rounding errors accumulate over them.
 FLOOR = 4
 
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 def measure_tolerance(graph: DecodeGraph, cases: Sequence[DecodeCase], rewritten: Sequence[Recording]) -> Tolerance:
-    """The tolerance for exports of `graph`, case by case.
+    """Measure the tolerance for exports of `graph`, per test case.
 
     Args:
         graph: the rewritten graph.
-        cases: what exports are checked with.
-        rewritten: recordings of `graph` on them, which exports are compared with.
+        cases: test cases of the export check.
+        rewritten: recordings of `graph` on `cases`, which the exported file is compared with.
     """
     others, missing = _other_evaluations(graph, cases)
     most = TOLERANCE[graph.dtype]
@@ -90,7 +93,7 @@ def measure_tolerance(graph: DecodeGraph, cases: Sequence[DecodeCase], rewritten
 
 
 def _other_evaluations(graph: DecodeGraph, cases: Sequence[DecodeCase]) -> tuple[list[list[Recording]], str]:
-    """Recordings of all cases by each other way to evaluate, and what is missing."""
+    """Return one recording per case for each alternative evaluation, and a remark on an evaluation that is missing."""
     at_once = one_batch(cases)
     one_by_one = replace(at_once, chunks=(1,) * sum(at_once.chunks))
     eager = graph.module()
@@ -105,7 +108,7 @@ def _other_evaluations(graph: DecodeGraph, cases: Sequence[DecodeCase]) -> tuple
     else:
         try:
             found.append(record(layers_compiled(eager), at_once))
-        except Exception as error:  # Inductor raises whatever its parts do
+        except Exception as error:  # Inductor raises exceptions of any type
             missing = f"; without Inductor, which can't compile the program: {type(error).__name__}"
     sizes = [int(case.attention_mask.sum()) for case in cases]
     rows = [len(case.input_ids) for case in cases]
@@ -122,7 +125,7 @@ def _other_evaluations(graph: DecodeGraph, cases: Sequence[DecodeCase]) -> tuple
 
 
 def one_batch(cases: Sequence[DecodeCase]) -> DecodeCase:
-    """All sequences of all cases in one call, padded on the left: one set of sizes to compile for."""
+    """Combine all sequences of all cases into one left-padded batch, so that Inductor compiles for one set of sizes."""
     length = max(case.input_ids.shape[1] for case in cases)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ def one_batch(cases: Sequence[DecodeCase]) -> DecodeCase:
 
 
 def require_cpp_compiler(target: str) -> None:
-    """Raise an :class:`ExportError` when there is no compiler for the C++ that Inductor writes for `target`."""
+    """Raise an :class:`ExportError` if there is no compiler for the C++ code that Inductor generates for `target`."""
     if not has_cpp_compiler():
         raise ExportError(
             f"exporting to {target} needs a C++ compiler, and Inductor finds none here",
@@ -143,9 +146,9 @@ def require_cpp_compiler(target: str) -> None:
 
 
 def require_shared_cpp_runtime(target: str) -> None:
-    """Raise an :class:`ExportError` when the C++ compiler puts its own copy of libstdc++ into a library.
+    """Raise an :class:`ExportError` if the C++ compiler links libstdc++ statically into shared libraries.
 
-    Beside torch's, which is in the process already, such a file crashes the process that loads it.
+    PyTorch has already loaded a shared libstdc++, and a library with a second copy crashes the process that loads it.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -162,13 +165,13 @@ def _links_a_copy(compiler: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "a.cpp", Path(folder) / "a.so"
         source.write_text("#include <locale>\nbool f() { return std::has_facet<std::collate<char>>(std::locale()); }\n")
-        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-Wl,-t"]  # -t: say what is linked
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-Wl,-t"]  # -t: print linked files
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode == 0 and "libstdc++.a" in done.stdout + done.stderr
 
 
 def require_triton(target: str, device: str) -> None:
-    """Raise an :class:`ExportError` when `device` is a GPU and Triton, which compiles its kernels, is missing."""
+    """Raise an :class:`ExportError` if `device` is a GPU and Triton, which compiles Inductor's kernels, is missing."""
     if device != "cpu" and find_spec("triton") is None:
         raise ExportError(
             f"exporting to {target} on a GPU needs triton, not installed here",
@@ -177,7 +180,7 @@ def require_triton(target: str, device: str) -> None:
 
 
 def has_cpp_compiler() -> bool:
-    """Whether Inductor finds the compiler that its CPU kernels need."""
+    """Whether Inductor finds the C++ compiler that its CPU kernels need."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -189,7 +192,7 @@ def has_cpp_compiler() -> bool:
 
 
 def layers_compiled(module: Any) -> Callable[..., Sequence[Tensor]]:
-    """`module` split between its layers, each distinct one compiled by Inductor when it is first called."""
+    """Split `module` at its layer boundaries, and compile each distinct part with Inductor on its first call."""
     from torch.fx.passes.split_module import split_module
 
     part, last = 0, ""
@@ -219,14 +222,14 @@ def layers_compiled(module: Any) -> Callable[..., Sequence[Tensor]]:
 class _Call(torch.nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.call = [function]  # in a list: no submodule, so that its weights have one place
+        self.call = [function]  # in a list, so that it is not registered as a submodule a second time
 
     def forward(self, *args: Any) -> Any:
         return self.call[0](*args)
 
 
 def _structure(graph: fx.Graph) -> Any:
-    """Equal for graphs that differ in names only; a graph with weights of its own equals itself alone."""
+    """Return a key that is equal for graphs that differ in names only; graphs that hold weights are never equal."""
     place = {node: index for index, node in enumerate(graph.nodes)}
     if any(node.op == "get_attr" for node in graph.nodes):
         return id(graph)

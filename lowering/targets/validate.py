@@ -1,8 +1,8 @@
-"""Open an exported file, and check one later, without the model that it came from.
+"""Loading of exported files, and checking them again without the model that they were exported from.
 
-A file keeps what the rewritten model answered to the cases of its first check
-(:mod:`effpass.lowering.targets.manifest`). Checked again, it must be unaltered to the bit, and compute those answers on
-the machine at hand.
+A file stores reference logits of the rewritten model for the test cases of its first check
+(:mod:`effpass.lowering.targets.manifest`). :func:`validate_file`, which ``effpass validate`` calls, verifies that the
+file is bit-identical to what was exported, and that it reproduces these logits within tolerance on the current machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from effpass.lowering.targets.validation import record_step
 
 __all__ = ["CaseError", "Validation", "open_exported", "validate_file"]
 
-# Of CPU capabilities that PyTorch names; code for one runs on those after it.
+# CPU capabilities by PyTorch's names, in ascending order; code for one also runs on those after it.
 _CPUS = ("DEFAULT", "AVX2", "AVX512")
 
 
 @dataclass(frozen=True)
 class CaseError:
-    """One case, run again: the largest difference of the kept logits, and what it may be."""
+    """Result of one test case: the largest difference from the stored reference logits, and the allowed difference."""
 
     case: str
     error: float
@@ -46,15 +46,15 @@ class CaseError:
 
 @dataclass(frozen=True)
 class Validation:
-    """What :func:`validate_file` found in an unaltered file.
+    """Result of :func:`validate_file` for an unaltered file.
 
     Attributes:
-        path: the file.
-        target: its kind.
-        version: of the effpass that wrote it.
-        recipe: the recipe's text; empty where there was none.
-        executed: whether the file was run now; engines are not.
-        cases: the cases run; empty when none was.
+        path: path of the file.
+        target: name of the target.
+        version: version of effpass that wrote the file.
+        recipe: text of the recipe; empty if there was none.
+        executed: whether the file was executed now; TensorRT engines are not.
+        cases: results of the test cases; empty if the file was not executed.
     """
 
     path: Path
@@ -74,21 +74,21 @@ class Validation:
 
 
 def open_exported(path: Path, *, allow_native: bool = False) -> tuple[Step, Manifest]:
-    """The file as a function that refuses sizes outside its range, and what it says about itself.
+    """Load a file as a function that checks the sizes of its inputs, and return it with the file's manifest.
 
-    Its tensors are on the CPU, or on PyTorch's current GPU where it was exported on one.
+    Inputs and outputs are on the CPU, or on PyTorch's current GPU if the file was exported on a GPU.
 
     Args:
-        path: what an export wrote.
-        allow_native: run machine code from the file; needed for native formats.
+        path: path of the exported file.
+        allow_native: whether machine code from the file may be executed, which native formats need.
 
     Raises:
-        ExportError: not an exported file, altered, of a kind that is not run here, for a device that is not here, or
-            native and not allowed.
+        ExportError: if the file is not an exported one, was altered, is of a format that effpass does not run, needs a
+            device that this machine lacks, or is native and not allowed.
     """
     target, manifest = _read(path)
     if not target.executes:
-        target.load(path, CPU)  # says why not
+        target.load(path, CPU)  # raises an error with the reason
     step, device = _load(target, path, manifest, allow_native)
     return limited(step, manifest.layers, manifest.dtype, manifest.limits, path.name, device), manifest
 
@@ -96,18 +96,19 @@ def open_exported(path: Path, *, allow_native: bool = False) -> tuple[Step, Mani
 def validate_file(
     path: Path, *, allow_native: bool = False, progress: Callable[[str], None] | None = None
 ) -> Validation:
-    """Check an exported file: unaltered, and right on this machine.
+    """Check that an exported file is unaltered, and that it computes its reference logits on this machine.
 
     Args:
-        path: what an export wrote.
-        allow_native: run machine code from the file; needed for native formats.
-        progress: called with one line at the start of each step.
+        path: path of the exported file.
+        allow_native: whether machine code from the file may be executed, which native formats need.
+        progress: function that is called with one line at the start of each step; None for no progress.
 
     Returns:
-        The differences by case; see :attr:`Validation.ok`. An engine is read, not run.
+        The differences per test case; see :attr:`Validation.ok`. TensorRT engines are only read, not executed.
 
     Raises:
-        ExportError: not an exported file, truncated, altered, or native and not allowed.
+        ExportError: if the file is not an exported one, is truncated, was altered, needs a device that this machine
+            lacks, or is native and not allowed.
     """
     say = progress or (lambda line: None)
     say("reading the file")
@@ -137,7 +138,7 @@ def _read(path: Path) -> tuple[Target, Manifest]:
 
 
 def _load(target: Target, path: Path, manifest: Manifest, allow_native: bool) -> tuple[Step, torch.device]:
-    """The file as a function, and the device of this machine that it runs on."""
+    """Load a file as a function without size checks, and return it with the device of this machine that it runs on."""
     _check_allowed(target, path, allow_native)
     device = device_here(manifest.device, str(path))
     if target.native:

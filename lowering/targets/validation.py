@@ -1,7 +1,8 @@
-"""Does an exported decoder compute what the model computes? Two numbers, never mixed.
+"""Comparison of an exported decoder with the rewritten program and the original model.
 
-*Export error*: the file against the rewritten program run by PyTorch. *Method loss*: the rewritten program against the
-original model. Each case feeds chunks of tokens, and every implementation carries its own cache from chunk to chunk.
+Two errors are measured and reported separately. The *export error* compares the file with the rewritten program run by
+PyTorch. The *method loss* compares the rewritten program with the original model. Each test case feeds a sequence in
+chunks of tokens, and every implementation carries its own cache from one chunk to the next.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ __all__ = [
     "require_ok",
 ]
 
-# Above any tolerance, as a share of the largest value that is compared. Right evaluations of a whole decoder differ by
-# 4e-6 of it in float32 as a rule, and by 3e-4 at single tokens that a model amplifies. A wrong mask, position or
-# activation shows from 1e-2 on. The limits lie between; float16 rounds at 5e-4, bfloat16 at 4e-3.
+# Upper bound of any tolerance, relative to the largest value that is compared. Correct evaluations of a whole decoder
+# in float32 typically differ by 4e-6 of it, and by 3e-4 at single tokens where the model amplifies rounding errors. A
+# wrong mask, position or activation causes differences from 1e-2 on. The float32 bound lies in between. The rounding
+# error is 5e-4 in float16 and 4e-3 in bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1.6e-1}
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What an export may differ from the rewritten model.
+    """Allowed differences between an export and the rewritten model.
 
     Attributes:
-        logits: the largest absolute difference of logits, by case.
-        cache: the same of keys and values.
-        why: where the numbers come from, for a person.
+        logits: largest allowed absolute difference of logits, per test case.
+        cache: largest allowed absolute difference of cache tensors, per test case.
+        why: derivation of the numbers, as text for the user.
     """
 
     logits: tuple[float, ...]
@@ -56,13 +58,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """Token ids and how they are fed.
+    """A test case: token ids, and how they are split over calls.
 
     Attributes:
-        name: says what the case is for.
-        input_ids: `[B, N]`.
-        attention_mask: `[B, N]`, 0 on padding.
-        chunks: tokens per call; they add up to N. (7, 1) fills a cache with 7 positions and decodes one token.
+        name: description of the case.
+        input_ids: `[B, N]`, token ids.
+        attention_mask: `[B, N]`, 1 for tokens and 0 for padding.
+        chunks: tokens per call, with sum N; (7, 1) fills a cache with 7 positions and decodes one token.
     """
 
     name: str
@@ -71,7 +73,7 @@ class DecodeCase:
     chunks: tuple[int, ...]
 
     def calls(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Ids `[B, T]`, mask `[B, P + T]` and positions `[B, T]` of each call, on `device`."""
+        """Yield ids `[B, T]`, mask `[B, P + T]` and positions `[B, T]` of each call, on `device`."""
         ids, mask = self.input_ids.to(device), self.attention_mask.to(device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         stop = 0
@@ -82,12 +84,12 @@ class DecodeCase:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one implementation answered to one case, at positions that are not padding; kept in host memory.
+    """Outputs of one implementation on one test case, at positions that are not padding, as float32 in host memory.
 
     Attributes:
-        logits: `[positions, vocab]`.
-        cache: `[positions, G, K or V]` per cache tensor, or a state as it is, after the last call; empty for the
-            original model, whose cache may have another shape.
+        logits: `[positions, vocab]`, logits of all calls.
+        cache: cache tensors after the last call, keys and values as `[positions, G, K or V]` and tensors of
+            linear-attention layers in their own shape; empty for the original model, whose cache may differ in shape.
     """
 
     logits: Tensor
@@ -96,15 +98,15 @@ class Recording:
 
 @dataclass(frozen=True)
 class Check:
-    """One case, compared. Differences are the largest absolute ones.
+    """Errors of one test case, as largest absolute differences.
 
     Attributes:
-        case: name of the case.
-        export_error: logits of the file against those of the rewritten program.
-        tolerance: what `export_error` may be.
-        cache_error: the same for the cache.
-        cache_tolerance: what `cache_error` may be.
-        method_loss: logits of the rewritten program against those of the original model.
+        case: name of the test case.
+        export_error: difference between the logits of the file and of the rewritten program.
+        tolerance: largest allowed `export_error`.
+        cache_error: difference between the caches of the file and of the rewritten program.
+        cache_tolerance: largest allowed `cache_error`.
+        method_loss: difference between the logits of the rewritten program and of the original model.
     """
 
     case: str
@@ -116,7 +118,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the export error is within tolerance; a NaN is not."""
+        """Whether export error and cache error are within tolerance; NaN is not."""
         return self.export_error <= self.tolerance and self.cache_error <= self.cache_tolerance
 
     def to_json(self) -> dict[str, Any]:
@@ -124,7 +126,10 @@ class Check:
 
 
 def decode_cases(vocab_size: int) -> list[DecodeCase]:
-    """Empty and filled caches, one and several tokens, padding on the left, and a prefill with three decode steps."""
+    """Return the test cases of an export, with token ids drawn from a vocabulary of `vocab_size`.
+
+    They cover empty and filled caches, one and several tokens, left padding, and a prefill with three decode steps.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def case(name: str, padding: Sequence[int], *chunks: int) -> DecodeCase:
@@ -145,7 +150,7 @@ def decode_cases(vocab_size: int) -> list[DecodeCase]:
 
 @torch.no_grad()
 def record_model(model: Any, cases: Sequence[DecodeCase]) -> list[Recording]:
-    """Run a transformers causal LM on `cases`, as anybody would: its own cache, its own attention."""
+    """Run a transformers causal LM on `cases` with its own attention and transformers' `DynamicCache`."""
     from transformers import DynamicCache
 
     recordings = []
@@ -169,14 +174,14 @@ def record_step(
     cases: Sequence[DecodeCase],
     device: torch.device = CPU,
 ) -> list[Recording]:
-    """Run a decode graph on `cases`: a captured program, or a file behind a function of the same arguments.
+    """Run a decode graph on `cases`: a captured program, or a loaded file.
 
     Args:
-        step: ``(input_ids, attention_mask, position_ids, *past) -> (logits, *present)``.
-        layers: shapes of the cache, to start with an empty one.
-        dtype: of the cache.
-        cases: what to run.
-        device: that `step` runs on.
+        step: function ``(input_ids, attention_mask, position_ids, *past) -> (logits, *present)``.
+        layers: cache shapes, one entry per layer, from which the empty cache of the first call is created.
+        dtype: dtype of the cache.
+        cases: test cases to run.
+        device: device that `step` runs on.
     """
     recordings = []
     for case in cases:
@@ -203,7 +208,7 @@ def compare(
     original: Sequence[Recording],
     tolerance: Tolerance,
 ) -> list[Check]:
-    """Export error and method loss of each case."""
+    """Return export error and method loss of each test case."""
     checks = []
     allowed = zip(tolerance.logits, tolerance.cache, strict=True)
     for case, file, program, model, (logits, cache) in zip(cases, exported, rewritten, original, allowed, strict=True):
@@ -223,7 +228,10 @@ def compare(
 def require_no_method_loss(
     checks: Sequence[Check], original: Sequence[Recording], dtype: torch.dtype, what: str
 ) -> None:
-    """Exact passes promise the same model up to rounding, and so does the capture; raise where they do not keep it."""
+    """Raise an :class:`ExportError` if the method loss exceeds rounding errors.
+
+    Called only if all passes are exact and keep the model's outputs.
+    """
     for check, model in zip(checks, original, strict=True):
         allowed = TOLERANCE[dtype] * largest_value([model.logits])
         if not check.method_loss <= allowed:
@@ -235,7 +243,7 @@ def require_no_method_loss(
 
 
 def require_ok(checks: Sequence[Check], what: str) -> None:
-    """Raise an :class:`ExportError` that names the worst case when one is out of tolerance."""
+    """Raise an :class:`ExportError` that names the worst test case if any is out of tolerance."""
     bad = [c for c in checks if not c.ok]
     if not bad:
         return
@@ -257,16 +265,16 @@ def _ratio(error: float, tolerance: float) -> float:
 
 
 def _attended(values: Tensor, case: DecodeCase) -> Tensor:
-    """Rows of `values` `[B, N, ...]` at positions that are not padding; what stands at padding has no meaning."""
+    """Return `values` `[B, N, ...]` at positions that are not padding, `[positions, ...]`; others are meaningless."""
     return values.cpu()[case.attention_mask.bool()].float()
 
 
 def largest_value(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value of all `tensors`."""
+    """Return the largest absolute value in all `tensors`."""
     return max(float(t.abs().max()) for t in tensors)
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The largest absolute difference between tensors of the same place; NaN where one is NaN."""
+    """Return the largest absolute difference between corresponding tensors; NaN if any difference is NaN."""
     differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
     return math.nan if any(math.isnan(d) for d in differences) else max(differences)

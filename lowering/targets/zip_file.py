@@ -1,4 +1,4 @@
-"""Metadata in a ``.pt2`` archive: a record of its own among the extra files, ``{root}/extra/effpass.json``."""
+"""Metadata of effpass in a ``.pt2`` archive, stored in the additional record ``{root}/extra/effpass.json``."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _LARGEST = 1 << 26
 
 
 def stamp(file: Path, metadata: Mapping[str, str]) -> None:
-    """Add the record."""
+    """Add `metadata` to the archive as a new record."""
     with zipfile.ZipFile(file, "a") as archive:
         root = archive.namelist()[0].split("/")[0]
         archive.writestr(f"{root}/{_RECORD}", json.dumps(dict(metadata)))
 
 
 def read(file: Path) -> dict[str, str]:
-    """The record; empty where there is none.
+    """Read the metadata that :func:`stamp` added; empty if the archive has none.
 
     Raises:
-        ExportError: no whole archive.
+        ExportError: if the archive or its metadata is damaged.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -48,10 +48,10 @@ def read(file: Path) -> dict[str, str]:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 over names and contents of all other records.
+    """Return the SHA-256 over names and contents of all records except the metadata of effpass.
 
     Raises:
-        ExportError: a record is damaged.
+        ExportError: if a record is damaged.
     """
     parts = []
     try:

@@ -575,6 +575,16 @@ def test_a_tensorrt_engine(tmp_path: Path) -> None:
         effpass.validate(out)
 
 
+@pytest.mark.parametrize(("gpu", "chosen"), [(True, "tensorrt"), (False, "tensorrt_rtx")])
+def test_of_two_tensorrts_the_one_that_can_build_here(gpu: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from effpass.lowering.targets import tensorrt
+
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: name != "tensorrt_rtx_bindings")
+    monkeypatch.setattr(tensorrt.importlib, "import_module", str)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert tensorrt._tensorrt() == chosen
+
+
 def test_tensorrt_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from effpass.lowering.targets import tensorrt
 

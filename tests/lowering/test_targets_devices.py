@@ -224,6 +224,15 @@ def test_tensors_on_another_device_are_refused_at_each_call() -> None:
     assert len(called) == 5
 
 
+def test_a_mask_covers_the_past_and_the_tokens() -> None:
+    """Of layers without a past, such as linear attention's, the mask alone tells how long it is."""
+    checked = limited(lambda *inputs: list(inputs), [], torch.float32, Limits(), "m.onnx", torch.device("cpu"))
+    assert len(checked(torch.ones(1, 3, dtype=torch.long), *(torch.ones(1, n, dtype=torch.long) for n in (5, 3)))) == 3
+    for mask in (torch.ones(1, 2, dtype=torch.long), torch.ones(4, dtype=torch.long)):
+        with pytest.raises(ExportError, match=r"attention_mask is \[.*\]; it covers the past and the 3 input_ids"):
+            checked(torch.ones(1, 3, dtype=torch.long), mask, torch.ones(1, 3, dtype=torch.long))
+
+
 # -- how far kernels count --------------------------------------------------------------------------------------------
 
 
