@@ -1,1 +1,1 @@
-"""What each `effpass::` operator means, how a GPU does it, and where a program goes."""
+"""Lowering of programs: `effpass::` operators, their GPU kernels, and the targets that programs are compiled for."""

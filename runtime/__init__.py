@@ -1,1 +1,1 @@
-"""Caches and the decode loop."""
+"""The decode engine: KV caches, CUDA graphs, and the generation loop around them."""

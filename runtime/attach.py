@@ -1,4 +1,8 @@
-"""Make a transformers model's `generate` run on the decode engine."""
+"""Replacement of a transformers model's `generate` by one that runs on the decode engine.
+
+``effpass.prepare`` calls :func:`attach` on the models that it prepares. transformers still prepares each call (config,
+logits processors, stopping criteria) and calls the engine's loop through its `custom_generate` argument.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ _THEIRS = ("custom_generate", "assistant_model", "prompt_lookup_num_tokens", "sp
 
 
 def engine_of(model: Any, *, backend: Backend | None = None) -> Engine:
-    """The engine of `model`, made when it is first asked for and kept on it.
+    """Return the engine of `model`, which is created on first use and stored on the model.
 
     Args:
         model: a transformers causal LM.
-        backend: as in :class:`Engine`, where the engine is made now.
+        backend: backend as in :class:`Engine`, used only if the engine is created by this call.
 
     Raises:
-        ModelError: the engine can't run this model.
+        ModelError: if the engine can't run this model.
     """
     engine = getattr(model, "effpass_engine", None)
     if not isinstance(engine, Engine) or engine.model is not model:
@@ -37,15 +41,22 @@ def engine_of(model: Any, *, backend: Backend | None = None) -> Engine:
 
 
 def attach(model: Any, *, backend: Backend | None = None) -> Engine:
-    """Give `model` a `generate` that runs on an engine, for this instance alone.
+    """Replace `generate` of this model instance by one that runs on the decode engine.
 
-    It takes what transformers' own takes and prepares it with transformers' own. Assisted generation and custom loops
-    are left to transformers.
+    The new method takes the arguments of transformers' `generate`, and transformers prepares them. Assisted generation
+    and custom generation loops are left to transformers.
+
+    Args:
+        model: a transformers causal LM.
+        backend: backend that compiles decode steps, as in :class:`Engine`.
+
+    Returns:
+        The engine of the model.
 
     Raises:
-        ModelError: the engine can't run this model.
+        ModelError: if the engine can't run this model.
     """
-    engine = engine_of(model, backend=backend)  # a pass may have made it, with sessions of its own
+    engine = engine_of(model, backend=backend)  # a pass may have created it already, with its own kind of session
     engine.backend = backend
     engine.release()
     model.generate = MethodType(generate, model)
@@ -53,16 +64,17 @@ def attach(model: Any, *, backend: Backend | None = None) -> Engine:
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a prepared model; see transformers' for arguments and results.
+    """Generate with the decode engine; the `generate` of a prepared model.
 
-    Arguments that are more: `keep_tokens`, bool `[B, T]`, the tokens that a cache with a budget may not give up;
-    `draft` and `tree`, for speculative decoding (:mod:`effpass.runtime.speculative.open_draft`).
+    Arguments and results are those of transformers' `generate`. Additional arguments are `keep_tokens`, a bool `[B, T]`
+    mask of the prompt tokens that a cache with a budget may not evict, and `draft` and `tree` for speculative decoding
+    (:mod:`effpass.runtime.speculative.open_draft`).
     """
     original = type(self).generate
     if any(kwargs.get(name) is not None for name in _THEIRS):
         return original(self, *args, **kwargs)
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if isinstance(ids, Tensor) and ids.numel() == 0:  # transformers fails on it with an index error
+    if isinstance(ids, Tensor) and ids.numel() == 0:  # transformers would raise an index error
         raise EffpassError(f"the prompt is empty: input_ids is {tuple(ids.shape)}", hint="give at least one token")
     streamer, keep = kwargs.pop("streamer", None), kwargs.pop("keep_tokens", None)
     run = _speculative(self, kwargs, keep)
@@ -79,7 +91,7 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _speculative(model: Any, kwargs: dict[str, Any], keep: Any) -> Callable[..., Any] | None:
-    """Speculative generation, where `draft` was given."""
+    """Return the speculative generation loop if `draft` was given; removes `draft` and `tree` from `kwargs`."""
     draft, tree = kwargs.pop("draft", None), kwargs.pop("tree", None)
     if draft is None:
         if tree is not None:
@@ -93,7 +105,10 @@ def _speculative(model: Any, kwargs: dict[str, Any], keep: Any) -> Callable[...,
 
 
 def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> StoppingCriteriaList:
-    """`stop_strings` as a criterion: transformers drops the tokenizer that it needs on the way to a custom loop."""
+    """Return the stopping criteria with `stop_strings` converted into one of them.
+
+    transformers would do this itself, but does not pass on the tokenizer that it needs to a custom loop.
+    """
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     strings = kwargs.pop("stop_strings", None)
     config = kwargs.get("generation_config")

@@ -1,7 +1,9 @@
-"""Attention over the decode engine's cache, as an attention implementation of transformers.
+"""Attention over the decode engine's cache, registered as an attention implementation of transformers.
 
-Registered without a mask builder, so that transformers builds no mask: one mask for all layers would be wrong as soon
-as layers hold different positions, and a padding mask read at contiguous offsets is wrong as soon as keys are evicted.
+:func:`reading_cache` selects the implementation for the duration of a generation. It is registered without a mask
+builder, so that transformers builds no mask: a mask shared by all layers would be wrong as soon as layers hold
+different positions, and a padding mask indexed by slot would be wrong as soon as keys are evicted. Visibility follows
+from the positions stored in the cache instead (:mod:`effpass.runtime.cache`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from effpass.runtime.latent_attention import Absorbed
 __all__ = ["NAME", "PREFILL", "cached_attention", "reading_cache"]
 
 NAME = "effpass"
-# cuDNN's is the fastest for long prompts on Hopper, and not PyTorch's first choice.
+# SDPA backends for prefill, in order of preference. cuDNN's is the fastest for long prompts on Hopper, but is not
+# PyTorch's first choice.
 PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _UNKNOWN = ("position_bias", "s_aux")
 
@@ -40,23 +43,23 @@ def cached_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What a model's attention layer calls, with what :meth:`DecodeCache.update` returned.
+    """Attend to the cache; called by a model's attention layer with the result of :meth:`DecodeCache.update`.
 
     Args:
-        module: the attention layer; its `layer_idx` names the cache layer.
-        query: `[B, H, T, K]`.
-        key: `[B, G, S, K]`, the slots to read.
-        value: `[B, G, S, V]`.
-        attention_mask: must be None.
-        effpass_cache: the cache, passed to the model's forward as a keyword argument.
-        scaling: factor of the scores; None stands for K^-½.
-        softcap: bound of the scores, where a model has one.
+        module: the attention layer, whose `layer_idx` is the index of its cache layer.
+        query: `[B, H, T, K]`, queries of the new tokens.
+        key: `[B, G, S, K]`, keys of the cache slots to read.
+        value: `[B, G, S, V]`, values of these slots.
+        attention_mask: must be None, since visibility follows from positions.
+        effpass_cache: the cache, which the model's forward receives as a keyword argument.
+        scaling: factor on the scores; None for K^-½.
+        softcap: soft cap on the scores; None if the model has none.
 
     Returns:
-        `[B, T, H, V]`, and None where transformers expects weights.
+        The output `[B, T, H, V]`, and None in place of the attention weights that transformers allows for.
 
     Raises:
-        ModelError: the layer wants something that attention by positions has no place for.
+        ModelError: if the layer uses a feature that attention by positions does not support.
     """
     unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
     if attention_mask is not None or unknown:
@@ -93,7 +96,7 @@ def _attend(
     sees_all = slots.is_dense and not slots.is_replayed and not 0 < layer.window < reads and not softcap
     if sees_all and tokens in (1, reads):
         is_causal = False
-        if tokens > 1:  # a graph's guard: SDPA takes no symbol
+        if tokens > 1:  # a branch, so that a traced graph gets a guard: SDPA does not accept a symbolic bool
             is_causal = True
         with sdpa_kernel(PREFILL, set_priority=True) if query.is_cuda else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -109,10 +112,10 @@ def _attend(
 
 @contextmanager
 def reading_cache(model: Any) -> Iterator[None]:
-    """Inside, `model` attends through :func:`cached_attention`, and its calls need `effpass_cache`."""
+    """Context manager in which `model` attends through :func:`cached_attention` and must be given `effpass_cache`."""
     AttentionInterface.register(NAME, cached_attention)
     text = model.config.get_text_config(decoder=True)
-    # A vision tower attends as it did: only the language model has a cache.
+    # Only the language model has a cache; a vision tower keeps its attention implementation.
     part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
     before = text._attn_implementation
     model.set_attn_implementation(NAME if part is None else {part: NAME})

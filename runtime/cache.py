@@ -1,11 +1,14 @@
-"""The decode engine's cache: fixed buffers, and for every slot of them the position that stands there.
+"""The KV cache of the decode engine: buffers of fixed size, with the token position stored for every slot.
 
-A token has a *position*, its place in its own sequence, and a *slot*, its place in the buffers. The two differ where a
-sequence is padded on the left, and where a pass evicts keys. What a query may read follows from positions alone
+A token has a *position*, its index in its own sequence, and a *slot*, its index in the buffers. The two differ if a
+sequence is padded on the left, or if a pass evicts keys. Which slots a query may read follows from positions alone:
 
     slot s is visible to query t  ⇔  0 ≤ position[s] ≤ position[t]  and  position[t] − position[s] < window
 
-so that padding, eviction and layers of different lengths need no mask, and no mask is ever built.
+Padding, eviction and layers of different lengths therefore need no attention mask, and none is ever built.
+
+Shapes: B batch size of the buffers, S slots, G KV heads, K key size, V value size, T new tokens. A call uses the first
+`rows` of the B sequences.
 """
 
 from __future__ import annotations
@@ -36,16 +39,16 @@ __all__ = [
 
 
 class Slots:
-    """Positions of the slots that some layers share.
+    """Token positions of the cache slots, shared by layers that hold the same tokens.
 
     Attributes:
-        positions: int32 `[B, S]`; -1 marks an empty slot and padding.
-        start: int32 `[1]`, on the device: the slot of the current call's first token.
-        filled: int32 `[1]`, on the device: slots in use, the current call's included.
-        length: the same number on the host (*physical length*).
-        seen: tokens entered, those that gave up their slots included (*logical length*); on the host.
-        is_replayed: the call is being recorded in a CUDA graph, and `length` is not what it will be in a replay.
-        is_dense: position s stands in slot s of every row, as far as slots are filled; known on the host.
+        positions: int32 `[B, S]`, position of the token in each slot; -1 for an empty slot or padding.
+        start: int32 `[1]` on the device, slot of the current call's first token.
+        filled: int32 `[1]` on the device, number of slots in use, including those of the current call.
+        length: host copy of `filled` (*physical length*).
+        seen: number of tokens entered, including evicted ones (*logical length*), on the host.
+        is_replayed: whether the call is being recorded in a CUDA graph, whose replays have another `length`.
+        is_dense: whether slot s of every sequence holds position s, for all slots in use; on the host.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -59,11 +62,11 @@ class Slots:
 
     @property
     def reads(self) -> int:
-        """How many slots a call has to look at; kernels in a CUDA graph look up `filled` instead."""
+        """Number of slots that a call reads; all slots in a CUDA graph, whose kernels read `filled` instead."""
         return self.positions.shape[1] if self.is_replayed else self.length
 
     def append(self, positions: Tensor) -> None:
-        """Enter the positions `[rows, T]` of a call's tokens; device operations only. Rows beyond stay empty."""
+        """Enter the positions `[rows, T]` of a call's tokens, with device operations only."""
         torch.ops.effpass.append_positions(self.positions, self.start, self.filled, positions)
 
     def crop(self, length: int) -> None:
@@ -76,17 +79,18 @@ class Slots:
 
 
 class BufferedLayer(CacheLayerMixin):
-    """Keys `[B, G, S, K]` and values `[B, G, S, V]` of one layer in buffers that stay where they are.
+    """Keys `[B, G, S, K]` and values `[B, G, S, V]` of one layer, in buffers of fixed address.
 
     Args:
-        slots: which positions stand in the buffers; shared by layers that hold the same tokens.
-        window: sliding window in positions; 0 for full attention.
+        slots: positions of the tokens in the buffers; shared by layers that hold the same tokens.
+        window: size of the sliding window in positions; 0 for full attention.
 
     Attributes:
-        latents: where the model caches latents (MLA), keys and values side by side `[B, 1, S, K + V]`; they are views.
-        pool: where keys and values are in host memory, which blocks of them are on the device.
-        keeps_places: what stands in a slot stays there until it is cropped.
-        keeps_keys: False for linear attention, which keeps a state.
+        latents: if the model caches latents (MLA), the buffer `[B, 1, S, K + V]` that keys and values are views of;
+            otherwise None.
+        pool: if keys and values are in host memory, the pool of their blocks that are on the device; otherwise None.
+        keeps_places: whether a token stays in its slot until it is cropped.
+        keeps_keys: whether the layer caches keys and values; False for linear attention, which caches a state.
     """
 
     is_compileable = True
@@ -107,9 +111,9 @@ class BufferedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, capacity = self.slots.positions.shape
-        # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
+        # Zeros, because a masked slot has weight 0, and 0 times uninitialised memory may be NaN.
         sizes = [key_states.shape[3], value_states.shape[3]]
-        if key_states.shape[1] == 1 and sizes[0] != sizes[1]:  # latents (MLA), whose two parts are read as one key
+        if key_states.shape[1] == 1 and sizes[0] != sizes[1]:  # latents (MLA): both parts together are one key
             self.latents = key_states.new_zeros(batch, 1, capacity, sum(sizes))
             self.keys, self.values = self.latents.split(sizes, -1)
         else:
@@ -120,17 +124,17 @@ class BufferedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys `[rows, G, T, K]` and values.
+        """Write the new keys `[rows, G, T, K]` and values `[rows, G, T, V]` to the current call's slots.
 
         Returns:
-            Keys `[rows, G, S, K]` and values of the slots to read, with the slots' positions.
+            Keys `[rows, G, reads, K]` and values `[rows, G, reads, V]` of the slots to read (:attr:`Slots.reads`).
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         rows, reads = key_states.shape[0], self.slots.reads
-        if self.latents is not None and not self.slots.is_replayed:  # one write: a compiler takes no two to one buffer
+        if self.latents is not None and not self.slots.is_replayed:  # one write, as compilers reject two to one buffer
             latents = self.latents[:rows]
             latents[:, :, reads - key_states.shape[2] : reads] = torch.cat((key_states, value_states), -1)
             keys, values = latents[:, :, :reads].split((key_states.shape[3], value_states.shape[3]), -1)
@@ -146,7 +150,7 @@ class BufferedLayer(CacheLayerMixin):
         return (keys, values) if reads == keys.shape[2] else (keys[:, :, :reads], values[:, :, :reads])
 
     def joined(self, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        """Latents `[rows, 1, S, K + V]`, of which :meth:`update` returned `key` and `value` for `tokens` new ones."""
+        """Return latents `[rows, 1, S, K + V]` from the `key` and `value` that :meth:`update` returned."""
         if self.latents is None:
             return torch.cat((key, value), -1)
         return self.latents[: key.shape[0], :, : key.shape[2]]
@@ -158,46 +162,46 @@ class BufferedLayer(CacheLayerMixin):
         return self.slots.positions.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.length, 0  # the current call's tokens have been entered
+        return self.slots.length, 0  # includes the current call's tokens
 
     def reset(self) -> None:
         self.slots.crop(0)
         self.forget()
 
     def forget(self) -> None:
-        """No sequence has a token; what is in slots need not be touched."""
+        """Drop state outside of the slots, called when all sequences become empty."""
 
     def own_state(self) -> list[Tensor]:
-        """What a step writes that stands in no slot."""
+        """Return the tensors outside of the slots that a decode step writes."""
         return []
 
 
 class Reader(Protocol):
-    """What attends to the layers of a cache in a way of its own; its state is that cache's.
+    """Interface of an object that replaces the default attention over one cache, such as sparse attention.
 
     Attributes:
-        keeps_queries: :meth:`keep_query` is to be called.
+        keeps_queries: whether :meth:`keep_query` must be called.
     """
 
     keeps_queries: bool = False
 
     def keep_query(self, index: int, query: Tensor) -> None:
-        """The last query `[B, H, 1, K]` of a prompt, or of a piece of it, for keys as they are cached."""
+        """Receive the last query `[B, H, 1, K]` of a prompt or of a chunk of it, absorbed for cached latents."""
         return
 
     def attend(
         self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
     ) -> Tensor | None:
-        """`[B, T, H, V]`, or None where the layer is attended to as by default; arguments are those of `attended`."""
+        """Return the output `[B, T, H, V]`, or None for the default attention; see :meth:`DecodeCache.attended`."""
 
     def ready(self, cache: DecodeCache) -> Hashable:
-        """Called before every step, on the host; where the result is another, a step does something else."""
+        """Prepare for a decode step, on the host; a CUDA graph is recorded anew if the returned value changes."""
 
     def forget(self) -> None:
-        """The slots hold other tokens than before."""
+        """Drop derived state, called when the slots may hold other tokens than before."""
 
     def state(self) -> list[Tensor]:
-        """What a step that was only tried must leave as it was."""
+        """Return the tensors to restore after the trial steps that precede the recording of a CUDA graph."""
         return []
 
 
@@ -205,18 +209,19 @@ class DecodeCache(Cache):
     """A transformers cache with fixed buffers for `batch` sequences of up to `capacity` tokens.
 
     Args:
-        config: the model's; says how many layers there are, and which slide.
-        batch: rows B of the buffers.
-        capacity: slots S of the buffers.
-        device: where they are.
-        layers: the layers' buffers; by default all of `capacity` slots, which hold the same tokens in every layer.
+        config: config of the model, which gives the number of layers and their sliding windows.
+        batch: number of sequences B that the buffers hold.
+        capacity: number of slots S of the buffers.
+        device: device of the buffers.
+        layers: buffers of the layers; None creates buffers of `capacity` slots that share their :class:`Slots`.
 
     Attributes:
-        query_positions: int32 `[rows, T]`: positions of the current call's tokens.
-        reader: attends in a way of its own; None for none.
+        query_positions: int32 `[rows, T]`, positions of the current call's tokens.
+        reader: object that replaces the default attention; None for the default.
+        session: the :class:`~effpass.runtime.session.Session` that decodes into the cache, if the user holds the cache.
 
     Raises:
-        ModelError: a layer keeps something other than keys and values.
+        ModelError: if a layer caches something other than keys and values.
     """
 
     reader: Reader | None = None
@@ -236,46 +241,46 @@ class DecodeCache(Cache):
         super().__init__(layers=list(layers))
         self.batch, self.capacity = batch, capacity
         self.query_positions = self.slots.positions[:, :0]
-        self.session: object = None  # what decodes into it, where the user holds it
+        self.session: object = None
 
     def buffers(self, index: int) -> BufferedLayer:
-        """The layer's buffers."""
+        """Return the buffers of layer `index`."""
         layer = self.layers[index]
         assert isinstance(layer, BufferedLayer)
         return layer
 
     def distinct_slots(self) -> Iterator[Slots]:
-        """Every :class:`Slots` of the layers, once."""
+        """Yield each distinct :class:`Slots` of the layers once."""
         yield from dict.fromkeys(self.buffers(i).slots for i in range(len(self.layers)))
 
     def append(self, positions: Tensor) -> None:
-        """Enter the positions int32 `[rows, T]` of a call's tokens, -1 for padding; on the device."""
+        """Enter the positions of a call's tokens on the device: int32 `[rows, T]`, -1 for padding."""
         self.query_positions = positions
         for slots in self.distinct_slots():
             slots.append(positions)
 
     def advance(self, tokens: int) -> None:
-        """The same on the host. Both come before the call."""
+        """Count a call's tokens on the host. Call this and :meth:`append` before the model runs."""
         for slots in self.distinct_slots():
             slots.length += tokens
             slots.seen += tokens
 
     def attended(self, index: int, query: Tensor, keys: Tensor, scale: float, softcap: float) -> None:
-        """Called when layer `index` has attended; a cache that ranks its tokens looks on here.
+        """Hook that is called after layer `index` has attended, for caches that rank tokens by their attention.
 
         Args:
-            index: the layer.
-            query: `[B, H, T, K]`.
-            keys: `[B, G, S, K]` of the slots that were read.
+            index: index of the layer.
+            query: `[B, H, T, K]`, queries of the call.
+            keys: `[B, G, S, K]`, keys of the slots that were read.
             scale: factor on the scores.
-            softcap: bound on the scores; 0 for none.
+            softcap: soft cap on the scores; 0 for none.
         """
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens.
 
         Raises:
-            EffpassError: a layer keeps a state that can't be taken back.
+            EffpassError: if a layer has a state that can't be reverted.
         """
         if tokens_to_remove < 0 and not self.is_croppable:
             raise cannot_crop(-tokens_to_remove)
@@ -290,26 +295,26 @@ class DecodeCache(Cache):
             self.buffers(index).forget()
 
     def ready(self) -> Hashable:
-        """Called before every decode step; see :class:`Reader`."""
+        """Prepare for a decode step; see :meth:`Reader.ready`."""
         return None if self.reader is None else self.reader.ready(self)
 
     def stepped(self) -> None:
-        """Called at the end of every decode step, which may have work under way beside the device's stream."""
+        """Hook that is called at the end of every decode step, to wait for work on other streams."""
 
     def state(self) -> list[Tensor]:
-        """What a step that was only tried must leave as it was."""
+        """Return the tensors to restore after the trial steps that precede the recording of a CUDA graph."""
         own = [t for index in range(len(self.layers)) for t in self.buffers(index).own_state()]
         own += [] if self.reader is None else self.reader.state()
         return [t for slots in self.distinct_slots() for t in (slots.positions, slots.filled)] + own
 
     def changed(self) -> None:
-        """Called when slots may hold other tokens than at the last step: after a prompt."""
+        """Hook that is called when slots may hold other tokens than at the last decode step, as after a prompt."""
         if self.reader is not None:
             self.reader.forget()
 
 
 def cannot_crop(tokens: int) -> EffpassError:
-    """What is said where some tokens, and not all, are to be taken back from a state."""
+    """Return the error for removing some, but not all, tokens from a recurrent state."""
     return EffpassError(
         f"{tokens} tokens were to be taken back, and linear attention has no state from before them",
         hint="begin again with an empty cache; assisted and speculative generation need layers that keep their keys",
@@ -317,12 +322,12 @@ def cannot_crop(tokens: int) -> EffpassError:
 
 
 def new_layers(config: Any, slots: Slots, make: Callable[[int], BufferedLayer]) -> list[BufferedLayer]:
-    """Buffers of a model's layers.
+    """Create the buffers of a model's layers.
 
     Args:
-        config: the model's.
-        slots: for linear attention, which needs the number of rows.
-        make: for a layer that keeps keys, from its window.
+        config: config of the model.
+        slots: slots of the buffers for linear-attention layers, which use its batch size and device.
+        make: function that creates the buffers of an attention layer from its sliding window.
     """
     windows = layer_windows(config)
     if not _is_hybrid(config):
@@ -335,7 +340,7 @@ def new_layers(config: Any, slots: Slots, make: Callable[[int], BufferedLayer]) 
 
 
 def full_layers(config: Any) -> tuple[list[int], dict[int, str]]:
-    """Which layers keep keys of all tokens, and what the others do instead, in words.
+    """Return the layers that cache the keys of all tokens, and for each other layer the reason as text.
 
     Raises:
         ModelError: as :func:`layer_windows`.
@@ -355,12 +360,12 @@ def _is_hybrid(config: Any) -> bool:
 
 
 def layer_windows(config: Any) -> list[int]:
-    """The sliding window of each of the model's layers, 0 where attention is full.
+    """Return the sliding window of each layer in positions, 0 for full attention.
 
-    A hybrid's layers of linear attention have those of what they replaced.
+    Linear-attention layers of a hybrid have the window of the attention layer that they replaced.
 
     Raises:
-        ModelError: a layer keeps something else, or has no cache of its own.
+        ModelError: if a layer caches something other than keys and values, or shares another layer's cache.
     """
     windows = []
     text = config.get_text_config(decoder=True)

@@ -1,8 +1,9 @@
-"""One step's choice: from logits to tokens, and which sequences go on.
+"""Token selection of a decode step: from logits to the next tokens, and to the sequences that continue.
 
-Processors that look at scores alone, and criteria that look at the last token alone, do the same at every step to
-buffers that stay where they are: on a GPU they are part of the step's CUDA graph. Others see all tokens so far, and run
-as they are.
+:class:`Choice` runs transformers' logits processors and stopping criteria for the generation loop
+(:mod:`effpass.runtime.generation`). If all processors depend on the scores only, and all criteria on the last token
+only, every step performs the same operations on fixed buffers, which on a GPU become part of the step's CUDA graph.
+Other processors and criteria receive all tokens so far and run outside of the graph.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ SEES_LAST_TOKEN = (EosTokenCriteria, MaxLengthCriteria)
 
 
 class Choice:
-    """Chooses tokens from a session's logits, with transformers' processors and criteria.
+    """Chooses tokens from a session's logits with transformers' processors and criteria.
 
     Args:
-        session: after the prompt.
-        prompt: int64 `[rows, T]`.
-        new: how many tokens are chosen at most.
-        processors, criteria, config: as transformers prepared them.
+        session: session that has run the prompt.
+        prompt: int64 `[rows, T]`, token ids of the prompt.
+        new: maximum number of new tokens.
+        processors: logits processors that transformers prepared.
+        criteria: stopping criteria that transformers prepared.
+        config: generation config that transformers prepared.
 
     Attributes:
-        tokens: int64 `[rows]`: the step's, and the session's next input.
-        goes_on: bool: whether any sequence does.
-        lasted: int64: the number of steps after which any did.
+        tokens: int64 `[rows]`, the tokens chosen last, which are the session's next input.
+        goes_on: bool `[]`, whether any sequence is unfinished.
+        lasted: int64 `[]`, number of steps after which some sequence was unfinished.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Choice:
         answer = session.answer
         self.goes_on, self.lasted = answer.goes_on, answer.lasted
         self._ids, self._unfinished = answer.ids[:rows], answer.unfinished[:rows]
-        self._pads = any(hasattr(c, "eos_token_id") for c in criteria)  # as transformers decides it
+        self._pads = any(hasattr(c, "eos_token_id") for c in criteria)  # the condition that transformers uses
         ends = [c.eos_token_id.flatten() for c in criteria if isinstance(c, EosTokenCriteria)]
         count = sum(map(len, ends))
         can_end = any(not isinstance(c, MaxLengthCriteria) for c in criteria)
@@ -79,11 +82,11 @@ class Choice:
         self._tail = Tail(self._key(rows), self._fixed) if is_fixed else None
 
     def first(self) -> None:
-        """Choose from the prompt's logits."""
+        """Choose the first tokens from the prompt's logits."""
         self._choose(self._session.logits)
 
     def next(self) -> None:
-        """Run a step, and choose."""
+        """Run a decode step and choose the next tokens."""
         self._session.step(self._tail)
         if self._tail is None:
             self._choose(self._session.logits)
@@ -91,7 +94,7 @@ class Choice:
             self._length += 1
 
     def output(self, length: int) -> dict[str, Any]:
-        """Of what was generated, the first `length` positions."""
+        """Return the first `length` positions of the sequences, with their scores and logits if requested."""
         dropped = self._length - length
         kept = {"scores": self._scores, "logits": self._logits}
         steps = {k: None if v is None else tuple(v[: len(v) - dropped]) for k, v in kept.items()}
@@ -107,10 +110,10 @@ class Choice:
             self._end(self._criteria(self._ids[:, : self._length + 1], given))
         self._length += 1
 
-    # -- the same at every step ----------------------------------------------------------------------------------------
+    # -- operations that can be part of the CUDA graph -----------------------------------------------------------------
 
     def _key(self, rows: int) -> tuple[Any, ...]:
-        """What `_fixed` does, apart from what stands in buffers."""
+        """Return a key of the operations that `_fixed` performs; values in buffers are not part of it."""
         processors = tuple((type(p).__name__, *sorted(vars(p).items())) for p in self._processors)
         return rows, self._samples, processors
 
@@ -125,7 +128,7 @@ class Choice:
         self._choose_from(logits, self.tokens[:, None])
         self._ids.index_copy_(1, answer.column, self.tokens[:, None])
         answer.column.add_(1)
-        self._end((self.tokens[:, None] == answer.ends).any(1))  # torch.isin may sort, and then waits for the device
+        self._end((self.tokens[:, None] == answer.ends).any(1))  # torch.isin may sort and synchronise
 
     def _choose_from(self, logits: Tensor, seen: Tensor) -> None:
         logits = logits[: len(self.tokens)].to(torch.float32, copy=True)

@@ -1,19 +1,23 @@
-"""Sequences whose tokens lie on several ranks: context parallelism for attention over blocks that tokens choose.
+"""Context parallelism for trainable block-sparse attention: the tokens of a micro-batch are distributed over ranks.
 
     part = shard(batch, mesh)        # this rank's tokens of the micro-batch
-    model(**part)                    # layers work on these tokens; attention looks at all of them
+    model(**part)                    # layers process these tokens; attention sees the tokens of all ranks
 
     [t, h, K]  --all-to-all-->  [T, h / W, K]  --attention-->  [T, h / W, V]  --all-to-all-->  [t, h, V]
 
-Ranks hold parts of the tokens, and in attention parts of the heads (DeepSpeed-Ulysses, arXiv 2309.14509): all tokens of
-some key-value heads, with the query heads that share them. So the router sees the blocks and the operator the sequences
-that they see on one device, whatever the order of the tokens is, and all ranks attend to equally many keys.
+Outside of attention each rank holds part of the tokens. In attention it holds part of the heads (DeepSpeed-Ulysses,
+arXiv 2309.14509): all tokens of some KV heads, with the query heads that share them. The router that chooses blocks
+(:mod:`effpass.lowering.ops.routed_blocks`) and the attention operator therefore see the same blocks and sequences as on
+a single device, for any order of the tokens, and all ranks attend to equally many keys.
+:mod:`effpass.runtime.routed_attention` uses this module.
 
-PyTorch's `context_parallel` exchanges keys for `scaled_dot_product_attention`, and for flex_attention by names that are
-private; it has no place for another operator. What is taken from PyTorch is all public: device meshes, parts of batches
-(by `DTensor`, or by `context_parallel`, with its order of tokens) and the exchange, `DTensor.redistribute`.
+PyTorch's `context_parallel` exchanges keys for `scaled_dot_product_attention`, and for flex_attention through private
+names, but does not support other operators. This module uses public interfaces of PyTorch only: device meshes, sharded
+batches (from `DTensor`, or from `context_parallel` with its order of tokens), and `DTensor.redistribute` for the
+exchange.
 
-Shapes: W ranks, T tokens of a micro-batch, t = T / W, h heads, K key size, V value size.
+Shapes: W ranks, T tokens of a micro-batch, t = T / W tokens of a rank, N documents, h heads, D hidden size, K key size,
+V value size.
 """
 
 from __future__ import annotations
@@ -32,17 +36,17 @@ from effpass.core.errors import EffpassError, ModelError
 
 __all__ = ["Context", "Spread", "check_groups", "shard", "spread"]
 
-_IGNORED = -100  # transformers' label of a token without a loss
+_IGNORED = -100  # label that transformers excludes from the loss
 
 
 @dataclass(frozen=True)
 class Context:
-    """How a micro-batch lies on the ranks; a model gets it as `effpass_context`.
+    """Distribution of a micro-batch over ranks, passed to the model's forward as `effpass_context`.
 
     Attributes:
-        mesh: of one dimension, the ranks that share the micro-batch.
-        tokens: T.
-        order: int64 [1, t], which of the T tokens this rank holds; None where ranks hold one part behind the other.
+        mesh: one-dimensional mesh of the ranks that share the micro-batch.
+        tokens: number of tokens T of the micro-batch.
+        order: int64 [1, t], indices of this rank's tokens among the T tokens; None if the ranks hold consecutive parts.
     """
 
     mesh: DeviceMesh
@@ -51,21 +55,24 @@ class Context:
 
 
 def shard(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """This rank's part of a micro-batch, to call the model with. All ranks of the mesh have the same micro-batch.
+    """Return this rank's part of a micro-batch, as keyword arguments of the model.
 
-    Rows become one, side by side; `labels` become those of the next tokens, which transformers takes as they are. A
-    length that W does not divide is filled up with a document of padding, which nothing attends to and no label counts.
+    All ranks of the mesh pass the same micro-batch. Its sequences are concatenated, and `labels` are shifted to the
+    next tokens, in the form that transformers expects of `shift_labels`. If W does not divide the number of tokens, a
+    document of padding is appended, which no other token attends to and whose labels are ignored.
 
     Args:
-        batch: `input_ids` and `position_ids` [B, T], positions beginning at 0 in each document; `cu_seq_lens_q`, where
-            it is known. Other tensors [B, T] are split as well, and all else is left as it is.
-        mesh: of one dimension.
+        batch: the micro-batch: `input_ids` and `position_ids` [batch, length], where positions begin at 0 in each
+            document, and optionally `cu_seq_lens_q`. Other tensors of this shape are split too, and all other values
+            are passed on unchanged.
+        mesh: one-dimensional mesh of the ranks that share the micro-batch.
 
     Returns:
-        Tensors [1, t], `shift_labels` beside `labels`, `cu_seq_lens_q` of all documents, `effpass_context`.
+        The split tensors [1, t], `shift_labels` in addition to `labels`, `cu_seq_lens_q` of all documents, and
+        `effpass_context`.
 
     Raises:
-        EffpassError: there are no positions, or a mask, or a mesh of more dimensions.
+        EffpassError: if there are no positions, if there is an attention mask, or if the mesh has more dimensions.
     """
     positions = batch.get("position_ids")
     if not isinstance(positions, Tensor) or positions.shape != batch["input_ids"].shape:
@@ -93,7 +100,7 @@ def shard(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
                 (padding,), _IGNORED if name == "labels" else 0
             )  # fmt: skip
             row = torch.cat((row, tail[None].to(row.dtype)), 1)
-        # Every rank has the whole: nothing is sent.
+        # Every rank has the whole tensor, so nothing is communicated.
         part[name] = distribute_tensor(row, mesh, [Shard(1)], src_data_rank=None).to_local()
     if "labels" in part:
         part["shift_labels"] = part["labels"]
@@ -107,12 +114,13 @@ def shard(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 class Spread(NamedTuple):
-    """The exchange of one forward pass.
+    """The all-to-all exchange between tokens and heads in one forward pass.
 
     Attributes:
-        mesh: of one dimension.
-        order: int64 [T], the tokens as the ranks hold them, one rank behind the other; None where they ascend.
-        places: int64 [T], where in `order` each token is.
+        mesh: one-dimensional mesh of the ranks that share the micro-batch.
+        order: int64 [T], indices of the tokens in the order in which the ranks hold them, rank by rank; None if they
+            are ascending.
+        places: int64 [T], index of each token in `order`; None if `order` is.
     """
 
     mesh: DeviceMesh
@@ -120,23 +128,23 @@ class Spread(NamedTuple):
     places: Tensor | None = None
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """[T, h / W, ...] of [t, h, ...]: all tokens, in their order, of this rank's heads."""
+        """Exchange [t, h, ...] for [T, h / W, ...]: all tokens, in ascending order, of this rank's heads."""
         whole = _redistributed(x, self.mesh, Shard(0), Shard(1))
         return whole if self.places is None else _Moved.apply(whole, self.places, self.order)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """[t, h, ...] of [T, h / W, ...]."""
+        """Exchange [T, h / W, ...] for [t, h, ...]: this rank's tokens of all heads."""
         if self.order is not None:
             x = _Moved.apply(x, self.order, self.places)
         return _redistributed(x, self.mesh, Shard(1), Shard(0))
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of all ranks' `x`."""
+        """Return the mean of `x` over all ranks."""
         return _redistributed(x, self.mesh, Partial("sum"), Replicate()) / self.mesh.size()
 
 
 def check_groups(groups: int, ranks: int) -> None:
-    """Raise a :class:`ModelError` where `groups` key-value heads can't be shared out."""
+    """Raise a :class:`ModelError` if the number of ranks does not divide the number of KV heads `groups`."""
     if groups % ranks:
         raise ModelError(
             f"{groups} key-value heads can't be shared out over {ranks} ranks of context parallelism",
@@ -145,18 +153,20 @@ def check_groups(groups: int, ranks: int) -> None:
 
 
 def spread(context: Context, inputs: Tensor, kwargs: Mapping[str, Any]) -> tuple[Spread, Tensor]:
-    """What the attention of a forward pass needs; a collective call where the order or the documents are not known.
+    """Prepare the attention of a forward pass: the exchange between ranks, and the boundaries of documents.
+
+    The call is collective if `context` has an order, or if `kwargs` has no `cu_seq_lens_q`.
 
     Args:
-        context: of the micro-batch.
-        inputs: [1, t] or [1, t, D], this rank's tokens.
-        kwargs: of the model's forward pass.
+        context: distribution of the micro-batch.
+        inputs: [1, t] or [1, t, D], this rank's token ids or embeddings.
+        kwargs: keyword arguments of the model's forward pass.
 
     Returns:
-        The exchange, and int32 [N + 1], where documents begin in the T tokens.
+        The exchange, and int32 [N + 1], the offsets of the N documents in the T tokens, followed by T.
 
     Raises:
-        EffpassError: the parts are not equally long, or something is missing or of another shape.
+        EffpassError: if the ranks' parts differ in length, or an argument is missing or has another shape.
     """
     mesh, order = context.mesh, context.order
     rows, length = inputs.shape[:2]
@@ -197,7 +207,10 @@ def _redistributed(x: Tensor, mesh: DeviceMesh, now: Placement, wanted: Placemen
 
 
 class _Moved(torch.autograd.Function):
-    """Rows in another order; `back` is the inverse. An index by itself would add gradients up atomically."""
+    """Reorder tokens by `to`, with the inverse `back` in the backward pass.
+
+    The backward pass of plain indexing would accumulate gradients with atomic additions.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, to: Tensor, back: Tensor) -> Tensor:

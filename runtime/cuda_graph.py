@@ -1,4 +1,4 @@
-"""Recording CUDA graphs."""
+"""Recording of CUDA graphs for decode steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ __all__ = ["record"]
 
 
 def record(step: Callable[[], None], *, warm_up: Callable[[], None] | None = None) -> torch.cuda.CUDAGraph:
-    """`step` as a CUDA graph; it is not run.
+    """Record `step` as a CUDA graph without executing its kernels.
 
     Args:
-        step: launches kernels on tensors that stay where they are, and waits for nothing.
-        warm_up: run before, on the stream of the recording: compiles what has to be, and leaves no trace.
+        step: function that launches kernels on tensors of fixed address and does not synchronise.
+        warm_up: function that is called first, on the stream of the recording, to trigger compilation; it must restore
+            all state that it changes. None for no warm-up.
+
+    Returns:
+        The recorded graph.
     """
     graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -30,5 +34,5 @@ def record(step: Callable[[], None], *, warm_up: Callable[[], None] | None = Non
 
 @functools.cache
 def _stream(device: int) -> torch.cuda.Stream:
-    """One stream for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    """Return the stream for all recordings; cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
     return torch.cuda.Stream(device)

@@ -1,7 +1,9 @@
-"""The decode engine: caches and CUDA graphs for one model, kept from call to call.
+"""The decode engine: caches and CUDA graphs of one model, which are reused from call to call.
 
-Sessions come in batch buckets (powers of two on a GPU), each with the largest capacity asked for so far. A session
-whose cache was handed to the user (`return_dict_in_generate=True`) is the user's, and the engine makes another.
+An :class:`Engine` keeps one :class:`~effpass.runtime.session.Session` (a cache with the CUDA graph that decodes into
+it) per batch bucket, a power of two on a GPU, with the largest capacity requested so far. If a generation returns its
+cache to the user (`return_dict_in_generate=True`), the session belongs to the user, and the engine creates another one
+for the next call.
 """
 
 from __future__ import annotations
@@ -26,17 +28,23 @@ _CAPACITY_STEP = 256
 
 
 class Engine:
-    """Decodes with `model`.
+    """Creates and keeps the sessions that a model decodes with.
 
     Args:
         model: a transformers causal LM in `eval()` mode, on one device.
-        backend: compiles decode steps on a GPU (a `torch.compile` backend); None runs the model's own operators.
-        prefill_tokens: tokens of a prompt, over the whole batch, to run at once; bounds the memory of activations.
-        new_session: makes a session from the model, rows, capacity and backend: what a pass replaces that has a cache
-            of its own.
+        backend: `torch.compile` backend that compiles decode steps on a GPU; None runs the model's own operators.
+        prefill_tokens: maximum number of prompt tokens, over the whole batch, in one prefill chunk; bounds the memory
+            of activations.
+        new_session: function that creates a session from model, batch size, capacity and backend; passes with a cache
+            of their own replace it.
+
+    Attributes:
+        speculators: speculative decoders of :mod:`effpass.runtime.speculative`, one per draft and tree.
+        last_speculation: statistics of the last generation with a draft; None before the first one.
 
     Raises:
-        ModelError: the model has no place in the engine: on several devices, an encoder-decoder, recurrent layers.
+        ModelError: if the engine can't run the model, for example because it is on several devices, is an
+            encoder-decoder, or has recurrent layers.
     """
 
     def __init__(
@@ -53,11 +61,11 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         self.new_session = new_session
         self._free: dict[int, Session] = {}
-        self.speculators: dict[Any, Any] = {}  # made by runtime.speculative, one for a draft and its trees
-        self.last_speculation: Any = None  # what the last generation with a draft was
+        self.speculators: dict[Any, Any] = {}
+        self.last_speculation: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_free": {}, "speculators": {}}  # a copy of the model starts with none
+        return {**self.__dict__, "_free": {}, "speculators": {}}  # a copy of the model starts without sessions
 
     @property
     def device(self) -> torch.device:
@@ -65,15 +73,15 @@ class Engine:
 
     @contextmanager
     def session(self, rows: int, capacity: int, cache: DecodeCache | None = None) -> Iterator[Session]:
-        """A session for `rows` sequences of up to `capacity` tokens; `model` attends through its cache inside.
+        """Context manager that yields a session, and in which `model` attends through the session's cache.
 
         Args:
-            rows: sequences.
-            capacity: tokens of prompt and answer.
-            cache: one that :meth:`give` handed out, to go on with; its tokens are kept.
+            rows: number of sequences.
+            capacity: number of tokens of prompt and answer together, per sequence.
+            cache: cache that :meth:`give` returned, to continue with its tokens; None for an empty cache.
 
         Raises:
-            EffpassError: the device has no room, or `cache` does not fit.
+            EffpassError: if the device has not enough memory, or `cache` does not fit.
         """
         session: Session | None = None
         try:
@@ -93,19 +101,19 @@ class Engine:
                 self._free[session.batch] = session
 
     def give(self, session: Session) -> DecodeCache:
-        """Hand the session's cache to the user; the engine does not write into it unless the user passes it back."""
+        """Give the session's cache to the user; the engine then writes to it only if the user passes it back."""
         session.is_given, session.cache.session = True, session
         return session.cache
 
     def release(self) -> None:
-        """Free the buffers and graphs that are kept for the next call."""
+        """Free the buffers and CUDA graphs that are kept for the next call."""
         if self._free or self.speculators:
             self._release()
 
     def _release(self) -> None:
         self._free.clear()
         self.speculators.clear()
-        gc.collect()  # what Dynamo made of a step is a knot of references
+        gc.collect()  # compiled steps contain reference cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -113,7 +121,7 @@ class Engine:
         batch = 1 << (rows - 1).bit_length() if self.device.type == "cuda" else rows
         session = self._free.pop(batch, None)
         if session is None or session.capacity < capacity:
-            del session  # before a larger one is made
+            del session  # free it before a larger one is created
             capacity += -capacity % _CAPACITY_STEP
             session = self.new_session(self.model, batch, capacity, self.backend)
         session.begin(rows)
@@ -133,7 +141,7 @@ class Engine:
         return session
 
     def no_room(self, rows: int, capacity: int) -> EffpassError:
-        """What is said where the device's memory does not do."""
+        """Return the error for insufficient memory on the device."""
         return EffpassError(
             f"no room on {self.device} for {rows} sequences of {capacity} tokens beside the model",
             hint="lower the batch, max_new_tokens, or the engine's prefill_tokens (what a long prompt runs at once)",
@@ -141,7 +149,7 @@ class Engine:
 
 
 def check_decodable(model: Any) -> None:
-    """Raise a :class:`ModelError` when :class:`Engine` can't run `model`."""
+    """Raise a :class:`ModelError` if :class:`Engine` can't run `model`."""
     name = type(model).__name__
     if not hasattr(model, "generate") or model.config.is_encoder_decoder:
         raise ModelError(f"{name} is no decoder that generates")

@@ -1,8 +1,8 @@
-"""Generation: the loop around the decode engine, called by transformers' `generate`.
+"""The generation loop of the decode engine, called by transformers' `generate` through `custom_generate`.
 
-transformers prepares everything: generation config, logits processors, stopping criteria. They are its own objects, run
-on device tensors. The host queues steps without waiting for the device: whether all sequences have ended is copied to
-it a few steps late, and what was decoded beyond the end is cut off.
+transformers prepares generation config, logits processors and stopping criteria, and the loop runs these objects on
+device tensors. The host queues decode steps without waiting for the device. It learns a few steps late whether all
+sequences have ended, and tokens that were decoded beyond the end are removed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from effpass.runtime.session import Session
 
 __all__ = ["check_config", "check_positions", "generate", "new_tokens", "tokens_of"]
 
-_LOOK_EVERY = 4  # steps
-_IN_FLIGHT = 2  # looks; what runs beyond the end is cut off, and was for nothing
-# What vision-language models take beside token ids; the last is what transformers makes of the first two.
+_LOOK_EVERY = 4  # steps between two copies of the state to the host
+_IN_FLIGHT = 2  # copies that may be pending; more would let more steps run beyond the end
+# Inputs of vision-language models besides token ids; transformers computes the last one from the first two.
 _IMAGES = ("pixel_values", "image_sizes", "mm_encoder_outputs")
 _TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
 
@@ -41,26 +41,27 @@ def generate(
     keep_tokens: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Greedy decoding or sampling; what transformers calls with all it has prepared.
+    """Decode greedily or sample; transformers calls this function with everything that it has prepared.
 
     Args:
-        engine: of the model.
-        input_ids: int64 `[B, T]`, padded on the left.
-        logits_processor: applied to the logits of each step.
-        stopping_criteria: with a largest length among them.
-        generation_config: as prepared by transformers.
-        streamer: gets each step's tokens, int64 `[B]` on the CPU, a few steps late at most.
-        keep_tokens: bool `[B, T]`: tokens that a cache with a budget may not give up.
-        model_kwargs: `attention_mask` `[B, T]`, `past_key_values` of an earlier call, and what a vision-language model
-            takes beside token ids.
+        engine: engine of the model.
+        input_ids: int64 `[B, T]`, token ids of the prompts, padded on the left.
+        logits_processor: processors to apply to the logits of each step.
+        stopping_criteria: stopping criteria, one of which bounds the length.
+        generation_config: config that transformers prepared.
+        streamer: object that receives each step's tokens, int64 `[B]` on the CPU, at most a few steps late; None for
+            no streaming.
+        keep_tokens: bool `[B, T]`, prompt tokens that a cache with a budget may not evict; None for no such tokens.
+        model_kwargs: `attention_mask` `[B, T]`, `past_key_values` of an earlier call, and the inputs of a
+            vision-language model besides token ids.
 
     Returns:
-        int64 `[B, T + new]`, or with `return_dict_in_generate` an output whose `past_key_values` a later call can go
-        on with. It has none where steps ran beyond the end and a layer's state can't be taken back.
+        The sequences, int64 `[B, T + new]`, or with `return_dict_in_generate` an output whose `past_key_values` a later
+        call can continue with. They are missing if steps ran beyond the end and a layer's state can't be reverted.
 
     Raises:
-        EffpassError: beam search, an empty prompt, padding on the right, a prompt longer than the model's positions, or
-            an argument that the engine has no place for.
+        EffpassError: for beam search, an empty prompt, padding on the right, a prompt longer than the model's
+            positions, or an argument that the engine does not support.
     """
     images = {name: given for name in _IMAGES if (given := model_kwargs.pop(name, None)) is not None and len(given)}
     check_config(generation_config, model_kwargs)
@@ -97,7 +98,7 @@ def generate(
         done = watch.finish()
         result = choice.output(length + done)
         if generation_config.return_dict_in_generate:
-            kept = length + done - 1  # the last token was never run
+            kept = length + done - 1  # the last token was never fed to the model
             if session.length == kept or session.cache.is_croppable:
                 session.crop(kept)
                 result["past_key_values"] = engine.give(session)
@@ -105,11 +106,11 @@ def generate(
     return result["sequences"]
 
 
-# -- what the host learns, and when --------------------------------------------------------------------------------
+# -- copying the state to the host ---------------------------------------------------------------------------------
 
 
 class _Watch:
-    """Learns from the device, without stopping it, that all sequences have ended; hands tokens to the streamer."""
+    """Observes without synchronisation whether all sequences have ended, and passes tokens to the streamer."""
 
     def __init__(self, choice: Choice, streamer: Any) -> None:
         self.choice = choice
@@ -121,7 +122,7 @@ class _Watch:
         self._free: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
 
     def look(self) -> None:
-        """Take note of the step that was just queued, and read what has arrived of earlier ones."""
+        """Start to copy the state of the step that was just queued, and read the copies that have completed."""
         choice = self.choice
         self._steps += 1
         if not self._is_cuda:
@@ -139,7 +140,7 @@ class _Watch:
             self._arrive()
 
     def finish(self) -> int:
-        """Wait for the device; returns the number of steps until all sequences had ended."""
+        """Wait for the device, and return the number of steps until all sequences had ended."""
         while self._waiting:
             self._arrive()
         if self.streamer is not None:
@@ -163,11 +164,11 @@ class _Watch:
         self.has_ended = self.has_ended or not bool(goes_on)
 
 
-# -- what is refused before anything runs --------------------------------------------------------------------------
+# -- checks before anything runs -----------------------------------------------------------------------------------
 
 
 def check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Raise an :class:`EffpassError` for what the decode engine has no place for."""
+    """Raise an :class:`EffpassError` for settings and arguments that the decode engine does not support."""
     refused = {
         "num_beams": (config.num_beams or 1) > 1,
         "output_attentions": config.output_attentions,
@@ -191,7 +192,7 @@ def check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
 
 
 def tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
-    """Which of `ids` are tokens, bool `[B, T]`; None when all are."""
+    """Return the mask of the tokens in `ids`, bool `[B, T]`, False for padding; None if there is no padding."""
     if attention_mask is None:
         return None
     if attention_mask.shape != ids.shape:
@@ -209,7 +210,7 @@ def tokens_of(ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
 
 
 def _kept(keep_tokens: Tensor, ids: Tensor, session: Session) -> Tensor:
-    """`keep_tokens` on the device of `ids`."""
+    """Check `keep_tokens` and return it on the device of `ids`."""
     if not session.gives_up:
         raise EffpassError(
             "keep_tokens: this model's cache gives up no tokens",
@@ -224,7 +225,7 @@ def _kept(keep_tokens: Tensor, ids: Tensor, session: Session) -> Tensor:
 
 
 def check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:
-    """Positions count the tokens of each sequence; other ones have no place."""
+    """Raise an :class:`EffpassError` unless positions count the tokens of each sequence, as the engine does."""
     if position_ids is None:
         return
     given = position_ids.to(torch.long)
@@ -242,7 +243,7 @@ def check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> Non
 
 
 def new_tokens(model: Any, length: int, criteria: StoppingCriteriaList) -> int:
-    """How many tokens to decode at most."""
+    """Return the maximum number of new tokens after a prompt of `length` tokens."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and length >= longest:
         raise EffpassError(f"the prompt has {length} tokens, and the model {longest} positions", hint="shorten it")

@@ -1,8 +1,9 @@
-"""Host memory for caches, which a GPU reads and writes by itself: never more than allowed, and given back.
+"""Allocation of host memory for KV caches that GPU kernels read and write directly (:mod:`effpass.runtime.kv_offload`).
 
-Memory is *pinned*, so that the system can neither move it nor swap it out, and mapped, so that kernels read it through
-the bus at its own address. PyTorch's own pinned allocator rounds sizes up to powers of two and keeps what was freed;
-caches of many gigabytes are registered with CUDA one by one instead.
+The memory is *pinned*, so that the operating system can neither move nor swap it, and mapped, so that kernels access it
+over the bus at its own address. PyTorch's pinned allocator rounds sizes up to powers of two and keeps freed memory, so
+caches of many gigabytes are registered with CUDA individually instead. :class:`HostMemory` enforces a limit over all
+caches of a model, and memory is released with the last tensor that uses it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from effpass.core.errors import HostMemoryError
 
 __all__ = ["HostMemory", "Slab"]
 
-_SHARE = 0.9  # of what is available; the rest is the system's
+_SHARE = 0.9  # largest share of the available memory to allocate; the rest is left to the system
 _PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 class Slab:
-    """Zeros in host memory, freed when the last of its two tensors is gone.
+    """A zero-initialised block of host memory, which is freed when neither of its two tensors is referenced any more.
 
     Attributes:
-        tensor: on the CPU.
+        tensor: the memory as a CPU tensor.
         seen: the same memory as a tensor of the device.
     """
 
@@ -40,10 +41,13 @@ class Slab:
 
 
 class HostMemory:
-    """What the caches of one model take of the host's memory.
+    """Allocator and accounting of the host memory that the caches of one model use.
 
     Args:
-        limit: bytes at most, of all caches; None for most of what is available.
+        limit: maximum number of bytes of all caches together; None to be limited by the available memory only.
+
+    Attributes:
+        used: bytes that are currently allocated.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -51,9 +55,9 @@ class HostMemory:
         self.used = 0
 
     def check(self, nbytes: int) -> None:
-        """Raise a :class:`HostMemoryError` unless `nbytes` more are allowed."""
+        """Raise a :class:`HostMemoryError` unless `nbytes` more bytes are allowed and available."""
         if self.limit is not None and self.used + nbytes > self.limit:
-            gc.collect()  # a cache that was handed to the user and its session know each other
+            gc.collect()  # a cache given to the user and its session form a reference cycle
         if self.limit is not None and self.used + nbytes > self.limit:
             raise HostMemoryError(
                 f"keys and values take {nbytes / 1e9:.2f} GB of host memory beside {self.used / 1e9:.2f} GB of other"
@@ -69,10 +73,10 @@ class HostMemory:
             )
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Slab:
-        """Memory for a tensor of `shape` that `device` sees.
+        """Allocate memory for a tensor of `shape` that `device` can access.
 
         Raises:
-            HostMemoryError: it is not allowed, or the system does not give it; nothing is kept of it.
+            HostMemoryError: if the memory is not allowed or not available; nothing is allocated then.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         self.check(nbytes)
@@ -82,7 +86,7 @@ class HostMemory:
         else:
             flat = torch.zeros(nbytes, dtype=torch.uint8)
             owner = _Pinned(flat, device)  # type: ignore[assignment]
-            # A view of any type: an array interface has no bfloat16.
+            # Bytes viewed as `dtype`, because the array interface has no bfloat16.
             seen = torch.as_tensor(owner, device=device).view(dtype).view(shape)
             tensor = flat.view(dtype).view(shape)
         self.used += nbytes
@@ -94,7 +98,7 @@ class HostMemory:
 
 
 class _Pinned:
-    """Memory of a CPU tensor, registered with CUDA for as long as a tensor sees it."""
+    """Memory of a CPU tensor that is registered with CUDA as long as this object, or a tensor made from it, exists."""
 
     def __init__(self, flat: Tensor, device: torch.device) -> None:
         code = _register(flat, device)
@@ -110,10 +114,10 @@ class _Pinned:
 
 
 def _register(flat: Tensor, device: torch.device) -> int:
-    """Pin memory; 0, or CUDA's error."""
+    """Pin the memory of a CPU tensor and return CUDA's error code, 0 for success."""
     with torch.cuda.device(device):
         code = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, _PORTABLE_AND_MAPPED))
-        if code:  # CUDA tells the next kernel of it too
+        if code:  # the next kernel launch reports the error again; clear it here
             with suppress(RuntimeError):
                 torch.zeros(1, device=device)
     return code

@@ -1,12 +1,14 @@
-"""The decode engine's cache with its keys and values in host memory.
+"""The decode engine's KV cache with keys and values offloaded to host memory.
 
-A layer's keys and values are tensors of the device as ever, whose memory is the host's: everything that reads or writes
-a cache works on them, through the bus. What is done at every step, or with a whole prompt, has ways of its own:
+Keys and values of a layer are device tensors backed by mapped host memory, so all code that reads or writes a cache
+works on them, over the bus. Two frequent accesses are optimised:
 
-* a step writes its token to the host and to the page of its block, and attends through the pages
-  (:mod:`effpass.lowering.ops.block_pool`, :mod:`effpass.runtime.sparse_attention`);
-* a prompt attends to its own keys where they were computed, and they are copied to the host meanwhile; a prompt that
-  is run in pieces, or follows an earlier one, has what stands before it copied into a buffer that all layers share.
+* A decode step writes its token to host memory and, if the token's block of slots has a *page* (a copy of the block on
+  the device), to the page. It attends through the pages (:mod:`effpass.lowering.ops.block_pool`,
+  :mod:`effpass.runtime.sparse_attention`).
+* A prefill attends to its own keys where they were computed, on the device, while they are copied to host memory. If
+  the prompt is run in chunks, or follows an earlier one, the preceding keys and values are copied back into a device
+  buffer that all layers share.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ __all__ = ["Offload", "OffloadCounters", "OffloadedCache", "OffloadedEvictingLay
 
 @dataclass(frozen=True)
 class OffloadCounters:
-    """What decode steps did, summed over layers, sequences and key-value heads.
+    """Statistics of decode steps, summed over layers, sequences and KV heads.
 
     Attributes:
-        blocks: blocks that hold a key which a step attended to.
-        missing_blocks: those of them that had no page.
-        tokens: keys that steps attended to.
-        missing_tokens: those of them that attention read through the bus.
-        copied: blocks that were copied beside computation.
-        read_bytes: bytes of `missing_tokens`.
-        copied_bytes: bytes of `copied`.
-        waited: seconds that steps waited at their end for copies; 0 on a CPU.
+        blocks: number of blocks with a key that a step attended to.
+        missing_blocks: number of these blocks without a page on the device.
+        tokens: number of keys that steps attended to.
+        missing_tokens: number of these keys that attention read over the bus.
+        copied: number of blocks that were copied to the device in parallel with computation.
+        read_bytes: size of `missing_tokens` in bytes.
+        copied_bytes: size of `copied` in bytes.
+        waited: time in seconds that steps waited for copies at their end; 0 on a CPU.
     """
 
     blocks: int
@@ -55,26 +57,26 @@ class OffloadCounters:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the blocks that had a page; NaN before the first step."""
+        """Fraction of the blocks that had a page; NaN before the first step."""
         return 1 - self.missing_blocks / self.blocks if self.blocks else float("nan")
 
     @property
     def token_hit_rate(self) -> float:
-        """Share of the keys that did not come through the bus; NaN before the first step."""
+        """Fraction of the keys that were not read over the bus; NaN before the first step."""
         return 1 - self.missing_tokens / self.tokens if self.tokens else float("nan")
 
 
 @dataclass(eq=False)
 class Offload:
-    """Where the caches of one model keep their keys and values, and what is on the device of them.
+    """Offloading settings that the caches of one model share, and a factory of these caches.
 
     Attributes:
-        memory: the host's.
-        block: slots of a block.
-        most: blocks of a head that a step chooses, at most.
-        pages: blocks of a head that the device holds.
-        copies: blocks of a head that a step may have copied for later ones.
-        caches: those that are in use.
+        memory: host memory allocator.
+        block: number of slots per block.
+        most: maximum number of blocks per KV head that a decode step chooses.
+        pages: number of blocks per KV head that the device holds.
+        copies: maximum number of blocks per KV head that a decode step copies to the device for later steps.
+        caches: caches in use.
     """
 
     memory: HostMemory
@@ -85,13 +87,13 @@ class Offload:
     caches: weakref.WeakSet[OffloadedCache] = field(default_factory=weakref.WeakSet)
 
     def __deepcopy__(self, memo: Any) -> Offload:
-        return Offload(self.memory, self.block, self.most, self.pages, self.copies)  # a copy of the model has its own
+        return Offload(self.memory, self.block, self.most, self.pages, self.copies)  # a model copy has its own caches
 
     def cache(self, model: Any, batch: int, capacity: int) -> OffloadedCache:
-        """A cache for `batch` sequences of `capacity` tokens.
+        """Create a cache for `batch` sequences of up to `capacity` tokens; only full-attention layers are offloaded.
 
         Raises:
-            HostMemoryError: there is no room for it; nothing was taken.
+            HostMemoryError: if there is not enough host memory; nothing is allocated then.
         """
         plain, transfers = DecodeCache(model.config, batch, capacity, model.device), Transfers()
         layers: list[BufferedLayer] = [
@@ -105,7 +107,7 @@ class Offload:
         return OffloadedCache(model, batch, capacity, layers, self, transfers)
 
     def evicting(self, model: Any, batch: int, capacity: int) -> OffloadedCache:
-        """A cache whose layers are as large as their share of a budget, which is known after the prompt."""
+        """Create a cache whose layers are sized after the prompt, by their share of a token budget (prefix_kv)."""
         device, transfers = model.device, Transfers()
 
         def layer(window: int) -> BufferedLayer:
@@ -115,7 +117,7 @@ class Offload:
         return OffloadedCache(model, batch, capacity, layers, self, transfers)
 
     def counters(self) -> OffloadCounters:
-        """Of the caches in use, since they were made; waits for the device."""
+        """Sum the statistics of the caches in use since their creation; synchronises with the device."""
         sums, read, copied, waited = [0] * len(COUNTED), 0, 0, 0.0
         for cache in self.caches:
             for pool in cache.pools():
@@ -131,34 +133,34 @@ class Offload:
 
 
 def _is_full(layer: BufferedLayer) -> bool:
-    """Whether it keeps every token's keys and values, and steps read all of them."""
+    """Whether `layer` caches the keys and values of all tokens, rather than a window or a state."""
     return type(layer) is BufferedLayer and not layer.window
 
 
 class Transfers:
-    """Copies a prompt's keys and values to the host and back, on a stream beside."""
+    """Copies a prompt's keys and values to host memory and back, on a side stream."""
 
     def __init__(self) -> None:
         self._staged: Tensor | None = None
 
     def store(self, slab: Slab, new: Tensor, first: int) -> None:
-        """Copy `new` `[rows, G, T, W]` to the host, to the slots from `first` on."""
+        """Copy `new` `[rows, G, T, W]` to host memory, into the slots from `first` on."""
         rows, groups, tokens, _ = new.shape
         host = slab.tensor.flatten(2, 3)
         with self._beside(new.device):
             for row in range(rows):
-                for group in range(groups):  # each is one copy of memory that hangs together
+                for group in range(groups):  # each copy is contiguous
                     host[row, group, first : first + tokens].copy_(new[row, group], non_blocking=True)
         if new.is_cuda:
             new.record_stream(side_stream(new.device))
 
     def load(self, slab: Slab, rows: int, count: int, room: int) -> Tensor:
-        """`[rows, G, room, W]` on the device, whose first `count` slots are those of the host."""
+        """Return a device buffer `[rows, G, room, W]` with the first `count` slots copied from host memory."""
         host, device = slab.tensor.flatten(2, 3), slab.seen.device
         groups, width = host.shape[1], host.shape[3]
         shape = (rows, groups, room, width)
         if self._staged is None or self._staged.shape != shape or self._staged.dtype != host.dtype:
-            self._staged = None  # before another one is made
+            self._staged = None  # free it before another one is created
             self._staged = torch.empty(shape, dtype=host.dtype, device=device)
         with self._beside(device):
             for row in range(rows):
@@ -169,7 +171,7 @@ class Transfers:
         return self._staged
 
     def finish(self, device: torch.device) -> None:
-        """Wait for what was stored, on the device's stream."""
+        """Make the current stream wait for all copies, and free the device buffer."""
         if device.type == "cuda":
             torch.cuda.current_stream(device).wait_stream(side_stream(device))
         self._staged = None
@@ -184,10 +186,11 @@ class Transfers:
 
 
 class _Offloaded(BufferedLayer):
-    """Keys `[B, G, S, K]` and values `[B, G, S, V]` in host memory; `keys` and `values` see it from the device.
+    """Keys `[B, G, S, K]` and values `[B, G, S, V]` in host memory, which `keys` and `values` view from the device.
 
     Attributes:
-        pool: which blocks of them are on the device.
+        pool: pool of the blocks that are on the device.
+        slab: the host memory, `[B, G, blocks, block, K + V]`.
     """
 
     slab: Slab
@@ -196,10 +199,10 @@ class _Offloaded(BufferedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, capacity = self.slots.positions.shape
         groups, sizes = key_states.shape[1], [key_states.shape[3], value_states.shape[3]]
-        of, device = self._offload, key_states.device
-        blocks = -(-capacity // of.block)
-        self.slab = of.memory.take((batch, groups, blocks, of.block, sum(sizes)), key_states.dtype, device)
-        self.pool = BlockPool.empty(self.slab.seen, of.pages, of.most, of.copies)
+        offload, device = self._offload, key_states.device
+        blocks = -(-capacity // offload.block)
+        self.slab = offload.memory.take((batch, groups, blocks, offload.block, sum(sizes)), key_states.dtype, device)
+        self.pool = BlockPool.empty(self.slab.seen, offload.pages, offload.most, offload.copies)
         rows = self.slab.seen.flatten(2, 3)[:, :, :capacity]
         self.keys, self.values = rows.split(sizes, -1)
         self.latents = rows if groups == 1 and sizes[0] != sizes[1] else None
@@ -207,7 +210,7 @@ class _Offloaded(BufferedLayer):
         self.is_initialized = True
 
     def joined(self, key: Tensor, value: Tensor, tokens: int) -> Tensor:
-        # What a prompt attends to is not in `latents`, or not yet.
+        # In a prefill `key` and `value` are not views of `latents`, whose copy may still be under way.
         return super().joined(key, value, tokens) if tokens == 1 else torch.cat((key, value), -1)
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,7 @@ class _Offloaded(BufferedLayer):
 
 
 class OffloadedLayer(_Offloaded):
-    """A layer of a cache whose layers all hold every token."""
+    """An offloaded layer that holds all tokens."""
 
     def __init__(self, slots: Slots, offload: Offload, transfers: Transfers) -> None:
         super().__init__(slots, 0)
@@ -247,7 +250,7 @@ class OffloadedLayer(_Offloaded):
 
 
 class OffloadedEvictingLayer(_Offloaded, EvictingLayer):
-    """A layer with a budget; a prompt is staged on the device until the layer's tokens are chosen."""
+    """An offloaded layer with a token budget; a prompt is staged on the device until the tokens to keep are chosen."""
 
     def __init__(self, batch: int, device: torch.device, offload: Offload) -> None:
         EvictingLayer.__init__(self, batch, 0, device)
@@ -268,10 +271,10 @@ class OffloadedEvictingLayer(_Offloaded, EvictingLayer):
 
 
 class OffloadedCache(DecodeCache):
-    """A cache of which some layers are in host memory.
+    """A cache with some layers in host memory.
 
     Attributes:
-        times: int64 `[3]`, see :func:`effpass.lowering.ops.block_pool.join`.
+        times: int64 `[3]`, measured waiting times, see :func:`effpass.lowering.ops.block_pool.join`.
     """
 
     def __init__(

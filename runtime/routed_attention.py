@@ -1,13 +1,15 @@
-"""Trainable sparse attention in a transformers model, by its attention interface.
+"""Trainable block-sparse attention in a transformers model, installed through its attention interface.
 
     routed = install(model, block=256, budget=4096)
-    routed.budgets = torch.tensor(...)  # int32 [layers]: another budget of each layer, from the next forward pass on
+    routed.budgets = torch.tensor(...)  # int32 [layers]: a new budget of each layer, from the next forward pass on
 
-A forward pass finds once where its sequences begin, and takes the budgets of that moment along, so that a checkpoint's
-recomputation attends as it did before whatever was assigned since. A change of budgets compiles nothing. A micro-batch
-may lie on several ranks: see :mod:`effpass.runtime.context_parallel`.
+Each token attends to the blocks of keys that a router chooses for it, up to a *budget* of keys
+(:mod:`effpass.lowering.ops.routed_attention`). Every forward pass determines the boundaries of its sequences once, and
+keeps the budgets that were set when it began, so that the recomputation of gradient checkpointing attends to the same
+keys even if budgets were changed since. Changing budgets triggers no recompilation. A micro-batch may be distributed
+over several ranks, see :mod:`effpass.runtime.context_parallel`.
 
-Shapes: B rows, T tokens of a row, H query heads, G key-value heads, K key size, V value size.
+Shapes: B batch, T tokens per sequence, H query heads, G KV heads, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -33,18 +35,19 @@ _UNKNOWN = ("sliding_window", "softcap", "s_aux", "head_mask")
 
 
 class RoutedModel:
-    """A model whose layers of full attention attend to blocks that tokens choose.
+    """A model whose full-attention layers attend to blocks of keys that each token chooses; see :func:`install`.
 
     Attributes:
-        layers: how many.
-        block: keys of a block.
-        max_budget: the most keys that a budget holds.
-        budgets: int32 [layers] on the model's device, keys that a token attends to. Assign a new tensor; one that a
-            forward pass has seen must not be written before its backward pass.
-        coverage: float32 [layers], the share of the router's softmax that the last forward pass attended to; with
-            context parallelism in this rank's heads.
-        curves: float32 [layers, M], the same at the budgets of :meth:`watch`, in all heads; None where nothing is
-            watched.
+        layers: number of layers that attend sparsely.
+        block: number of keys per block.
+        max_budget: largest allowed budget in keys.
+        budgets: int32 [layers] on the model's device, number of keys that a token attends to in each layer. Assign a
+            new tensor to change them; a tensor that a forward pass has used must not be written before its backward
+            pass.
+        coverage: float32 [layers], fraction of the router's softmax on the blocks that the last forward pass attended
+            to; with context parallelism over this rank's heads only.
+        curves: float32 [layers, M], coverage at the M budgets given to :meth:`watch`, over all heads; None if no
+            budgets are watched.
     """
 
     def __init__(self, model: Any, numbers: list[int], block: int, budget: int, max_budget: int) -> None:
@@ -52,12 +55,12 @@ class RoutedModel:
         self.layers, self.block, self.max_budget = len(numbers), block, max_budget
         device = next(model.parameters()).device
         self.budgets = torch.full((self.layers,), budget, dtype=torch.int32, device=device)
-        # Written in place: what is new to a compiled model would be compiled again.
+        # Written in place, because a new tensor would make a compiled model recompile.
         self.coverage = torch.zeros(self.layers, device=device)
         self.curves: Tensor | None = None
         self._watched: Tensor | None = None
         text = model.config.get_text_config(decoder=True)
-        # A vision tower attends as it did.
+        # Only the language model is changed; a vision tower keeps its attention implementation.
         self._part = next((n for n in model.config.sub_configs if getattr(model.config, n) is text), None)
         self._before = text._attn_implementation
         self._set(NAME)
@@ -67,19 +70,23 @@ class RoutedModel:
         self._model.set_attn_implementation(implementation if self._part is None else {self._part: implementation})
 
     def undo(self) -> None:
-        """Let the model attend as before."""
+        """Restore the model's previous attention implementation."""
         self._hook.remove()
         self._set(self._before)
 
     def watch(self, budgets: Tensor | None) -> None:
-        """From the next forward pass on, say in `curves` what other budgets would hold: int32 [M], or None to stop."""
+        """Measure in :attr:`curves` the coverage at other budgets, from the next forward pass on.
+
+        Args:
+            budgets: int32 [M], budgets to measure; None to stop measuring.
+        """
         self._watched = None if budgets is None else budgets.to(self.coverage.device)
         self.curves = None if budgets is None else self.coverage.new_zeros((self.layers, len(budgets)))
 
     def _begin(self, model: Any, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         context: Context | None = kwargs.get("effpass_context")
         if context is None and model.config.get_text_config(decoder=True)._attn_implementation != NAME:
-            return None  # the decode engine attends in its own way
+            return None  # the decode engine has selected its own attention
         if self.budgets.shape != (self.layers,) or self.budgets.dtype not in (torch.int32, torch.int64):
             raise EffpassError(
                 f"sparse attention: budgets are {self.budgets.dtype} {tuple(self.budgets.shape)}",
@@ -103,7 +110,7 @@ class RoutedModel:
         return positional, {**kwargs, "cu_seq_lens_q": ends, "effpass_routed": (self, budgets, ranks)}
 
     def _check_split(self, model: Any) -> None:
-        """Raise a :class:`ModelError` where a layer needs all tokens and is no attention of ours."""
+        """Raise a :class:`ModelError` if a layer needs all tokens of a sequence without this module's attention."""
         if (attends := model.config.get_text_config(decoder=True)._attn_implementation) != NAME:
             raise ModelError(
                 f"context parallelism: the model attends by {attends!r} now, which sees this rank's tokens alone",
@@ -119,7 +126,21 @@ class RoutedModel:
         self, number: int, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, budgets: Tensor, scale: float | None,
         ranks: Spread | None = None,
     ) -> Tensor:  # fmt: skip
-        """[T, H, V] of layer `number`, from q [T, H, K], k [T, G, K] and v [T, G, V]; with `ranks` of this one's T."""
+        """Run the attention of a layer on sequences that are concatenated into T tokens.
+
+        Args:
+            number: index of the layer.
+            q: [T, H, K], queries.
+            k: [T, G, K], keys.
+            v: [T, G, V], values.
+            ends: int32 [N + 1], offsets of the N sequences, followed by the number of tokens on all ranks.
+            budgets: int32 [layers], budgets of this forward pass.
+            scale: factor on the scores; None for K^-½.
+            ranks: exchange between ranks, of which each passes its own T tokens; None for a single rank.
+
+        Returns:
+            The output [T, H, V].
+        """
         place = self._place[number]
         if ranks is not None:
             check_groups(k.shape[1], ranks.mesh.size())
@@ -136,17 +157,21 @@ class RoutedModel:
 
 
 def install(model: Any, *, block: int = 256, budget: int = 4096, max_budget: int | None = None) -> RoutedModel:
-    """Let the model's layers of full attention attend to blocks that tokens choose, in training and without a cache.
+    """Make the full-attention layers of a model attend sparsely, in training and in other calls without a cache.
 
     Args:
         model: a transformers model, or a PeftModel.
-        block: keys of a block.
-        budget: keys that a token attends to, until others are assigned.
-        max_budget: the most keys that a budget will hold, which buffers are sized by; `budget` by default.
+        block: number of keys per block.
+        budget: initial number of keys that a token attends to, in every layer.
+        max_budget: largest budget that will be assigned later, which determines the size of buffers; None for `budget`.
+
+    Returns:
+        An object to change budgets, read statistics and undo the change with.
 
     Raises:
-        ModelError: the model's attention has something that this has no place for.
-        EffpassError: no such blocks, a budget below those that are always chosen, or above `max_budget`.
+        ModelError: if the model's attention uses a feature that sparse attention does not support.
+        EffpassError: if the block size is not supported, or the budget is above `max_budget` or below the keys of the
+            blocks that are always chosen.
     """
     most = budget if max_budget is None else max_budget
     check_block("sparse attention", block)
@@ -158,7 +183,7 @@ def install(model: Any, *, block: int = 256, budget: int = 4096, max_budget: int
 
 
 def routed_layers(model: Any) -> list[int]:
-    """The layers that :func:`install` would change; raises as it does."""
+    """Return the indices of the layers that :func:`install` would change; raises the same :class:`ModelError`."""
     name = type(model).__name__
     if not hasattr(model, "_can_set_attn_implementation") or not model._can_set_attn_implementation():
         raise ModelError(f"{name} does not attend through transformers' AttentionInterface")
@@ -188,24 +213,25 @@ def routed_attention(
     effpass_routed: tuple[RoutedModel, Tensor, Spread | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What a model's attention layer calls.
+    """Attend sparsely; the attention implementation that a model's attention layers call.
 
     Args:
-        module: the attention layer; its `layer_idx` names the layer.
-        query: [B, H, T, K].
-        key: [B, G, T, K].
-        value: [B, G, T, V].
+        module: the attention layer, whose `layer_idx` is the index of the layer.
+        query: [B, H, T, K], queries.
+        key: [B, G, T, K], keys.
+        value: [B, G, T, V], values.
         attention_mask: must be None.
-        scaling: factor of the scores; None stands for K^-½.
+        scaling: factor on the scores; None for K^-½.
         dropout: must be 0.
-        cu_seq_lens_q: int32 [N + 1], where sequences begin in the B T tokens.
-        effpass_routed: who attends, the budgets of this forward pass, and the ranks that hold its tokens, if several.
+        cu_seq_lens_q: int32 [N + 1], offsets of the N sequences in the B · T tokens, followed by B · T.
+        effpass_routed: the model's :class:`RoutedModel`, the budgets of this forward pass, and the exchange between the
+            ranks that share its tokens, None for a single rank. The forward pre-hook of the model adds this argument.
 
     Returns:
-        [B, T, H, V], and None where transformers expects weights.
+        The output [B, T, H, V], and None in place of the attention weights that transformers allows for.
 
     Raises:
-        ModelError: the layer wants something that this has no place for, or reads a cache.
+        ModelError: if the layer uses a feature that sparse attention does not support, or reads a cache.
     """
     name = type(module).__name__
     if effpass_routed is None or cu_seq_lens_q is None:
@@ -230,9 +256,17 @@ def routed_attention(
 
 
 def ends_of(position_ids: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """int32 [N + 1]: where sequences begin in rows side by side, each row and each position 0, and B T.
+    """Return the offsets of the N sequences in a flattened batch, followed by B · T: int32 [N + 1].
 
-    Waits for the device where there are positions. A collator that knows it passes `cu_seq_lens_q` instead.
+    A sequence begins at the start of each row, and at each position 0. The call synchronises with the device if there
+    are positions; a data collator can avoid this by passing `cu_seq_lens_q` to the model.
+
+    Args:
+        position_ids: [B, T], positions that begin at 0 in each sequence; None or another shape for one sequence per
+            row.
+        batch: number of rows B.
+        tokens: number of tokens T per row.
+        device: device of the result.
     """
     if position_ids is None or position_ids.dim() != 2:
         return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
@@ -243,7 +277,7 @@ def ends_of(position_ids: Tensor | None, batch: int, tokens: int, device: torch.
 
 
 def _check_padding(attention_mask: Any) -> None:
-    """Padding behind a row disturbs nobody, since no token sees later ones."""
+    """Raise an :class:`EffpassError` for padding before tokens; causal tokens do not attend to padding after them."""
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:

@@ -1,7 +1,8 @@
-"""A cache with the fixed tensors and the CUDA graph that decode into it.
+"""A session: a KV cache with the fixed tensors and the CUDA graph that decode into it.
 
-One decode step is: enter the positions of the new tokens, run the model on them, move every sequence on. On a GPU the
-step is recorded once as a CUDA graph and replayed; on a CPU the same code runs. Nothing in a step waits for the device.
+A decode step advances the position of every sequence, enters the positions in the cache, and runs the model on the new
+tokens. On a GPU the step is recorded once as a CUDA graph and then replayed; on a CPU the same code runs directly. No
+operation of a step synchronises with the device. :class:`~effpass.runtime.engine.Engine` creates and reuses sessions.
 """
 
 from __future__ import annotations
@@ -22,41 +23,53 @@ __all__ = ["ENDS", "Answer", "Session", "Tail"]
 
 Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
-ENDS = 16  # tokens that end a sequence, at most, where a step is to notice them by itself
+ENDS = 16  # maximum number of end-of-sequence tokens that a CUDA graph can check for
 
 
 class Tail(NamedTuple):
-    """What is done with a step's logits, recorded with the step; tails of equal keys do the same."""
+    """Operations on the logits of a step, recorded with it in one CUDA graph.
+
+    Attributes:
+        key: identifies the operations; tails with equal keys share a graph.
+        run: function that performs the operations on logits `[B, vocab]`.
+    """
 
     key: tuple[Any, ...]
     run: Callable[[Tensor], None]
 
 
 class Answer:
-    """What a generation has come to, in buffers that a CUDA graph can hold.
+    """State of a generation, in buffers of fixed address that a CUDA graph can write.
 
     Attributes:
-        ids: int64 `[B, capacity]`: prompt and answer.
-        column: int64 `[1]`: where the next token goes.
-        unfinished: int64 `[B]`: 1 for sequences that go on.
-        goes_on: bool `[]`: whether any does.
-        lasted: int64 `[]`: the number of steps after which any did.
-        ends: int64 `[ENDS]`: tokens that end a sequence, then -1.
-        pad: int64 `[]`: what follows the end.
+        ids: int64 `[B, capacity]`, token ids of prompt and answer.
+        column: int64 `[1]`, column of `ids` for the next token.
+        unfinished: int64 `[B]`, 1 for sequences that have not ended.
+        goes_on: bool `[]`, whether any sequence is unfinished.
+        lasted: int64 `[]`, number of steps after which some sequence was unfinished.
+        ends: int64 `[ENDS]`, end-of-sequence tokens, filled up with -1.
+        pad: int64 `[]`, padding token after the end of a sequence.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
-        of: dict[str, Any] = {"dtype": torch.long, "device": device}
-        self.ids = torch.zeros(batch, capacity, **of)
-        self.column = torch.zeros(1, **of)
-        self.unfinished = torch.zeros(batch, **of)
+        options: dict[str, Any] = {"dtype": torch.long, "device": device}
+        self.ids = torch.zeros(batch, capacity, **options)
+        self.column = torch.zeros(1, **options)
+        self.unfinished = torch.zeros(batch, **options)
         self.goes_on = torch.ones((), dtype=torch.bool, device=device)
-        self.lasted = torch.zeros((), **of)
-        self.ends = torch.full((ENDS,), -1, **of)
-        self.pad = torch.zeros((), **of)
+        self.lasted = torch.zeros((), **options)
+        self.ends = torch.full((ENDS,), -1, **options)
+        self.pad = torch.zeros((), **options)
 
     def begin(self, prompt: Tensor, pad: Tensor | None, ends: Sequence[Tensor], lasted: int) -> None:
-        """Start behind `prompt`, int64 `[rows, T]`; of `ends`, the first :data:`ENDS` tokens are kept."""
+        """Start a generation.
+
+        Args:
+            prompt: int64 `[rows, T]`, token ids of the prompts.
+            pad: int64 `[]`, padding token; None for 0.
+            ends: end-of-sequence tokens, of which the first :data:`ENDS` are used.
+            lasted: initial value of :attr:`lasted`.
+        """
         rows, length = prompt.shape
         self.ids[:rows, :length] = prompt
         self.column.fill_(length)
@@ -78,19 +91,19 @@ class Session:
     """Decodes `rows` sequences with a model whose attention reads a :class:`DecodeCache`.
 
     Args:
-        model: a transformers causal LM. Calls are made while `reading_cache` is entered.
-        batch: rows of the buffers B; a batch of fewer sequences leaves the rest empty.
-        capacity: slots of the buffers: tokens of prompt and answer together.
-        backend: compiles the decode step for the CUDA graph; None runs the model as it is.
+        model: a transformers causal LM, called within :func:`~effpass.runtime.attention.reading_cache`.
+        batch: batch size B of the buffers; a generation with fewer sequences leaves the rest empty.
+        capacity: number of slots of the buffers, for the tokens of prompt and answer together.
+        backend: `torch.compile` backend for the decode step in the CUDA graph; None runs the model's own operators.
 
     Attributes:
-        tokens: int64 `[B, 1]`: the next step's input.
-        logits: `[B, vocab]`: output of the prompt, or of the last step that had no tail; there after the first prompt.
-        answer: what was generated.
-        rows: sequences in use.
-        length: tokens of each sequence that are in the cache, padding included (*logical length*).
-        is_given: the user holds the cache.
-        gives_up: the cache drops tokens, and `prefill` takes `keep`, a mask of those that it may not.
+        tokens: int64 `[B, 1]`, input of the next step.
+        logits: `[B, vocab]`, logits of the prompt or of the last step without a tail; created by the first prompt.
+        answer: state of the generation.
+        rows: number of sequences in use.
+        length: number of tokens per sequence that were entered into the cache, including padding (*logical length*).
+        is_given: whether the user holds the cache.
+        gives_up: whether the cache evicts tokens; `prefill` then accepts `keep`, a mask of tokens to keep.
     """
 
     logits: Tensor
@@ -109,13 +122,13 @@ class Session:
         self.length = 0
         self.is_given = False
         self._keeps_one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        # An empty row's position stays -1: its tokens are padding, they read nothing and nobody reads them.
+        # The position of an unused sequence stays -1: its tokens are padding, which reads nothing and is never read.
         self._position = torch.full((batch, 1), -1, dtype=torch.int32, device=device)
-        self._index = torch.zeros_like(self._position)  # the same for the model, which may look it up in a table
+        self._index = torch.zeros_like(self._position)  # for the model, where -1 is no valid index of a table
         self._moves = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._key: tuple[Any, ...] | None = None  # of the cache's plan and the tail in the graph
-        self._model: Callable[..., Any] | None = None  # as the graph runs it
+        self._key: tuple[Any, ...] | None = None  # cache plan and tail key of the graph
+        self._model: Callable[..., Any] | None = None  # the model as the graph runs it
         self._compiled: list[Callable[..., Any]] = []
         self._weights: tuple[int, ...] = ()
 
@@ -133,7 +146,7 @@ class Session:
         return self.cache.capacity
 
     def begin(self, rows: int) -> None:
-        """Start anew with `rows` empty sequences."""
+        """Restart with `rows` empty sequences."""
         self.cache.reset()
         self.rows = rows
         self.length = 0
@@ -143,13 +156,13 @@ class Session:
         self._moves[:rows] = 1
 
     def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int, **inputs: Any) -> None:
-        """Run the next tokens of every sequence; their last logits are in :attr:`logits`.
+        """Run the next prompt tokens of every sequence, and store the logits of the last ones in :attr:`logits`.
 
         Args:
-            input_ids: int64 `[rows, T]`.
-            is_token: bool `[rows, T]`, False for padding; None when nothing is.
-            chunk: tokens of each sequence to run at once; with `inputs` all are.
-            inputs: what the model takes beside them, such as `pixel_values`.
+            input_ids: int64 `[rows, T]`, token ids.
+            is_token: bool `[rows, T]`, False for padding; None for no padding.
+            chunk: number of tokens per sequence to run at once; with `inputs`, all tokens are run at once.
+            inputs: additional inputs of the model, such as `pixel_values`.
         """
         positions, tokens = self._begin_prompt(input_ids, is_token), input_ids.shape[1]
         chunk = tokens if inputs else chunk
@@ -162,11 +175,11 @@ class Session:
         self._end_prompt(positions)
 
     def _begin_prompt(self, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
-        """Positions int32 `[rows, T]` of the next tokens, -1 for padding."""
+        """Drop an outdated CUDA graph and return the next tokens' positions, int32 `[rows, T]`, -1 for padding."""
         if self._weights != self._weight_addresses():
             self._graph = self._model = None
         if any(isinstance(c, DerivedArguments) for c in self._compiled):
-            self._graph = None  # derived weights are looked at by what calls the compiled code, and a graph does not
+            self._graph = None  # replays would not update derived weights, which the caller of compiled code does
         rows, tokens = input_ids.shape
         before = self._position[:rows]
         if is_token is None:
@@ -187,7 +200,7 @@ class Session:
         self.cache.changed()
 
     def step(self, tail: Tail | None = None) -> None:
-        """Run :attr:`tokens`; `tail` gets their logits, or they are in :attr:`logits`."""
+        """Run a decode step on :attr:`tokens`; the logits go to `tail`, or to :attr:`logits` if there is none."""
         plan = self.cache.ready()
         if self.model.device.type != "cuda":
             self._move()
@@ -206,7 +219,7 @@ class Session:
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of every sequence.
 
-        The tokens that go must all be real ones, and have stood in the cache's last slots.
+        The removed tokens must not include padding, and must be in the last slots of the cache.
         """
         removed = self.length - length
         if removed > 0:
@@ -226,7 +239,7 @@ class Session:
         torch._foreach_add_([self._position, self._index], [self._moves, self._moves])
 
     def _call(self, model: Callable[..., Any], input_ids: Tensor, index: Tensor, **inputs: Any) -> Tensor:
-        """Logits `[rows, vocab]` of the last tokens."""
+        """Run the model and return the logits `[rows, vocab]` of the last tokens."""
         output = model(
             input_ids=input_ids,
             position_ids=index,
@@ -249,7 +262,7 @@ class Session:
     # -- the CUDA graph -------------------------------------------------------------------------------------------
 
     def _record(self, tail: Tail | None) -> None:
-        """Record a step as a CUDA graph, with the device's state left as it was."""
+        """Record a step as a CUDA graph, without a change of the state on the device."""
         if self._model is None:
             self._compiled.clear()
             self._model = self._compile() if self.backend is not None else self.model
@@ -265,12 +278,12 @@ class Session:
 
         def try_out() -> None:
             for _ in range(2):
-                step(None)  # a tail has run after the prompt, and may draw random numbers
+                step(None)  # without the tail: it ran after the prompt already, and may draw random numbers
                 for tensor, value in zip(device_state, saved, strict=True):
                     tensor.copy_(value)
 
         with self._recording():
-            self._graph = None  # its memory goes first
+            self._graph = None  # free its memory first
             self._graph = record(lambda: step(tail), warm_up=try_out)
         self._weights = self._weight_addresses()
 
@@ -278,7 +291,7 @@ class Session:
     def _recording(self) -> Iterator[None]:
         experts = getattr(self.model.config, "_experts_implementation", None)
         waits = experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
-        if waits:  # for the device, to learn how many tokens each expert has
+        if waits:  # these synchronise to learn how many tokens each expert has
             self.model.set_experts_implementation("batched_mm")
         for slots in self.cache.distinct_slots():
             slots.is_replayed = True
@@ -291,9 +304,9 @@ class Session:
                 self.model.set_experts_implementation(experts)
 
     def _compile(self, forward: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """The model, or what calls it, compiled for this session alone."""
+        """Return `forward`, or else the model's forward, compiled for this session alone."""
 
-        # Nothing here refers to the session: its buffers go when it goes, not when garbage is collected.
+        # No closure refers to the session, so that its buffers are freed with it and not by the garbage collector.
         compile_graph, kept, forward = self.backend, self._compiled, forward or self.model.forward
         assert compile_graph is not None
 
@@ -304,10 +317,11 @@ class Session:
         def call(*args: Any, **kwargs: Any) -> Any:
             return forward(*args, **kwargs)
 
-        # Dynamo keeps what it compiled by code object: one of its own, or all sessions share guards and their number.
+        # Dynamo caches compiled code per code object. With a code object of its own, a session does not share guards
+        # and the recompilation limit with other sessions.
         own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
         return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
 
     def _weight_addresses(self) -> tuple[int, ...]:
-        """A graph reads weights where they lay when it was recorded."""
+        """Return the addresses of all weights; a CUDA graph is valid only as long as they do not change."""
         return tuple(p.data_ptr() for p in self.model.parameters())

@@ -1,8 +1,10 @@
-"""Sparse attention in the decode engine: the index of each layer's keys, and when it is used.
+"""Sparse attention in the decode engine: keeps an index of each layer's keys, and decides when it is used.
 
-A step attends through :mod:`effpass.lowering.ops.two_level_attention` where a layer holds `dense_below` tokens or more,
-and as by default below that. The index is made when the first sparse step comes, from the keys that stand in the cache,
-and kept up by the steps themselves; it is made anew where the cache was filled or its tokens moved.
+A :class:`SparseReader` replaces the default attention over one cache; the pass `sparse_attention` installs it. In
+layers that hold at least `dense_below` tokens, decode steps choose keys through the index and attend with
+:mod:`effpass.lowering.ops.two_level_attention`; with fewer tokens they use the default attention. The index is built
+from the cached keys before the first sparse step, and each step adds its own token. It is rebuilt after a prompt has
+filled the cache, or after cached tokens have moved.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ __all__ = ["SparseReader", "SparseSettings"]
 
 @dataclass(frozen=True)
 class SparseSettings:
-    """What the readers of one model share.
+    """Settings that the readers of one model share.
 
     Attributes:
-        selection: which keys a step attends to.
-        dense_below: a layer with fewer tokens is attended to as by default.
-        channels: int32 `[G, C]` for each layer, the channels of its labels; None for all.
-        prefill: which blocks prompts attend to; None for all.
-        audits: for each layer, how much of what it should choose it does; empty where nobody asks.
+        selection: settings of the choice of keys in decode steps.
+        dense_below: number of tokens below which a layer uses the default attention.
+        channels: int32 `[G, C]` by layer, channels of the keys that labels are made from; None for all channels.
+        prefill: settings of the choice of blocks in prefill; None for dense prefill.
+        audits: quality measurements by layer; None for no measurement.
     """
 
     selection: Selection
@@ -43,7 +45,7 @@ class SparseSettings:
     audits: dict[int, Audit] | None = None
 
     def __call__(self) -> SparseReader:
-        """A reader for one more cache."""
+        """Create a reader for a cache."""
         return SparseReader(self)
 
     def __deepcopy__(self, memo: Any) -> SparseSettings:
@@ -52,7 +54,14 @@ class SparseSettings:
 
 @dataclass
 class _Layer:
-    """One layer's index, and the buffer that it is of."""
+    """State of one layer.
+
+    Attributes:
+        index: index of the layer's keys.
+        keys: buffer of the keys that are indexed.
+        indexed: number of slots that are in the index.
+        is_sparse: whether the next step attends sparsely.
+    """
 
     index: KeyIndex
     keys: Tensor
@@ -62,7 +71,13 @@ class _Layer:
 
 @dataclass
 class SparseReader:
-    """The :class:`~effpass.runtime.cache.Reader` of one cache."""
+    """Sparse attention over one cache; see :class:`~effpass.runtime.cache.Reader`.
+
+    Attributes:
+        settings: settings shared by the readers of the model.
+        layers: state by layer index.
+        queries: last query of the prompt by layer index, used for the first pipelined step.
+    """
 
     settings: SparseSettings
     layers: dict[int, _Layer] = field(default_factory=dict)
@@ -70,7 +85,7 @@ class SparseReader:
 
     @property
     def keeps_queries(self) -> bool:
-        """A pipeline's first step has no step before it, and chooses by the prompt's last query."""
+        """Whether selection is pipelined: the first step then chooses by the prompt's last query."""
         return self.settings.selection.is_pipelined
 
     def keep_query(self, index: int, query: Tensor) -> None:
@@ -79,7 +94,7 @@ class SparseReader:
     def attend(
         self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
     ) -> Tensor | None:
-        """`[B, T, H, V]` of a sparse step or a sparse prompt; None for a dense one."""
+        """Return the output `[B, T, H, V]` of a sparse decode step or prefill, or None to use the default attention."""
         rows, _, tokens, _ = query.shape
         layer = cache.buffers(index)
         if layer.window:
@@ -103,9 +118,9 @@ class SparseReader:
             table, host,
         )  # fmt: skip
         if pool is not None:
-            how, chosen = state.index.selection, state.index.rows(rows)
-            if how.levels == "blocks":
-                pool.fetch(chosen.chosen_blocks, slots.filled, how.block)
+            selection, chosen = state.index.selection, state.index.rows(rows)
+            if selection.levels == "blocks":
+                pool.fetch(chosen.chosen_blocks, slots.filled, selection.block)
             else:
                 pool.fetch(chosen.chosen_tokens, slots.filled, 1)
         if self.settings.audits is not None:
@@ -118,26 +133,26 @@ class SparseReader:
         self, cache: DecodeCache, layer: BufferedLayer, query: Tensor, keys: Tensor, values: Tensor, scale: float,
         softcap: float,
     ) -> Tensor | None:  # fmt: skip
-        how, slots = self.settings.prefill, layer.slots
+        selection, slots = self.settings.prefill, layer.slots
         reads = keys.shape[2]
-        if how is None or reads <= max(self.settings.dense_below, how.least(reads)):
+        if selection is None or reads < max(self.settings.dense_below, selection.least):
             return None
         positions = slots.positions[: query.shape[0], :reads]
-        return block_sparse(how, query, keys, values, positions, cache.query_positions, scale, softcap)
+        return block_sparse(selection, query, keys, values, positions, cache.query_positions, scale, softcap)
 
     def ready(self, cache: DecodeCache) -> Hashable:
-        """Bring the indices up to date; what is returned says which layers are attended to sparsely."""
+        """Update the indices, and return for each layer whether the next step attends sparsely."""
         for index in range(len(cache.layers)):
             layer = cache.buffers(index)
             if layer.window or not layer.keeps_keys or not layer.is_initialized:
                 continue
             state = self._layer(cache, index, layer)
             length = layer.slots.length
-            # All of a layer in host memory can't be read at every step.
+            # Offloaded layers are always sparse: reading all of a layer over the bus at every step is too slow.
             state.is_sparse = length >= self.settings.dense_below or layer.pool is not None
             if state.is_sparse:
                 known = state.indexed
-                if known > length:  # cropped, or tokens have moved
+                if known > length:  # tokens were cropped or have moved
                     known = length if layer.keeps_places else 0
                 if known < length:
                     self._catch_up(index, state, layer, known)
@@ -149,12 +164,12 @@ class SparseReader:
             state.indexed = 0
 
     def state(self) -> list[Tensor]:
-        """Sums of audits; an index is the same after a step that is taken again."""
+        """Return the sums of the audits; an index needs no restoring, since a repeated step writes the same values."""
         return [audit.sums for audit in (self.settings.audits or {}).values()]
 
     def _layer(self, cache: DecodeCache, index: int, layer: BufferedLayer) -> _Layer:
-        """The layer's state; another one where its buffers are others."""
-        if layer.keys is None:  # a recipe says it before; this is a model that was prepared twice
+        """Return the state of a layer, recreated if the layer's buffers have changed."""
+        if layer.keys is None:  # recipes are checked before; this model was prepared twice
             raise ModelError(
                 f"layer {index} stores its keys in another type ({type(layer).__name__}), and sparse_attention reads"
                 " them as they are",
@@ -171,7 +186,7 @@ class SparseReader:
         return state
 
     def _catch_up(self, index: int, state: _Layer, layer: BufferedLayer, known: int) -> None:
-        """Enter the tokens from slot `known` on."""
+        """Add the tokens from slot `known` on to the index, and score blocks for the first step of a pipeline."""
         slots = layer.slots
         start = torch.tensor([known], dtype=torch.int32, device=state.keys.device)
         state.index.add(state.keys, slots.positions, start, slots.filled, slots.length - known)
@@ -183,14 +198,15 @@ class SparseReader:
                     "not hand on",
                     hint="leave pipelined out beside passes that stage a prompt (prefix_kv)",
                 )
-            of, how = state.index.rows(query.shape[0]), state.index.selection
+            part, selection = state.index.rows(query.shape[0]), state.index.selection
             torch.ops.effpass.score_blocks(
-                query, of.statistics, of.seen, slots.filled, of.scores, how.block, how.statistic, how.aggregation
-            )
+                query, part.statistics, part.seen, slots.filled, part.scores, selection.block, selection.statistic,
+                selection.aggregation,
+            )  # fmt: skip
 
 
 def _stored(layer: BufferedLayer, rows: int, value_size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of all slots; of latents both are one buffer."""
+    """Return keys and values of all slots for the first `rows` sequences; for latents, values are part of the keys."""
     keys, values = layer.keys, layer.values
     assert keys is not None
     assert values is not None

@@ -1,7 +1,10 @@
-"""How good a choice of keys is: what share of the best keys it holds, and of the attention that they would get.
+"""Quality of the keys S that a step of sparse attention chose: recall of the best keys, and covered attention mass.
 
-recall = |S ∩ S*| / |S*|,  S* = top-k_t of Σ_h q_h · k_s over all keys (of max_h, where heads are aggregated so)
-mass   = Σ_{s in S} a_s,   a = softmax of the full attention, in the mean over heads
+    recall = |S ∩ S*| / |S*|         S* = top-k of Σ_h q_h · k_s over all visible keys, k = `selection.tokens`
+    mass   = Σ_{s in S} a_s          a = softmax of the full attention
+
+Σ_h runs over the query heads h that share a KV head, and is max_h with aggregation ``"max"``; mass is the mean over
+these heads.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ __all__ = ["Audit", "chosen_slots", "recall_and_mass"]
 
 
 class Audit:
-    """Sums over the steps of one layer, on its device, so that looking waits for nothing."""
+    """Accumulates recall and mass over the decode steps of one layer, on its device and without synchronisation.
+
+    Attributes:
+        sums: float64 `[3]`, sums of recall and of mass, and the number of summands.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -24,19 +31,19 @@ class Audit:
     def look(
         self, index: KeyIndex, query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, scale: float
     ) -> None:
-        """Add a step that has chosen; arguments are those of `two_level_attention`."""
+        """Add the last step, which has chosen its keys; arguments are those of `two_level_attention`."""
         recall, mass = recall_and_mass(index, query, keys, key_positions, query_positions, scale)
         live = (query_positions >= 0).expand_as(recall).double()
         self.sums.add_(torch.stack(((recall * live).sum(), (mass * live).sum(), live.sum())))
 
     def result(self) -> tuple[float, float]:
-        """Mean recall and mass; NaN before the first step. Waits for the device."""
+        """Return mean recall and mean mass, NaN before the first step; synchronises with the device."""
         recall, mass, count = self.sums.tolist()
         return (recall / count, mass / count) if count else (float("nan"), float("nan"))
 
 
 def chosen_slots(index: KeyIndex, slots: int) -> Tensor:
-    """Bool [B, G, slots]: what the last step chose."""
+    """Return the mask of the slots that the last step chose, bool [B, G, slots]."""
     mask = torch.zeros((*index.seen.shape[:2], slots + 1), dtype=torch.bool, device=index.seen.device)
     chosen = index.chosen_tokens.long()
     if not chosen.shape[2]:
@@ -52,13 +59,22 @@ def chosen_slots(index: KeyIndex, slots: int) -> Tensor:
 def recall_and_mass(
     index: KeyIndex, query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """[B, G] each; looks at every key."""
+    """Return recall and mass of the last step, [B, G] each; computes the full attention.
+
+    Args:
+        index: index of the layer, with the choice of the last step.
+        query: [B, H, 1, K], queries of the step.
+        keys: [B, G, S, K], keys of all slots.
+        key_positions: int32 [B, S], positions of the slots; -1 for an empty slot.
+        query_positions: int32 [B, 1], positions of the queries; -1 for an unused sequence.
+        scale: factor on the scores.
+    """
     (batch, heads, _, size), (_, groups, slots, _) = query.shape, keys.shape
-    how = index.selection
+    selection = index.selection
     visible = ((key_positions >= 0) & (key_positions <= query_positions))[:, None]
     scores = query.reshape(batch, groups, heads // groups, size).float() @ keys.float().transpose(-1, -2)
-    together = scores.sum(2) if how.aggregation == "sum" else scores.amax(2)
-    best = top(together.masked_fill(~visible, float("-inf")), min(how.tokens, slots))
+    together = scores.sum(2) if selection.aggregation == "sum" else scores.amax(2)
+    best = top(together.masked_fill(~visible, float("-inf")), min(selection.tokens, slots))
     chosen = chosen_slots(index, slots) & visible
     recall = (best & chosen).sum(-1) / best.sum(-1).clamp(min=1)
     weights = (scores * scale).masked_fill(~visible[:, :, None], float("-inf")).softmax(-1).nan_to_num()

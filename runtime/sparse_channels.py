@@ -1,12 +1,13 @@
-"""Which channels of its keys stand for a layer's keys: those that scores come from, on a few texts.
+"""Calibration for sparse attention: the key channels that contribute most to attention scores on a few texts.
 
-    w_c = Σ_t Σ_h |q_thc k_tc|      after rotation, over the query heads h of a key-value head; the C largest are kept
+    w_c = Σ_t Σ_h |q_thc k_tc|      over tokens t and the query heads h of a KV head; the C largest channels c are kept
 
-Double Sparsity (https://arxiv.org/abs/2408.07092), section 3.1. Of latents (MLA) the channels are those of the absorbed
-query and of the cached latent.
+q and k are queries and keys after rotation (Double Sparsity, https://arxiv.org/abs/2408.07092, section 3.1). With
+latent attention (MLA) the channels are those of the absorbed query and of the cached latent. Sparse attention makes the
+labels of keys (:mod:`effpass.lowering.ops.two_level_attention_index`) from these channels.
 
-An artifact of `sparse_attention` holds `layers.<i>.channels`, int32 [G, C], ascending, for each layer with full
-attention.
+The artifact of `sparse_attention` (the folder that calibration writes) contains `layers.<i>.channels`, int32 [G, C] and
+ascending, for each full-attention layer i with G KV heads.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ PASS, VERSION = "sparse_attention", 1
 
 @dataclass
 class _Recorder(Reader):
-    """Looks on while a model attends, as the reader of a cache."""
+    """Accumulates channel weights while a model attends, as the reader of a cache.
+
+    Attributes:
+        sums: float64 `[G, K]` by layer index, the weights w_c.
+    """
 
     sums: dict[int, Tensor] = field(default_factory=dict)
 
@@ -64,17 +69,20 @@ def calibrate(
     provenance: dict[str, Any] | None = None,
     each: Callable[[int], None] = lambda tokens: None,
 ) -> Artifact:
-    """The channels that matter most on `prompts`.
+    """Find the channels that contribute most to attention scores on `prompts`.
 
     Args:
-        model: a transformers causal LM; latent attention must have been absorbed.
-        prompts: int64 `[1, T]` each, without padding.
-        channels: how many are kept, C: an even number.
-        provenance: kept in the artifact.
-        each: called with the length of each prompt that was run.
+        model: a transformers causal LM, whose latent attention, if any, must have been absorbed.
+        prompts: token ids of the calibration texts, int64 `[1, T]` each, without padding.
+        channels: number of channels C to keep per KV head; must be even.
+        provenance: description of the calibration data to store in the artifact; None for none.
+        each: function that is called with the number of tokens of each prompt after it was run.
+
+    Returns:
+        The artifact, whose metric `share` is the fraction of the channel weights that the kept channels hold.
 
     Raises:
-        EffpassError: no prompts, or more channels than a key has.
+        EffpassError: if there are no prompts, `channels` is odd, or a key has fewer channels.
     """
     check_decodable(model)
     if channels < 2 or channels % 2:
@@ -106,10 +114,10 @@ def calibrate(
 
 
 def load_channels(folder: Path) -> tuple[Artifact, dict[int, Tensor]]:
-    """The artifact in `folder`, and its channels by layer.
+    """Load the artifact in `folder`, and return it with its channels by layer.
 
     Raises:
-        ArtifactError: see :class:`Artifact`; or tensors that are no channels.
+        ArtifactError: if the artifact can't be loaded, see :class:`Artifact`, or its tensors are not channels.
     """
     artifact = Artifact.load(folder, expect_pass=PASS, max_version=VERSION)
     found = {}
@@ -132,7 +140,13 @@ def load_channels(folder: Path) -> tuple[Artifact, dict[int, Tensor]]:
 
 
 def check_channels(channels: dict[int, Tensor], model: nn.Module, layers: dict[int, tuple[int, int]]) -> None:
-    """Raise :class:`ArtifactError` unless there are channels for each of `layers`: index → (heads, key size)."""
+    """Raise an :class:`ArtifactError` unless there are valid channels for all layers of a model.
+
+    Args:
+        channels: channels by layer, from :func:`load_channels`.
+        model: the model that the channels are for (currently unused).
+        layers: (number of KV heads, key size) of each layer that needs channels, by layer index.
+    """
     for index, (groups, size) in layers.items():
         found = channels.get(index)
         if found is None or found.shape[0] != groups or int(found.max()) >= size:

@@ -1,8 +1,12 @@
-"""From what length on sparse attention pays: the cost model's equation, solved for the length.
+"""Cost model of sparse attention in a decode step, and the length from which on it is faster than dense attention.
 
-dense(S)  = latency + B S R / bandwidth                                  R bytes of keys and values of a token
-sparse(S) = launches latency + B (S I + C L + k R) / bandwidth           I of the index that is read for each token,
-                                                                         C candidates with labels of L, k attended
+    dense(S)  = latency + B S R / bandwidth
+    sparse(S) = launches · latency + B (S I + C L + k R) / bandwidth
+
+with B sequences of S tokens, R bytes of keys and values per token, I bytes of the index that are read per token, C
+candidate keys with labels of L bytes each, and k keys that are attended to. `latency` is the time of one small
+attention kernel and `launches` the number of kernel launches; latency and bandwidth are measured
+(:mod:`effpass.core.roofline`).
 """
 
 from __future__ import annotations
@@ -18,17 +22,17 @@ __all__ = ["break_even", "step_bytes"]
 def step_bytes(
     how: Selection, length: int, groups: int, key_size: int, value_size: int, channels: int, element: int, latent: bool
 ) -> tuple[int, int]:
-    """Bytes that one sequence's step reads of a layer, dense and sparse.
+    """Return the bytes that a decode step of one sequence reads in one layer, with dense and with sparse attention.
 
     Args:
-        how: what is chosen.
-        length: tokens S.
-        groups: key-value heads G.
-        key_size: K; of latents all of it.
-        value_size: V.
-        channels: of a label.
-        element: bytes of a number of the cache.
-        latent: values are part of the keys.
+        how: settings of the choice of keys.
+        length: number of tokens S in the cache.
+        groups: number of KV heads G.
+        key_size: key size K; for latents, the size of the latent and the rotated part together.
+        value_size: value size V.
+        channels: number of channels of a label.
+        element: size of a cache element in bytes.
+        latent: whether values are part of the keys (MLA).
     """
     row = groups * (key_size if latent else key_size + value_size) * element
     label = groups * (channels // 2 + 4)
@@ -51,7 +55,14 @@ def break_even(
     latent: bool,
     at: Ceilings,
 ) -> int:
-    """Tokens from which on a step of one sequence is faster sparse; no less than it attends to."""
+    """Return the smallest number of tokens at which a sparse step of one sequence is faster than a dense one.
+
+    It is not less than the number of tokens that a sparse step attends to, and 2³⁰ if sparse attention is never faster.
+    The other arguments are those of :func:`step_bytes`.
+
+    Args:
+        at: measured bandwidth and latency of the device.
+    """
     launches = 2 if how.levels == "blocks" else 3
 
     def gain(length: int) -> float:

@@ -1,7 +1,10 @@
-"""Who stands above whom in a token tree, as bits.
+"""Ancestor relations between the nodes of a token tree, as bit masks.
 
-Bit j % 64 of word j // 64 of node i says that node j is an ancestor of i; a node is its own ancestor. A node stands
-behind its parent, the root is node 0, and what only pads a tree has no bits at all.
+A token tree holds the draft tokens that speculative decoding verifies in one call of the target model. Bit j % 64 of
+word j // 64 of node i is set if node j is an ancestor of node i; every node is its own ancestor. Node 0 is the root,
+parents precede their children, and nodes that only pad the tree have no bits set.
+
+Shapes: B batch, N nodes, W words of 64 bits.
 """
 
 from __future__ import annotations
@@ -11,12 +14,12 @@ from torch import Tensor
 
 __all__ = ["MOST_NODES", "WORD", "pack", "relations", "unpack"]
 
-WORD = 64  # nodes that one word speaks for
+WORD = 64  # nodes per int64 word
 MOST_NODES = 256
 
 
 def pack(bits: Tensor, words: int | None = None) -> Tensor:
-    """bool `[..., N]` as int64 `[..., W]`; by default as many words as it takes."""
+    """Pack bool `[..., N]` into int64 `[..., W]`, where W is `words` or, by default, the smallest sufficient number."""
     count = bits.shape[-1]
     words = -(-count // WORD) if words is None else words
     padded = torch.nn.functional.pad(bits.long(), (0, words * WORD - count)).unflatten(-1, (words, WORD))
@@ -24,17 +27,20 @@ def pack(bits: Tensor, words: int | None = None) -> Tensor:
 
 
 def unpack(words: Tensor, count: int) -> Tensor:
-    """bool `[..., count]` of int64 `[..., W]`."""
+    """Unpack the first `count` bits of int64 `[..., W]` into bool `[..., count]`."""
     node = torch.arange(count, device=words.device)
     return (words[..., node // WORD] >> (node % WORD)) & 1 == 1
 
 
 def relations(parents: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Depths int64 `[B, N]`, 0 for the root and -1 for padding, and ancestors int64 `[B, N, W]`.
+    """Compute the depth and the ancestors of each node.
 
     Args:
-        parents: int64 `[B, N]`; -1 for the root, and for nodes that only pad the tree.
-        depth: the largest depth there can be.
+        parents: int64 `[B, N]`, parent of each node; -1 for the root and for padding.
+        depth: maximum depth of a node.
+
+    Returns:
+        Depths int64 `[B, N]`, 0 for the root and -1 for padding, and ancestor bits int64 `[B, N, W]`.
     """
     number = torch.arange(parents.shape[1], device=parents.device)
     is_node = (parents >= 0) | (number == 0)

@@ -1,6 +1,11 @@
-"""Enter the positions of a call's tokens into the table of a cache's slots, in one launch.
+"""Append the positions of new tokens to the slot table of a KV cache, in one kernel launch.
 
-start ← filled;  positions[b, start + t] ← new[b, t];  filled ← start + T
+    start ← filled;  positions[b, start + t] ← new[b, t];  filled ← start + T
+
+The table gives the position of the token in each slot, from which attention derives its mask
+(:mod:`effpass.lowering.ops.cached_attention`). The decode engine's cache calls the operator once per model call.
+
+Shapes: B batch size of the cache, S slots, T new tokens of each sequence.
 """
 
 from __future__ import annotations
@@ -30,14 +35,14 @@ def _append_positions(positions: Tensor, start: Tensor, filled: Tensor, new: Ten
     schema="(Tensor(a!) positions, Tensor(b!) start, Tensor(c!) filled, Tensor new) -> ()",
 )
 def append_positions(positions: Tensor, start: Tensor, filled: Tensor, new: Tensor) -> None:
-    """Enter T tokens behind the slots in use; nothing waits for the device.
+    """Append T positions to each sequence, after the slots in use. The host does not wait for the device.
 
     Args:
-        positions: int32 [B, S], written; -1 in empty slots.
-        start: int32 [1], written: the slot of the first of the new tokens.
-        filled: int32 [1], written: slots in use.
-        new: int32 [rows, T] with rows ≤ B; -1 for padding. The rows behind stay as they are. The caller answers for
-            filled + T ≤ S.
+        positions: int32 [B, S], position of the token in each slot, -1 in empty slots; written.
+        start: int32 [1], slot of the first new token; written.
+        filled: int32 [1], number of slots in use; written.
+        new: int32 [rows, T] with rows ≤ B, positions of the new tokens, -1 for padding. Sequences from `rows` on stay
+            unchanged. The caller must ensure filled + T ≤ S.
     """
     _append_positions(positions, start, filled, new)
 

@@ -1,23 +1,26 @@
-"""Keys and values in host memory, and copies of some of their blocks on the device.
+"""Block pool of an offloaded KV cache: all keys and values in host memory, copies of some blocks on the device.
 
-    host   [B, G, N, block, W]   of every token, keys and values side by side; of latents (MLA) both at once
-    pages  [B G C, block, W]     copies of blocks on the device, C of each head
+A block is a run of `block` consecutive cache slots of one KV head; a page holds the copy of one block on the device:
 
-A step writes its token to both. It reads each key that it chose from a page where the key's block has one, and else
-from the host itself, through the bus (:mod:`~effpass.lowering.ops.two_level_attention`): where a block is costs time
-and changes no result, and nothing that is evicted has to be written back. After a step has attended, blocks that it
-read and that have no page get one, for the steps to come, since choices change little from one step to the next:
+    host   [B, G, N, block, W]   keys and values of every token, side by side; or latents (MLA), which serve as both
+    pages  [B G C, block, W]     copies of blocks on the device, C pages per head
+
+A decode step writes its token to the host and, if the token's block has a page, to the page as well. It reads each
+chosen key from the page of its block, or over the bus from the host if the block has no page
+(:mod:`effpass.lowering.ops.two_level_attention`). Where a block lies thus affects time but not results, and an evicted
+page needs no write-back. After attention, blocks without a page that the step read are copied to pages for later steps,
+because choices change little from one step to the next:
 
     read    = blocks of the chosen keys
-    wanted  = read ∪ {the block of the next token}
-    copied  = wanted without a page, up to a bound; the next token's always
-    evicted = the pages that were longest not wanted (LRU), as many as are copied; of equal ones the first
+    wanted  = read ∪ {block of the next token}
+    copied  = wanted blocks without a page, up to a bound; the next token's block always
+    evicted = the least recently wanted pages (LRU), as many as are copied; the lowest index first among equals
 
-Attention waits for none of the copies: on a GPU they run on a stream of their own, and have until the end of the step
-(:func:`join`).
+Attention does not wait for these copies: on a GPU they run on a side stream and must be complete at the end of the step
+(:func:`join`). :mod:`effpass.runtime.kv_offload` builds its caches on this module.
 
-Shapes: B batch, G key-value heads, N blocks, C pages of a head, M places of a list of copies, W = K + V, or of latents
-W = K.
+Shapes: B batch, G KV heads, N blocks, C pages per head, K key size, V value size,
+M capacity of the list of copies, W = K + V (W = K for latents).
 """
 
 from __future__ import annotations
@@ -37,25 +40,25 @@ from effpass.lowering.ops.two_level_attention_index import parted
 
 __all__ = ["COUNTED", "BlockPool", "fetch_blocks", "join", "page_write", "side_stream", "write_token"]
 
-#: Columns of :attr:`BlockPool.counts`, sums over steps: blocks with a chosen key, and those of them without a page;
-#: chosen keys, and those of them that came through the bus; blocks that were copied.
+#: Columns of :attr:`BlockPool.counts`, each a sum over steps: blocks with a chosen key, those of them without a page,
+#: chosen keys, those of them read over the bus, and copied blocks.
 COUNTED = ("blocks", "missing_blocks", "tokens", "missing_tokens", "copied")
 
 
 @dataclass(frozen=True)
 class BlockPool:
-    """One layer's blocks, in tensors that stay where they are.
+    """Block pool of one layer, in tensors whose addresses do not change.
 
     Attributes:
-        host: `[B, G, N, block, W]`, host memory as the device sees it.
-        pages: `[B G C, block, W]`; head h = b G + g has pages h C to (h + 1) C.
-        block_table: int32 `[B, G, N]`: the page of each block, -1 for none.
-        owner: int32 `[B, G, C]`: the block in each page, -1 for none.
-        age: int32 `[B, G, C]`: when the page was last wanted, by `clock`; -1 for a free one.
-        clock: int32 `[B, G]`: steps so far.
-        moves: int32 `[B, G, M, 2]`: block and page of each copy that the last step asked for, and
-        moved: int32 `[B, G]`: how many there are.
-        counts: int64 `[B, G, 5]`, see :data:`COUNTED`.
+        host: `[B, G, N, block, W]`, all blocks, in host memory that the device can access.
+        pages: `[B G C, block, W]`; head h = b G + g owns pages h C to (h + 1) C - 1.
+        block_table: int32 `[B, G, N]`, page of each block; -1 for a block without a page.
+        owner: int32 `[B, G, C]`, block in each page; -1 for a free page.
+        age: int32 `[B, G, C]`, value of `clock` when the page was last wanted; -1 for a free page.
+        clock: int32 `[B, G]`, number of steps so far.
+        moves: int32 `[B, G, M, 2]`, block and page of each copy that the last step requested.
+        moved: int32 `[B, G]`, number of entries of `moves` in use.
+        counts: int64 `[B, G, 5]`, statistics; see :data:`COUNTED`.
     """
 
     host: Tensor
@@ -70,16 +73,16 @@ class BlockPool:
 
     @classmethod
     def empty(cls, host: Tensor, slots: int, most: int, copies: int) -> BlockPool:
-        """A pool that holds nothing, on the device that sees `host`.
+        """Create an empty pool on the device through which `host` is accessed.
 
         Args:
             host: `[B, G, N, block, W]`.
-            slots: pages C of a head; no more than N are made.
-            most: blocks that a step chooses at most.
-            copies: blocks of a head that a step may have copied, beside the next token's.
+            slots: number of pages C per head; capped at N.
+            most: maximum number of blocks that a step chooses per head.
+            copies: maximum number of blocks per head that a step copies in addition to the next token's.
 
         Raises:
-            EffpassError: fewer pages than a step wants.
+            EffpassError: if there are fewer pages than a step needs.
         """
         batch, groups, blocks, block, width = host.shape
         slots, wanted = min(slots, blocks), min(most + 1, blocks)
@@ -89,18 +92,18 @@ class BlockPool:
                 hint=f"give the pool {wanted} blocks or more, or let a step choose fewer",
             )
 
-        def some(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
+        def full(*shape: int, value: int = 0, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full((batch, groups, *shape), value, dtype=dtype, device=host.device)
 
-        # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
+        # Initialized with zeros: a masked slot has weight 0, and 0 times uninitialized memory may be NaN.
         pages = torch.zeros(batch * groups * slots, block, width, dtype=host.dtype, device=host.device)
         return cls(
-            host, pages, some(blocks, value=-1), some(slots, value=-1), some(slots, value=-1), some(),
-            some(min(copies, most) + 1, 2), some(), some(len(COUNTED), dtype=torch.int64),
+            host, pages, full(blocks, value=-1), full(slots, value=-1), full(slots, value=-1), full(),
+            full(min(copies, most) + 1, 2), full(), full(len(COUNTED), dtype=torch.int64),
         )  # fmt: skip
 
     def rows(self, count: int) -> BlockPool:
-        """Of the first `count` rows; views."""
+        """Return the pool of the first `count` sequences, as views."""
         if count == self.host.shape[0]:
             return self
         names = ("host", "block_table", "owner", "age", "clock", "moves", "moved", "counts")
@@ -108,44 +111,45 @@ class BlockPool:
         return replace(self, pages=pages, **{name: getattr(self, name)[:count] for name in names})
 
     def cached(self, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
-        """Pages `[B G C, block, K]` of keys, and of values; views."""
+        """Return views of the pages: keys `[B G C, block, K]` and values `[B G C, block, V]`."""
         return parted(self.pages, key_size, value_size)
 
     def write(self, key: Tensor, value: Tensor, start: Tensor) -> None:
-        """:func:`page_write` of the first rows."""
-        of = self.rows(key.shape[0])
-        torch.ops.effpass.page_write(key, value, start, of.host, of.pages, of.block_table)
+        """Call :func:`page_write` on the pool of the first `key.shape[0]` sequences."""
+        pool = self.rows(key.shape[0])
+        torch.ops.effpass.page_write(key, value, start, pool.host, pool.pages, pool.block_table)
 
     def fetch(self, chosen: Tensor, filled: Tensor, entry: int) -> None:
-        """:func:`fetch_blocks` of the first rows."""
-        of = self.rows(chosen.shape[0])
+        """Call :func:`fetch_blocks` on the pool of the first `chosen.shape[0]` sequences."""
+        pool = self.rows(chosen.shape[0])
         torch.ops.effpass.fetch_blocks(
-            chosen, filled, of.host, of.pages, of.block_table, of.owner, of.age, of.clock, of.moves, of.moved,
-            of.counts, entry,
+            chosen, filled, pool.host, pool.pages, pool.block_table, pool.owner, pool.age, pool.clock, pool.moves,
+            pool.moved, pool.counts, entry,
         )  # fmt: skip
 
     def forget(self, first: int = 0) -> None:
-        """Take back the pages of the blocks from `first` on: their host memory is written without a look at pages."""
+        """Free the pages of all blocks from `first` on, whose host memory is written without updating pages."""
         self.block_table[:, :, first:] = -1
         gone = self.owner >= first
         self.owner.masked_fill_(gone, -1)
         self.age.masked_fill_(gone, -1)
 
 
-# -- a stream beside --------------------------------------------------------------------------------------------------
+# -- side stream ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on `device` for copies that computation does not wait for."""
+    """Return the stream on `device` for copies that computation does not wait for."""
     return torch.cuda.Stream(device)
 
 
 def join(times: Tensor) -> None:
-    """Make the current stream wait for the copies that its step has asked for; in a CUDA graph too.
+    """Make the current stream wait for the copies that its step requested. Also works during CUDA graph capture.
 
     Args:
-        times: int64 `[3]` on the GPU, zeros at first; the last is the sum of all waits, in ns of the device's clock.
+        times: int64 `[3]` on the GPU, initially zeros; written. The last entry is the total waiting time in nanoseconds
+            of the device's clock.
     """
     current, side = torch.cuda.current_stream(times.device), side_stream(times.device)
     kernels = triton_kernels("block_pool")
@@ -165,18 +169,18 @@ def join(times: Tensor) -> None:
     schema="(Tensor key, Tensor value, Tensor start, Tensor(a!) host, Tensor(b!) pages, Tensor block_table) -> ()",
 )
 def page_write(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: Tensor, block_table: Tensor) -> None:
-    """A token's keys and values, to the host, and to the page of its block where there is one.
+    """Write the key and value of one token to the host and, if its block has a page, to the page.
 
     Args:
         key: [B, G, 1, K].
         value: [B, G, 1, V].
-        start: int32 [1], the token's slot; nothing is written behind the last one.
+        start: int32 [1], slot of the token; nothing is written if it lies past the last slot.
         host: [B, G, N, block, K + V], written.
         pages: [B G C, block, K + V], written.
-        block_table: int32 [B, G, N].
+        block_table: int32 [B, G, N], page of each block; -1 for none.
 
     Raises:
-        EffpassError: more than one token, or sizes that don't match.
+        EffpassError: if there is more than one token, or sizes don't match.
     """
     if key.is_cuda:
         kernels = triton_kernels("block_pool")
@@ -188,7 +192,7 @@ def page_write(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: T
 
 
 def write_token(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: Tensor, block_table: Tensor) -> None:
-    """The reference of :func:`page_write`."""
+    """Reference implementation of :func:`page_write`."""
     _check_write(key, value, host)
     n, inside = divmod(int(start), host.shape[3])
     if n < host.shape[2]:
@@ -239,7 +243,7 @@ def _fetch_blocks(
 
     after = end // block
     of_after = block_table[:, :, after : after + 1].long()
-    asks = of_after < 0  # none where the cache ends
+    asks = of_after < 0  # empty if the cache has no slot for the next token
     wanted = torch.zeros((*owner.shape[:2], of_head + 1), dtype=torch.bool, device=owner.device)
     for at, live in ((page, is_new & ~missing), (of_after, ~asks)):
         wanted.scatter_(2, torch.where(live, at - first_page, of_head), True)
@@ -279,15 +283,15 @@ def fetch_blocks(
     chosen: Tensor, filled: Tensor, host: Tensor, pages: Tensor, block_table: Tensor, owner: Tensor, age: Tensor,
     clock: Tensor, moves: Tensor, moved: Tensor, counts: Tensor, entry: int,
 ) -> None:  # fmt: skip
-    """Give pages to the blocks that a step has read, and to the one of the next token.
+    """Assign pages to the blocks that a step has read and to the next token's block, and copy these blocks.
 
-    On a GPU this is on :func:`side_stream`, behind what the current stream was given so far; whoever reads pages or
-    table later calls :func:`join`.
+    On a GPU this runs on :func:`side_stream`, after all work that the current stream has received so far. Code that
+    reads pages or the block table later must call :func:`join` first.
 
     Args:
-        chosen: int32 [B, G, L], the slots or blocks that the step has chosen, ascending, -1 behind them.
-        filled: int32 [1], the slots in use.
-        host: [B, G, N, block, W], read; what follows is written, see :class:`BlockPool`.
+        chosen: int32 [B, G, L], slots or blocks that the step has chosen, ascending, followed by -1.
+        filled: int32 [1], number of slots in use.
+        host: [B, G, N, block, W], read. The following tensors are attributes of :class:`BlockPool` and are written.
         pages: [B G C, block, W].
         block_table: int32 [B, G, N].
         owner: int32 [B, G, C].
@@ -296,7 +300,7 @@ def fetch_blocks(
         moves: int32 [B, G, M, 2].
         moved: int32 [B, G].
         counts: int64 [B, G, 5].
-        entry: slots of an entry of `chosen`: 1, or those of a block.
+        entry: slots per entry of `chosen`: 1 if it lists slots, the block size if it lists blocks.
     """
     rest = (host, pages, block_table, owner, age, clock, moves, moved, counts, entry)
     if not pages.is_cuda:

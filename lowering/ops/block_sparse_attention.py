@@ -1,17 +1,18 @@
-"""Attention of a prompt over blocks of keys that each tile of queries chooses, without training.
+"""Training-free block-sparse attention for prompts: each tile of queries attends to the blocks of keys it chooses.
 
-    w[t, n] = Σ_h softmax_n(scale · mean(q_h in tile t) · mean(k in block n))     over blocks that the tile sees
-    M[t]    = the blocks of largest w that hold a share of them (`density`), or of their weight (`threshold`),
-              with the first blocks, and those around the tile itself
+    w[t, n] = mean_h softmax_n(scale · mean(q_h in tile t) · mean(k in block n))    over the blocks visible to the tile
+    M[t]    = the blocks of largest w: a share of the visible blocks (`density`), or as many as hold a share of their
+              total weight (`threshold`); always with the first blocks and those around the tile
     out[i]  = softmax attention of query i over the visible keys of the blocks in M[tile of i]
 
-h runs over the query heads that share keys, which choose together. Scores of pooled blocks are those of MInference's
-block-sparse heads (https://arxiv.org/abs/2407.02490), the threshold is FlexPrefill's (https://arxiv.org/abs/2502.20766).
-Weights of a few tiles at a time are in memory, and of what is chosen lists of blocks: nothing grows with the square of
-the tokens.
+A tile is a run of consecutive queries, a block a run of consecutive cache slots. h runs over the query heads that share
+a KV head and thus one choice. Scoring blocks by mean queries and mean keys follows the block-sparse heads of MInference
+(https://arxiv.org/abs/2407.02490), the threshold follows FlexPrefill (https://arxiv.org/abs/2502.20766). Weights are
+computed for a few tiles at a time, and choices are stored as lists of blocks, not as masks over tokens.
+:mod:`effpass.runtime.sparse_attention` calls the operators for prompts.
 
-Shapes: B batch, T tokens, S slots, H query heads, G key-value heads, K key size, V value size, Q = ceil(T / block_q)
-tiles, N = ceil(S / block_k) blocks, M places of a list.
+Shapes: B batch, T tokens, S slots, H query heads, G KV heads, K key size, V value size,
+Q = ceil(T / block_q) tiles, N = ceil(S / block_k) blocks, M capacity of a list of blocks.
 """
 
 from __future__ import annotations
@@ -31,22 +32,23 @@ from effpass.lowering.ops.two_level_attention import listed, top
 
 __all__ = ["TOLERANCE", "BlockSelection", "block_sparse", "block_sparse_attention", "choose_key_blocks"]
 
-#: As in :mod:`effpass.lowering.ops.cached_attention`.
+#: Maximum deviation of a kernel's output from the reference; as in :mod:`effpass.lowering.ops.cached_attention`.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
-_WEIGHTS = 1 << 24  # at once
+_WEIGHTS = 1 << 24  # pooled scores of query heads that are computed at once
 
 
 @dataclass(frozen=True)
 class BlockSelection:
-    """Which keys the queries of a prompt attend to.
+    """Rule by which the queries of a prompt choose blocks of keys.
 
     Attributes:
-        density: share of the blocks that a tile sees.
-        threshold: share of the pooled weight to hold instead; 0 for none.
-        block_q: queries of a tile.
-        block_k: slots of a block.
-        sink: blocks from the first token on that every tile keeps.
-        recent: blocks in front of a tile that it keeps, beside those that it lies in.
+        density: share of the visible blocks that a tile attends to.
+        threshold: share of the pooled weight w that the chosen blocks hold, used instead of `density`; 0 to use
+            `density`.
+        block_q: queries per tile.
+        block_k: slots per block.
+        sink: number of blocks at the start of the sequence that every tile attends to.
+        recent: number of blocks before a tile that it attends to, in addition to those that it overlaps.
     """
 
     density: float = 0.25
@@ -70,16 +72,17 @@ class BlockSelection:
 
     @property
     def kept(self) -> int:
-        """Blocks that are kept always: the tile lies in up to block_q / block_k + 1."""
+        """Upper bound on the blocks that a tile always attends to; a tile overlaps up to block_q / block_k + 1."""
         return self.sink + self.recent + self.block_q // self.block_k + 2
 
     def places(self, slots: int) -> int:
-        """Places of a list."""
+        """Capacity of a tile's list of blocks in a cache of `slots` slots."""
         blocks = -(-slots // self.block_k)
         return blocks if self.threshold else min(blocks, max(self.kept, math.ceil(self.density * blocks)))
 
-    def least(self, slots: int) -> int:
-        """The number of slots up to which every block is kept anyhow."""
+    @property
+    def least(self) -> int:
+        """Number of slots that `kept` blocks cover; shorter prompts get dense attention."""
         return self.kept * self.block_k
 
 
@@ -87,7 +90,7 @@ def block_sparse(
     how: BlockSelection, query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor,
     scale: float, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """[B, T, H, V]: :func:`choose_key_blocks`, then :func:`block_sparse_attention`."""
+    """Attend with :func:`choose_key_blocks` and :func:`block_sparse_attention`; returns [B, T, H, V]."""
     lists, counts = torch.ops.effpass.choose_key_blocks(
         query, keys, key_positions, query_positions, scale, how.block_q, how.block_k, how.sink, how.recent, how.density,
         how.threshold, how.places(keys.shape[2]),
@@ -97,19 +100,19 @@ def block_sparse(
     )
 
 
-# -- what is chosen ---------------------------------------------------------------------------------------------------
+# -- block selection --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Positions in blocks of keys and in tiles of queries.
+    """Ranges of positions in blocks of keys and tiles of queries, which determine what is visible.
 
     Attributes:
-        low: [B, N], the first position of a block; large where there is none.
-        high: [B, N], the last; -1 where there is none.
-        least: [B, N], the least number, -1 where a slot is empty.
-        earliest: [B, Q], the first position of a tile; large where there is none.
-        latest: [B, Q], the last; -1 where there is none.
+        low: [B, N], smallest position in each block; the largest int32 for a block without tokens.
+        high: [B, N], largest position in each block; -1 for a block without tokens.
+        least: [B, N], as `low`, but -1 if any slot of the block is empty.
+        earliest: [B, Q], smallest position in each tile; the largest int32 for a tile without tokens.
+        latest: [B, Q], largest position in each tile; -1 for a tile without tokens.
     """
 
     low: Tensor
@@ -135,9 +138,9 @@ def _in_blocks(x: Tensor, dim: int, size: int, fill: float) -> Tensor:
 
 
 def _means(x: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Means [B, H, blocks, K] of x [B, H, T, K] over the real tokens of each block."""
+    """Means [B, H, blocks, K] of `x` [B, H, T, K] over the tokens of each block, without padding."""
     there = _in_blocks(positions >= 0, 1, size, 0)[:, None, ..., None]
-    # A masked sum as a product: the whole of x is read once and not written again.
+    # The masked sum is a matrix product, so that x is read once and no masked copy of it is written.
     total = (_in_blocks(x, 2, size, 0).transpose(-1, -2) @ there.to(x.dtype).expand(-1, x.shape[1], -1, -1, -1))[..., 0]
     return (total / there.sum(3).clamp(min=1)).to(x.dtype)
 
@@ -146,15 +149,15 @@ def weights(
     query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, spans: Spans, scale: float,
     block_q: int, block_k: int,
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """The first tile, and w float32 [B, G, tiles, N], of some tiles after the others; -1 where a block is not seen."""
+    """Yield the first tile and w, float32 [B, G, tiles, N], of successive tiles; -1 for blocks that are not visible."""
     q, k = _means(query, query_positions, block_q), _means(keys, key_positions, block_k)
     (batch, heads, tiles, _), (_, groups, blocks, _) = q.shape, k.shape
     at_once = max(1, _WEIGHTS // (batch * heads * blocks))
     k = k.transpose(-1, -2)[:, :, None]
     for first in range(0, tiles, at_once):
-        some = slice(first, first + at_once)
-        scores = (q[:, :, some].unflatten(1, (groups, -1)) @ k).float() * scale
-        seen = (spans.high >= 0)[:, None] & (spans.low[:, None] <= spans.latest[:, some, None])
+        span = slice(first, first + at_once)
+        scores = (q[:, :, span].unflatten(1, (groups, -1)) @ k).float() * scale
+        seen = (spans.high >= 0)[:, None] & (spans.low[:, None] <= spans.latest[:, span, None])
         seen = seen[:, None, None]
         found = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num().mean(2)
         yield first, found.masked_fill(~seen[:, :, 0], -1)
@@ -164,9 +167,9 @@ def _selected(
     w: Tensor, spans: Spans, first: int, block_k: int, sink: int, recent: int, density: float, threshold: float,
     places: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lists int32 [B, G, tiles, places] and counts int32 [B, G, tiles, 2]."""
-    some = slice(first, first + w.shape[2])
-    earliest, seen = spans.earliest[:, None, some, None].long(), w >= 0
+    """Lists int32 [B, G, tiles, places] and counts int32 [B, G, tiles, 2]; see :func:`choose_key_blocks`."""
+    span = slice(first, first + w.shape[2])
+    earliest, seen = spans.earliest[:, None, span, None].long(), w >= 0
     high, least = (x[:, None, None] for x in (spans.high, spans.least))
     is_near = high.long() + recent * block_k >= earliest
     forced = seen & (is_near | (seen.cumsum(-1) <= sink))
@@ -179,7 +182,7 @@ def _selected(
         chosen = torch.zeros_like(seen).scatter(-1, order.indices, wanted) & seen
         chosen &= chosen.cumsum(-1) <= places
     else:
-        # Ceil in float32, as on the device.
+        # The ceiling is taken in float32, as in the kernel.
         count = torch.ceil(seen.sum(-1, keepdim=True).float() * density).clamp(max=places)
         count = torch.maximum(count, forced.sum(-1, keepdim=True).float())
         descending = scores.sort(dim=-1, descending=True, stable=True).indices
@@ -207,25 +210,26 @@ def choose_key_blocks(
     query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, scale: float, block_q: int,
     block_k: int, sink: int, recent: int, density: float, threshold: float, places: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The blocks of keys of every tile of queries.
+    """Choose the blocks of keys that each tile of queries attends to.
 
     Args:
         query: [B, H, T, K].
         keys: [B, G, S, K].
         key_positions: int32 [B, S]; -1 in empty slots and padding.
         query_positions: int32 [B, T]; -1 for padding.
-        scale: factor on the scores.
-        block_q: queries of a tile.
-        block_k: slots of a block.
-        sink: blocks kept from the first token on.
-        recent: blocks kept in front of a tile.
-        density: share of the blocks that a tile sees.
-        threshold: share of the pooled weight; 0 for none.
-        places: of a list.
+        scale: factor applied to the scores.
+        block_q: queries per tile.
+        block_k: slots per block.
+        sink: number of blocks at the start of the sequence that are always chosen.
+        recent: number of blocks before a tile that are always chosen.
+        density: share of the visible blocks that a tile attends to.
+        threshold: share of the pooled weight to hold instead; 0 to use `density`.
+        places: capacity of a list.
 
     Returns:
-        Lists int32 [B, G, Q, places], whole blocks (all of whose keys every query sees) in order, then the others in
-        order, -1 or anything behind; and int32 [B, G, Q, 2], how many are whole, and how many there are.
+        Lists int32 [B, G, Q, places] and counts int32 [B, G, Q, 2]. A list holds the *whole* blocks (all of whose keys
+        every query of the tile sees) in ascending order, then the other chosen blocks in ascending order; further
+        entries are undefined. The counts are the number of whole blocks and the number of all chosen blocks.
     """
     spans = Spans.of(key_positions, query_positions, block_q, block_k)
     kernels = triton_kernels("block_sparse_attention") if query.is_cuda else None
@@ -234,9 +238,9 @@ def choose_key_blocks(
         select = kernels.selected
     lists, counts = [], []
     for first, w in weights(query, keys, key_positions, query_positions, spans, scale, block_q, block_k):
-        some = select(w, spans, first, block_k, sink, recent, density, threshold, places)
-        lists.append(some[0])
-        counts.append(some[1])
+        found = select(w, spans, first, block_k, sink, recent, density, threshold, places)
+        lists.append(found[0])
+        counts.append(found[1])
     return torch.cat(lists, 2), torch.cat(counts, 2)
 
 
@@ -301,26 +305,26 @@ def block_sparse_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lists: Tensor,
     counts: Tensor, scale: float, softcap: float, block_q: int, block_k: int,
 ) -> Tensor:  # fmt: skip
-    """Attention of tiles of queries over listed blocks of keys; a query sees positions up to its own.
+    """Attention of tiles of queries over their lists of blocks; a query sees positions up to its own.
 
     Args:
         query: [B, H, T, K], any strides.
         keys: [B, G, S, K], any strides with the last dimension contiguous.
-        values: [B, G, S, V], likewise.
+        values: [B, G, S, V], any strides with the last dimension contiguous.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
         query_positions: int32 [B, T]; -1 for padding.
-        lists: int32 [B, G, Q, M], as :func:`choose_key_blocks` returns them.
-        counts: int32 [B, G, Q, 2].
-        scale: factor on the scores.
+        lists: int32 [B, G, Q, M], chosen blocks, from :func:`choose_key_blocks`.
+        counts: int32 [B, G, Q, 2], numbers of whole and of all chosen blocks, from :func:`choose_key_blocks`.
+        scale: factor applied to the scores.
         softcap: bound on the scores; 0 for none.
-        block_q: queries of a tile.
-        block_k: slots of a block.
+        block_q: queries per tile.
+        block_k: slots per block.
 
     Returns:
         [B, T, H, V], contiguous.
 
     Raises:
-        EffpassError: sizes don't match.
+        EffpassError: if sizes don't match.
     """
     tiles = -(-query.shape[2] // block_q)
     if query.shape[1] % keys.shape[1] or lists.shape[:3] != (query.shape[0], keys.shape[1], tiles):
@@ -350,4 +354,5 @@ def _(query, keys, values, *args):  # type: ignore[no-untyped-def]
 def _(query: Any, keys: Any, values: Any, key_positions: Any, query_positions: Any, lists: Any, counts: Any, scale: Any,
       softcap: Any, block_q: Any, block_k: int, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:  # fmt: skip
     batch, heads, tokens, key_size = query
-    return batch * heads * tokens * lists[3] * block_k * (key_size + values[3])  # half of the places, in the mean
+    # On average, half of a list's places are in use, which cancels the factor 2 of multiply and add.
+    return batch * heads * tokens * lists[3] * block_k * (key_size + values[3])

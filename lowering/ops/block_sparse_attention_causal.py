@@ -1,4 +1,8 @@
-"""Causal attention of a prompt over itself, block-sparse from some length on: what stands in a program for SDPA."""
+"""Causal attention of a prompt over itself that becomes block-sparse from a given number of tokens on.
+
+The operator replaces `scaled_dot_product_attention` in programs, where there is no decode cache. Equation and selection
+are those of :mod:`effpass.lowering.ops.block_sparse_attention`, with token t at position t.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +28,27 @@ def block_sparse_causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, density: float, threshold: float, block_q: int,
     block_k: int, sink: int, recent: int, dense_below: int,
 ) -> Tensor:  # fmt: skip
-    """Token t attends to tokens up to t, of the blocks that its tile chooses.
+    """Let token t attend to the tokens up to t that lie in the blocks chosen by its tile.
 
     Args:
         query: [B, H, T, K].
         key: [B, G, T, K].
         value: [B, G, T, V].
-        scale: factor on the scores.
-        density: see :class:`BlockSelection`; so are the rest.
-        threshold: share of the pooled weight; 0 for none.
-        block_q: queries of a tile.
-        block_k: keys of a block.
-        sink: blocks kept from the first token on.
-        recent: blocks kept in front of a tile.
-        dense_below: fewer tokens attend to all.
+        scale: factor applied to the scores.
+        density: share of the visible blocks that a tile attends to; see :class:`BlockSelection`, also for what follows.
+        threshold: share of the pooled weight to hold instead; 0 to use `density`.
+        block_q: queries per tile.
+        block_k: keys per block.
+        sink: number of blocks at the start of the sequence that are always chosen.
+        recent: number of blocks before a tile that are always chosen.
+        dense_below: number of tokens below which attention is dense.
 
     Returns:
         [B, H, T, V], contiguous.
     """
     tokens = query.shape[2]
     how = BlockSelection(density, threshold, block_q, block_k, sink, recent)
-    if tokens < max(dense_below, how.least(tokens)):
+    if tokens < max(dense_below, how.least):
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -63,4 +67,4 @@ def _(
     query: Any, key: Any, value: Any, scale: Any, density: Any, *args: Any, out_val: Any = None, **kwargs: Any
 ) -> Any:
     batch, heads, tokens, size = query
-    return int(batch * heads * tokens * tokens * (size + value[-1]) * density)
+    return batch * heads * tokens * tokens * (size + value[-1]) * round(1000 * density) // 1000

@@ -1,18 +1,20 @@
-"""Attention over a cache of fixed size whose slots know the positions of their tokens, and writing to that cache.
+"""Attention over a KV cache of fixed size whose slots record the positions of their tokens, and writes to that cache.
 
     out[t] = Σ_s softmax_s(c(scale · q_t · k_s)) v_s      over slots s visible to t;  c(x) = softcap · tanh(x / softcap)
     s is visible to t  ⇔  0 ≤ p_s ≤ p_t  and  (window = 0 or p_t − p_s < window)
 
-p is a token's position; -1 marks an empty slot and padding. A query that sees no slot gives 0. Masks from stored
-positions need no order and no common length: padding on either side, slots that were dropped, rolling windows.
+A slot is the place of one token in the cache, and p is the position of a token in its sequence; -1 marks empty slots
+and padding. c is the identity if softcap is 0. A query without a visible slot outputs 0. Since the mask is computed
+from stored positions, slots may be in any order and sequences may differ in length: the cache supports padding on
+either side, evicted slots and rolling windows. Every slot must hold finite numbers (a new cache is zeros), because a
+masked slot has weight 0 and 0 · NaN is NaN.
 
-Shapes: B batch, T new tokens, S slots, H query heads, G key-value heads, K key size, V value size, R rotated features.
-Every slot holds finite numbers (a new cache is zeros): a masked slot has weight 0, and 0 · NaN is NaN.
+`cache_write` and `rope_cached_attention` write `keys` and `values` in place and have no gradients; `cached_attention`
+only reads and is differentiable. GPU kernels are in :mod:`effpass.lowering.kernels.decode_attention` (few tokens),
+:mod:`effpass.lowering.kernels.prefill_attention` (many tokens) and :mod:`effpass.lowering.kernels.latent_attention`
+(one token over latents, where `values` is a view of the first V channels of `keys`).
 
-The cache is written through `keys` and `values` in place, so these operators have no gradients, except
-`cached_attention`, which only reads. GPU kernels are in :mod:`effpass.lowering.kernels.decode_attention` (few tokens),
-:mod:`effpass.lowering.kernels.prefill_attention` (many), and :mod:`effpass.lowering.kernels.latent_attention` (one
-token over latents: `values` is a view of the first V channels of `keys`).
+Shapes: B batch, T new tokens, S slots, H query heads, G KV heads, K key size, V value size, R rotated features.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ from effpass.lowering.ops.recomputed import differentiate_by_reference
 
 __all__ = ["TOLERANCE", "cache_write", "cached_attention", "has_kernel", "rope_cached_attention", "rotate"]
 
-#: What an output of a kernel may differ from the reference, relative to the largest value of the output. Scores and
-#: sums are float32 in both. The kernel rounds the weights of the softmax to the cache's type before the second product,
-#: and in `rope_cached_attention` keeps float32 between norm and rotation.
+#: Maximum deviation of a kernel's output from the reference, relative to the largest value of the output. Both compute
+#: scores and sums in float32. The kernels round softmax weights to the cache's dtype before the second product, and in
+#: `rope_cached_attention` they keep float32 between norm and rotation.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a GPU kernel takes `rows` tokens of a type. Where a head's size does not fit, the reference runs."""
+    """Whether a GPU kernel supports `rows` tokens of a dtype; for unsupported head sizes the reference runs instead."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     kernels = triton_kernels("decode_attention")
@@ -60,11 +62,11 @@ def cache_write(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tens
         values: [B, G, S, V], written.
         new_keys: [B, G, T, K], any strides.
         new_values: [B, G, T, V], any strides.
-        start: int32 [1].
+        start: int32 [1], slot of the first token.
 
     Raises:
-        EffpassError: on the CPU, when the slots end before the tokens. On a GPU nothing may wait for `start`, and the
-            caller answers for it.
+        EffpassError: on the CPU, if the tokens don't fit into the slots. On a GPU the check would have to wait for
+            `start`, so the caller must ensure that they fit.
     """
     _write(keys, values, new_keys, new_values, start)
 
@@ -142,24 +144,24 @@ def cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """Attention of T tokens over the cache; query heads share the keys of their group, which are not copied.
+    """Attention of T tokens over the cache. Query heads share the keys of their KV head without copying them.
 
     Args:
         query: [B, H, T, K], any strides.
         keys: [B, G, S, K], any strides with the last dimension contiguous.
-        values: [B, G, S, V], likewise.
+        values: [B, G, S, V], any strides with the last dimension contiguous.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
         query_positions: int32 [B, T]; -1 for padding.
-        filled: int32 [1]; the slots from it on are empty, so that nobody needs to look at them.
-        scale: factor on the scores.
-        window: how many positions a query sees, its own included; 0 for all before it.
+        filled: int32 [1], number of slots in use; slots from there on are empty and are not read.
+        scale: factor applied to the scores.
+        window: number of positions that a query sees, including its own; 0 for no limit.
         softcap: bound on the scores; 0 for none.
 
     Returns:
         [B, T, H, V], contiguous.
 
     Raises:
-        EffpassError: H is no multiple of G, or sizes don't match.
+        EffpassError: if H is not a multiple of G, or sizes don't match.
     """
     return _attend(query, keys, values, key_positions, query_positions, filled, scale, window, softcap)
 
@@ -184,7 +186,7 @@ def _attend(
             if kernels and kernels.supported(query, keys, values):
                 return kernels.cached_attention(*arguments)
         return _cached_attention(*arguments)
-    end = min(max(int(filled), 0), keys.shape[2])  # the empty slots of a large cache would be most of the work
+    end = min(max(int(filled), 0), keys.shape[2])  # without empty slots, which may be most of a large cache
     slots = (keys[:, :, :end], values[:, :, :end], key_positions[:, :end])
     return _cached_attention(query, *slots, query_positions, filled, scale, window, softcap)
 
@@ -227,12 +229,12 @@ def _(query: Any, keys: Any, values: Any, *args: Any, out_val: Any = None, **kwa
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of the first R features of `x`, halves against each other.
+    """Apply rotary position embedding to the first R features of `x`, pairing feature i with feature i + R / 2.
 
     Args:
         x: [B, T, H, K].
         cos: [B, T, R] or [1, T, R].
-        sin: likewise.
+        sin: [B, T, R] or [1, T, R].
     """
     rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = rotated.chunk(2, dim=-1)
@@ -266,32 +268,32 @@ def rope_cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """All of attention between its projections: norm of each head, rotation, cache write, attention.
+    """Everything between the projections of an attention layer: per-head norms, rotation, cache write and attention.
 
     Args:
-        query: [B, T, H, K], a view of the projection, any strides.
-        key: [B, T, G, K], likewise.
-        value: [B, T, G, V], likewise.
+        query: [B, T, H, K], a view of the projection's output, any strides.
+        key: [B, T, G, K], any strides.
+        value: [B, T, G, V], any strides.
         cos: [B, T, R] or [1, T, R] with R ≤ K even.
-        sin: likewise.
-        query_norm: [K] of an RMSNorm of each query head, or None.
-        key_norm: [K], likewise for the keys.
-        norm_eps: of the norms.
-        norm_offset: added to the norms' weights (1 in Gemma).
+        sin: [B, T, R] or [1, T, R].
+        query_norm: [K], weight of an RMSNorm of each query head; None for no norm.
+        key_norm: [K], weight of an RMSNorm of each key head; None for no norm.
+        norm_eps: epsilon of the norms.
+        norm_offset: number added to the weights of the norms (1 in Gemma).
         keys: [B, G, S, K]; slots start ... start + T - 1 are written.
-        values: [B, G, S, V], likewise.
-        key_positions: int32 [B, S], this call's tokens included; -1 in empty slots and padding.
+        values: [B, G, S, V]; the same slots are written.
+        key_positions: int32 [B, S], including the new tokens; -1 in empty slots and padding.
         query_positions: int32 [B, T]; -1 for padding.
-        start: int32 [1], the slot of the first of the new tokens; the slots behind the last of them are empty.
-        scale: factor on the scores.
-        window: how many positions a query sees, its own included; 0 for all before it.
+        start: int32 [1], slot of the first new token; the slots after the last new token are empty.
+        scale: factor applied to the scores.
+        window: number of positions that a query sees, including its own; 0 for no limit.
         softcap: bound on the scores; 0 for none.
 
     Returns:
         [B, T, H, V], contiguous.
 
     Raises:
-        EffpassError: as `cached_attention` and `cache_write`.
+        EffpassError: in the cases of `cached_attention` and `cache_write`.
     """
     _check(query.shape[2], query.shape[1], query.shape[3], keys, values, key_positions, query_positions)
     kernels = triton_kernels("decode_attention") if query.is_cuda else None

@@ -1,15 +1,17 @@
-"""A gated feed-forward network over chosen channels: those that a token tree shares.
+"""A gated feed-forward network restricted to a subset of its channels, which the nodes of a token tree share.
 
     out_t = Σ_c a_tc (w_up,c · x_t) w_down,c      over the chosen channels c
 
-a is the gate's output behind its activation, of all channels: what the choice is made by. Weights of channels that were
-not chosen are not read. ("Accelerate Speculative Decoding with Sparse Computation in Verification",
-https://arxiv.org/abs/2512.21911; the gate decides what is read of the other two, CATS, https://arxiv.org/abs/2404.08763.)
+a is the activated output of the gate for all channels, from which the channels are chosen. Weights of other channels
+are not read. Sharing channels within a tree follows "Accelerate Speculative Decoding with Sparse Computation in
+Verification" (https://arxiv.org/abs/2512.21911); letting the gate decide what is read of the other two weights follows
+CATS (https://arxiv.org/abs/2404.08763). :mod:`effpass.runtime.speculative.shared_channels` chooses the channels and
+calls the operator.
 
-A channel is a row of W_up and a column of W_down [D, F]. So that it is one piece of memory in both, W_down lies column
-by column: its strides are (1, D). Others are read by PyTorch's operators.
+A channel is a row of W_up [F, D] and a column of W_down [D, F]. For a channel to be contiguous in both, the kernel
+takes W_down stored by column, with strides (1, D); otherwise PyTorch's operators run.
 
-Shapes: T tokens, D width, F channels, M chosen channels.
+Shapes: T tokens, D hidden size, F channels, M chosen channels.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "chosen_channels", "largest_channels"]
 
-#: What an output of the kernel may differ from the reference, relative to the largest value of the output. Both round
-#: what the first product gives and its product with the gate; they sum in another order.
+#: Maximum deviation of the kernel's output from the reference, relative to the largest value of the output. Both round
+#: the first product and its product with the gate; they differ in the order of summation.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-6}
 
 
@@ -37,10 +39,17 @@ def _largest_channels(energy: Tensor, count: int) -> Tensor:
 
 @torch.library.custom_op("effpass::largest_channels", mutates_args=(), schema="(Tensor energy, int count) -> Tensor")
 def largest_channels(energy: Tensor, count: int) -> Tensor:
-    """The `count` channels with most `energy` float32 [F], int32 [count], ascending; of equal ones the first.
+    """Return the `count` channels with the largest `energy`; among equals, the lowest indices.
+
+    Args:
+        energy: float32 [F].
+        count: number of channels M, from 1 to F.
+
+    Returns:
+        int32 [M], ascending.
 
     Raises:
-        EffpassError: there are not so many.
+        EffpassError: if `energy` is not a vector or `count` is out of range.
     """
     _check_count(energy, count)
     return _largest_channels(energy, count)
@@ -78,20 +87,20 @@ def _chosen_channels(x: Tensor, active: Tensor, up: Tensor, down: Tensor, channe
     schema="(Tensor x, Tensor active, Tensor up, Tensor down, Tensor channels) -> Tensor",
 )
 def chosen_channels(x: Tensor, active: Tensor, up: Tensor, down: Tensor, channels: Tensor) -> Tensor:
-    """The network's output; see the equation above.
+    """Compute the network's output from the chosen channels alone.
 
     Args:
         x: [T, D].
-        active: [T, F], a.
-        up: [F, D].
-        down: [D, F].
-        channels: int32 [M], each once.
+        active: [T, F], activated gate a.
+        up: [F, D], W_up.
+        down: [D, F], W_down.
+        channels: int32 [M], chosen channels, without repetition.
 
     Returns:
         [T, D].
 
     Raises:
-        EffpassError: sizes don't match.
+        EffpassError: if sizes don't match.
     """
     _check(x, active, up, down)
     return _chosen_channels(x, active, up, down, channels)

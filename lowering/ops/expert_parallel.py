@@ -1,24 +1,27 @@
-"""A layer whose experts are spread over ranks: `effpass::moe_ffn`, with each expert's weights on one rank alone.
+"""Expert parallelism: `effpass::moe_ffn` with each expert's weights on one rank only.
 
     out[t] = Σ_r Σ_j weights[t, j] · expert experts[t, j] (x[t])          over the ranks r that hold one of its experts
 
-Each rank's experts are computed in N stages (EPS-MoE, https://arxiv.org/abs/2410.12247, section 3.2). Rows travel for
-the next stage while this one is computed, and sums travel back as soon as a row's last expert here is done:
+Each rank computes its experts in N stages (EPS-MoE, https://arxiv.org/abs/2410.12247, section 3.2). While one stage is
+computed, tokens travel for the next one, and the partial sum of a token travels back as soon as the last of its experts
+on this rank is done:
 
-    link      D₀  D₁      R₀  D₂      R₁  …           D: rows arrive, R: sums return; issued in this order
+    link      D₀  D₁      R₀  D₂      R₁  …           D: dispatch of tokens, R: return of sums; issued in this order
     compute           C₀          C₁      C₂  …       C: the experts of a stage
 
-so no arrival waits behind a return that waits for experts. The ranks hear of all counts once, and the host waits for
-that. A token goes to a rank once and its sum comes back once, whatever N is (:mod:`.expert_parallel_routes`).
+In this order, no dispatch queues behind a return that still waits for experts. Ranks exchange all counts once, which is
+the only time the host waits. A token is sent to a rank once and its sum returns once, for any N
+(:mod:`effpass.lowering.ops.expert_parallel_routes`).
 
-*DP + EP*: every rank has tokens of its own. *TP + EP* (`replicated`): all ranks have the same tokens, as behind
-tensor-parallel attention. Rank r then answers for its slice of them: it says where they go, and adds what comes back.
-Their rows are everywhere already and need not travel. The slices' outputs are gathered at the end.
+There are two modes. *DP + EP*: every rank has its own tokens. *TP + EP* (`replicated`): all ranks have the same tokens,
+as after tensor-parallel attention. Rank r then owns a slice of the tokens: it routes them and adds up their sums. Their
+hidden states are on every rank already and are not sent. At the end the outputs of all slices are gathered.
 
-The sum over a rank's experts is rounded to x's type before it travels, and the sum over ranks is in float32, in the
-order of ranks: equal inputs, equal bits, for every N.
+The sum over the experts of a rank is rounded to x's dtype before it travels; the sum over ranks is computed in float32
+in the order of ranks. Results are therefore bitwise reproducible and the same for every N.
 
-Shapes: T tokens of this rank, k experts a token, W ranks, L local experts of E = W·L, D model width, F expert width.
+Shapes: T tokens of this rank, k experts per token, W ranks, L local experts of E = W·L, D hidden size, F intermediate
+size of an expert.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from effpass.lowering.ops.moe_ffn_cost import Shape
 
 __all__ = ["TOLERANCE", "expert_parallel"]
 
-_named = torch._C._profiler._RecordFunctionFast  # next to nothing where nobody profiles
+_named = torch._C._profiler._RecordFunctionFast  # negligible cost without a profiler
 
 
 @torch.library.custom_op(
@@ -74,28 +77,28 @@ def expert_parallel(
     stages: int,
     group: str,
 ) -> Tensor:
-    """A layer of experts over ranks. All ranks of `group` must call it, each as often as the others.
+    """A layer of experts distributed over ranks. All ranks of `group` must call it equally often.
 
     Args:
-        x: [T, D]; T may differ from rank to rank, or be 0.
-        experts: int [T, k], 0 … E - 1, rank r holds r·L … r·L + L - 1; from E on: an expert that nobody holds, which
-            adds nothing.
-        weights: [T, k].
-        gate_up: [L, 2 F, D], this rank's.
+        x: [T, D]; T may differ between ranks unless `replicated`, and may be 0.
+        experts: int [T, k], ids 0 … E - 1, where rank r holds r·L … r·L + L - 1; an id of E or more adds nothing.
+        weights: [T, k], router weights.
+        gate_up: [L, 2 F, D], weights of this rank's experts.
         gate_up_bias: [L, 2 F] or None.
         down: [L, D, F].
         down_bias: [L, D] or None.
-        activation: this and the numbers up to `interleaved` are those of `effpass::moe_ffn`.
-        replicated: whether all ranks have the same tokens. Their ids and weights may differ: each token is routed as
-            the rank says that answers for it.
-        stages: N, a divisor of L; 0: chosen (:mod:`effpass.lowering.ops.expert_parallel_choice`).
+        activation: as in `effpass::moe_ffn`, as are the arguments up to `interleaved`.
+        replicated: whether all ranks have the same tokens. Their ids and weights may differ; the rank that owns a token
+            determines its routing.
+        stages: number of stages N, a divisor of L; 0 to choose it by
+            :mod:`effpass.lowering.ops.expert_parallel_choice`.
         group: name of the process group.
 
     Returns:
-        [T, D], of x's type.
+        [T, D], of x's dtype.
 
     Raises:
-        EffpassError: shapes, types, `stages` or the group don't fit; ranks do not agree; an exchange failed.
+        EffpassError: if shapes, dtypes, `stages` or the group don't fit, ranks disagree, or an exchange fails.
     """
     ranks = ranks_of(group)
     check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
@@ -159,12 +162,12 @@ def _spread(
 
 @dataclass(frozen=True)
 class _How:
-    """Who does the work of one rank: the modules of operators, or those of kernels, which have the same functions.
+    """Implementation of a rank's work: the PyTorch modules, or the kernel modules with the same functions.
 
     Attributes:
-        routes: `expert_parallel_routes`, or the kernels that do the same.
-        stage: `expert_parallel_stage`, or the kernels.
-        kernels: to choose from for a stage.
+        routes: `expert_parallel_routes`, or the module of kernels that replaces it.
+        stage: `expert_parallel_stage`, or the module of kernels that replaces it.
+        kernels: names of the kernels that a stage may use; empty for the PyTorch modules.
     """
 
     routes: Any
@@ -172,7 +175,7 @@ class _How:
     kernels: tuple[str, ...]
 
     def kernel(self, sizes: Plan, stage: int, shape: Shape, x: Tensor) -> str:
-        """The kernel of a stage, by its load."""
+        """Choose the kernel of a stage by its load."""
         loads = sizes.loads[stage * sizes.size : (stage + 1) * sizes.size]
         if not self.kernels or not any(loads):
             return ""
@@ -188,7 +191,7 @@ def _how(x: Tensor, weights: Tensor, here: Experts) -> _How:
 
 
 def _everywhere(x: Tensor, experts: Tensor, weights: Tensor, here: Experts, ranks: Ranks) -> Tensor:
-    """Few replicated tokens: each rank computes what it can, all add it up, and no host waits."""
+    """Compute replicated tokens without an exchange: each rank runs its own experts on all tokens, then all-reduces."""
     local = here.down.shape[0]
     begin = ranks.me * local
     mine = (experts >= begin) & (experts < begin + local)
@@ -205,7 +208,7 @@ def _pipeline(
     replicated: bool,
     shape: Shape,
 ) -> Tensor:
-    """The sums that come back, [R, D], in the order of `Plan.regained`."""
+    """Run all stages; returns the sums that come back, [R, D], in the order of `Plan.regained`."""
     words = leaving.words.new_empty(sum(sizes.pairs_got), leaving.words.shape[1])
     of_pairs = ranks.send(leaving.words, sizes.pairs_sent, words, sizes.pairs_got)
     sent, got, returned, back = map(_spans, (sizes.sent, sizes.got, sizes.returned, sizes.regained))
@@ -243,13 +246,13 @@ def _pipeline(
 
 
 def _spans(counts: list[list[int]]) -> list[slice]:
-    """Where the rows of each stage stand."""
+    """Slices of the rows of each stage."""
     ends = np.cumsum([0, *map(sum, counts)]).tolist()
     return [slice(*both) for both in pairwise(ends)]
 
 
 def _agree(headers: np.ndarray, replicated: bool) -> None:
-    """Raise an :class:`EffpassError` where the ranks do not call the same layer."""
+    """Raise an :class:`EffpassError` if the ranks are not in the same call of the same layer."""
     names = ("tokens", "experts a token", "replicated", "stages")
     for name, values in zip(names, headers.T.tolist(), strict=True):
         if len(set(values)) > 1 and (name != "tokens" or replicated):
@@ -270,7 +273,7 @@ def _(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, gate_up_bias
 @register_flop_formula(torch.ops.effpass.expert_parallel)
 def _(x: Any, experts: Any, weights: Any, gate_up: Any, gate_up_bias: Any, down: Any, *args: Any,
       out_val: Any = None, **kwargs: Any) -> Any:  # fmt: skip
-    """Of a rank with its share of the work."""
+    """FLOPs of one rank with an equal share of the work."""
     *_, replicated, _, group = args
     ranks = ranks_of(group).size if replicated else 1
     return 2 * experts[0] * experts[1] * down[1] * (gate_up[1] + down[2]) // ranks

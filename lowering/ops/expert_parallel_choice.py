@@ -1,9 +1,10 @@
-"""How many stages a layer of experts on several ranks has: by its load, from what was measured of device and link.
+"""Choice of the number of stages of an expert-parallel layer, from its load and measurements of device and link.
 
-The ranks have to come to the same number. All of them use what rank 0 knows of its device and of the link, agreed on at
-the first call, and the load of the rank that has most to compute, which the exchange of counts told everybody. The link
-is measured at the first use, unless `effpass calibrate moe` or an earlier process did so; what was measured is kept on
-disk for each device and number of ranks. On a CPU there is one stage: its cores would compute and carry rows in turn.
+All ranks must choose the same number. They therefore use the constants of rank 0's device and link, which rank 0
+broadcasts at the first call, and the largest load of any rank, which is known to all from the exchange of counts. The
+link is measured at first use unless `effpass calibrate moe` or an earlier process has done so; measurements are kept on
+disk per device and number of ranks. On a CPU there is a single stage, because the same cores would compute and
+communicate.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ log = logging.getLogger("effpass")
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks of a group reckon with.
+    """Constants that all ranks of a group use for their predictions.
 
     Attributes:
-        link: between them.
-        kernels: constants by kernel, of the device of rank 0.
-        multiprocessors: of that device.
+        link: measurements of the link between the ranks.
+        kernels: fitted constants by kernel, of rank 0's device.
+        multiprocessors: number of multiprocessors of that device.
     """
 
     link: Link
@@ -54,15 +55,18 @@ class Agreed:
 def stages_of(
     tokens: float, shape: Shape, ranks: Ranks, replicated: bool, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """The number of stages; a collective call where a group meets a device and type for the first time.
+    """Choose the number of stages. Collective at a group's first call with a device and dtype.
 
     Args:
-        tokens: of a rank with the load of the one that has most to compute; of all ranks where they are `replicated`.
-        shape: all E experts.
-        ranks: that share them.
+        tokens: load of the most loaded rank in tokens (pairs / k); if `replicated`, the number of tokens.
+        shape: the layer, with all E experts.
+        ranks: ranks that share the experts.
         replicated: whether all ranks have the same tokens.
-        device: of this rank.
-        dtype: of x.
+        device: device of this rank.
+        dtype: dtype of x.
+
+    Returns:
+        The number of stages; 0 if replicated tokens are best computed without an exchange.
     """
     if device.type != "cuda":
         return 1
@@ -77,7 +81,7 @@ def _stages(tokens: float, shape: Shape, ranks: int, replicated: bool, known: Ag
 def kernel_of(
     pairs: int, met: int, shape: Shape, device: torch.device, dtype: torch.dtype, among: tuple[str, ...]
 ) -> str:
-    """The kernel of `among` for one stage's load, by what is known of this rank's own device."""
+    """Choose the kernel among `among` for one stage's load, by the constants of this rank's own device."""
     return _kernel(_rounded(pairs), met, shape, device, dtype, among)
 
 
@@ -89,17 +93,17 @@ def _kernel(
 
 
 def _rounded(load: float) -> float:
-    """To a sixteenth of an octave, so that a choice is worked out once for many loads."""
+    """Round to a sixteenth of an octave, so that similar loads share one cached choice."""
     return 2 ** (round(16 * math.log2(max(load, 1))) / 16)
 
 
-# -- what the ranks agree on ------------------------------------------------------------------------------------------
+# -- agreement between ranks ------------------------------------------------------------------------------------------
 
 _known: dict[tuple[str, torch.device, torch.dtype], Agreed] = {}
 
 
 def agreed(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Agreed:
-    """What rank 0 knows; measured by all, and kept by rank 0, where it knows nothing of the link."""
+    """Return the constants of rank 0. If it has none for the link, all ranks measure it and rank 0 stores it."""
     key = (ranks.name, device, dtype)
     if key not in _known:
         link = _read(_file(device, ranks.size)) if ranks.me == 0 else None
@@ -131,7 +135,7 @@ def _from_first(link: Link | None, ranks: Ranks, device: torch.device, dtype: to
 
 
 def keep_link(link: Link, device: torch.device, ranks: int) -> Path | None:
-    """Keep `link` for later processes, whole or not at all; None without a writable cache."""
+    """Store `link` atomically for later processes; returns the file, or None if the cache directory is not writable."""
     file = _file(device, ranks)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +152,7 @@ def _file(device: torch.device, ranks: int) -> Path:
 
 
 def _read(file: Path) -> Link | None:
-    """None for a file that is not there, or that another version of effpass wrote."""
+    """Read a link; None if the file is missing or was written by an incompatible version of effpass."""
     try:
         link = Link(**json.loads(file.read_text(encoding="utf-8")))
         numbers = astuple(link)

@@ -1,19 +1,20 @@
-"""How long a layer of experts on several ranks should take, by its number of stages: experts and link, side by side.
+"""Cost model of an expert-parallel layer as a function of its number of stages, with computation and link overlapped.
 
     t(N) = around + max( N · stage,  Q₁ + C + Q₁,  2 N · start + 2 Q + C / N )
     Q = T (W - 1) (1 - (1 - 1/W)ᵏ) · D · b / rate     Q₁ = start + T (W - 1) (1 - (1 - 1/(W N))ᵏ) · D · b / rate
 
-Q is what all rows to other ranks take, Q₁ those of the first or the last stage. C is what the experts of all stages
-take, N times the fitted model of their kernel (:mod:`effpass.lowering.ops.moe_ffn_cost`) for a stage's load, and longer
-by what it loses while rows are on the link. The maximum is over what may hold everything up: the host, the experts, the
-link. One more stage costs kernels that start once more and meet fewer rows, `start` and `stage`: the least t(N) also
-says whether stages are worth it (EPS-MoE, https://arxiv.org/abs/2410.12247, section 3.4). With equal tokens everywhere
-nothing arrives, and the outputs are gathered:
+Q is the time to send all rows (a row is a token sent to one rank) to other ranks, Q₁ that of the first or the last
+stage. C is the time of the experts of all stages: N times the fitted model of their kernel
+(:mod:`effpass.lowering.ops.moe_ffn_cost`) at a stage's load, plus what they lose while rows are on the link. The
+maximum is over the possible bottlenecks: host, experts and link. Each additional stage costs `start` and `stage` and
+runs kernels on fewer rows, so that the smallest t(N) also tells whether stages pay off (EPS-MoE,
+https://arxiv.org/abs/2410.12247, section 3.4). With the same tokens on every rank nothing is dispatched, and the
+outputs are gathered:
 
-    t(N) = around + max( N · stage,  C + Q₁,  N · start + Q + C / N ) + gathering     of T / W tokens a rank
-    t(0) = all-reduce + experts of all tokens, which no rank waits for
+    t(N) = around + max( N · stage,  C + Q₁,  N · start + Q + C / N ) + gathering     of T / W tokens per rank
+    t(0) = all-reduce + experts of all tokens, without an exchange of counts
 
-Shapes: T tokens of a rank, k experts a token, E experts on W ranks, D model width, b bytes of a number, N stages.
+Shapes: T tokens of a rank, k experts per token, E experts on W ranks, D hidden size, b bytes per element, N stages.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from effpass.lowering.ops.moe_ffn_cost import Fit, Shape, predict_load
 
 __all__ = ["STAGE_KERNELS", "Link", "best_kernel", "best_stages", "divisors", "exchange", "predict", "seconds"]
 
-#: Kernels of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS` that compute a stage.
+#: Kernels of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS` that can compute a stage.
 STAGE_KERNELS = ("grouped16", "grouped32", "grouped64", "grouped128", "library", "by_expert")
 
 
 @dataclass(frozen=True)
 class Link:
-    """What was measured between ranks.
+    """Measurements of the link between ranks.
 
     Attributes:
-        start: seconds of an exchange of nothing.
-        rate: bytes/s that each rank sends to others while all do.
-        around: seconds of a layer without stages: counts, order, the last sum.
-        stage: seconds that one stage keeps the host busy.
-        sharing: how many times longer experts take while rows are on the link; 1 or more.
+        start: seconds of an empty exchange.
+        rate: bytes/s that each rank sends to others while all ranks send.
+        around: seconds of a layer outside of its stages: exchange of counts, ordering, final sum.
+        stage: seconds that the host is busy per stage.
+        sharing: factor by which experts slow down while rows are on the link; at least 1.
     """
 
     start: float
@@ -58,7 +59,7 @@ _ARGUMENTS = (_T, _K, _W, _N, _D, _B, _C, _START, _RATE, _AROUND, _STAGE, _SHARI
 
 @functools.cache
 def seconds(replicated: bool) -> sympy.Expr:
-    """The model of a layer over the symbols T, k, W, N, D, b, C and what a :class:`Link` holds."""
+    """Return the model of a layer, over the symbols T, k, W, N, D, b, C and the fields of :class:`Link`."""
     tokens = _T / _W if replicated else _T
 
     def sent(share: sympy.Expr) -> sympy.Expr:
@@ -77,7 +78,7 @@ def _function(replicated: bool) -> Callable[..., float]:
 
 
 def best_kernel(pairs: float, met: float, shape: Shape, fitted: Fit, among: Sequence[str]) -> tuple[str, float]:
-    """The kernel of `among` that should take least for a stage with a load, and its seconds."""
+    """Return the kernel among `among` with the smallest predicted time for a stage's load, and that time in seconds."""
     return min(
         ((k, predict_load(k, pairs, met, shape, fitted.kernels[k], fitted.multiprocessors)) for k in among),
         key=lambda found: found[1],
@@ -85,7 +86,7 @@ def best_kernel(pairs: float, met: float, shape: Shape, fitted: Fit, among: Sequ
 
 
 def exchange(rows: float, shape: Shape, link: Link) -> float:
-    """Seconds until as many rows have arrived elsewhere."""
+    """Predict the seconds until `rows` rows have arrived on other ranks."""
     return link.start + rows * shape.width * shape.element_size / link.rate
 
 
@@ -100,15 +101,15 @@ def predict(
     replicated: bool = False,
     among: Sequence[str] = STAGE_KERNELS,
 ) -> float:
-    """Seconds of a layer where all experts and all ranks are alike.
+    """Predict the seconds of a layer in which all experts and all ranks have equal loads.
 
     Args:
-        tokens: of this rank; of all ranks where they are `replicated`.
-        shape: all E experts.
-        ranks: W.
-        stages: N; 0: without stages, for replicated tokens.
-        link: between these ranks.
-        fitted: the device.
+        tokens: number of tokens of each rank; of all ranks together if `replicated`.
+        shape: the layer, with all E experts.
+        ranks: number of ranks W.
+        stages: number of stages N; 0 for replicated tokens without an exchange.
+        link: measurements of the link between the ranks.
+        fitted: fitted constants of the device.
         replicated: whether all ranks have the same tokens.
         among: kernels to choose from.
     """
@@ -130,7 +131,7 @@ def predict(
 
 
 def divisors(local: int) -> list[int]:
-    """The numbers of stages that `local` experts can be computed in."""
+    """Return the possible numbers of stages of `local` experts."""
     return [n for n in range(1, local + 1) if local % n == 0]
 
 
@@ -144,10 +145,10 @@ def best_stages(
     replicated: bool = False,
     among: Sequence[str] = STAGE_KERNELS,
 ) -> int:
-    """The number of stages that should take least; 0 for replicated tokens that are best not cut into stages.
+    """Return the best number of stages by prediction; 0 if replicated tokens are best not cut into stages.
 
-    More than the fewest only where they should take a tenth less: on four H200 the model was 6 to 11 points nearer to
-    what one stage took than to what several did.
+    More than one stage is chosen only if the prediction is more than a tenth below that of one stage: on four H200 the
+    model was 6 to 11 percentage points closer to the measured time of one stage than to that of several.
     """
     candidates = ([0] if replicated else []) + divisors(shape.experts // ranks)
     taken = {n: predict(tokens, shape, ranks, n, link, fitted, replicated=replicated, among=among) for n in candidates}

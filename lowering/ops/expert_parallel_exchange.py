@@ -1,8 +1,8 @@
-"""What experts on several ranks say to each other, on torch.distributed.
+"""Communication between the ranks of an expert-parallel layer, on torch.distributed.
 
-Counts and whole outputs go through functional collectives. Rows go through `all_to_all_single` into the place where
-they are read: a functional one returns a tensor of its own for every stage, and putting these together would cost
-another write and read of all rows.
+Counts and whole outputs use functional collectives. Rows (tokens sent to one rank, and their sums) use
+`all_to_all_single`, which writes them directly to where they are read; a functional collective would return a new
+tensor per stage, and concatenating these would cost another write and read of all rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Exchange", "Ranks", "ranks_of"]
 
 @dataclass(frozen=True)
 class Exchange:
-    """Rows on their way.
+    """An exchange of rows in progress.
 
     Attributes:
-        into: where they arrive.
-        rows: what is sent; lives until they have arrived.
-        work: of torch.distributed.
+        into: buffer that receives the rows.
+        rows: rows being sent, kept alive until the exchange is complete.
+        work: handle of torch.distributed.
     """
 
     into: Tensor
@@ -38,7 +38,7 @@ class Exchange:
     work: Any
 
     def wait(self) -> Tensor:
-        """What arrived. On a GPU the current stream waits and the host goes on."""
+        """Wait and return the received rows. On a GPU the current stream waits, and the host continues."""
         with _telling("rows"):
             self.work.wait()
         return self.into
@@ -49,10 +49,10 @@ class Ranks:
     """The ranks that share a layer's experts.
 
     Attributes:
-        group: the process group.
-        name: of the group.
-        size: W.
-        me: this process among them.
+        group: process group.
+        name: name of the group.
+        size: number of ranks W.
+        me: rank of this process in the group.
     """
 
     group: Any
@@ -61,14 +61,14 @@ class Ranks:
     me: int
 
     def counts(self, mine: Tensor, header: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The counts of all ranks, on the host: the one place where a layer waits for its device.
+        """Gather the counts of all ranks on the host. This is the only point at which a layer waits for its device.
 
         Args:
-            mine: int64 [3, E].
-            header: numbers that travel along.
+            mine: int64 [3, E], counts of this rank.
+            header: numbers that are sent along.
 
         Returns:
-            int64 [W, 3, E] and [W, len(header)].
+            Counts int64 [W, 3, E] and headers [W, len(header)].
         """
         sent = torch.cat((mine.reshape(-1), torch.tensor(header, device=mine.device)))
         with _telling("counts"):
@@ -77,19 +77,19 @@ class Ranks:
         return found[:, : mine.numel()].reshape(self.size, *mine.shape), found[:, mine.numel() :]
 
     def send(self, rows: Tensor, sent: list[int], into: Tensor, got: list[int]) -> Exchange:
-        """Begin to send `rows`, `sent[r]` to rank r, and to receive `got[r]` from rank r into `into`."""
+        """Start an exchange that sends `sent[r]` of `rows` to rank r and receives `got[r]` from rank r into `into`."""
         with _telling("rows"):
             work = dist.all_to_all_single(into, rows, got, sent, group=self.group, async_op=True)
         return Exchange(into, rows, work)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[W·n, …] of every rank's [n, …]."""
+        """Concatenate every rank's [n, …] to [W·n, …]."""
         with _telling("outputs"):
             every = torch.ops._c10d_functional.all_gather_into_tensor(rows, self.size, self.name)
             return torch.ops._c10d_functional.wait_tensor(every)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Sum over all ranks."""
         with _telling("outputs"):
             return torch.ops._c10d_functional.wait_tensor(
                 torch.ops._c10d_functional.all_reduce(values, "sum", self.name)
@@ -97,10 +97,10 @@ class Ranks:
 
 
 def ranks_of(name: str) -> Ranks:
-    """The ranks of the process group `name`.
+    """Return the ranks of the process group `name`.
 
     Raises:
-        EffpassError: no such group.
+        EffpassError: if there is no such group.
     """
     try:
         group = _resolve_process_group(name)  # type: ignore[arg-type]
@@ -114,10 +114,10 @@ def ranks_of(name: str) -> Ranks:
 
 @contextmanager
 def _telling(what: str) -> Iterator[None]:
-    """An error of a collective says what it was about and where to look."""
+    """Re-raise the error of a collective with what was exchanged and a hint."""
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's are
+    except RuntimeError as error:  # base class of the errors of torch.distributed
         reason = str(error).partition("\n")[0]
         raise EffpassError(
             f"experts on several ranks: the exchange of {what} failed: {reason}",

@@ -1,4 +1,7 @@
-"""Measure what lies between ranks: exchanges, what surrounds stages, and what experts lose while rows travel."""
+"""Measurement of the link between ranks: exchanges, overhead around stages, and slowdown of experts during transfers.
+
+The results are the constants of :mod:`effpass.lowering.ops.expert_parallel_cost`.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,21 @@ from effpass.lowering.ops.moe_ffn_cost import Shape
 
 __all__ = ["measure_link"]
 
-_SMALL, _LARGE = 1 << 10, 128 << 20  # bytes that a rank sends to all
-_TINY = Shape(each=2, experts=8, width=512, inner=256)  # experts of a rank
+_SMALL, _LARGE = 1 << 10, 128 << 20  # bytes that each rank sends to all ranks
+_TINY = Shape(each=2, experts=8, width=512, inner=256)  # `experts` per rank
 _TOKENS = 64
 
 
 def measure_link(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Link:
-    """Measure it now, with half a GiB of each device. A collective call.
+    """Measure the link. A collective call that uses half a GiB of each device.
 
     Args:
-        ranks: two or more.
-        device: a CUDA device.
-        dtype: of the layers.
+        ranks: two or more ranks.
+        device: CUDA device of this rank.
+        dtype: dtype of the layers.
 
     Raises:
-        EffpassError: the device is no CUDA device, or there is one rank.
+        EffpassError: if the device is not a CUDA device, or there is only one rank.
     """
     if device.type != "cuda" or ranks.size < 2:
         raise EffpassError(
@@ -52,14 +55,14 @@ def measure_link(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Link
 
 
 def _exchange(ranks: Ranks, device: torch.device, size: int) -> float:
-    """Seconds of an all-to-all in which each rank sends `size` bytes, its own share among them."""
+    """Seconds of an all-to-all in which each rank sends `size` bytes, including its own share."""
     each = size // ranks.size
     rows, into = (torch.zeros(each * ranks.size, dtype=torch.uint8, device=device) for _ in range(2))
     return _slowest(lambda: ranks.send(rows, [each] * ranks.size, into, [each] * ranks.size).wait(), device, ranks)
 
 
 def _sharing(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> float:
-    """How many times longer products take while rows travel all the time."""
+    """Factor by which matrix products slow down while rows travel all the time."""
     square = torch.randn(4096, 4096, device=device, dtype=dtype)
     each = _LARGE // ranks.size
     rows, into = (torch.zeros(each * ranks.size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -88,7 +91,7 @@ def _sharing(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _layer(ranks: Ranks, device: torch.device, dtype: torch.dtype, stages: int) -> float:
-    """Seconds of a layer in which there is next to nothing to compute or to send."""
+    """Seconds of a layer with almost nothing to compute or to send."""
     import effpass.lowering.ops.expert_parallel  # noqa: F401  (registers the operator)
 
     tiny, every = _TINY, _TINY.experts * ranks.size
@@ -107,7 +110,7 @@ def _layer(ranks: Ranks, device: torch.device, dtype: torch.dtype, stages: int) 
 
 
 def _slowest(run: Callable[[], object], device: torch.device, ranks: Ranks, runs: int = 15) -> float:
-    """Median seconds of the slowest rank, after a few to warm up."""
+    """Median seconds of `run` on the slowest rank, after warm-up."""
     taken = []
     for turn in range(runs + 5):
         torch.cuda.synchronize(device)

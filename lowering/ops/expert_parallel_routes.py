@@ -1,18 +1,19 @@
-"""Who sends what to whom when experts are spread over ranks: which rows, in which stage, in which order.
+"""Routing of an expert-parallel layer: which rows go to which rank, in which stage and in which order.
 
-A token is sent to a rank once, however many of its experts live there: that is a *row*. Rank r holds the experts
-r·L … r·L + L - 1, and computes them in N *stages* of L / N experts each. A row is sent in the stage of the first of its
-experts there, and its sum comes back after that of the last, so that how much travels does not depend on N:
+A token is sent to a rank once, however many of its experts are there; such a token is a *row*. Rank r holds the experts
+r·L … r·L + L - 1 and computes them in N *stages* of L / N experts each. A row is sent for the stage of its first expert
+on that rank, and its sum returns after the stage of its last one, so that the amount of data does not depend on N. A
+*pair* is a token with one of its experts. The orders are:
 
     arriving rows     by stage of the first expert, sending rank, token
     returning sums    by stage of the last expert, computing rank, token
-    pairs             by sending rank, token, place among its experts; a row each of `words`
+    pairs             by sending rank, token, place among its experts; each is one row of `words`
 
-Everybody learns three counts by expert from everybody (:func:`summarise`); everything else about sizes follows on the
-host, for any N (:func:`plan`). Positions stay on the device. GPUs have kernels for what is not sizes
-(:mod:`effpass.lowering.kernels.expert_routes`); here it is plain PyTorch.
+Every rank receives three counts per expert from every rank (:func:`summarise`); all other sizes follow on the host, for
+any N (:func:`plan`). Positions stay on the device. This module computes them in plain PyTorch;
+:mod:`effpass.lowering.kernels.expert_routes` has kernels for GPUs.
 
-Shapes: T tokens, k experts a token, W ranks, L experts a rank, R rows, P pairs, N stages.
+Shapes: T tokens, k experts per token, W ranks, L experts per rank, R rows, P pairs, N stages.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ __all__ = ["Departures", "Pairs", "Plan", "Summary", "arrivals", "departures", "
 
 @dataclass(frozen=True)
 class Summary:
-    """What a rank's tokens want.
+    """Destinations of the tokens of one rank.
 
     Attributes:
-        first: [T, W], the first expert that a token has at a rank, 0 … L - 1; L: none.
-        last: [T, W], the last one; -1: none.
-        counts: int64 [3, W·L]: rows by their first expert, rows by their last one, pairs by their expert.
+        first: [T, W], first expert of a token on each rank, 0 … L - 1; L if it has none there.
+        last: [T, W], last expert of a token on each rank; -1 if it has none there.
+        counts: int64 [3, W·L], number of rows by their first expert, of rows by their last expert, and of pairs by
+            expert.
     """
 
     first: Tensor
@@ -48,10 +50,10 @@ class Summary:
 
 
 def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
-    """The summary of `experts` [T, k]; ids from W·L on are nobody's.
+    """Summarize the expert ids `experts` [T, k]; ids of W·L or more belong to no rank.
 
     Raises:
-        EffpassError: on the CPU, when an id is negative. On a GPU nothing may wait for the ids.
+        EffpassError: on the CPU, if an id is negative. On a GPU the check would have to wait for the ids.
     """
     ids, every = experts.long(), ranks * local
     if not ids.is_cuda and ids.numel() and int(ids.min()) < 0:
@@ -75,19 +77,19 @@ def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of all that travels, as one rank sees them, and where things begin.
+    """Sizes and offsets of everything that is exchanged, from the view of one rank.
 
     Attributes:
-        stages: N.
-        sent: [N][W], rows that go to each rank in each stage.
-        got: [N][W], rows that come from each rank.
-        returned: [N][W], sums of rows that go back to each rank after each stage.
-        regained: [N][W], sums that come back.
-        pairs_sent: [W].
-        pairs_got: [W].
+        stages: number of stages N.
+        sent: [N][W], rows sent to each rank for each stage.
+        got: [N][W], rows received from each rank for each stage.
+        returned: [N][W], sums sent back to each rank after each stage.
+        regained: [N][W], sums received from each rank after each stage.
+        pairs_sent: [W], pairs sent to each rank.
+        pairs_got: [W], pairs received from each rank.
         loads: [L], pairs of each expert of this rank.
-        ends: [L], where the pairs of each expert end among all of this rank, sorted by expert.
-        targets: int64 [N, W], the position at which rank r's buffer holds this rank's rows of a stage.
+        ends: [L], end of each expert's pairs when this rank's pairs are sorted by expert.
+        targets: int64 [N, W], offset in rank r's buffer at which this rank's rows of a stage begin.
     """
 
     stages: int
@@ -103,7 +105,7 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Experts of a stage."""
+        """Number of experts per stage."""
         return len(self.loads) // self.stages
 
     @property
@@ -116,12 +118,12 @@ class Plan:
 
 
 def plan(counts: NDArray[np.int64], me: int, stages: int) -> Plan:
-    """The plan of rank `me`.
+    """Compute the plan of rank `me`.
 
     Args:
-        counts: [W, 3, W, L], the counts of every rank.
+        counts: [W, 3, W, L], counts of every rank.
         me: this rank.
-        stages: N, a divisor of L.
+        stages: number of stages N, a divisor of L.
     """
     ranks, local = counts.shape[0], counts.shape[3]
     rows, leaving = counts[:, :2].reshape(ranks, 2, ranks, stages, local // stages).sum(-1).transpose(1, 0, 2, 3)
@@ -145,13 +147,13 @@ def plan(counts: NDArray[np.int64], me: int, stages: int) -> Plan:
 
 @dataclass(frozen=True)
 class Departures:
-    """What a rank sends and where it will find what comes back.
+    """What a rank sends, and where the sums that come back will be.
 
     Attributes:
-        tokens: [R], of each row to send, in the order of `Plan.sent`.
-        back: [T, W], the position of the sum that comes back; -1: none.
-        words: int32 [P, 3 + 1 or 2], what the receiver must know of each pair: its row there, its expert there, its
-            token, and the bits of its weight.
+        tokens: [R], token of each row to send, in the order of `Plan.sent`.
+        back: [T, W], position of the sum that each rank returns for a token; -1 for none.
+        words: int32 [P, 3 + 1 or 2], what the receiver needs to know of each pair: its row and its expert there, its
+            token, and the bits of its weight (1 word for float32, 2 for float64).
     """
 
     tokens: Tensor
@@ -160,14 +162,14 @@ class Departures:
 
 
 def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, first_token: int = 0) -> Departures:
-    """Put rows and pairs into the order in which they are sent.
+    """Arrange rows and pairs in the order in which they are sent.
 
     Args:
-        summary: of `experts`.
-        experts: [T, k].
-        weights: [T, k], float32 or float64.
-        plan: with as many stages as will run.
-        first_token: the number of token 0 among the tokens of all ranks.
+        summary: summary of `experts`.
+        experts: [T, k], expert ids.
+        weights: [T, k], router weights, float32 or float64.
+        plan: plan with the number of stages that will run.
+        first_token: index of token 0 among the tokens of all ranks, for replicated tokens.
     """
     (tokens, ranks), each = summary.first.shape, experts.shape[1]
     local, rows, never, device = len(plan.loads), plan.rows_sent, plan.stages * summary.first.shape[1], experts.device
@@ -194,14 +196,14 @@ def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, f
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a rank computes. The pairs of a row stand beside each other.
+    """The pairs that a rank computes. Pairs of the same row are adjacent.
 
     Attributes:
         words: int32 [P, 4 or 5], as in :class:`Departures`.
         order: [P], the pairs sorted by expert.
-        starts: [L + 1], where those of each expert begin.
-        begin: [R], where the pairs of each row begin, rows in the order in which their sums go back.
-        end: [R], where they end.
+        starts: [L + 1], offsets of each expert's pairs in `order`.
+        begin: [R], first pair of each row, with rows in the order in which their sums return.
+        end: [R], end of each row's pairs, in the same order.
     """
 
     words: Tensor
@@ -212,24 +214,25 @@ class Pairs:
 
     @property
     def weights(self) -> Tensor:
-        """[P]."""
-        bits = self.words[:, 3:].clone(memory_format=torch.contiguous_format)  # 8 bytes must begin at 0
+        """Router weights, [P]."""
+        # A view as float64 needs contiguous memory that is aligned to 8 bytes.
+        bits = self.words[:, 3:].clone(memory_format=torch.contiguous_format)
         return bits.view(torch.float32 if bits.shape[1] == 1 else torch.float64).squeeze(1)
 
 
 def arrivals(words: Tensor, plan: Plan) -> Pairs:
-    """Read what the other ranks sent of their pairs.
+    """Read the pairs that other ranks have sent.
 
     Args:
-        words: int32 [P, 4 or 5], pairs by sender, as :func:`departures` made them.
-        plan: as there.
+        words: int32 [P, 4 or 5], pairs by sending rank, from :func:`departures`.
+        plan: the plan used to send them.
     """
     row, expert = words[:, 0].long(), words[:, 1].long()
     pairs = torch.arange(words.shape[0], device=words.device)
     end = row.new_zeros(plan.rows_got).scatter_reduce_(0, row, pairs + 1, "amax")
     begin = torch.full_like(end, words.shape[0]).scatter_reduce_(0, row, pairs, "amin")
     leaves = torch.zeros_like(end).scatter_reduce_(0, row, expert // plan.size, "amax")
-    # Pairs came by sending rank and token.
+    # Pairs arrive ordered by sending rank and token, so that a row's first pair gives its place in that order.
     by_token = begin.argsort()
     leaving = by_token[leaves[by_token].argsort(stable=True)]
     starts = words.new_tensor([0, *plan.ends])

@@ -1,9 +1,9 @@
-"""A layer of experts on several ranks, event by event: for design, and not a measurement.
+"""Discrete-event simulation of an expert-parallel layer, for design; it measures nothing.
 
-It plays the order of issue of :mod:`effpass.lowering.ops.expert_parallel` with the loads of one routing: the link takes
-exchanges one after the other, each once the slowest rank has come to it; every rank computes its stages one after the
-other, slower while rows are on the link. Durations come from the fitted models. What is shown of it is to be called
-simulated.
+The simulation replays the issue order of :mod:`effpass.lowering.ops.expert_parallel` with the loads of one routing. The
+link performs exchanges one at a time, each as soon as the slowest rank has reached it; every rank computes its stages
+one at a time, more slowly while rows are on the link. Durations come from the fitted cost models. Results must be
+labeled as simulated wherever they are shown.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["Event", "Timeline", "random_counts", "simulate"]
 
 @dataclass(frozen=True)
 class Event:
-    """What a rank's experts, or the link, do for a while.
+    """An interval in which a rank's experts or the link are busy.
 
     Attributes:
         what: ``"dispatch"``, ``"experts"`` or ``"combine"``.
-        stage: of it.
-        rank: that computes; -1: the link.
-        begin: seconds from the first exchange on.
-        end: likewise.
+        stage: index of the stage.
+        rank: rank that computes; -1 for the link.
+        begin: start in seconds from the first exchange.
+        end: end in seconds from the first exchange.
     """
 
     what: str
@@ -42,9 +42,9 @@ class Timeline:
     """A simulated layer.
 
     Attributes:
-        events: in the order of issue.
-        seconds: of the layer, with what surrounds its stages.
-        hidden: the share of the time on the link in which all ranks compute.
+        events: intervals in the order of issue.
+        seconds: time of the layer, including the overhead around its stages.
+        hidden: share of the time on the link that is hidden by computation, on the rank where this share is smallest.
     """
 
     events: tuple[Event, ...]
@@ -55,14 +55,14 @@ class Timeline:
 def simulate(
     counts: np.ndarray, shape: Shape, stages: int, link: Link, fitted: Fit, *, replicated: bool = False
 ) -> Timeline:
-    """Play one layer.
+    """Simulate one layer.
 
     Args:
-        counts: [W, 3, W, L], what the ranks tell each other; see `expert_parallel_routes.summarise`.
-        shape: all E experts.
-        stages: N, 1 or more.
-        link: between the ranks.
-        fitted: the device.
+        counts: [W, 3, W, L], counts that the ranks exchange; see `expert_parallel_routes.summarise`.
+        shape: the layer, with all E experts.
+        stages: number of stages N, at least 1.
+        link: measurements of the link between the ranks.
+        fitted: fitted constants of the device.
         replicated: whether all ranks have the same tokens.
     """
     ranks, local = counts.shape[0], counts.shape[3]
@@ -103,14 +103,15 @@ def simulate(
 
 
 def random_counts(tokens: int, shape: Shape, ranks: int, seed: int = 0, skew: float = 0.0) -> np.ndarray:
-    """Counts of a random routing, for :func:`simulate`.
+    """Sample a random routing and return its counts, for :func:`simulate`.
 
     Args:
-        tokens: of each rank.
-        shape: all E experts.
-        ranks: W.
-        seed: of the routing.
-        skew: 0: all experts alike; s: the expert at place n of a random order is n**-s as likely.
+        tokens: number of tokens of each rank.
+        shape: the layer, with all E experts.
+        ranks: number of ranks W.
+        seed: seed of the routing.
+        skew: exponent of a power law over the experts in random order: the n-th is chosen with weight n**-skew; 0 for
+            equal weights.
     """
     random = np.random.default_rng(seed)
     likely = skew * np.log(1 + random.permutation(shape.experts))
@@ -128,13 +129,13 @@ def random_counts(tokens: int, shape: Shape, ranks: int, seed: int = 0, skew: fl
 
 
 def _most(rows: np.ndarray) -> list[float]:
-    """Of [sender, receiver, stage]: by stage, the most rows that any rank sends to others or gets from them."""
+    """Largest number of rows per stage that any rank exchanges with others; `rows` is [sender, receiver, stage]."""
     others = rows * (1 - np.eye(rows.shape[0], dtype=rows.dtype))[..., None]
     return np.maximum(others.sum(1).max(0), others.sum(0).max(0)).astype(float).tolist()
 
 
 def _slowed(begin: float, work: float, busy: list[tuple[float, float]], sharing: float) -> float:
-    """When `work` seconds are done that take `sharing` times as long inside the intervals `busy`."""
+    """Time at which `work` seconds of work are done that take `sharing` times as long inside the intervals `busy`."""
     now = begin
     for first, last in sorted(busy):
         if last <= now:

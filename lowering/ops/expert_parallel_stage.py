@@ -1,6 +1,8 @@
-"""The experts of one stage on the rows that are here, and the sums that go back; plain PyTorch, on any device.
+"""Computation of one stage of an expert-parallel layer: the experts on the received rows, and the sums that return.
 
-GPUs have kernels for this (:mod:`effpass.lowering.kernels.expert_stage`)."""
+This is plain PyTorch for any device; GPUs have kernels in :mod:`effpass.lowering.kernels.expert_stage`. Rows, pairs and
+stages are defined in :mod:`effpass.lowering.ops.expert_parallel_routes`.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ __all__ = ["Experts", "compute", "sums", "total"]
 
 @dataclass(frozen=True)
 class Experts:
-    """Local experts; see `effpass::moe_ffn` for what each is.
+    """Weights of local experts; see `effpass::moe_ffn` for their shapes.
 
     Attributes:
-        gate: activation, α, limit, offset, interleaved.
+        gate: activation, alpha, limit, offset and interleaved, as in `effpass::moe_ffn`.
     """
 
     gate_up: Tensor
@@ -32,7 +34,7 @@ class Experts:
     gate: tuple[Any, ...]
 
     def some(self, begin: int, end: int) -> Experts:
-        """Experts begin … end - 1."""
+        """Return experts begin … end - 1, as views."""
         biases = (None if b is None else b[begin:end] for b in (self.gate_up_bias, self.down_bias))
         first, second = biases
         return Experts(self.gate_up[begin:end], first, self.down[begin:end], second, self.gate)
@@ -41,17 +43,17 @@ class Experts:
 def compute(
     x: Tensor, column: int, pairs: Pairs, plan: Plan, stage: int, experts: Experts, outputs: Tensor, kernel: str = ""
 ) -> None:
-    """The outputs of a stage's pairs.
+    """Compute the outputs of a stage's pairs.
 
     Args:
-        x: [R, D].
-        column: of `Pairs.words`, which row of x each pair reads.
-        pairs: of all stages.
-        plan: of all stages.
-        stage: which one.
-        experts: all that are here.
-        outputs: [P, D]; written where the stage's pairs stand.
-        kernel: of those for a GPU; here it is one product an expert.
+        x: [R, D], hidden states.
+        column: column of `Pairs.words` that tells which row of `x` a pair reads.
+        pairs: pairs of all stages.
+        plan: plan of all stages.
+        stage: index of the stage.
+        experts: all local experts.
+        outputs: [P, D]; the pairs of this stage are written.
+        kernel: name of a GPU kernel; unused here, where every expert is one matrix product.
     """
     first, last = stage * plan.size, (stage + 1) * plan.size
     bounds = [0, *plan.ends][first : last + 1]
@@ -65,13 +67,13 @@ def compute(
 
 
 def sums(outputs: Tensor, pairs: Pairs, rows: slice, each: int) -> Tensor:
-    """Σ weights · outputs over the pairs of each row, in the order in which its token names them: [n, D].
+    """Return the weighted sums of the outputs of each row's pairs, [n, D], in the order in which tokens list experts.
 
     Args:
         outputs: [P, D].
-        pairs: of all stages.
-        rows: which, of all rows that go back.
-        each: k, the most pairs that a row has.
+        pairs: pairs of all stages.
+        rows: which of all returning rows to sum.
+        each: maximum number of pairs per row, k.
     """
     place = pairs.begin[rows].unsqueeze(1) + torch.arange(each, device=outputs.device)
     inside = place < pairs.end[rows].unsqueeze(1)
@@ -80,13 +82,13 @@ def sums(outputs: Tensor, pairs: Pairs, rows: slice, each: int) -> Tensor:
 
 
 def total(regained: Tensor, summary: Summary, back: Tensor, local: int) -> Tensor:
-    """What came back for each token, rank by rank: [T, D].
+    """Add up the sums that came back for each token, in the order of ranks; returns [T, D].
 
     Args:
-        regained: [R, D].
-        summary: of the tokens, which says what ranks they have a row at.
-        back: [T, W], the row of `regained` from each rank.
-        local: L.
+        regained: [R, D], returned sums.
+        summary: summary of the tokens, which tells the ranks that each token was sent to.
+        back: [T, W], row of `regained` for each rank.
+        local: number of experts per rank, L.
     """
     here = summary.first < local
     if not regained.shape[0]:
@@ -96,5 +98,5 @@ def total(regained: Tensor, summary: Summary, back: Tensor, local: int) -> Tenso
 
 def _weighted(values: Tensor, place: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
     wide = torch.promote_types(torch.promote_types(values.dtype, weights.dtype), torch.float32)
-    # A place that holds nothing may hold anything, NaN included.
+    # Unused places may hold any value, including NaN.
     return torch.where(inside.unsqueeze(-1), values[place] * weights.to(wide).unsqueeze(-1), 0).sum(1).to(values.dtype)

@@ -1,13 +1,14 @@
-"""Matrix products of few rows, with the small operators around them: a decoder layer's products are three of these.
+"""Matrix products of few tokens, fused with the RMSNorm, bias, activation or residual around them.
 
     fused_linear:  yᵢ = Wᵢ n(x) + bᵢ (+ residual)        y = act(W_gate n(x)) · W_up n(x)  :gated_linear
-    n(x) = x / √(mean(x²) + ε) · (offset + norm_weight)  where a norm weight is given, else x
+    n(x) = x / √(mean(x²) + ε) · (offset + norm_weight)  with a norm weight, else x
 
-RMSNorm: https://arxiv.org/abs/1910.07467; gated products: https://arxiv.org/abs/2002.05202. Rounding is that of
-transformers: statistics in float32; without an offset the normalised value is cast to x's type before the weight is
-applied (Llama), with one the product is cast (Gemma).
+The pass `fuse_linears` replaces the products of a decoder layer with these operators. RMSNorm:
+https://arxiv.org/abs/1910.07467; gated products: https://arxiv.org/abs/2002.05202. Rounding follows transformers:
+statistics are computed in float32; without an offset the normalized value is cast to x's dtype before the weight is
+applied (Llama), with an offset the product is cast (Gemma).
 
-Shapes: D model width, F width of a product. A GPU kernel for up to 64 rows is in
+Shapes: D hidden size, F output size of a product. A GPU kernel for up to 64 tokens is in
 :mod:`effpass.lowering.kernels.small_linear`.
 """
 
@@ -27,10 +28,10 @@ from effpass.lowering.ops.recomputed import differentiate_by_reference
 
 __all__ = ["ACTIVATIONS", "TOLERANCE", "fused_linear", "gated_linear", "has_kernel", "rms_norm"]
 
-#: What an output of a kernel may differ from the reference, relative to the largest value of the output. The kernel
-#: keeps float32 between the norm, the product, the activation and the residual, where the reference rounds to x's type:
-#: four roundings, and those of the sum's other order. The norm's weight is applied before the product and rounded to
-#: x's type there, and the statistics after it.
+#: Maximum deviation of a kernel's output from the reference, relative to the largest value of the output. The kernel
+#: keeps float32 between norm, product, activation and residual, where the reference rounds to x's dtype four times, and
+#: it sums in another order. It applies the norm's weight before the product, rounded to x's dtype, and the statistics
+#: after the product.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-6}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """RMSNorm over the last dimension of `x` with `offset` + `weight`, rounded as transformers does."""
+    """Apply RMSNorm over the last dimension of `x` with weight `offset` + `weight`, rounded as in transformers."""
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
@@ -51,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a GPU kernel takes `rows` rows of a type. Where it does not take their width, the reference runs."""
+    """Whether a GPU kernel supports `rows` tokens of a dtype; for other hidden sizes the reference runs instead."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False
     kernels = triton_kernels("small_linear")
@@ -90,22 +91,23 @@ def fused_linear(
     norm_offset: float,
     residual: Tensor | None,
 ) -> list[Tensor]:
-    """Products of a normalised input with several weights, in one launch where there is a kernel.
+    """Multiply a normalized input with several weights, in one kernel launch if a kernel supports them.
 
     Args:
         x: [..., D].
-        weights: each [F, D].
-        biases: for each weight None or [F].
-        norm_weight: [D] of an RMSNorm before the product, or None.
-        norm_eps: of the norm.
-        norm_offset: added to `norm_weight` (1 in Gemma).
-        residual: [..., F], added to the product; with one weight only.
+        weights: weights, [F, D] each; F may differ.
+        biases: bias [F] or None for each weight.
+        norm_weight: [D], weight of an RMSNorm before the product; None for no norm.
+        norm_eps: epsilon of the norm.
+        norm_offset: number added to `norm_weight` (1 in Gemma).
+        residual: [..., F], added to the product; requires a single weight. None for no residual.
 
     Returns:
-        For each weight [..., F].
+        One product [..., F] for each weight.
 
     Raises:
-        EffpassError: weights and biases differ in number, a weight is not [F, D], or a residual meets several weights.
+        EffpassError: if the numbers of weights and biases differ, a weight is not [F, D], or there are a residual and
+            several weights.
     """
     _check(x, weights, biases, residual)
     return _fused_linear(x, weights, biases, norm_weight, norm_eps, norm_offset, residual)
@@ -149,7 +151,11 @@ def _(x, weights, biases, norm_weight, norm_eps, norm_offset, residual):  # type
 def _within_range(
     x: Tensor, norm_weight: Tensor | None, norm_eps: float, norm_offset: float
 ) -> tuple[Tensor, Tensor | None]:
-    """In float16 the norm stays out of the kernel for several rows, which rounds x · weight before the statistics."""
+    """Apply the norm outside of the kernel if x · weight may leave the dtype's range.
+
+    The kernel for several tokens rounds x · weight to x's dtype before it applies the statistics, which float16 may not
+    hold.
+    """
     if norm_weight is None or x.dtype != torch.float16 or x.numel() == x.shape[-1]:
         return x, norm_weight
     return rms_norm(x, norm_weight, norm_eps, norm_offset), None
@@ -198,18 +204,18 @@ def gated_linear(
 
     Args:
         x: [..., D].
-        gate: [F, D].
-        up: [F, D].
-        norm_weight: [D] of an RMSNorm before the products, or None.
-        norm_eps: of the norm.
-        norm_offset: added to `norm_weight` (1 in Gemma).
+        gate: [F, D], W_gate.
+        up: [F, D], W_up.
+        norm_weight: [D], weight of an RMSNorm before the products; None for no norm.
+        norm_eps: epsilon of the norm.
+        norm_offset: number added to `norm_weight` (1 in Gemma).
         activation: a key of :data:`ACTIVATIONS`.
 
     Returns:
         [..., F].
 
     Raises:
-        EffpassError: the activation is unknown, or gate and up are not both [F, D].
+        EffpassError: if the activation is unknown, or gate and up are not both [F, D].
     """
     _check_gated(x, gate, up, activation)
     return _gated_linear(x, gate, up, norm_weight, norm_eps, norm_offset, activation)

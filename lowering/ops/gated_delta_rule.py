@@ -1,17 +1,20 @@
-"""Linear attention by the gated delta rule, with decay and step sizes of their own for each channel.
+"""Linear attention with the gated delta rule, with per-channel decay and per-channel step sizes.
 
     S_t = (I − κ_t κ_tᵀ) Diag(e^g_t) S_{t−1} + κ_t ζ_tᵀ        o_t = S_tᵀ q̂_t        S ∈ R^{K×V}
     κ = √β ⊙ k/‖k‖      ζ = √β_w ⊙ v      q̂ = scale · q/‖q‖
 
-* FG²-GDN (https://arxiv.org/abs/2604.19021): β_w = β, a vector over the channels (K = V); FG²-GDN+: β erases and β_w
-  writes, two vectors.
-* KDA (https://arxiv.org/abs/2510.26692): one β a head, β κκᵀ and β κvᵀ, which is the same with √β on both factors.
-* Gated delta rule (https://arxiv.org/abs/2412.06464): one β and one decay g a head.
+S is the state of a value head, g ≤ 0 the log of the decay, β the erase strength and β_w the write strength. Special
+cases are:
 
-:func:`reference` is the meaning, token by token. The CPU computes in chunks
-(:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), a GPU by kernels of
-:mod:`effpass.lowering.kernels.gated_delta_rule`. The backward pass keeps the inputs alone and computes the rest again.
-Rounding: g, √β and the state are float32 (float64 for float64 inputs).
+* FG²-GDN (https://arxiv.org/abs/2604.19021): β_w = β, a vector over the channels (K = V). FG²-GDN+: β and β_w are two
+  vectors, one to erase and one to write.
+* KDA (https://arxiv.org/abs/2510.26692): one β per head, with β κκᵀ and β κvᵀ, which equals √β on both factors.
+* Gated delta rule (https://arxiv.org/abs/2412.06464): one β and one decay g per head.
+
+:func:`reference` defines the operator token by token. On the CPU it is computed in chunks
+(:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), on a GPU by the kernels of
+:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves only its inputs, and the backward pass
+recomputes the rest. g, √β and the state are float32 (float64 for float64 inputs).
 
 Shapes: B batch, T tokens, N sequences (B, or those of `cu_seqlens`), H query and key heads, HV value heads, K key size,
 V value size.
@@ -41,14 +44,14 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "gated_delta_rule", "reference"]
 
-#: What an output may differ from the reference in float64, as root mean square relative to the reference's. Kernels
-#: round κ, q̂, ζ, U and the state to the inputs' type before a product.
+#: Maximum deviation of an output from the reference in float64, as root mean square relative to that of the reference.
+#: Kernels round κ, q̂, ζ, U and the state to the inputs' dtype before a product.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
 
-#: Likewise a gradient, which is a sum of products of rounded factors.
+#: Maximum deviation of a gradient, measured alike; a gradient is a sum of products of rounded factors.
 GRADIENT_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-8}
 
-#: And those of A_log and dt_bias: sums over all tokens, whose terms cancel.
+#: Maximum deviation of the gradients of `A_log` and `dt_bias`, which are sums over all tokens with terms that cancel.
 SUM_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-8}
 
 
@@ -69,33 +72,37 @@ def gated_delta_rule(
     normalize: bool = True,
     beta_logits: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over whole sequences, for training and prompts; differentiable in every tensor but `cu_seqlens`.
+    """Run the gated delta rule over whole sequences; differentiable in all tensors but `cu_seqlens`.
+
+    Used for training and prefill; for decoding there is :mod:`effpass.lowering.ops.gated_delta_rule_step`.
 
     Args:
         q: [B, T, H, K].
         k: [B, T, H, K].
-        v: [B, T, HV, V], where HV is a multiple of H; value head i reads with query head i // (HV / H).
-        gate: [B, T, HV, K], or [B, T, HV] for one decay a head. Raw with `A_log`; else g itself, not positive.
-        beta: [B, T, HV], or [B, T, HV, K]: erase strength, and write strength too where there is no `write_beta`
-            (a vector for both needs K = V).
-        write_beta: [B, T, HV, V] beside a `beta` [B, T, HV, K].
-        A_log: [HV]: g = −exp(A_log) · softplus(gate + dt_bias).
-        dt_bias: [HV, K] or [HV], like the gate.
-        lower_bound: negative: with it g = lower_bound · σ(exp(A_log) · (gate + dt_bias)). From −5 on kernels are
-            fastest.
-        scale: of the queries; K^(−1/2) by default.
+        v: [B, T, HV, V], where HV is a multiple of H; value head i uses query head i // (HV / H).
+        gate: [B, T, HV, K], or [B, T, HV] for one decay per head. With `A_log` the raw gate; without it g itself, which
+            must not be positive.
+        beta: [B, T, HV] or [B, T, HV, K], erase strength, and also the write strength if `write_beta` is None (a vector
+            for both needs K = V).
+        write_beta: [B, T, HV, V], write strength; requires `beta` [B, T, HV, K].
+        A_log: [HV], for g = −exp(A_log) · softplus(gate + dt_bias); None if `gate` is g.
+        dt_bias: [HV, K] or [HV], as the gate has channels or not; None for no bias.
+        lower_bound: negative bound for g = lower_bound · σ(exp(A_log) · (gate + dt_bias)) instead; None for no bound.
+            Kernels are fastest for bounds of −5 or above.
+        scale: factor applied to the queries; K^(−1/2) by default.
         initial_state: float32 [N, HV, K, V]; zeros by default.
-        cu_seqlens: int32 or int64 [N + 1], where the sequences in one row (B = 1) begin, and T.
-        normalize: whether q and k are divided by their norms; else they are used as they are.
-        beta_logits: whether `beta` and `write_beta` go through a sigmoid; else they lie in [0, 2].
+        cu_seqlens: int32 or int64 [N + 1], offsets of the sequences that are packed along T (B = 1), ending with T;
+            None for B sequences of T tokens.
+        normalize: whether to divide q and k by their norms.
+        beta_logits: whether to apply a sigmoid to `beta` and `write_beta`; without it they must be in [0, 2].
 
     Returns:
-        output: [B, T, HV, V], of v's type.
+        output: [B, T, HV, V], of v's dtype.
         final_state: float32 [N, HV, K, V] (float64 for float64 inputs).
 
     Raises:
-        EffpassError: shapes, types or devices don't fit, T = 0; on the CPU also values out of range and a `cu_seqlens`
-            that is not monotone from 0 to T, which is a failed assertion of the device on a GPU.
+        EffpassError: if shapes, dtypes or devices don't fit, or T = 0; on the CPU also if values are out of range or
+            `cu_seqlens` does not rise monotonically from 0 to T. On a GPU such a `cu_seqlens` fails a device assertion.
     """
     return torch.ops.effpass.gated_delta_rule(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound,
@@ -106,16 +113,16 @@ def gated_delta_rule(
 def reference(
     inputs: Inputs, settings: Settings, initial_state: Tensor | None, ends: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Token by token; differentiable.
+    """Compute the recurrence token by token; differentiable.
 
     Args:
-        inputs: the tensors of :func:`gated_delta_rule`.
-        settings: its constants.
-        initial_state: [N, HV, K, V] or None.
-        ends: where sequences begin among the B T tokens, and B T.
+        inputs: tensors of :func:`gated_delta_rule`.
+        settings: constants of :func:`gated_delta_rule`.
+        initial_state: [N, HV, K, V]; None for zeros.
+        ends: offsets of the sequences among the B T tokens, ending with B T.
 
     Returns:
-        output and final state, as :func:`gated_delta_rule`.
+        Output and final state, as :func:`gated_delta_rule`.
     """
     q, key, value, g = (x.flatten(0, 1) for x in prepared(inputs, settings))
     outputs, states = [], []
@@ -141,7 +148,7 @@ _CONSTANTS = "float? lower_bound, float scale, bool normalize, bool beta_logits"
 
 
 def _arguments(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings, Tensor | None, Tensor | None, int]:
-    """Inputs, settings, initial state, cu_seqlens and the number of sequences, checked."""
+    """Check the arguments; returns inputs, settings, initial state, cu_seqlens and the number of sequences."""
     inputs, (state, cu_seqlens), settings = Inputs(*arguments[:8]), arguments[8:10], Settings(*arguments[10:])
     sequences = inputs.q.shape[0]
     if cu_seqlens is not None:
@@ -210,7 +217,7 @@ def _(q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) ->
 
 
 def _flops(q: Any, v: Any) -> Any:
-    """Of the recurrence: decay aside, S κ, κ Uᵀ and S q̂ for each token and value head."""
+    """FLOPs of the recurrence without the decay: S κ, κ Uᵀ and S q̂ for each token and value head."""
     return 6 * v[0] * v[1] * v[2] * q[3] * v[3]
 
 
@@ -255,7 +262,7 @@ def _(d_output: Any, d_state: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 @register_flop_formula(torch.ops.effpass.gated_delta_rule_backward)
 def _(d_output: Any, d_state: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
-    return 3 * _flops(q, v)  # the states again, and two products for each of the forward pass
+    return 3 * _flops(q, v)  # recomputed states, and two products for each product of the forward pass
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,18 +1,17 @@
-"""The gated delta rule in chunks of C tokens, forward and backward, in PyTorch: exact for any decay, no token loop.
-
-q̂ = scale · q/‖q‖, κ = √β ⊙ k/‖k‖, ζ = √β_w ⊙ v and the log decay g ≤ 0 are those of
-:mod:`~effpass.lowering.ops.gated_delta_rule_inputs`. With G the running sum of g inside a chunk and S₀ the state before
-it:
+"""Chunked form of the gated delta rule, forward and backward, in PyTorch. Exact for any decay, without a token loop.
 
     L_ij = Σ_d κ_id κ_jd e^(G_id − G_jd)  (j < i)        P_ij = Σ_d q̂_id κ_jd e^(G_id − G_jd)  (j ≤ i)
     B̃ = κ ⊙ e^G,  Q̃ = q̂ ⊙ e^G,  Ã = κ ⊙ e^(G_C − G)       W = (I + L)⁻¹ B̃,  u = (I + L)⁻¹ ζ
     U = u − W S₀        O = Q̃ S₀ + P U        S_C = e^(G_C) ⊙ S₀ + Ãᵀ U
 
-L and P as products of e^(G_i) with e^(−G_j) would overflow. So a chunk is cut in halves, these in halves again, and so
-on down to single tokens. A pair (i, j) meets where j is in the earlier and i in the later half of one block; with m the
-end of the earlier half, both e^(G_i − G_m) and e^(G_m − G_j) are at most 1.
+q̂, κ, ζ and the log decay g ≤ 0 are those of :mod:`effpass.lowering.ops.gated_delta_rule_inputs`. G is the running sum
+of g inside a chunk of C tokens, S₀ the state before the chunk and S_C the state after it; O is the output.
 
-Shapes: n chunks of all sequences, HV value heads, C tokens of a chunk; [n, HV, C, K].
+Computing L and P as products of e^(G_i) and e^(−G_j) would overflow. Instead a chunk is split into halves, recursively
+down to single tokens. Each pair j < i is handled in the block in which j lies in the earlier and i in the later half:
+with m the end of the earlier half, e^(G_i − G_m) and e^(G_m − G_j) are both at most 1.
+
+Shapes: n chunks of all sequences, HV value heads, C tokens per chunk, K key size; tensors are [n, HV, C, K].
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from effpass.lowering.ops.gated_delta_rule_inputs import Prepared
 
 __all__ = ["Chunks", "chunk_backward", "chunk_forward"]
 
-LONGEST = 64  # tokens of a chunk; a power of two, since it is cut in halves
+LONGEST = 64  # maximum tokens per chunk; a power of two, since chunks are split into halves
 
 
 class Chunks(NamedTuple):
-    """How tokens lie in chunks, none of which reaches over the end of a sequence.
+    """Assignment of tokens to chunks, none of which crosses the end of a sequence.
 
     Attributes:
-        tokens: int64 [n, C], which of the B T tokens stands there; `total` where none does.
-        first: number of the first chunk of each sequence, and behind them n.
-        total: B T.
+        tokens: int64 [n, C], index of each place's token among the B T tokens; `total` for an empty place.
+        first: index of the first chunk of each sequence, followed by n.
+        total: number of tokens, B T.
     """
 
     tokens: Tensor
@@ -45,7 +44,7 @@ class Chunks(NamedTuple):
 
     @classmethod
     def of(cls, ends: list[int]) -> Chunks:
-        """Of the sequences from ends[i] to ends[i + 1]."""
+        """Return the chunks of sequences that span ends[i] to ends[i + 1]."""
         lengths = [stop - start for start, stop in itertools.pairwise(ends)]
         size = 1
         while size < min(max(lengths), LONGEST):
@@ -58,11 +57,11 @@ class Chunks(NamedTuple):
         return cls(torch.where(tokens < stop[:, None], tokens, ends[-1]), first, ends[-1])
 
     def to(self, device: torch.device) -> Chunks:
-        """With `tokens` on a device."""
+        """Return the chunks with `tokens` on `device`."""
         return self._replace(tokens=self.tokens.to(device))
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, HV, X] → [n, HV, C, X]; zeros where there is no token, which changes no state."""
+        """[B, T, HV, X] → [n, HV, C, X], with zeros in empty places, which leave the state unchanged."""
         rows = x.flatten(0, 1)
         rows = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
         return rows[self.tokens].transpose(1, 2)
@@ -72,7 +71,7 @@ class Chunks(NamedTuple):
         return x.transpose(1, 2)[self.tokens < self.total].unflatten(0, (batch, -1))
 
     def steps(self) -> list[tuple[Tensor, Tensor]]:
-        """For each place of a chunk in its sequence: the sequences that have one there, and which chunks those are."""
+        """For each chunk index within a sequence: the sequences that have such a chunk, and their chunks."""
         first = torch.tensor(self.first)
         counts = first.diff()
         out = []
@@ -82,7 +81,7 @@ class Chunks(NamedTuple):
         return out
 
 
-# -- products with decay between the two tokens -----------------------------------------------------------------------
+# -- products with the decay between two tokens -----------------------------------------------------------------------
 
 
 def _halves(size: int) -> list[int]:
@@ -94,26 +93,26 @@ def _halves(size: int) -> list[int]:
 
 
 def _halved(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Views of [..., C, K]: the earlier and the later half of each block of 2 `half` tokens, [..., blocks, half, K]."""
+    """Views of `x` [..., C, K]: earlier and later half of each block of 2 · `half` tokens, [..., blocks, half, K]."""
     early, late = x.unflatten(-2, (-1, 2, half)).unbind(-3)
     return early, late
 
 
 def _decays(g: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """From the end of the earlier half to each token of the later, and from each token of the earlier to that end."""
+    """Decays from the earlier half's end to each later token, and from each earlier token to that end."""
     early, late = _halved(g, half)
     sums = early.cumsum(-2)
     return late.cumsum(-2).exp(), (sums[..., -1:, :] - sums).exp()
 
 
 def _blocks(scores: Tensor, half: int) -> Tensor:
-    """A view of scores [..., C, C]: each later half (rows) with its earlier half, [..., blocks, half, half]."""
+    """View of scores [..., C, C]: later by earlier half of each block, [..., blocks, half, half]."""
     split = scores.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))  # [..., block, 2, half, block, 2, half]
     return split[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _scores(rows: Tensor, columns: Tensor, g: Tensor, has_diagonal: bool) -> Tensor:
-    """Σ_d rows_id columns_jd e^(G_id − G_jd) for j < i, with the diagonal on request; zeros elsewhere."""
+    """Σ_d rows_id columns_jd e^(G_id − G_jd) for j < i, and for j = i if `has_diagonal`; zeros elsewhere."""
     size = rows.shape[-2]
     out = rows.new_zeros(*rows.shape[:-1], size)
     for half in _halves(size):
@@ -129,7 +128,7 @@ def _scores(rows: Tensor, columns: Tensor, g: Tensor, has_diagonal: bool) -> Ten
 def _scores_backward(
     rows: Tensor, columns: Tensor, g: Tensor, gradient: Tensor, has_diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `rows` and `columns`, from the lower triangle of `gradient`."""
+    """Gradients of `rows` and `columns` from the lower triangle of `gradient`."""
     size = rows.shape[-2]
     d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
     for half in _halves(size):
@@ -146,11 +145,11 @@ def _scores_backward(
     return d_rows, d_columns
 
 
-# -- the chunks -------------------------------------------------------------------------------------------------------
+# -- chunks -----------------------------------------------------------------------------------------------------------
 
 
 class _Inside(NamedTuple):
-    """What a chunk computes without the state before it; names as in the equations."""
+    """Quantities of the chunks that do not depend on the states before them, named as in the equations."""
 
     q: Tensor
     key: Tensor
@@ -171,7 +170,7 @@ def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
     grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
     lower, scores = _scores(key, key, g, False), _scores(q, key, g, True)
     k_in = key * grown
-    # unitriangular: what is solved with is I + L.
+    # unitriangular=True takes the diagonal as ones and thus solves with I + L.
     w, u = torch.linalg.solve_triangular(lower, torch.cat((k_in, value), -1), upper=False, unitriangular=True).split(
         (key.shape[-1], value.shape[-1]), -1
     )
@@ -180,7 +179,7 @@ def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
 
 
 def _states(inside: _Inside, chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk [n, HV, K, V], and U; `state` [N, HV, K, V] becomes the last."""
+    """Return the state before each chunk [n, HV, K, V], and U; `state` [N, HV, K, V] is updated to the final state."""
     befores = inside.w.new_empty(*inside.k_in.shape[:2], inside.k_in.shape[-1], inside.u.shape[-1])
     change = torch.empty_like(inside.u)
     for sequences, at in chunks.steps():
@@ -192,11 +191,11 @@ def _states(inside: _Inside, chunks: Chunks, state: Tensor) -> tuple[Tensor, Ten
 
 
 def chunk_forward(prepared: Prepared, chunks: Chunks, initial_state: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [B, T, HV, V] and last state [N, HV, K, V], of the inputs' type.
+    """Compute the output [B, T, HV, V] and the final state [N, HV, K, V], in the dtype of `prepared`.
 
     Args:
         prepared: q̂, κ, ζ and g.
-        chunks: of the tokens.
+        chunks: chunks of the tokens.
         initial_state: [N, HV, K, V]; not written.
     """
     inside, state = _inside(prepared, chunks), initial_state.clone()
@@ -207,14 +206,14 @@ def chunk_forward(prepared: Prepared, chunks: Chunks, initial_state: Tensor) -> 
 def chunk_backward(
     prepared: Prepared, chunks: Chunks, initial_state: Tensor, d_output: Tensor, d_state: Tensor
 ) -> tuple[Prepared, Tensor]:
-    """Gradients of q̂, κ, ζ and g, and of the initial state.
+    """Compute the gradients of q̂, κ, ζ and g, and of the initial state. The forward pass is recomputed.
 
     Args:
-        prepared: as in the forward pass, which is computed again.
-        chunks: of the tokens.
+        prepared: q̂, κ, ζ and g, as in the forward pass.
+        chunks: chunks of the tokens.
         initial_state: [N, HV, K, V].
-        d_output: [B, T, HV, V].
-        d_state: [N, HV, K, V], of the last state.
+        d_output: [B, T, HV, V], gradient of the output.
+        d_state: [N, HV, K, V], gradient of the final state.
     """
     inside = _inside(prepared, chunks)
     befores, change = _states(inside, chunks, initial_state.clone())
@@ -240,10 +239,11 @@ def chunk_backward(
     d_q = d_q + (d_output @ befores.transpose(-1, -2)) * grown
     of_rest = (change @ d_afters.transpose(-1, -2)) * rest
     d_columns = d_columns + d_more + of_rest
-    # Rows carry e^G and columns e^−G, the last token's G the decay of the chunk: dG, and g counts in all G from it on.
+    # The gradient of G: rows carry e^G, columns e^−G, and the last token's G is also the decay of the chunk. g_t enters
+    # G of all tokens from t on, so that its gradient is a reversed cumulative sum.
     d_sums = key * d_rows + q * d_q - key * d_columns
     d_sums[..., -1, :] += (of_rest * key).sum(-2) + (inside.decay * d_afters * befores).sum(-1)
-    if g.shape[-1] == 1:  # one decay a head
+    if g.shape[-1] == 1:  # one decay per head
         d_sums = d_sums.sum(-1, keepdim=True)
     d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
     batch = prepared.q.shape[0]

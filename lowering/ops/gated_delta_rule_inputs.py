@@ -1,9 +1,10 @@
-"""What enters the recurrence of `effpass::gated_delta_rule`, from what a layer projects; checks, values and gradients.
+"""Inputs of the gated delta rule's recurrence, computed from a layer's projections: values, gradients and checks.
 
     q̂ = scale · q/‖q‖      κ = √β ⊙ k/‖k‖      ζ = √β_w ⊙ v      g ≤ 0: the log of the decay
     g = −exp(A_log) · softplus(gate + dt_bias)      or, bounded, g = lower_bound · σ(exp(A_log) · (gate + dt_bias))
 
-√σ(x) is computed as exp(½ log σ(x)), whose derivative ½ √σ(x) σ(−x) is finite everywhere.
+β and β_w may be given as logits x. Then √σ(x) is computed as exp(½ log σ(x)), whose derivative ½ √σ(x) σ(−x) is finite
+everywhere. Shapes are those of :mod:`effpass.lowering.ops.gated_delta_rule`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["EPSILON", "SMALLEST_BETA", "Inputs", "Settings", "check", "check_values", "prepared", "prepared_backward"]
 
-EPSILON = 1e-6  # added to the sum of squares under the norm of q and k, as the layers of flash-linear-attention do
-SMALLEST_BETA = 1e-12  # the derivative of √β needs one; κκᵀ does not notice it
+EPSILON = 1e-6  # added to the sum of squares of q and k before the square root, as in flash-linear-attention
+SMALLEST_BETA = 1e-12  # keeps the derivative of √β finite; too small to affect κκᵀ
 
 
 class Inputs(NamedTuple):
@@ -45,7 +46,14 @@ class Settings(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """q̂ and κ [B, T, HV, K], ζ [B, T, HV, V], g [B, T, HV, K] or [B, T, HV, 1]; float32, or float64 for such inputs."""
+    """Inputs of the recurrence, in float32, or float64 for float64 inputs.
+
+    Attributes:
+        q: q̂, [B, T, HV, K].
+        key: κ, [B, T, HV, K].
+        value: ζ, [B, T, HV, V].
+        g: log decay, [B, T, HV, K] or [B, T, HV, 1].
+    """
 
     q: Tensor
     key: Tensor
@@ -63,7 +71,7 @@ def _root(beta: Tensor, beta_logits: bool) -> Tensor:
 
 
 def _per_head(x: Tensor, like: Tensor) -> Tensor:
-    """[HV] against [B, T, HV, X] or [B, T, HV]."""
+    """Shape [HV] for broadcasting with `like` [B, T, HV, X] or [B, T, HV]."""
     return x[:, None] if like.dim() == 4 else x
 
 
@@ -88,7 +96,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 
 
 def prepared(inputs: Inputs, settings: Settings) -> Prepared:
-    """q̂, κ, ζ and g of a call."""
+    """Compute q̂, κ, ζ and g from the inputs of a call."""
     inputs = _wide(inputs)
     q, k, v, _, beta, write_beta, *_ = inputs
     if settings.normalize:
@@ -107,7 +115,7 @@ def prepared(inputs: Inputs, settings: Settings) -> Prepared:
 
 
 def prepared_backward(inputs: Inputs, settings: Settings, gradients: Prepared) -> tuple[Tensor | None, ...]:
-    """The gradients of `inputs`, in the order of its fields, from those of :func:`prepared`; None for None."""
+    """Gradients of `inputs`, in the order of its fields, from those of :func:`prepared`; None for None inputs."""
     types = [None if x is None else x.dtype for x in inputs]
     inputs = _wide(inputs)
     q, k, v, _, beta, write_beta, *_ = inputs
@@ -142,7 +150,7 @@ def _root_backward(beta: Tensor, root: Tensor, gradient: Tensor, beta_logits: bo
 
 
 def _norm_backward(x: Tensor, gradient: Tensor, normalize: bool) -> Tensor:
-    """Of x/‖x‖ [B, T, H, K] repeated to the value heads, from `gradient` [B, T, HV, K]."""
+    """Gradient of `x` [B, T, H, K] from that of x/‖x‖ repeated to the value heads, [B, T, HV, K]."""
     gradient = gradient.unflatten(2, (x.shape[2], -1)).sum(3)
     if not normalize:
         return gradient
@@ -181,18 +189,18 @@ def check(
     sequences: int,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    """Refuse shapes, types and devices that don't fit.
+    """Check shapes, dtypes and devices.
 
     Args:
-        name: of the operator, for messages.
-        inputs: the tensors.
-        settings: the constants.
+        name: name of the operator, for messages.
+        inputs: tensors of the call.
+        settings: constants of the call.
         state: [N, HV, K, V] or None.
-        sequences: N.
-        cu_seqlens: None, or checked apart from its device.
+        sequences: number of sequences N.
+        cu_seqlens: offsets of packed sequences, of which only the device is checked here; or None.
 
     Raises:
-        EffpassError: with the shapes, types or devices received.
+        EffpassError: if something doesn't fit; the message gives the shapes, dtypes or devices received.
     """
     q, k, v, gate, beta, write_beta, A_log, dt_bias = inputs
 
@@ -250,10 +258,11 @@ def check(
 
 
 def check_values(name: str, inputs: Inputs, settings: Settings) -> None:
-    """Refuse values out of range. On the CPU alone: on a GPU nothing may wait for them.
+    """Check the range of values. For the CPU only: on a GPU the check would have to wait for the device.
 
     Raises:
-        EffpassError: β outside [0, 2], where |1 − β‖k‖²| ≤ 1 and the state can't grow; a log decay above 0.
+        EffpassError: if β lies outside [0, 2], the range in which |1 − β‖k‖²| ≤ 1 and the state cannot grow, or if a
+            log decay is positive.
     """
     for field, beta in (("beta", inputs.beta), ("write_beta", inputs.write_beta)):
         if beta is not None and not settings.beta_logits and not bool(((beta >= 0) & (beta <= 2)).all()):

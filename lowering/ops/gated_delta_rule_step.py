@@ -1,7 +1,7 @@
-"""The gated delta rule for decoding: one token, or a few, on a state that is written in place.
+"""Decode step of the gated delta rule: one token, or a few, on a state that is updated in place.
 
-Equation and shapes as in :mod:`effpass.lowering.ops.gated_delta_rule`. The state keeps its address, so that a step can
-be recorded in a CUDA graph; it has no gradients. The GPU kernel is in
+Equation and shapes are those of :mod:`effpass.lowering.ops.gated_delta_rule`. The state keeps its address, so that a
+step can be captured in a CUDA graph; the operator has no gradients. The GPU kernel is in
 :mod:`effpass.lowering.kernels.gated_delta_rule_step`.
 """
 
@@ -35,7 +35,7 @@ def gated_delta_rule_step(
     normalize: bool = True,
     beta_logits: bool = True,
 ) -> Tensor:
-    """T tokens one after the other; T is 1 in plain decoding.
+    """Process T tokens in order; T is 1 in plain decoding.
 
     Args:
         state: float32 [B, HV, K, V], contiguous; written.
@@ -43,10 +43,10 @@ def gated_delta_rule_step(
     The other arguments are those of :func:`~effpass.lowering.ops.gated_delta_rule.gated_delta_rule`.
 
     Returns:
-        [B, T, HV, V], of v's type.
+        [B, T, HV, V], of v's dtype.
 
     Raises:
-        EffpassError: shapes, types or devices don't fit, T = 0; on the CPU also values out of range.
+        EffpassError: if shapes, dtypes or devices don't fit, or T = 0; on the CPU also if values are out of range.
     """
     return torch.ops.effpass.gated_delta_rule_step(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, state, lower_bound,

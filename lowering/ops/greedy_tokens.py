@@ -1,4 +1,12 @@
-"""Take the best token of each row and note it, in one launch: what greedy decoding does with a step's logits."""
+"""Greedy choice of the next token of each sequence, with its bookkeeping, in one kernel launch.
+
+    token[r] = argmax_v logits[r, v] if sequence r is unfinished, else pad
+
+The token is written to the output, and sequences that chose an end token are marked as finished.
+:mod:`effpass.runtime.choice` calls the operator at the end of a decode step.
+
+Shapes: R sequences, V vocabulary size, E end tokens, C columns of the output.
+"""
 
 from __future__ import annotations
 
@@ -38,20 +46,20 @@ def greedy_tokens(
     logits: Tensor, ends: Tensor, pad: Tensor, tokens: Tensor, ids: Tensor, column: Tensor, unfinished: Tensor,
     goes_on: Tensor, lasted: Tensor,
 ) -> None:  # fmt: skip
-    """Write each row's best token, and which rows go on; nothing waits for the device.
+    """Write the best token of each sequence and update which sequences are unfinished. The host does not wait.
 
-    The first of equal logits wins, and the first NaN beats all numbers, as in `torch.argmax` on a CPU.
+    Among equal logits the first wins, and the first NaN beats all numbers, as in `torch.argmax` on a CPU.
 
     Args:
-        logits: floating [R, V].
-        ends: int64 [E]: tokens that end a row; -1 is none.
-        pad: int64 []: the token of rows that have ended.
-        tokens: int64 [R], written.
-        ids: int64 [R, C], written at `column`. The caller answers for column < C.
-        column: int64 [1], moved by one.
-        unfinished: int64 [R], 1 or 0: rows that go on; 0 from the end of a row on.
-        goes_on: bool [], written: whether any row does.
-        lasted: int64 []: one more if so.
+        logits: floating-point [R, V].
+        ends: int64 [E], tokens that end a sequence; -1 is ignored.
+        pad: int64 [], token of finished sequences.
+        tokens: int64 [R], chosen tokens; written.
+        ids: int64 [R, C], output, written at `column`. The caller must ensure column < C.
+        column: int64 [1], current column; incremented by one.
+        unfinished: int64 [R], 1 for unfinished and 0 for finished sequences; updated.
+        goes_on: bool [], whether any sequence is unfinished; written.
+        lasted: int64 [], number of steps after which any sequence was unfinished; updated.
     """
     _greedy_tokens(logits, ends, pad, tokens, ids, column, unfinished, goes_on, lasted)
 

@@ -1,4 +1,4 @@
-"""Where an operator finds its GPU kernels."""
+"""Lookup of the GPU kernels of an operator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["triton_kernels"]
 
 @functools.cache
 def triton_kernels(name: str) -> ModuleType | None:
-    """The module `effpass.lowering.kernels.<name>`; None where Triton is not installed: references run then."""
+    """Return the module `effpass.lowering.kernels.<name>`, or None without Triton, in which case references run."""
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(f"effpass.lowering.kernels.{name}")

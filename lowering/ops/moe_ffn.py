@@ -1,17 +1,17 @@
-"""A layer of experts: every token goes through a few gated feed-forward networks, whose outputs are weighted and added.
+"""A mixture-of-experts layer: the weighted sum of the outputs of the experts that each token is routed to.
 
-    out[t] = Σ_j weights[t, j] · (W_down h(W_gate_up x[t] + b_gate_up) + b_down)     the weights of expert experts[t, j]
-    h(g, u) = act(min(g, limit)) · (clamp(u, -limit, limit) + offset)                 no limit where it is 0
-    act(g) = g · σ(α g)  :silu        SwiGLU has α = 1, offset = 0; GPT-OSS α = 1.702, limit = 7, offset = 1
+    out[t] = Σ_j weights[t, j] · (W_down h(W_gate_up x[t] + b_gate_up) + b_down)     weights of expert experts[t, j]
+    h(g, u) = act(min(g, limit)) · (clamp(u, -limit, limit) + offset)                 without clamping if limit is 0
+    act(g) = g · σ(α g)  for silu     SwiGLU: α = 1, offset = 0; GPT-OSS: α = 1.702, limit = 7, offset = 1
 
-Mixture of experts: https://arxiv.org/abs/2401.04088; SwiGLU: https://arxiv.org/abs/2002.05202. An expert that is not
-here (expert parallelism) has an id from E on and adds nothing. Every sum has a fixed order: equal inputs, equal bits.
-Rounding is that of transformers: each product and the gate in x's type, the weighted sum over the experts of a token in
-float32.
+Mixture of experts: https://arxiv.org/abs/2401.04088; SwiGLU: https://arxiv.org/abs/2002.05202. Expert ids of E or more
+denote experts that are not local (expert parallelism) and add nothing. Every sum has a fixed order, so that results are
+bitwise reproducible. Rounding follows transformers: each product and the gate in x's dtype, the weighted sum over the
+experts of a token in float32.
 
-Shapes: T tokens, k experts a token, P = T·k pairs of a token and an expert, D model width, E local experts, F expert
-width. GPU kernels are in :mod:`effpass.lowering.kernels.moe_rows` (few tokens) and
-:mod:`effpass.lowering.kernels.moe_grouped`; which one runs is chosen in :mod:`effpass.lowering.ops.moe_ffn_choice`.
+Shapes: T tokens, k experts per token, P = T·k pairs of a token and an expert, D hidden size, E local experts, F
+intermediate size of an expert. GPU kernels are in :mod:`effpass.lowering.kernels.moe_rows` (few tokens) and
+:mod:`effpass.lowering.kernels.moe_grouped`; :mod:`effpass.lowering.ops.moe_ffn_choice` chooses between them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from effpass.lowering.ops.moe_ffn_grouped import Groups, group, linear
 
 __all__ = ["TOLERANCE", "check", "combine", "gated", "moe_ffn", "split"]
 
-#: What an output of a kernel may differ from the reference, relative to the largest value of the output. The kernel
-#: keeps float32 between the first product and h, where the reference rounds four times, and sums in another order.
+#: Maximum deviation of a kernel's output from the reference, relative to the largest value of the output. The kernel
+#: keeps float32 between the first product and h, where the reference rounds four times, and it sums in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-6}
 
 
 def split(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Gate and up, [..., F] each, as views of `projected` [..., 2 F]: its halves, or its even and odd columns."""
+    """Split `projected` [..., 2 F] into gate and up, [..., F] each, as views: halves, or even and odd columns."""
     if interleaved:
         return projected[..., ::2], projected[..., 1::2]
     gate, up = projected.chunk(2, dim=-1)
@@ -42,7 +42,7 @@ def split(projected: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def gated(projected: Tensor, activation: str, alpha: float, limit: float, offset: float, interleaved: bool) -> Tensor:
-    """h: [..., 2 F] → [..., F]."""
+    """Compute h: [..., 2 F] → [..., F]."""
     gate, up = split(projected, interleaved)
     if limit:
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
@@ -51,22 +51,22 @@ def gated(projected: Tensor, activation: str, alpha: float, limit: float, offset
 
 
 def combine(outputs: Tensor, groups: Groups, weights: Tensor) -> Tensor:
-    """The weighted sum over the experts of each token, in the order in which the token names them.
+    """Weighted sum over the experts of each token, in the order in which the token lists them.
 
     Args:
         outputs: [P, D], sorted by expert.
-        groups: of the outputs.
+        groups: grouping of the outputs by expert.
         weights: [T, k].
 
     Returns:
-        [T, D], of the outputs' type.
+        [T, D], of the dtype of `outputs`.
     """
     (tokens, each), width = weights.shape, outputs.shape[1]
     place = torch.empty_like(groups.order)
     place[groups.order] = torch.arange(place.shape[0], device=place.device)
     here = (place < groups.ends[-1]).view(tokens, each, 1)
     wide = torch.promote_types(torch.promote_types(outputs.dtype, weights.dtype), torch.float32)
-    # Rows of no expert hold anything, NaN included.
+    # Outputs of pairs without a local expert are undefined and may be NaN.
     weighted = torch.where(here, outputs[place].view(tokens, each, width) * weights.to(wide).unsqueeze(-1), 0)
     return weighted.sum(1).to(outputs.dtype)
 
@@ -119,26 +119,27 @@ def moe_ffn(
 
     Args:
         x: [T, D].
-        experts: int [T, k], not negative; from E on: an expert that is not here, which adds nothing.
-        weights: [T, k], of the router; x's type or float32.
-        gate_up: [E, 2 F, D], any strides; GPT-OSS's [E, D, 2 F] is given transposed, which copies nothing.
+        experts: int [T, k], nonnegative expert ids; an id of E or more denotes an expert that is not local and adds
+            nothing.
+        weights: [T, k], router weights, in x's dtype or float32.
+        gate_up: [E, 2 F, D], any strides; GPT-OSS's [E, D, 2 F] can be passed as a transposed view.
         gate_up_bias: [E, 2 F] or None.
         down: [E, D, F], any strides.
         down_bias: [E, D] or None.
         activation: a key of :data:`~effpass.lowering.ops.fused_linear.ACTIVATIONS`.
-        alpha: α; 1 unless the activation is silu.
+        alpha: α; must be 1 unless the activation is silu.
         limit: bound on gate and up; 0 for none.
-        offset: added to up.
-        interleaved: whether gate and up are even and odd rows of `gate_up`; halves otherwise.
-        keep: whether to return the projection, which spares the backward pass to compute it again.
+        offset: number added to up.
+        interleaved: whether gate and up are the even and odd rows of `gate_up`, instead of its halves.
+        keep: whether to return the projection, which saves the backward pass from recomputing it.
 
     Returns:
-        out: [T, D], of x's type.
-        projected: with `keep` the first product, [P, 2 F] sorted by expert (rows of no local expert are undefined);
-            else [0].
+        out: [T, D], of x's dtype.
+        projected: with `keep` the first product, [P, 2 F] sorted by expert, whose rows without a local expert are
+            undefined; otherwise [0].
 
     Raises:
-        EffpassError: shapes, types, the activation or α don't fit, or an id is negative (on the CPU).
+        EffpassError: if shapes, dtypes, the activation or α don't fit; on the CPU also if an id is negative.
     """
     check(x, experts, weights, gate_up, gate_up_bias, down, down_bias, activation, alpha)
     return _moe_ffn(
@@ -157,7 +158,7 @@ def check(
     activation: str,
     alpha: float,
 ) -> None:
-    """Raise an :class:`EffpassError` where the arguments of a layer of experts do not belong together."""
+    """Raise an :class:`EffpassError` if the arguments of a layer of experts don't fit together."""
     if activation not in ACTIVATIONS:
         raise EffpassError(f"effpass::moe_ffn: activation {activation!r}" + did_you_mean(activation, ACTIVATIONS))
     if alpha != 1 and activation != "silu":

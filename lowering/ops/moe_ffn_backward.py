@@ -1,10 +1,11 @@
-"""The gradients of `effpass::moe_ffn`, in products grouped by expert; see there for equation and shapes.
+"""Backward pass of `effpass::moe_ffn`, in matrix products grouped by expert.
 
     s[p] = W_downᵀ ḡ[t]        dweights[p] = h[p]·s[p] + b_down·ḡ[t]        dh[p] = weights[p] s[p]
     dW_down = Σ_p weights[p] ḡ[t] h[p]ᵀ    dW_gate_up = Σ_p dprojected[p] x[t]ᵀ    dx[t] = Σ_j W_gate_upᵀ dprojected[p]
 
-ḡ is the gradient of `out`, p the pair of token t with its j-th expert. No product is computed for the output itself, so
-that the layer costs as many as without recomputation where the projection was kept.
+ḡ is the gradient of `out`, and p the pair of token t with its j-th expert; everything else is defined in
+:mod:`effpass.lowering.ops.moe_ffn`. The output itself is not recomputed, so that with a kept projection there are as
+many products as without recomputation.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def moe_ffn_backward(
     """Gradients of x, weights, gate_up, gate_up_bias, down and down_bias; [0] for each that is not `needed`.
 
     Args:
-        gradient: [T, D], of `out`.
-        projected: what the forward pass kept, [P, 2 F]; None to compute it again.
-        needed: for each of the six, whether anybody asks.
+        gradient: [T, D], gradient of `out`.
+        projected: [P, 2 F], projection kept by the forward pass; None to recompute it.
+        needed: for each of the six gradients, whether it is needed.
 
     The other arguments are those of `moe_ffn`.
     """
@@ -85,7 +86,7 @@ def moe_ffn_backward(
 def _of_weights(
     hidden: Tensor, through: Tensor, of_rows: Tensor, down_bias: Tensor | None, groups: Groups, weights: Tensor
 ) -> Tensor:
-    """What each pair's output has in common with the gradient, 0 for an expert that is not here."""
+    """Gradient of the router weights: inner product of each pair's output and ḡ; 0 without a local expert."""
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weights.dtype), torch.float32)
     common = (hidden.to(wide) * through).sum(-1)
     at = torch.arange(common.shape[0], device=common.device)
@@ -108,7 +109,7 @@ def _of_gate(
     offset: float,
     interleaved: bool,
 ) -> Tensor:
-    """The gradient of the projection, [P, 2 F]."""
+    """Gradient of the projection, [P, 2 F]."""
     wide = torch.promote_types(projected.dtype, torch.float32)
     of_hidden = through.to(wide) * scale
     gate, up = (t.to(wide) for t in split(projected, interleaved))
@@ -125,7 +126,7 @@ def _of_gate(
 
 
 def _activation(x: Tensor, name: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """The activation of `x` and its slope."""
+    """Activation of `x` and its derivative."""
     if name == "silu":
         sigmoid = torch.sigmoid(alpha * x)
         return x * sigmoid, sigmoid * (1 + alpha * x * (1 - sigmoid))
@@ -137,8 +138,8 @@ def _activation(x: Tensor, name: str, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def _sums(rows: Tensor, groups: Groups) -> Tensor:
-    """The sum of each expert's rows, [E, N]."""
-    ones = rows.new_zeros(rows.shape[0], 8)  # as many as the library's alignment asks for
+    """Sum of each expert's rows, [E, N]."""
+    ones = rows.new_zeros(rows.shape[0], 8)  # the width that the alignment of torch._grouped_mm requires
     ones[:, 0] = 1
     return outer(ones, rows, groups)[:, 0].contiguous()
 

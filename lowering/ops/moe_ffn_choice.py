@@ -1,8 +1,8 @@
-"""Which kernel runs a layer of experts: by its number of tokens, from a model fitted to the device.
+"""Choice of the kernel of a mixture-of-experts layer from its number of tokens, by a cost model fitted to the device.
 
-The choice is made inside the operator, on the host, from sizes alone: no graph break, no wait for the device.
-What `effpass calibrate moe` fitted is kept on disk for each device and type. A device that nobody fitted uses what was
-fitted to an H100, and says so once.
+The choice is made inside the operator, on the host and from sizes alone, so that it neither breaks a graph nor waits
+for the device. Constants fitted by `effpass calibrate moe` are kept on disk per device and dtype. Other devices use
+constants fitted to an H100 and log a warning once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["DEFAULT", "available", "fitted", "keep", "run", "run_kernel"]
 
 log = logging.getLogger("effpass")
 
-#: Fitted to an H100: layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite, 1 to 8192 tokens, all experts alike.
+#: Fitted to an H100 with layers of Qwen3-30B-A3B and DeepSeek-V2-Lite, 1 to 8192 tokens and equally likely experts.
 DEFAULT = Fit(
     device="NVIDIA H100 80GB HBM3",
     dtype="bfloat16",
@@ -41,7 +41,7 @@ DEFAULT = Fit(
         "grouped64": Constants(start=30.6e-6, call=1e-8, bandwidth=3.01e12, rate=3.39e14),
         "grouped128": Constants(start=42.3e-6, call=1e-8, bandwidth=2.92e12, rate=5.49e14),
         "library": Constants(start=27e-6, call=1e-7, bandwidth=2.9e12, rate=5.22e14),
-        # The host is what it waits for: 53 us an expert.
+        # Bound by the host: 53 us per expert.
         "by_expert": Constants(start=60e-6, call=53e-6, bandwidth=2.4e12, rate=6.8e14),
     },
 )
@@ -57,7 +57,7 @@ def run(
     down_bias: Tensor | None,
     *gate: Any,
 ) -> Tensor | None:
-    """`effpass::moe_ffn` by the kernel that should be best; None where there is none for these tensors."""
+    """Run `effpass::moe_ffn` with the kernel predicted to be fastest; None if no kernel supports these tensors."""
     names = available(x, gate_up, down)
     if not names or x.shape[0] == 0 or experts.shape[1] == 0:
         return None
@@ -67,7 +67,7 @@ def run(
 
 
 def available(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[str, ...]:
-    """The kernels that take these tensors now; one that waits for the device is none while a CUDA graph is recorded."""
+    """Return the kernels that support these tensors; during graph capture without those that wait for the device."""
     kernels = triton_kernels("moe_grouped")
     plain = (torch.bfloat16, torch.float16, torch.float32)
     if kernels is None or x.dtype not in plain or not all(1 in t.stride()[1:] for t in (gate_up, down)):
@@ -93,7 +93,10 @@ def run_kernel(
     down_bias: Tensor | None,
     *gate: Any,
 ) -> Tensor:
-    """`effpass::moe_ffn` without the projection, by a kernel of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS`."""
+    """Run `effpass::moe_ffn`, without returning the projection, with the kernel `name`.
+
+    `name` is a key of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS`.
+    """
     biases = [None if b is None else b.contiguous() for b in (gate_up_bias, down_bias)]
     arguments = (x.contiguous(), experts.contiguous(), weights.contiguous(), gate_up, biases[0], down, biases[1], *gate)
     if name == "rows":
@@ -109,12 +112,12 @@ def _chosen(tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype,
     return best(tokens, shape, fitted(device, dtype), names)
 
 
-# -- what was fitted --------------------------------------------------------------------------------------------------
+# -- fitted constants -------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
-    """What was fitted to `device`, from the cache on disk; :data:`DEFAULT` where nothing was."""
+    """Return the constants fitted to `device`, from the cache on disk, or :data:`DEFAULT` if there are none."""
     name, kind = device_name(device), str(dtype).removeprefix("torch.")
     found = _read(_file(name, kind))
     if found is not None and (found.device, found.dtype) == (name, kind):
@@ -129,7 +132,7 @@ def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
 
 
 def keep(fit: Fit) -> Path | None:
-    """Keep `fit` for later processes, whole or not at all; None without a writable cache."""
+    """Store `fit` atomically for later processes; returns the file, or None if the cache directory is not writable."""
     file = _file(fit.device, fit.dtype)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def _file(device: str, dtype: str) -> Path:
 
 
 def _read(file: Path) -> Fit | None:
-    """None for a file that is not there, or that another version of effpass wrote."""
+    """Read a fit; None if the file is missing or was written by an incompatible version of effpass."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kernels = {name: Constants(**constants) for name, constants in found.pop("kernels").items()}

@@ -1,14 +1,15 @@
-"""How long each kernel of a layer of experts should take: waves of tiles under a roof of memory, fitted to a device.
+"""Cost model of the kernels of a mixture-of-experts layer: waves of tiles below a memory roof, fitted to a device.
 
     t(kernel) = start + call · A + ‖ bytes / bandwidth, Σ over both products of waves · tile FLOPs · S / rate ‖
     waves = ⌈tiles / S⌉,  tiles = A · max(1, P / (A · rows) + ½) · ⌈columns / tile columns⌉,  A = E · (1 - (1 - k / E)ᵀ)
 
-A is how many of E experts T tokens with k each are expected to meet where all are alike (EPS-MoE,
-https://arxiv.org/abs/2410.12247, section 3), P = T·k. A tile costs the same however many of its rows are real, and the
-last wave as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a roof without a ridge: where memory and multiplying take about
-as long, neither hides the other. `start`, `call`, `bandwidth` and `rate` of each kernel are fitted to timings.
+A is the expected number of the E experts that T tokens with k experts each use if all are equally likely (EPS-MoE,
+https://arxiv.org/abs/2410.12247, section 3), and P = T·k is the number of pairs. A tile costs the same however many of
+its rows are used, and the last wave costs as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a smooth maximum: where memory
+access and computation take about equally long, neither hides the other completely. `start`, `call`, `bandwidth` and
+`rate` of each kernel are fitted to timings.
 
-Shapes: T tokens, k experts a token, E experts, D model width, F expert width, S multiprocessors.
+Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert, S multiprocessors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "predict_load", "seconds", "thresholds"]
 
-#: Rows and columns of a tile in both products, by kernel. None: the kernel reads weights for each pair, or a library's.
+#: Rows of a tile, and its columns in the first and the second product, by kernel; None for a kernel without tiles,
+#: which reads the weights for each pair.
 KERNELS: dict[str, tuple[int, int, int] | None] = {
     "rows": None,
     "grouped16": (16, 64, 128),
@@ -38,14 +40,14 @@ KERNELS: dict[str, tuple[int, int, int] | None] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer of experts.
+    """Sizes of one layer of experts.
 
     Attributes:
-        each: experts a token, k.
-        experts: E.
-        width: D.
-        inner: F.
-        element_size: bytes of a number.
+        each: number of experts per token, k.
+        experts: number of experts E.
+        width: hidden size D.
+        inner: intermediate size F of an expert.
+        element_size: bytes per element.
     """
 
     each: int
@@ -57,7 +59,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Constants:
-    """One kernel on one device: seconds to start, seconds for each expert met, bytes/s, FLOP/s."""
+    """Constants of one kernel on one device.
+
+    Attributes:
+        start: seconds to start.
+        call: seconds per expert in use.
+        bandwidth: memory bandwidth in bytes/s.
+        rate: FLOP/s.
+    """
 
     start: float
     call: float
@@ -67,14 +76,14 @@ class Constants:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was fitted to a device.
+    """Constants fitted to a device.
 
     Attributes:
-        device: as the driver names it.
-        dtype: of the layer.
-        torch: version of torch that measured.
-        multiprocessors: S.
-        kernels: by name of :data:`KERNELS`.
+        device: name of the device, as the driver gives it.
+        dtype: dtype of the layers.
+        torch: version of torch used for the timings.
+        multiprocessors: number of multiprocessors S.
+        kernels: constants by name of :data:`KERNELS`.
     """
 
     device: str
@@ -98,24 +107,24 @@ _ARGUMENTS = (_D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
 
 
 def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
-    """The model of a kernel for P pairs that meet A experts."""
+    """Return the model of a kernel for P pairs that use A experts."""
     expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
     tile = KERNELS[kernel]
-    if tile is None:  # nothing is shared, and a row of a tile is all there is
+    if tile is None:  # pairs share neither weights nor tiles
         return _START + _CALL * met + _roof(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
     rows, of_first, of_second = tile
     high = met * sympy.Max(1, pairs / (met * rows) + sympy.Rational(1, 2))
-    # Gate and up are both computed by the first product's tiles.
+    # Each tile of the first product computes both gate and up.
     products = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
     waves = sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
-    if kernel in ("library", "by_expert"):  # rows and both projections are written and read again
+    if kernel in ("library", "by_expert"):  # gathered rows and both projections go through memory
         activations = pairs * (6 * _D + 8 * _F) * _B
     return _START + _CALL * met + _roof((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
 
 
 @functools.cache
 def seconds(kernel: str) -> sympy.Expr:
-    """The model of a kernel, over the symbols T, k, E, D, F, b (bytes of a number), S and its constants."""
+    """Return the model of a kernel over T, k, E, D, F, b (bytes per element), S and the kernel's constants."""
     return _load(kernel, _T * _K, _E * (1 - (1 - _K / _E) ** _T))
 
 
@@ -126,7 +135,7 @@ def _function(kernel: str, of_load: bool) -> Callable[..., float]:
 
 
 def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multiprocessors: int) -> float:
-    """Seconds of a layer of `tokens` tokens, where every expert is as likely as any other."""
+    """Predict the seconds of a layer with `tokens` tokens and equally likely experts."""
     load = (tokens, min(shape.each, shape.experts), shape.experts)
     return _evaluate(kernel, False, load, shape, constants, multiprocessors)
 
@@ -134,7 +143,7 @@ def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multip
 def predict_load(
     kernel: str, pairs: float, met: float, shape: Shape, constants: Constants, multiprocessors: int
 ) -> float:
-    """Seconds of a layer with `pairs` pairs of which `met` experts, more than none, have any."""
+    """Predict the seconds of a layer with `pairs` pairs that use `met` experts (more than 0)."""
     return _evaluate(kernel, True, (pairs, met), shape, constants, multiprocessors)
 
 
@@ -150,7 +159,7 @@ def _evaluate(
 
 
 def best(tokens: int, shape: Shape, fitted: Fit, among: Iterable[str]) -> str:
-    """The kernel of `among` that should take least time."""
+    """Return the kernel among `among` with the smallest predicted time."""
     return min(
         (name for name in among if name in fitted.kernels),
         key=lambda name: predict(name, tokens, shape, fitted.kernels[name], fitted.multiprocessors),
@@ -158,9 +167,9 @@ def best(tokens: int, shape: Shape, fitted: Fit, among: Iterable[str]) -> str:
 
 
 def thresholds(shape: Shape, fitted: Fit, among: Sequence[str], most: int = 1 << 16) -> list[tuple[int, str]]:
-    """From how many tokens on which kernel is best: (1, kernel), (tokens, next kernel), … up to `most` tokens.
+    """Return from how many tokens on which kernel is best: (1, kernel), (tokens, next kernel), … up to `most`.
 
-    A wave more can make a kernel worse and the next one better for a few tokens, so that a kernel may come twice.
+    One more wave can make a kernel slower than the next one for a few tokens only, so that a kernel may occur twice.
     """
     sizes = sorted({round(2 ** (step / 8)) for step in range(8 * most.bit_length())})
     found: list[tuple[int, str]] = []
@@ -168,7 +177,7 @@ def thresholds(shape: Shape, fitted: Fit, among: Sequence[str], most: int = 1 <<
     for tokens in (n for n in sizes if n <= most):
         name = best(tokens, shape, fitted, among)
         if not found or found[-1][1] != name:
-            low, high = before, tokens  # solve for the change between two sizes
+            low, high = before, tokens  # bisect for the change between two sizes
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (low, middle) if best(middle, shape, fitted, among) == name else (middle, high)
@@ -178,18 +187,19 @@ def thresholds(shape: Shape, fitted: Fit, among: Sequence[str], most: int = 1 <<
 
 
 def fit(kernel: str, timings: Sequence[tuple[int, Shape, float]], multiprocessors: int, start: Constants) -> Constants:
-    """The constants of a kernel that come closest to `timings`, in the mean square of relative differences.
+    """Fit the constants of a kernel to `timings`, by least squares of the logarithms of predicted and measured seconds.
 
-    What the timings say nothing of stays near `start`: a factor of e counts as much as 5 % in one timing.
+    Constants that the timings do not determine stay near `start`: a change by a factor of e counts as much as 5 % in
+    one timing.
 
     Args:
         kernel: a name of :data:`KERNELS`.
-        timings: tokens, layer and measured seconds; at least as many as constants.
-        multiprocessors: S.
-        start: where to look first, and what to stay near.
+        timings: tokens, layer and measured seconds; at least as many entries as constants.
+        multiprocessors: number of multiprocessors S.
+        start: initial constants, to which the fit is regularized.
 
     Raises:
-        EffpassError: fewer timings than constants, or one that is not positive.
+        EffpassError: if there are fewer timings than constants, or one is not positive.
     """
     if len(timings) < 4 or any(not t > 0 for _, _, t in timings):
         raise EffpassError(
@@ -204,7 +214,7 @@ def fit(kernel: str, timings: Sequence[tuple[int, Shape, float]], multiprocessor
         )
 
     names = ("start", "call", "bandwidth", "rate")
-    # One constant after the other, in steps that become finer: the model is monotone in each.
+    # Coordinate descent with decreasing steps; the model is monotone in each constant.
     found, least, step = start, loss(start), 1.0
     while step > 1e-3:
         moved = False

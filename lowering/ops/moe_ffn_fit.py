@@ -1,7 +1,7 @@
-"""Fit the cost model of expert kernels to a device: time each kernel on three layers at growing loads.
+"""Fit of the cost model of expert kernels to a device, by timing each kernel on three layers with growing loads.
 
-Routings are random and change from call to call, so that no cache holds the experts of the next call. Kernels that wait
-for nobody are timed in a CUDA graph, as decoding runs them.
+Routings are random and change between calls, so that no cache holds the experts of the next call. Kernels that do not
+wait for the device are timed in a CUDA graph, as in decoding. `effpass calibrate moe` calls :func:`measure`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from effpass.lowering.ops.moe_ffn_cost import Fit, Shape, fit, predict
 
 __all__ = ["LAYERS", "measure", "random_layer", "routings", "seconds_a_call"]
 
-#: Many small experts, few large ones, and some that read far more channels than they have.
+#: Layers with many small experts, with few large ones, and with experts much narrower than the hidden size.
 LAYERS = (Shape(8, 128, 2048, 768), Shape(2, 8, 4096, 7168), Shape(6, 40, 5120, 1536))
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-_CALLS = 4  # with a routing each, in one graph
-_SLOWEST = 12e-3  # seconds; a kernel is not timed where it is far from being the best
+_CALLS = 4  # calls per graph, each with its own routing
+_SLOWEST = 12e-3  # seconds; a kernel is not timed where it is predicted to take longer
 
 
 def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[Fit, dict[str, float]]:
-    """Fit every kernel to `device`; takes about a minute and 4 GiB of its memory.
+    """Fit every kernel to `device`; takes about a minute and 4 GiB of device memory.
 
     Args:
         device: a CUDA device.
-        dtype: of the layers; float16 and bfloat16 have all kernels.
-        say: told each kernel with what was fitted to it.
+        dtype: dtype of the layers; only bfloat16 is supported by all kernels.
+        say: callback that receives a line of text on the fit of each kernel.
 
     Returns:
         The fit, and for each kernel the root mean square of its relative differences to the timings.
 
     Raises:
-        EffpassError: the device is no CUDA device, or Triton is not installed.
+        EffpassError: if the device is not a CUDA device, or Triton is not installed.
     """
     if device.type != "cuda":
         raise EffpassError(f"kernels of experts run on a CUDA device, and this is {device}", hint="run it on a GPU")
@@ -58,10 +58,10 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
                     if predict(name, tokens, shape, DEFAULT.kernels[name], multiprocessors) > _SLOWEST:
                         continue
 
-                    of = (x[:tokens], ids, weights, gate_up, down)
-                    taken = seconds_a_call(_call(name, *of), _CALLS, captured=name != "by_expert")
+                    tensors = (x[:tokens], ids, weights, gate_up, down)
+                    taken = seconds_a_call(_call(name, *tensors), _CALLS, captured=name != "by_expert")
                     timings.setdefault(name, []).append((tokens, shape, taken))
-            del gate_up, down, x, of
+            del gate_up, down, x, tensors
             torch.cuda.empty_cache()
     kernels, errors = {}, {}
     for name, default in DEFAULT.kernels.items():
@@ -81,21 +81,21 @@ def _call(name: str, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, d
 
 
 def random_layer(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`gate_up` and `down` of a layer."""
+    """Return random `gate_up` and `down` of a layer."""
     gate_up = torch.randn(shape.experts, 2 * shape.inner, shape.width, device=device, dtype=dtype)
     down = torch.randn(shape.experts, shape.width, shape.inner, device=device, dtype=dtype)
     return gate_up.mul_(shape.width**-0.5), down.mul_(shape.inner**-0.5)
 
 
 def routings(shape: Shape, tokens: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`count` random routings int64 [count, T, k] in which all experts are alike, and weights float32 [T, k]."""
+    """Return `count` random routings int64 [count, T, k] over equally likely experts, and weights float32 [T, k]."""
     scores = torch.rand(count, tokens, shape.experts, device=device)
     weights = torch.rand(tokens, shape.each, device=device).softmax(-1)
     return scores.topk(shape.each, dim=-1).indices, weights
 
 
 def seconds_a_call(call: Callable[[int], object], calls: int, *, captured: bool, runs: int = 7) -> float:
-    """Median seconds of ``call(turn)``, over `runs` rounds of `calls` turns; in one CUDA graph where `captured`."""
+    """Median seconds of ``call(turn)`` over `runs` rounds of `calls` turns, in one CUDA graph if `captured`."""
 
     def all_turns() -> None:
         for turn in range(calls):

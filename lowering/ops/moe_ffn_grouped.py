@@ -1,9 +1,9 @@
-"""Products of rows that are sorted by expert, each with the weight of its expert, on any device.
+"""Matrix products of rows sorted by expert, each row with the weight of its expert, on any device.
 
-    linear: out[p] = W_e a[p] + b_e        outer: out[e] = Σ_p a[p] b[p]ᵀ        p in the rows of expert e
+    linear: out[p] = W_e a[p] + b_e        outer: out[e] = Σ_p a[p] b[p]ᵀ        over the rows p of expert e
 
-On a CPU and in types that the library lacks it is one product an expert; the library's kernel (`torch._grouped_mm`)
-waits for nothing.
+On supported GPUs and dtypes (:func:`takes`) these are single calls of `torch._grouped_mm`, which do not wait for the
+device. Otherwise there is one product per expert.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["Groups", "group", "linear", "outer", "takes"]
 
 @dataclass(frozen=True)
 class Groups:
-    """Pairs of a token and an expert, sorted by expert; those of no local expert at the end.
+    """Pairs of a token and an expert, sorted by expert, with pairs of no local expert at the end.
 
     Attributes:
-        order: int64 [T·k], the pairs in this order; pair p is of token p // k.
-        ends: int32 [E], where the rows of each expert end.
-        bounds: the same on the host, from 0 on; None where nobody waited for it.
+        order: int64 [T·k], indices of the pairs in sorted order; pair p belongs to token p // k.
+        ends: int32 [E], end of each expert's rows.
+        bounds: `ends` on the host, preceded by 0; None if the host did not wait for it.
     """
 
     order: Tensor
@@ -35,7 +35,7 @@ class Groups:
     bounds: list[int] | None
 
     def slices(self) -> Iterator[tuple[int, slice]]:
-        """The experts that have rows, with their rows."""
+        """Yield the experts that have rows, with the slice of their rows."""
         bounds = self.bounds if self.bounds is not None else [0, *self.ends.tolist()]
         for expert, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if begin < end:
@@ -43,10 +43,10 @@ class Groups:
 
 
 def group(experts: Tensor, count: int) -> Groups:
-    """Sort `experts` [T, k] of `count` local experts; ids from `count` on are nobody's.
+    """Sort the pairs of `experts` [T, k] by expert; ids of `count` or more belong to no local expert.
 
     Raises:
-        EffpassError: on the CPU, when an id is negative. On a GPU nothing may wait for the ids.
+        EffpassError: on the CPU, if an id is negative. On a GPU the check would have to wait for the ids.
     """
     ids, order = experts.reshape(-1).sort(stable=True)
     if ids.is_cuda:
@@ -62,13 +62,13 @@ def group(experts: Tensor, count: int) -> Groups:
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
-    """Each row by the weight of its expert.
+    """Multiply each row with the weight of its expert.
 
     Args:
         rows: [P, K], sorted by expert.
         weight: [E, N, K].
         bias: [E, N] or None.
-        groups: of the rows.
+        groups: grouping of the rows.
 
     Returns:
         [P, N]; rows of no local expert are undefined.
@@ -90,12 +90,12 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) ->
 
 
 def outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
-    """For each expert the sum of outer products of its rows.
+    """For each expert, the sum of the outer products of its rows.
 
     Args:
         left: [P, M], sorted by expert.
-        right: [P, K], likewise.
-        groups: of the rows.
+        right: [P, K], sorted by expert.
+        groups: grouping of the rows.
 
     Returns:
         [E, M, K]; zeros for an expert without rows.
@@ -109,7 +109,7 @@ def outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
 
 
 def takes(a: Tensor, b: Tensor) -> bool:
-    """Whether the library multiplies these without a wait: bfloat16 on compute capability 9.0 or 10.0."""
+    """Whether `torch._grouped_mm` takes these tensors: aligned bfloat16 on compute capability 9.x or 10.x."""
     return (
         a.is_cuda
         and a.dtype == b.dtype == torch.bfloat16
@@ -120,6 +120,6 @@ def takes(a: Tensor, b: Tensor) -> bool:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """One stride is 1, and every other one 16 bytes or a multiple."""
+    """Whether address and strides are multiples of 16 bytes, apart from a stride of 1 in the last two dimensions."""
     strides = tensor.stride()[-2:]
     return tensor.data_ptr() % 16 == 0 and 1 in strides and all(s == 1 or s % 8 == 0 for s in tensor.stride())

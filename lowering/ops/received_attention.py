@@ -1,13 +1,14 @@
-"""How much attention each slot of a cache receives from a call's tokens: the column sums of the attention matrix.
+"""Attention that each slot of a KV cache receives from the tokens of a call: column sums of the attention matrix.
 
     received[s] = 1/H Σ_h Σ_t softmax_s(c(scale · q_t · k_s))      c(x) = softcap · tanh(x / softcap)
 
-over the slots s that are visible to token t, by positions, as in :mod:`effpass.lowering.ops.cached_attention`. It is
-what methods that drop keys rank them by (H2O, https://arxiv.org/abs/2306.14048; PrefixKV,
-https://arxiv.org/abs/2412.03409).
-The matrix, T × S for each head, never stands in memory whole: the reference takes a few tokens at a time, and the
-GPU kernel (:mod:`effpass.lowering.kernels.received_attention`) reads the keys twice, for the logarithm of each token's
-sum of exponentials first, and then for the sums over tokens.
+The softmax is over the slots s visible to token t, by positions, as in :mod:`effpass.lowering.ops.cached_attention`.
+Methods that evict keys rank them by this score (H2O, https://arxiv.org/abs/2306.14048; PrefixKV,
+https://arxiv.org/abs/2412.03409). The T × S matrix of a head is never in memory as a whole: the reference processes a
+few tokens at a time, and the GPU kernel (:mod:`effpass.lowering.kernels.received_attention`) reads the keys twice,
+first for the logarithm of each token's sum of exponentials and then for the sums over tokens.
+
+Shapes: B batch, T tokens, S slots, H query heads, G KV heads, K key size.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "received_attention"]
 
-#: What the kernel may differ from the reference, relative to the largest sum. Both compute scores in float32 from
-#: queries and keys as they are; the kernel adds thousands of tokens' weights in another order.
+#: Maximum deviation of the kernel from the reference, relative to the largest sum. Both compute scores in float32 from
+#: unrounded queries and keys; the kernel adds the weights of thousands of tokens in another order.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
 
-_ELEMENTS = 1 << 24  # of the matrix at once: 64 MiB, a few times over
+_ELEMENTS = 1 << 24  # elements of the matrix at once: a few tensors of 64 MiB
 
 
 def _received_attention(
@@ -66,21 +67,21 @@ def received_attention(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """The sum over T tokens, and the mean over heads, of the attention that each of S slots receives.
+    """Compute the attention that each slot receives, summed over T tokens and averaged over heads.
 
     Args:
         query: [B, H, T, K], any strides.
         keys: [B, G, S, K], any strides with the last dimension contiguous; G divides H.
         key_positions: int32 [B, S]; -1 in empty slots and padding, which receive 0.
         query_positions: int32 [B, T]; -1 for padding, which attends to nothing.
-        scale: factor on the scores.
+        scale: factor applied to the scores.
         softcap: bound on the scores; 0 for none.
 
     Returns:
-        float32 [B, S]; each row sums to its number of tokens that see any slot.
+        float32 [B, S]; each sequence sums to its number of tokens that see any slot.
 
     Raises:
-        EffpassError: H is no multiple of G, or sizes don't match.
+        EffpassError: if H is not a multiple of G, or sizes don't match.
     """
     _check(query, keys, key_positions, query_positions)
     kernels = triton_kernels("received_attention") if query.is_cuda else None

@@ -1,6 +1,6 @@
-"""Gradients of a functional operator from its reference: the backward pass computes the reference again.
+"""Gradients for functional operators by differentiating their reference, which the backward pass recomputes.
 
-Decoding asks for no gradients. Where somebody does, they get the reference's, at the reference's price.
+Decoding needs no gradients; where they are requested nevertheless, they are those of the reference, at its cost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["differentiate_by_reference"]
 
 
 def differentiate_by_reference(op: Any, reference: Callable[..., Any]) -> None:
-    """Give `op`, a `torch.library.custom_op` that writes to none of its arguments, the gradients of `reference`."""
+    """Register the gradients of `reference` for `op`, a `torch.library.custom_op` without mutated arguments."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         leaves, ctx.structure = tree_flatten(list(inputs))
@@ -32,7 +32,7 @@ def differentiate_by_reference(op: Any, reference: Callable[..., Any]) -> None:
                 leaf.requires_grad_()
             outputs = tree_flatten(reference(*tree_unflatten(leaves, ctx.structure)))[0]
         found = iter(torch.autograd.grad(outputs, wanted, tree_flatten(gradients)[0], allow_unused=True))
-        asked = {id(leaf) for leaf in wanted}
-        return tuple(tree_unflatten([next(found) if id(leaf) in asked else None for leaf in leaves], ctx.structure))
+        needed = {id(leaf) for leaf in wanted}
+        return tuple(tree_unflatten([next(found) if id(leaf) in needed else None for leaf in leaves], ctx.structure))
 
     op.register_autograd(backward, setup_context=save)

@@ -1,9 +1,10 @@
-"""Norm of each head, rotation, and the cache's write: what stands between the projections and an attention.
+"""Per-head norms, rotary embedding and cache write: everything between the projections and the attention itself.
 
     q = rotate(n_q(query));  keys[start:], values[start:] = rotate(n_k(key)), value
 
-:func:`~effpass.lowering.ops.cached_attention.rope_cached_attention` does attention in the same launch; this is for an
-attention of another kind.
+n_q and n_k are optional RMSNorms of each head. :func:`~effpass.lowering.ops.cached_attention.rope_cached_attention`
+computes attention in the same kernel launch; this operator precedes attention of other kinds. Shapes are those of that
+module.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ __all__ = ["TOLERANCE", "has_kernel", "rope_cache_write"]
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a GPU kernel takes `rows` tokens of a type, however many. Where a head's size does not fit, the reference
-    runs."""
+    """Whether a GPU kernel supports a dtype, for any number of tokens; for other head sizes the reference runs."""
     is_known = dtype in (torch.bfloat16, torch.float16, torch.float32)
     return device.type == "cuda" and is_known and triton_kernels("rope_cache_write") is not None
 
@@ -47,13 +47,15 @@ def rope_cache_write(
     values: Tensor,
     start: Tensor,
 ) -> Tensor:
-    """Arguments are those of `effpass::rope_cached_attention`.
+    """Rotate queries and keys, and write keys and values to the cache.
+
+    The arguments are those of `effpass::rope_cached_attention`.
 
     Returns:
         The rotated query [B, H, T, K], contiguous.
 
     Raises:
-        EffpassError: as `effpass::cache_write`.
+        EffpassError: in the cases of `effpass::cache_write`.
     """
     kernels = triton_kernels("rope_cache_write") if query.is_cuda else None
     if kernels and kernels.supported(query, keys, values):

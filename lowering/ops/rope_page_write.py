@@ -1,6 +1,9 @@
-"""As :mod:`~effpass.lowering.ops.rope_cache_write`, for a cache in host memory: norms, rotation and the step's writes.
+"""Per-head norms, rotary embedding and cache write of a decode step, for a cache in host memory.
 
-q = rotate(n_q(query));  rotate(n_k(key)), value  to the host, and to the page of their block where it has one
+    q = rotate(n_q(query));  rotate(n_k(key)), value → host memory, and the page of the token's block if it has one
+
+The operator is the counterpart of :mod:`effpass.lowering.ops.rope_cache_write` for the caches of
+:mod:`effpass.lowering.ops.block_pool`, where pages are defined.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ def rope_page_write(
     key_norm: Tensor | None, norm_eps: float, norm_offset: float, start: Tensor, host: Tensor, pages: Tensor,
     block_table: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Arguments up to `norm_offset` are those of `effpass::rope_cached_attention`, the others of `effpass::page_write`.
+    """Rotate the query and key of one token, and write its key and value to the host and to its page.
+
+    The arguments up to `norm_offset` are those of `effpass::rope_cached_attention`, the others those of
+    `effpass::page_write`.
 
     Returns:
         The rotated query [B, H, 1, K], contiguous.
 
     Raises:
-        EffpassError: as `effpass::page_write`.
+        EffpassError: in the cases of `effpass::page_write`.
     """
     kernels = triton_kernels("rope_page_write") if query.is_cuda else None
     if kernels and kernels.supported(query, value, host):

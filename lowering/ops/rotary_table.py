@@ -1,8 +1,10 @@
-"""Cosines and sines of rotary embedding from the angles, in one launch.
+"""Cosines and sines of rotary position embedding from its angles, in one kernel launch.
 
-    cos, sin = scaling · cos(a, a), scaling · sin(a, a)         a: the angles of the first half of the features, twice
+    cos, sin = scaling · cos(a, a), scaling · sin(a, a)         a: angles of the first half of the features, repeated
 
-Computed in float32 and rounded once, as transformers does. Source: https://arxiv.org/abs/2104.09864.
+They are computed in float32 and rounded once, as in transformers. Rotary embedding: https://arxiv.org/abs/2104.09864.
+
+Shapes: B batch, T tokens, R rotated features.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "has_kernel", "rotary_table"]
 
-#: What an output of the kernel may differ from the reference: a last bit of the float32 cosine, which may round to the
-#: other neighbour in a shorter type.
+#: Maximum deviation of the kernel's output from the reference: the last bit of the float32 value, which may change the
+#: direction of rounding to a shorter dtype.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a GPU kernel takes `rows` positions."""
+    """Whether a GPU kernel supports a dtype of the angles, for any number of positions."""
     return device.type == "cuda" and dtype == torch.float32 and triton_kernels("rotary_table") is not None
 
 
@@ -38,15 +40,15 @@ def _rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[T
     schema="(Tensor angles, float scaling, ScalarType dtype) -> (Tensor, Tensor)",
 )
 def rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The table for some positions.
+    """Compute cosines and sines of the given angles.
 
     Args:
         angles: float32 [B, T, R / 2], position times frequency.
-        scaling: factor of both.
-        dtype: of the results.
+        scaling: factor applied to both outputs.
+        dtype: dtype of the outputs.
 
     Returns:
-        Cosines and sines [B, T, R].
+        Cosines and sines, [B, T, R] each.
     """
     return _rotary_table(angles, scaling, dtype)
 

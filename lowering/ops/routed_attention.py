@@ -1,13 +1,14 @@
-"""Causal attention over the blocks that each token chose: it trains, and sequences are packed.
+"""Trainable sparse attention: causal attention of each token over the blocks it chose, on packed sequences.
 
     out[t, h] = Σ_i p[t, h, i] v[i]        p[t, h] = softmax_i(scale · q[t, h] · k[i])
 
-i over the tokens up to t of the blocks that t chose with the other query heads of its key-value head, see
-:mod:`effpass.lowering.ops.routed_blocks`. A budget of a sequence's length or more is dense causal attention. The CPU
-computes rows of scores with a mask, a GPU by kernels of :mod:`effpass.lowering.kernels.routed_attention`, whose work is
-the number of pairs that were chosen, whichever they are.
+i runs over the tokens up to t in the blocks that t has chosen, together for all query heads of a KV head
+(:mod:`effpass.lowering.ops.routed_blocks`). A budget of at least the sequence's length is dense causal attention. The
+CPU computes masked scores of a few tokens at a time; a GPU uses the kernels of
+:mod:`effpass.lowering.kernels.routed_attention`, whose work is proportional to the number of chosen pairs, independent
+of their distribution.
 
-Shapes: T tokens, H query heads, G key-value heads, K key size, V value size, P places of a list.
+Shapes: T tokens, N sequences, H query heads, G KV heads, K key size, V value size, P capacity of a list of blocks.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from effpass.core.errors import EffpassError
+from effpass.core.flops import smaller
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.routed_blocks import Blocks, check_packed, check_rises
 
 __all__ = ["GRADIENT_TOLERANCE", "TOLERANCE", "routed_attention", "trainable_sparse_attention"]
 
-#: What an output may differ from the same sums in float64, as root mean square relative to theirs. Kernels round
-#: weights, and the part of an output that one block gives, to the inputs' type.
+#: Maximum deviation of an output from the same sums in float64, as root mean square relative to theirs. Kernels round
+#: weights, and each block's contribution to an output, to the inputs' dtype.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
 
-#: Likewise a gradient, a sum of products of such rounded numbers.
+#: Maximum deviation of a gradient, measured alike; a gradient is a sum of products of such rounded numbers.
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-9}
 
-_SCORES = 1 << 24  # at once
+_SCORES = 1 << 24  # scores that are computed at once
 
 
 def trainable_sparse_attention(
@@ -49,25 +51,27 @@ def trainable_sparse_attention(
     """Causal attention over blocks that tokens choose, differentiable in q, k and v.
 
     Args:
-        q: [T, H, K], sequences packed in one row.
+        q: [T, H, K], sequences packed along T.
         k: [T, G, K], where G divides H.
         v: [T, G, V].
-        cu_seqlens: int32 or int64 [N + 1], where the sequences begin, and T.
-        budget: int32 or int64 [], how many keys a token attends to, rounded up to whole blocks; read on the device. It
-            must not be written between a forward pass and its backward pass, where a checkpoint reads it again.
-        block: keys of a block.
-        max_budget: the largest value that `budget` takes, which sizes lists and buffers; None for any.
-        scale: factor on the scores; K^(−1/2) by default.
+        cu_seqlens: int32 or int64 [N + 1], offsets of the sequences, ending with T.
+        budget: int32 or int64 [], number of keys that a token attends to, rounded up to whole blocks; read on the
+            device. It must not be modified between a forward pass and its backward pass, since activation checkpointing
+            reads it again.
+        block: keys per block.
+        max_budget: largest value of `budget`, which determines the size of lists and buffers; None for no limit.
+        scale: factor applied to the scores; K^(−1/2) by default.
 
     Returns:
-        output: [T, H, V], of v's type, or of autocast's.
-        coverage: float32 [], the share of the router's softmax over visible blocks that the chosen ones hold, in the
-            mean of tokens and key-value heads; without gradient.
+        output: [T, H, V], of v's dtype, or that of autocast.
+        coverage: float32 [], share of the router's softmax over visible blocks that the chosen blocks hold, averaged
+            over tokens and KV heads; without gradient.
 
     Raises:
-        EffpassError: as :func:`~effpass.lowering.ops.routed_blocks.route_blocks` and :func:`routed_attention`.
+        EffpassError: in the cases of :func:`~effpass.lowering.ops.routed_blocks.route_blocks` and
+            :func:`routed_attention`.
     """
-    if torch.is_autocast_enabled(q.device.type):  # as for every other attention
+    if torch.is_autocast_enabled(q.device.type):  # autocast treats other attention operators alike
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     chosen, coverage = torch.ops.effpass.route_blocks(
@@ -90,31 +94,31 @@ _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor chosen"
 def routed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chosen: Tensor, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over blocks that somebody chose.
+    """Causal attention over given blocks.
 
     Args:
         q: [T, H, K].
         k: [T, G, K].
         v: [T, G, V].
-        cu_seqlens: int32 or int64 [N + 1].
-        chosen: int32 [G, T, P]: blocks between the first of the token's sequence and its own, which must be among them;
-            ascending, -1 behind them.
-        block: keys of a block.
-        scale: factor on the scores.
+        cu_seqlens: int32 or int64 [N + 1], offsets of the sequences, ending with T.
+        chosen: int32 [G, T, P], blocks from the first of the token's sequence up to its own, which must be included;
+            ascending, followed by -1.
+        block: keys per block.
+        scale: factor applied to the scores.
 
     Returns:
         output: [T, H, V].
-        logsumexp: [T, H] of the scaled scores, float32 or float64; without gradient.
+        logsumexp: [T, H], log-sum-exp of the scaled scores, float32 or float64; without gradient.
 
     Raises:
-        EffpassError: sizes or types don't fit; on the CPU also a `cu_seqlens` that does not rise from 0 to T.
+        EffpassError: if sizes or dtypes don't fit; on the CPU also if `cu_seqlens` does not rise from 0 to T.
     """
     _check(q, k, v, cu_seqlens, chosen, block)
     kernels = _kernels(q, k, v, chosen, scale)
     if kernels is not None:
         return kernels.forward(q, k, v, cu_seqlens, chosen, block, scale)
     out, logsumexp = v.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(q.shape[:2], dtype=_wide(q))
-    with torch.autocast(q.device.type, enabled=False):  # inside an operator it would round again
+    with torch.autocast(q.device.type, enabled=False):  # autocast inside an operator would round again
         for part in _parts(q, k, v, cu_seqlens, chosen, block, scale):
             logsumexp[part.rows] = part.scores.logsumexp(-1).permute(2, 0, 1).flatten(1)
             out[part.rows] = (part.scores.softmax(-1) @ part.value).permute(2, 0, 1, 3).flatten(1, 2).to(v.dtype)
@@ -137,14 +141,17 @@ def _kernels(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, scale: float) -> A
 
 
 class _Part(NamedTuple):
-    """Some tokens, the keys up to the last of them, and their scores [G, R, t, s]; -inf where a key is not read."""
+    """The tokens of a slice `rows`, the keys up to the last of them, and their scores; -inf for unread keys.
+
+    Shapes: t tokens, s keys, G KV heads, R query heads of each.
+    """
 
     rows: slice
     keys: slice
     query: Tensor  # [G, R, t, K]
     key: Tensor  # [G, 1, s, K]
     value: Tensor  # [G, 1, s, V]
-    scores: Tensor
+    scores: Tensor  # [G, R, t, s]
 
 
 def _parts(
@@ -174,8 +181,8 @@ def _(q: Any, k: Any, v: Any, cu_seqlens: Any, chosen: Any, block: int, *args: A
 
 
 def _pairs(q: Any, chosen: Any, block: int) -> Any:
-    """Scores of all heads, of one sequence with full lists."""
-    most = min(chosen[2] * block, q[0])
+    """Number of scores over all heads, for one sequence with full lists."""
+    most = smaller(chosen[2] * block, q[0])
     return q[1] * (q[0] * most - most * most // 2)
 
 
@@ -192,7 +199,7 @@ def routed_attention_backward(
     d_output: Tensor, output: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
     chosen: Tensor, block: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, the scores computed again:
+    """Compute the gradients of q, k and v; scores are recomputed.
 
     δ = Σ dout · out     dp = dout vᵀ     ds = scale · p (dp − δ)     dq = ds k     dk = dsᵀ q     dv = pᵀ dout
     """
@@ -226,7 +233,7 @@ def _(d_output, output, logsumexp, q, k, v, *args):  # type: ignore[no-untyped-d
 @register_flop_formula(torch.ops.effpass.routed_attention_backward)
 def _(d_output: Any, output: Any, logsumexp: Any, q: Any, k: Any, v: Any, cu_seqlens: Any, chosen: Any, block: int,
       *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-    return 2 * _pairs(q, chosen, block) * (3 * q[2] + 2 * v[2])  # scores again, dp, dq, dk, dv
+    return 2 * _pairs(q, chosen, block) * (3 * q[2] + 2 * v[2])  # recomputed scores, dp, dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -238,8 +245,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, d_output: Tensor, _: Any) -> Any:
     found = torch.ops.effpass.routed_attention_backward(d_output, *ctx.saved_tensors, *ctx.constants)
-    asked = ctx.needs_input_grad
-    return (*(x if needed else None for x, needed in zip(found, asked, strict=False)), None, None, None, None)
+    needs = ctx.needs_input_grad
+    return (*(x if needed else None for x, needed in zip(found, needs, strict=False)), None, None, None, None)
 
 
 routed_attention.register_autograd(_backward, setup_context=_save)

@@ -1,18 +1,19 @@
-"""Which blocks of earlier keys each token attends to: a router without parameters, for training.
+"""Parameter-free router that chooses the blocks of earlier keys that each token attends to, for training.
 
     s[t, n] = scale · mean_h(q[t, h]) · mean(k in block n)         over blocks of t's sequence that began before it
-    chosen  = the blocks of largest s, ⌈budget / block⌉ at most; the sequence's first block and t's own are always in it
+    chosen  = the blocks of largest s, ⌈budget / block⌉ at most; always with the sequence's first block and t's own
 
-MoBA's router (https://arxiv.org/abs/2502.13189), with grouped queries: h runs over the query heads that share keys, and
-they choose together, so that a block is read once for all of them. The choice is made token by token. Tiles of tokens
-that choose together would cost less, but a token would then attend to what later tokens asked for, which no decoder can
-repeat. There is no gradient through the choice.
+This is the router of MoBA (https://arxiv.org/abs/2502.13189) with grouped queries: h runs over the query heads of a KV
+head, which choose together, so that a block is read once for all of them. Every token chooses for itself. A choice
+shared by a tile of tokens would cost less, but would let a token attend to blocks requested by later tokens, which
+decoding cannot reproduce. No gradient flows through the choice.
 
-Sequences are packed in one row and blocks begin at each sequence's start. The budget is a tensor, read on the device: a
-change compiles nothing. Equal inputs give equal choices, so that a checkpoint's recomputation finds the same blocks.
+Sequences are packed along T, and blocks begin at the start of each sequence. The budget is a tensor that is read on the
+device, so that changing it does not recompile. Equal inputs give equal choices, so that activation checkpointing
+recomputes the same blocks.
 
-Shapes: T tokens, H query heads, G key-value heads, K key size, N blocks (T // block + sequences, of which the last may
-be empty), P places of a list.
+Shapes: T tokens, H query heads, G KV heads, K key size, N blocks (T // block + number of sequences, of which the last
+may be empty), P capacity of a list of blocks.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ __all__ = [
 ]  # fmt: skip
 
 SIZES = (16, 32, 64, 128, 256, 512)
-FORCED = 2  # the sequence's first block, and the token's own
-_SCORES = 1 << 24  # at once
+FORCED = 2  # blocks that are always chosen: the sequence's first one and the token's own
+_SCORES = 1 << 24  # scores that are computed at once
 
 
 class Blocks(NamedTuple):
-    """Where blocks begin and end, and which of them tokens see.
+    """Extents of the blocks, and the blocks visible to each token.
 
     Attributes:
-        start: int32 [N], the first token of a block; T where there is none.
-        stop: int32 [N], the token behind its last.
-        first: int32 [T], the first block of a token's sequence.
-        own: int32 [T], the block that the token lies in. It sees those from `first` to `own`.
+        start: int32 [N], first token of each block; T for an empty block.
+        stop: int32 [N], end of each block, exclusive.
+        first: int32 [T], first block of each token's sequence.
+        own: int32 [T], block that each token lies in; blocks from `first` to `own` are visible to the token.
     """
 
     start: Tensor
@@ -55,7 +56,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int, block: int) -> Blocks:
-        """Without waiting for the device."""
+        """Compute the blocks without waiting for the device."""
         ends = cu_seqlens.to(torch.int32)
         counts = (ends.diff() + block - 1) // block
         until = counts.cumsum(0, dtype=torch.int32)
@@ -70,14 +71,13 @@ class Blocks(NamedTuple):
 
 
 def places(tokens: int, sequences: int, block: int, max_budget: int | None) -> int:
-    """The most blocks that a token may choose."""
+    """Return the maximum number of blocks that a token may choose."""
     blocks = tokens // block + sequences
     return blocks if max_budget is None else min(blocks, -(-max_budget // block))
 
 
 def check_budget(budget: int, block: int, max_budget: int | None) -> None:
-    """Raise an :class:`EffpassError` where the blocks that are always chosen don't fit, or the budget is above its
-    bound."""
+    """Raise an :class:`EffpassError` if the budget exceeds `max_budget` or does not hold the always chosen blocks."""
     if -(-budget // block) < FORCED:
         raise EffpassError(
             f"sparse attention: a budget of {budget} keys is less than the two blocks of {block} that a token always "
@@ -92,7 +92,7 @@ def check_budget(budget: int, block: int, max_budget: int | None) -> None:
 
 
 def block_means(k: Tensor, blocks: Blocks, block: int) -> Tensor:
-    """Mean keys [N, G, K], float32 or float64; zeros for an empty block."""
+    """Mean keys of the blocks [N, G, K], float32 or float64; zeros for an empty block."""
     at = blocks.start[:, None] + torch.arange(block, dtype=torch.int32, device=k.device)
     inside = (at < blocks.stop[:, None])[..., None, None]
     wide = torch.promote_types(k.dtype, torch.float32)
@@ -101,7 +101,7 @@ def block_means(k: Tensor, blocks: Blocks, block: int) -> Tensor:
 
 
 def router_scores(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, scale: float) -> Tensor:
-    """s [G, R, N] of the tokens `rows` int64 [R], of the means' type; -inf where a block is not seen."""
+    """Scores s [G, R, N] of the tokens `rows` int64 [R], in the dtype of `means`; -inf for invisible blocks."""
     pooled = q[rows].to(means.dtype).unflatten(1, (means.shape[1], -1)).mean(2) * scale
     scores = pooled.transpose(0, 1) @ means.permute(1, 2, 0)
     n = torch.arange(means.shape[0], device=q.device)
@@ -110,7 +110,7 @@ def router_scores(q: Tensor, means: Tensor, blocks: Blocks, rows: Tensor, scale:
 
 
 def forced(scores: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
-    """`scores` of :func:`router_scores` with infinity at the blocks that are always chosen."""
+    """Return the scores of :func:`router_scores` with infinity at the blocks that are always chosen."""
     n = torch.arange(scores.shape[-1], device=scores.device)
     is_forced = (n == blocks.first[rows, None]) | (n == blocks.own[rows, None])
     return scores.masked_fill(is_forced, float("inf"))
@@ -123,26 +123,26 @@ _SCHEMA = "(Tensor q, Tensor k, Tensor cu_seqlens, Tensor budget, int block, int
 def route_blocks(
     q: Tensor, k: Tensor, cu_seqlens: Tensor, budget: Tensor, block: int, max_budget: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The blocks of each token and key-value head, and how much of the router's scores they hold.
+    """Choose the blocks of each token and KV head, and compute the share of the router's softmax that they hold.
 
     Args:
         q: [T, H, K].
         k: [T, G, K].
-        cu_seqlens: int32 or int64 [N + 1], where sequences begin, and T.
-        budget: int32 or int64 [], keys that a token attends to; rounded up to whole blocks.
-        block: keys of a block.
-        max_budget: the largest value that `budget` takes; None for any.
-        scale: factor on the scores.
+        cu_seqlens: int32 or int64, offsets of the sequences, ending with T.
+        budget: int32 or int64 [], number of keys that a token attends to, rounded up to whole blocks.
+        block: keys per block.
+        max_budget: largest value of `budget`; None for no limit.
+        scale: factor applied to the scores.
 
     Returns:
-        chosen: int32 [G, T, P], blocks counted over all sequences, ascending; -1 in what is left.
-        coverage: float32 [], the share of softmax_n(s[t, n]) that the chosen blocks hold, in the mean of tokens and
+        chosen: int32 [G, T, P], chosen blocks, numbered over all sequences; ascending, followed by -1.
+        coverage: float32 [], share of softmax_n(s[t, n]) that the chosen blocks hold, averaged over tokens and KV
             heads.
 
     Raises:
-        EffpassError: sizes or types don't fit; on the CPU also a `cu_seqlens` that does not rise from 0 to T, and a
-            budget below the blocks that are always chosen or above `max_budget`, which on a GPU are failed assertions
-            of the device.
+        EffpassError: if sizes or dtypes don't fit; on the CPU also if `cu_seqlens` does not rise from 0 to T, or the
+            budget exceeds `max_budget` or does not hold the always chosen blocks. On a GPU these cases fail a device
+            assertion.
     """
     check(q, k, cu_seqlens, budget, block, max_budget)
     if q.is_cuda:
@@ -151,7 +151,7 @@ def route_blocks(
             return kernels.route_blocks(q, k, cu_seqlens, budget, block, max_budget, scale)
     check_rises(cu_seqlens, q.shape[0])
     check_budget(int(budget), block, max_budget)
-    with torch.autocast(q.device.type, enabled=False):  # inside an operator it would round again
+    with torch.autocast(q.device.type, enabled=False):  # autocast inside an operator would round again
         return _route_blocks(q, k, cu_seqlens, budget, block, max_budget, scale)
 
 
@@ -181,14 +181,14 @@ def _(q, k, cu_seqlens, budget, block, max_budget, scale):  # type: ignore[no-un
 
 @register_flop_formula(torch.ops.effpass.route_blocks)
 def _(q: Any, k: Any, cu_seqlens: Any, budget: Any, block: int, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
-    return q[0] * k[1] * (q[0] // block) * q[2]  # half of the blocks are seen, in the mean of one sequence
+    return q[0] * k[1] * (q[0] // block) * q[2]  # tokens of one sequence see half of its blocks on average
 
 
-# -- bad input --------------------------------------------------------------------------------------------------------
+# -- input checks -----------------------------------------------------------------------------------------------------
 
 
 def check(q: Tensor, k: Tensor, cu_seqlens: Tensor, budget: Tensor, block: int, max_budget: int | None) -> None:
-    """Raise an :class:`EffpassError` where sizes or types don't fit."""
+    """Raise an :class:`EffpassError` if sizes or dtypes don't fit."""
     check_packed("route_blocks", q, k, cu_seqlens, block)
     if budget.dim() or budget.dtype not in (torch.int32, torch.int64) or budget.device != q.device:
         raise EffpassError(
@@ -201,7 +201,7 @@ def check(q: Tensor, k: Tensor, cu_seqlens: Tensor, budget: Tensor, block: int, 
 
 
 def check_packed(op: str, q: Tensor, k: Tensor, cu_seqlens: Tensor, block: int) -> None:
-    """Raise an :class:`EffpassError` where packed queries, keys and their sequences don't fit."""
+    """Raise an :class:`EffpassError` if packed queries, keys and sequence offsets don't fit together."""
     if q.dim() != 3 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[0] == 0:
         raise EffpassError(
             f"effpass::{op}: q {tuple(q.shape)} and k {tuple(k.shape)}",
@@ -223,17 +223,17 @@ def check_packed(op: str, q: Tensor, k: Tensor, cu_seqlens: Tensor, block: int) 
 
 
 def check_block(what: str, block: int) -> None:
-    """Raise an :class:`EffpassError` for a size that blocks don't have."""
+    """Raise an :class:`EffpassError` if `block` is not a supported block size."""
     if block not in SIZES:
         raise EffpassError(f"{what}: blocks of {block} keys", hint=f"block is one of {', '.join(map(str, SIZES))}")
 
 
 def check_rises(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise an :class:`EffpassError` where `cu_seqlens` does not rise from 0 to `tokens`; waits for its values."""
+    """Raise an :class:`EffpassError` if `cu_seqlens` does not rise from 0 to `tokens`; waits for the device."""
     ends: list[int] = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
-        told = str(ends) if len(ends) <= 9 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
+        shown = str(ends) if len(ends) <= 9 else f"[{', '.join(map(str, ends[:4]))}, ..., {ends[-1]}]"
         raise EffpassError(
-            f"sparse attention: cu_seqlens is {told} for {tokens} tokens",
+            f"sparse attention: cu_seqlens is {shown} for {tokens} tokens",
             hint="it rises from 0 to the number of tokens",
         )

@@ -1,9 +1,10 @@
-"""What the router of :mod:`effpass.lowering.ops.routed_blocks` would hold of its own scores, at several budgets.
+"""Coverage of the router of :mod:`effpass.lowering.ops.routed_blocks` at several budgets.
 
     C(b) = mean_t,g Σ_(n chosen at budget b) π[t, n]         π[t] = softmax_n(s[t, n]) over visible blocks
 
-SparseBalance's guard (https://arxiv.org/abs/2604.13847) bounds by it how far a budget may move. It stands for quality
-and does not promise it. Some hundred tokens tell the mean, so that the curve costs little beside the attention.
+Coverage is the share of its own softmax that the router would keep. The guard of SparseBalance
+(https://arxiv.org/abs/2604.13847) uses it to bound how far a budget may move. It is a proxy for quality, not a
+guarantee. A few hundred tokens suffice to estimate the mean, so that the curve is cheap compared to attention.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ def coverage_curve(
     scale: float | None = None,
     rows: int = 512,
 ) -> Tensor:
-    """Coverage at each of `budgets`, from tokens evenly spread; does not wait for the device.
+    """Estimate the coverage at each of `budgets` from evenly spaced tokens. The host does not wait for the device.
 
     Args:
-        q: [T, H, K], as :func:`~effpass.lowering.ops.routed_attention.trainable_sparse_attention` takes it.
+        q: [T, H, K], as in :func:`~effpass.lowering.ops.routed_attention.trainable_sparse_attention`.
         k: [T, G, K].
-        cu_seqlens: int32 or int64 [N + 1].
-        budgets: int32 or int64 [M], keys; what is below the blocks that are always chosen counts as these.
-        block: keys of a block.
-        scale: factor on the scores; K^(−1/2) by default.
-        rows: how many tokens; all where there are fewer.
+        cu_seqlens: int32 or int64 [N + 1], offsets of the sequences, ending with T.
+        budgets: int32 or int64 [M], numbers of keys; raised to the blocks that are always chosen.
+        block: keys per block.
+        scale: factor applied to the scores; K^(−1/2) by default.
+        rows: maximum number of tokens to sample.
 
     Returns:
         float32 [M].
 
     Raises:
-        EffpassError: sizes or types don't fit.
+        EffpassError: if sizes or dtypes don't fit.
     """
     check_packed("coverage_curve", q, k, cu_seqlens, block)
     if budgets.dim() != 1 or budgets.is_floating_point() or rows < 1:

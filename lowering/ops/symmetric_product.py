@@ -1,9 +1,10 @@
-"""Products of matrices whose result is symmetric, for a batch, and their Triton kernel where it is ahead.
+"""Batched matrix products with a symmetric result, and the choice of their Triton kernel.
 
     C_i = α · A_i B_iᵀ + β · D_i + γ · I        A, B [B, M, K];  C, D [B, M, M] symmetric
 
-The caller promises symmetry: B = A, or A and B are polynomials of one symmetric matrix. Then half of the tiles are
-enough. ``tall=True`` takes A and B as [B, K, M] and multiplies A_iᵀ B_i.
+The caller guarantees symmetry: B = A, or A and B are polynomials of the same symmetric matrix. Computing half of the
+tiles is then sufficient. With ``tall=True``, A and B are [B, K, M] and the product is A_iᵀ B_i. The Newton-Schulz
+iteration of MONA (:mod:`effpass.trainers.mona.newton_schulz`) consists of such products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["has_kernel", "reference", "symmetric_product"]
 
-# The smallest M for which half of the tiles beats cuBLAS's whole square; below, the launch is what counts.
+# The smallest M for which half of the tiles is faster than cuBLAS's full product; below it, launch time dominates.
 SMALLEST = 1024
 
 
@@ -28,13 +29,17 @@ def symmetric_product(
     tall: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """C of the equation above.
+    """Compute C of the equation above, with the Triton kernel if it supports the product.
 
     Args:
-        a: [B, M, K], or [B, K, M] where `tall`.
-        b: like `a`, with the product symmetric.
-        d: [B, M, M]; needed where ``beta != 0``.
-        dtype: of the result; that of `a` by default.
+        a: [B, M, K], or [B, K, M] if `tall`.
+        b: same shape as `a`; the product must be symmetric.
+        d: [B, M, M]; required if ``beta != 0``.
+        alpha: factor α of the product.
+        beta: factor β of `d`.
+        gamma: factor γ of the identity.
+        tall: whether `a` and `b` are [B, K, M].
+        dtype: dtype of the result; that of `a` by default.
     """
     dtype = a.dtype if dtype is None else dtype
     if has_kernel(a, tall):
@@ -56,7 +61,7 @@ def reference(
     tall: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The meaning, in torch's own products; the fallback on every device."""
+    """Reference implementation with torch's batched products, which also is the fallback on every device."""
     left, right = (a.mT, b) if tall else (a, b.mT)
     if d is None or beta == 0.0:
         c = torch.bmm(left, right)
@@ -69,7 +74,7 @@ def reference(
 
 
 def has_kernel(a: Tensor, tall: bool) -> bool:
-    """Whether the Triton kernel takes this product: Hopper, half precision, large, rows of whole 16 bytes."""
+    """Whether the Triton kernel is used for a product: Hopper, half precision, large M, rows of whole 16 bytes."""
     m, k = (a.shape[-1], a.shape[-2]) if tall else (a.shape[-2], a.shape[-1])
     return (
         a.is_cuda

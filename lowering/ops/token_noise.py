@@ -1,13 +1,16 @@
-"""Exponential noise of every token of a column, the same whenever it is asked for.
+"""Reproducible exponential noise for sampling, a function of seed, sequence, output column and token.
 
     token of column c = argmax_i p_i / e_i,   e_i = token_noise(seed, row, c)_i
 
-is token i with probability p_i, and says the same at every step that comes to the column, on whatever way: a text that
-is sampled so depends on the seed and the model, and not on what was proposed.
+With exponential e_i, token i is chosen with probability p_i. A column always gets the same noise, whichever speculative
+step computes it. Sampled text thus depends on the seed and the model, and not on the tokens that a draft proposed.
 
-The noise is −log(1 − v) of v in (0, 1), 32 bits of SplitMix64 (https://doi.org/10.1145/2714064.2660195) at the place
+The noise is −log(1 − v), where v in (0, 1) consists of 32 bits of SplitMix64 (https://doi.org/10.1145/2714064.2660195)
+at counter
 
     row · 2⁴⁴ + column · 2²⁰ + token
+
+Shapes: B sequences (rows), J columns per sequence, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ __all__ = ["MOST_TOKENS", "TOLERANCE", "token_noise"]
 
 MOST_TOKENS = 1 << 20
 
-#: Relative difference of the kernel's numbers from the reference's: its logarithm is a power series up to v = 1/16, and
-#: from there on loses what 1 − v rounds, 2⁻²⁵ of 1/16.
+#: Maximum relative deviation of the kernel from the reference. The kernel's logarithm is a power series up to v = 1/16,
+#: and above it is subject to the rounding of 1 − v, 2⁻²⁵ of 1/16.
 TOLERANCE = 2e-6
 
 _STEP, _FIRST, _SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -47,15 +50,15 @@ def _token_noise(seed: Tensor, columns: Tensor, vocabulary: int) -> Tensor:
     "effpass::token_noise", mutates_args=(), schema="(Tensor seed, Tensor columns, int vocabulary) -> Tensor"
 )
 def token_noise(seed: Tensor, columns: Tensor, vocabulary: int) -> Tensor:
-    """Positive float32 [B, J, V].
+    """Return the noise of all tokens of the given columns, positive float32 [B, J, V].
 
     Args:
         seed: int64 [].
-        columns: int64 [B, J], from 0 to 2²⁴.
-        vocabulary: V, up to 2²⁰.
+        columns: int64 [B, J], output columns, 0 or more and below 2²⁴.
+        vocabulary: vocabulary size V, up to 2²⁰.
 
     Raises:
-        EffpassError: V is out of range.
+        EffpassError: if V is out of range.
     """
     _check(vocabulary)
     return _token_noise(seed, columns, vocabulary)

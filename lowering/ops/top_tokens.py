@@ -1,8 +1,10 @@
-"""The most probable tokens of each row of logits, and how sure the row is; one read of the logits.
+"""The most probable tokens of each row of logits and the entropy of the row, in one read of the logits.
 
     log p_i = x_i − log Σ_j exp x_j        H = −Σ_j p_j log p_j  (nats)
 
-Shapes: R rows, V vocabulary, k tokens.
+Drafts of speculative decoding build their trees from these (:mod:`effpass.runtime.speculative.growing`).
+
+Shapes: R rows of logits, V vocabulary size, k tokens per row.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "top_tokens"]
 
-#: What log-probabilities and entropies of the kernel may differ from the reference, in nats. Both sum in float32, in
-#: other orders.
+#: Maximum deviation of the kernel's log-probabilities and entropies from the reference, in nats. Both sum in float32,
+#: in different orders.
 TOLERANCE = 2e-5
 
 
 def _top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
-    # Chosen by the logits: two of them may have one log-probability. Of equal ones argmax takes the first, topk any.
+    # Tokens are ranked by logits, since different logits may have equal log-probabilities. Among equal logits argmax
+    # takes the first and topk any.
     tokens = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
     return log_p.gather(1, tokens).float(), tokens, entropy.float()
 
@@ -35,18 +38,18 @@ def _top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     "effpass::top_tokens", mutates_args=(), schema="(Tensor logits, int k) -> (Tensor, Tensor, Tensor)"
 )
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best k tokens of each row, best first.
+    """Return the k most probable tokens of each row, most probable first.
 
     Args:
-        logits: floating [R, V].
-        k: from 1 to V.
+        logits: floating-point [R, V].
+        k: number of tokens, from 1 to V.
 
     Returns:
-        Log-probabilities float32 [R, k], tokens int64 [R, k], and entropies float32 [R]. Of equal logits the kernel
-        takes the first tokens; the reference promises that for k = 1.
+        Log-probabilities float32 [R, k], tokens int64 [R, k], and entropies float32 [R]. Among equal logits the kernel
+        takes the first tokens; the reference guarantees this for k = 1 only.
 
     Raises:
-        EffpassError: k is out of range.
+        EffpassError: if k is out of range.
     """
     _check(logits, k)
     return _top_tokens(logits, k)

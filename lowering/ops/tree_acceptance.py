@@ -1,10 +1,13 @@
-"""Accept a path of a verified token tree and note its tokens; take up what was noted; move keys and values.
+"""Bookkeeping of speculative decoding: accept a path of a verified token tree, and move its keys and values.
 
-At every node the target has chosen a token. From the root on, the child whose token was chosen at its parent is
-accepted, and the token that was chosen at the last one follows: a path of m nodes, the root included, emits m tokens.
-Of equal siblings the first counts.
+The target model has chosen a token at every node of the tree. Starting at the root, the child whose token was chosen at
+its parent is accepted, and the token chosen at the last accepted node follows. A path of m nodes, including the root,
+therefore emits m tokens. Among siblings with equal tokens the first is accepted. :func:`accept_tokens` walks the tree,
+:func:`take_tokens` gives a draft the emitted tokens it has not seen, and :func:`move_slots` moves accepted nodes to the
+prefix of the KV cache.
 
-Shapes: B rows, N nodes, J nodes of a longest path, C columns of a text, L layers, G key-value heads, S slots.
+Shapes: B sequences, N nodes, J nodes of the longest path, C columns of the output, E end tokens, L layers, G KV heads,
+S slots, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -61,25 +64,27 @@ def accept_tokens(
     choices: Tensor, tokens: Tensor, parents: Tensor, ends: Tensor, limit: Tensor, ids: Tensor, count: Tensor,
     position: Tensor, root: Tensor, goes_on: Tensor, totals: Tensor, steps: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Walk every row's tree, up to the token that ends it; nothing waits for the device.
+    """Accept a path of each sequence's tree, up to a token that ends the sequence. The host does not wait.
 
     Args:
-        choices: int64 [B, N]: the target's token at each node.
-        tokens: int64 [B, N], the nodes'.
-        parents: int64 [B, N]; -1 for the root and padding.
-        ends: int64 [E]: tokens that end a row; -1 is none.
-        limit: int64 []: columns at which a row ends.
-        ids: int64 [B, C], written behind `count`.
-        count: int64 [B]: columns in use, moved by what was emitted.
-        position: int32 [B]: of the last token, likewise; -1 in rows that are empty or have ended, which emit nothing.
-        root: int64 [B], written: the last token.
-        goes_on: bool [], written: whether any row does.
-        totals: int64 [2]: rows that emitted something, and nodes without roots that were verified for them, are added.
+        choices: int64 [B, N], token that the target has chosen at each node.
+        tokens: int64 [B, N], token of each node.
+        parents: int64 [B, N], parent of each node; -1 for the root and padding.
+        ends: int64 [E], tokens that end a sequence; -1 is ignored.
+        limit: int64 [], number of columns at which a sequence ends.
+        ids: int64 [B, C], output; emitted tokens are written after the first `count` columns.
+        count: int64 [B], number of columns in use; increased by the number of emitted tokens.
+        position: int32 [B], position of the last token; increased likewise, and set to -1 when a sequence ends.
+            Sequences with -1 are empty or finished and emit nothing.
+        root: int64 [B], last token; written.
+        goes_on: bool [], whether any sequence is unfinished; written.
+        totals: int64 [2], running totals, to which are added the number of sequences that emitted tokens and the number
+            of verified nodes of these sequences, without roots.
         steps: J.
 
     Returns:
-        The accepted nodes int64 [B, J], the root first, then 0; and how many of them int64 [B] are the prefix of what
-        follows: 0 in rows that have ended.
+        The accepted nodes int64 [B, J], root first, followed by zeros; and the number int64 [B] of them that become
+        part of the prefix, 0 for finished sequences.
     """
     return _accept_tokens(choices, tokens, parents, ends, limit, ids, count, position, root, goes_on, totals, steps)
 
@@ -123,18 +128,19 @@ def _take_tokens(
 def take_tokens(
     ids: Tensor, count: Tensor, position: Tensor, entered: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What was emitted and a draft has not seen: the next tokens of each row, as a chain.
+    """Return the next emitted tokens that a draft has not seen, as a chain for each sequence.
 
     Args:
-        ids: int64 [B, C].
-        count: int64 [B]: columns in use.
-        position: int32 [B]: of the token in the last of them; -1 in rows of which nothing is taken.
-        entered: int64 [B]: columns that the draft has seen, moved by what is taken.
-        width: tokens of a row at most, up to 62.
+        ids: int64 [B, C], emitted tokens.
+        count: int64 [B], number of columns in use.
+        position: int32 [B], position of the token in the last column in use; -1 for sequences of which nothing is
+            taken.
+        entered: int64 [B], number of columns that the draft has seen; increased by the number of tokens taken.
+        width: maximum number of tokens per sequence, up to 62.
 
     Returns:
-        Tokens int64 [B, width], positions int32 [B, width], -1 behind them, ancestors int64 [B, width, 1], and how
-        many they are, int64 [B].
+        Tokens int64 [B, width], positions int32 [B, width] followed by -1, ancestors int64 [B, width, 1]
+        (:mod:`effpass.lowering.ops.ancestors`), and the number of tokens int64 [B].
     """
     return _take_tokens(ids, count, position, entered, width)
 
@@ -162,7 +168,7 @@ def _move_slots(
     step = torch.arange(path.shape[1], device=path.device)
     there = step < taken[:, None]
     source = path + first
-    target = torch.where(there, lengths[:, None].long() + step, source)  # to itself where nothing is moved
+    target = torch.where(there, lengths[:, None].long() + step, source)  # nodes that are not taken stay in place
     for buffer in (keys, values):
         layers, _, groups, _, size = buffer.shape
         where = (1, len(path), 1, path.shape[1], 1)
@@ -183,17 +189,19 @@ def move_slots(
     keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor, path: Tensor, taken: Tensor, first: int,
     moves_on: bool,
 ) -> None:  # fmt: skip
-    """Move nodes of a tree to the end of each row's prefix.
+    """Move nodes of a tree to the end of each sequence's prefix.
 
     Args:
         keys: [L, B, G, S, K], written.
         values: [L, B, G, S, V], written.
-        positions: int32 [B, S], written.
-        lengths: int32 [B]: slots of each row's prefix, moved by `taken`. The caller answers for their room.
-        path: int64 [B, J]: nodes, in their order.
-        taken: int64 [B]: how many of them.
-        first: the tree's first slot.
-        moves_on: positions and lengths are written: of several calls for layers of one cache, by the last.
+        positions: int32 [B, S], position of the token in each slot; written.
+        lengths: int32 [B], number of slots in each sequence's prefix; increased by `taken`. The caller must ensure that
+            there is room.
+        path: int64 [B, J], nodes in order.
+        taken: int64 [B], number of nodes of `path` to move.
+        first: first slot of the tree.
+        moves_on: whether to update positions and lengths. If a cache's layers are moved by several calls, only the last
+            call does.
     """
     _move_slots(keys, values, positions, lengths, path, taken, first, moves_on)
 

@@ -1,20 +1,20 @@
-"""Attention of the nodes of a token tree over a cache, and over those of the tree that are their ancestors.
+"""Attention of the nodes of a token tree over a KV cache and their ancestors in the tree.
 
     out[t] = Σ_s softmax_s(c(scale · q_t · k_s)) v_s      over slots s visible to t;  c(x) = softcap · tanh(x / softcap)
-    s is visible to t  ⇔  s < n or s − first is an ancestor of t,
+    s is visible to t  ⇔  (s < n or s − first is an ancestor of t)
                           and  0 ≤ p_s ≤ p_t  and  (window = 0 or p_t − p_s < window)
 
-The cache has two parts. Its first n slots are the *prefix*, of another length in each row; the slots from `first` on
-hold the tree. A node is an ancestor of itself. Ancestors are bits: bit j % 64 of word j // 64 is slot first + j's. A
-query without any visible slot (a node that pads the tree) gives 0.
+The cache has two parts. Its first n slots are the *prefix*, whose length n differs between sequences; the slots from
+`first` on hold the tree. p is the position of a token, -1 for empty slots and padding. Ancestors are bit masks, and a
+node is an ancestor of itself (:mod:`effpass.lowering.ops.ancestors`). A query without a visible slot, such as a padding
+node, outputs 0. If blocks of the prefix were chosen for each KV head (:mod:`effpass.lowering.ops.tree_blocks`), slots
+of other blocks are neither visible nor read. Every slot must hold finite numbers (a new cache is zeros), because a
+masked slot has weight 0 and 0 · NaN is NaN.
 
-Where blocks of the prefix were chosen for each key-value head (:mod:`effpass.lowering.ops.tree_blocks`), the slots of
-others are not visible, and are not read.
+The operator belongs to the decode engine, whose cache no exported program has; it has no ONNX translation and no
+gradients.
 
-Shapes: B batch, T nodes, S slots, H query heads, G key-value heads, K key size, V value size, W words, M chosen blocks.
-Every slot holds finite numbers (a new cache is zeros): a masked slot has weight 0, and 0 · NaN is NaN.
-
-The operator reads a decode engine's cache, which no exported program has: it has no ONNX body, and no gradient.
+Shapes: B batch, T nodes, S slots, H query heads, G KV heads, K key size, V value size, W words, M chosen blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "tree_attention"]
 
-#: What an output of the kernel may differ from the reference, relative to the largest value of the output. Scores and
-#: sums are float32 in both; the kernel rounds the weights of the softmax to the cache's type before the second product.
+#: Maximum deviation of the kernel's output from the reference, relative to the largest value of the output. Both
+#: compute scores and sums in float32; the kernel rounds softmax weights to the cache's dtype before the second product.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
 
 
@@ -77,31 +77,31 @@ def tree_attention(
     ancestors: Tensor, first: int, scale: float, window: int, softcap: float, chosen: Tensor | None = None,
     block: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Attention of T nodes; query heads share the keys of their group, which are not copied.
+    """Attention of T nodes. Query heads share the keys of their KV head without copying them.
 
     Args:
         query: [B, H, T, K], any strides.
         keys: [B, G, S, K], any strides with the last dimension contiguous.
-        values: [B, G, S, V], likewise.
+        values: [B, G, S, V], any strides with the last dimension contiguous.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
         query_positions: int32 [B, T]; -1 for padding.
-        lengths: int32 [B]; slots of each row's prefix, all before `first`.
-        ancestors: int64 [B, T, W]; bits of the tree's slots.
-        first: the tree's first slot.
-        scale: factor on the scores.
-        window: how many positions a query sees, its own included; 0 for all before it.
+        lengths: int32 [B], number of slots n in each sequence's prefix, all before `first`.
+        ancestors: int64 [B, T, W], ancestor bits of the nodes.
+        first: first slot of the tree.
+        scale: factor applied to the scores.
+        window: number of positions that a query sees, including its own; 0 for no limit.
         softcap: bound on the scores; 0 for none.
-        chosen: int32 [B, G, M]: blocks of the prefix to read, ascending, then -1; None for all.
-        block: slots of such a block.
+        chosen: int32 [B, G, M], blocks of the prefix to read, ascending, followed by -1; None for all.
+        block: slots per block of `chosen`.
 
     Returns:
         [B, T, H, V], contiguous.
 
     Raises:
-        EffpassError: H is no multiple of G, or sizes don't match.
+        EffpassError: if H is not a multiple of G, or sizes don't match.
     """
     _check(query, keys, values, key_positions, query_positions, lengths, ancestors, first, chosen, block)
-    # The prefix ends where the longest row's does; what lies between it and the tree would be most of the work.
+    # Leave out the slots between the longest prefix and the tree, which may be most of the cache.
     end, tree = min(int(lengths.max()), first), slice(first, first + WORD * ancestors.shape[2])
     read_keys, read_values = (torch.cat((x[:, :, :end], x[:, :, tree]), 2) for x in (keys, values))
     positions = torch.cat((key_positions[:, :end], key_positions[:, tree]), 1)
@@ -122,7 +122,7 @@ def _(query, keys, values, key_positions, query_positions, lengths, ancestors, f
     kernels = triton_kernels("tree_attention")
     if kernels and kernels.supported(query, keys, values, block):
         return kernels.tree_attention(*arguments)
-    return _tree_attention(*arguments)  # nothing may wait for `lengths`
+    return _tree_attention(*arguments)  # over all slots, because reading `lengths` would wait for the device
 
 
 def _check(

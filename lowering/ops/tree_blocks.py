@@ -1,13 +1,14 @@
-"""Which blocks of a prefix a token tree attends to: those whose mean key the root's query likes best, for all nodes.
+"""Choice of the blocks of a prefix that a token tree attends to: by the root's query and mean keys, for all nodes.
 
-    score of block b of key-value head g = Σ_{h of g} q_h · k̄_{g,b}          k̄: the mean of the block's keys
-    blocks that are kept = ⌈(n₀ + ⌊(n − n₀) · share⌋) / block⌉ for a prefix of n > n₀ slots, and all up to n₀
+    score of block b of KV head g = Σ_{h of g} q_h · k̄_{g,b}          k̄: mean of the block's keys
+    number of kept blocks = ⌈(n₀ + ⌊(n − n₀) · share⌋) / block⌉ for a prefix of n > n₀ slots; all blocks up to n₀
 
-The first and the last two blocks always are ("Accelerate Speculative Decoding with Sparse Computation in Verification",
-https://arxiv.org/abs/2512.21911; the paper chooses over all heads of a layer together, and here each has its share; it
-keeps one last block, which may hold a single token).
+The first and the last two blocks are always kept. The method is that of "Accelerate Speculative Decoding with Sparse
+Computation in Verification" (https://arxiv.org/abs/2512.21911) with two differences: the paper chooses over all heads
+of a layer together, whereas here each KV head keeps the same number of blocks; and the paper keeps one last block,
+which may hold a single token.
 
-Shapes: B batch, H query heads, G key-value heads, K key size, S slots, N blocks, M chosen blocks, L layers.
+Shapes: B batch, H query heads, G KV heads, K key size, S slots, N blocks, M chosen blocks, L layers.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["LAST", "PARTS", "block_means", "choose_tree_blocks", "most_blocks"]
 
-PARTS = 1024  # `share` is a number of these
-LAST = 2  # blocks up to a prefix's end that are always kept
+PARTS = 1024  # denominator of `share`
+LAST = 2  # number of blocks at the end of a prefix that are always kept
 
 
 def most_blocks(slots: int, block: int, dense_below: int, share: int) -> int:
-    """M: blocks that are kept of a prefix of `slots`, at most."""
+    """Return M, the maximum number of blocks kept of a prefix of up to `slots` slots."""
     kept = slots if slots <= dense_below else dense_below + (slots - dense_below) * share // PARTS
     return max(1 + LAST, -(-max(kept, min(slots, dense_below)) // block))
 
@@ -63,22 +64,22 @@ def _choose_tree_blocks(
 def choose_tree_blocks(
     query: Tensor, means: Tensor, lengths: Tensor, most: int, block: int, dense_below: int, share: int
 ) -> Tensor:
-    """Blocks of each row's prefix for each key-value head; of equal scores the first.
+    """Choose blocks of each sequence's prefix for each KV head; among equal scores the first.
 
     Args:
-        query: [B, H, K], the root's.
-        means: [B, G, N, K], of each block's keys.
-        lengths: int32 [B], slots of each row's prefix.
-        most: M, see :func:`most_blocks`.
-        block: slots of a block.
-        dense_below: n₀.
-        share: of the slots beyond, in :data:`PARTS`.
+        query: [B, H, K], query of the root.
+        means: [B, G, N, K], mean key of each block.
+        lengths: int32 [B], number of slots in each sequence's prefix.
+        most: M, from :func:`most_blocks`.
+        block: slots per block.
+        dense_below: n₀, number of slots up to which all blocks are kept.
+        share: share of the slots beyond n₀ to keep, in units of 1 / :data:`PARTS`.
 
     Returns:
-        int32 [B, G, M], ascending, then -1.
+        int32 [B, G, M], chosen blocks, ascending, followed by -1.
 
     Raises:
-        EffpassError: sizes don't match.
+        EffpassError: if sizes don't match.
     """
     _check(query, means, lengths)
     return _choose_tree_blocks(query, means, lengths, most, block, dense_below, share)
@@ -115,22 +116,23 @@ def _(query: Any, means: Any, *args: Any, out_val: Any = None, **kwargs: Any) ->
 
 
 def block_means(keys: Tensor, positions: Tensor, lengths: Tensor, means: Tensor, block: int, width: int) -> None:
-    """Bring the means of the blocks that hold the last `width` slots of each row's prefix up to date.
+    """Update the mean keys of the blocks that hold the last `width` slots of each sequence's prefix.
 
-    A few launches for all layers, whatever the prefix; nothing waits for the device.
+    The number of kernel launches is small and depends neither on the number of layers nor on the prefix; the host does
+    not wait.
 
     Args:
         keys: [L, B, G, S, K].
-        positions: int32 [B, S]; -1 for padding, which no mean counts.
-        lengths: int32 [B], slots of each row's prefix.
+        positions: int32 [B, S]; -1 for padding, which is excluded from the means.
+        lengths: int32 [B], number of slots in each sequence's prefix.
         means: [L, B, G, N, K], written.
-        block: slots of a block.
-        width: from 1 on.
+        block: slots per block.
+        width: number of slots that may have changed, at least 1.
     """
     layers, batch, groups, slots, size = keys.shape
     touched = min(means.shape[3], -(-width // block) + 1)
     last = (lengths.long()[:, None] - 1).clamp(min=0) // block
-    blocks = (last - torch.arange(touched, device=keys.device)).clamp(min=0)  # the first one, more than once
+    blocks = (last - torch.arange(touched, device=keys.device)).clamp(min=0)  # block 0 may repeat
     place = (blocks[:, :, None] * block + torch.arange(block, device=keys.device)).flatten(1)
     inside = (place < lengths[:, None]) & (positions.gather(1, place.clamp(max=slots - 1)) >= 0)
     index = place.clamp(max=slots - 1)[None, :, None, :, None].expand(layers, -1, groups, -1, size)

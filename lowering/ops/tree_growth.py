@@ -1,18 +1,22 @@
-"""How a token tree grows: one layer from a draft's most probable tokens, and the best nodes of all layers.
+"""Growth of a token tree: expansion of one layer by a draft's most probable tokens, and choice of the best nodes.
 
-A candidate is a token below a node of the *frontier*. Its *confidence* says how likely the target accepts it:
+A candidate is a token below a node of the *frontier*, the nodes of the last layer that are expanded. Its *confidence*
+estimates how likely the target model accepts it:
 
     P = Π p over its path                                      EAGLE-2 (https://arxiv.org/abs/2406.16858)
     C = σ(w₂ · relu(W₁ (P, H, d) + b₁) + b₂)                   C2T (https://arxiv.org/abs/2502.13652)
 
-with the entropy H (nats) of the distribution that it comes from and the depth d of the layer, 0 below the root. Those
-below `least` are dropped, and the K best of a layer are the next frontier. A candidate is *worth* the smallest
-confidence on its path, so that the most valuable ones are a tree; -1 marks those that are none.
+p is the draft's probability of a token, H the entropy (nats) of the distribution that the candidate comes from, and d
+the depth of its layer, 0 below the root. Candidates with a confidence below `least` are dropped, and the K best of a
+layer are the next frontier. The *worth* of a candidate is the smallest confidence on its path, so that the most
+valuable candidates form a tree; -1 marks dropped and empty ones.
 
-All candidates of all layers, or those of the frontiers alone, are the *pool*. The draft has a tree of its own, of the
-frontiers: node i of layer d stands in its slot d K + i, and its ancestors are bits of those slots.
+The *pool* collects the candidates of all layers, or only those that became part of a frontier; the tree to verify
+consists of its most valuable nodes. The draft itself runs on a tree of the frontiers, in which slot d K + i holds node
+i of layer d; ancestors are bits of these slots (:mod:`effpass.lowering.ops.ancestors`).
 
-Shapes: B rows, F nodes of the frontier, K children of each, P pool, N nodes of the tree, W words, h units.
+Shapes: B sequences, F nodes of the frontier, K children of each, P capacity of the pool, N nodes of the tree, V
+vocabulary of the draft, W words, h hidden units of the classifier.
 """
 
 from __future__ import annotations
@@ -29,13 +33,13 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["TOLERANCE", "best_nodes", "confidence", "grow_layer", "positions_at"]
 
-#: What confidences of the kernel may differ from the reference: float32 sums of three and of h products, in other
-#: orders, in front of a function that is nowhere steeper than 1/4.
+#: Maximum deviation of the kernel's confidences from the reference: float32 sums of three and of h products in other
+#: orders, followed by a function whose slope is at most 1/4.
 TOLERANCE = 1e-5
 
 
 def confidence(probability: Tensor, entropy: Tensor, depth: int, classifier: list[Tensor]) -> Tensor:
-    """Of candidates: P itself, or C where there are W₁ `[h, 3]`, b₁ `[h]`, w₂ `[1, h]` and b₂ `[1]`."""
+    """Confidence of candidates: P, or C if `classifier` holds W₁ `[h, 3]`, b₁ `[h]`, w₂ `[1, h]` and b₂ `[1]`."""
     if not classifier:
         return probability
     inner, bias, outer, offset = classifier
@@ -61,7 +65,7 @@ def _grow_layer(
     there = (sure >= least) & (worth[:, :, None] >= 0)
     rank = torch.where(there, sure, -1.0).flatten(1)
     valued = torch.where(there, sure.minimum(worth[:, :, None]), -1.0).flatten(1)
-    # Of equal ones the first: a stable sort.
+    # A stable sort, so that the first of equal candidates is picked.
     picked = rank.sort(dim=1, descending=True, stable=True).indices[:, :width]
     up = picked // width
     of_all = tokens.flatten(1), valued, number[:, :, None].expand_as(tokens).flatten(1)
@@ -76,7 +80,7 @@ def _grow_layer(
     )
     bits.scatter_(
         2, (depth * width + here)[None, :, None].expand(batch, -1, 1), True
-    )  # an index would read a host's True
+    )  # assignment by index would copy True from the host
     alive = (chosen[1] >= 0) & (position >= 0)[:, None]
     return (
         chosen[0],
@@ -102,34 +106,34 @@ def grow_layer(
     position: Tensor, names: Tensor | None, classifier: list[Tensor], pool_tokens: Tensor, pool_worth: Tensor,
     pool_parents: Tensor, first: int, depth: int, least: float, keeps_all: bool,
 ) -> Layer:  # fmt: skip
-    """Candidates below a frontier, and the frontier that they are next.
+    """Evaluate the candidates below a frontier, add them to the pool, and return the next frontier.
 
     Args:
-        log_p: float32 [B, F, K], of the children of each node, best first.
-        tokens: int64 [B, F, K], theirs, as the draft names them.
-        entropy: float32 [B, F].
-        path: float32 [B, F]: P of the frontier's nodes.
-        worth: float32 [B, F], -1 for those that are none.
-        number: int64 [B, F]: their places in the pool, -1 for the root.
-        ancestors: int64 [B, F, W]: slots of the draft's tree.
-        position: int32 [B], of the root; -1 in empty rows.
-        names: int64 [V] of the draft's vocabulary: what to add for the target's token; None where they are the same.
-        classifier: four tensors, see :func:`confidence`; none for EAGLE-2's.
-        pool_tokens: int64 [B, P], written from `first` on: F K candidates with `keeps_all`, else K.
-        pool_worth: float32 [B, P], likewise.
-        pool_parents: int64 [B, P], likewise.
-        first: see there.
-        depth: of the layer, 0 below the root.
-        least: the smallest confidence of a candidate that is one.
-        keeps_all: all candidates go to the pool, and not those of the frontier alone.
+        log_p: float32 [B, F, K], log-probabilities of the children of each node, best first.
+        tokens: int64 [B, F, K], tokens of the children, in the draft's vocabulary.
+        entropy: float32 [B, F], entropy of each node's distribution.
+        path: float32 [B, F], P of the frontier's nodes.
+        worth: float32 [B, F], worth of the frontier's nodes; -1 for empty ones.
+        number: int64 [B, F], indices of the frontier's nodes in the pool; -1 for the root.
+        ancestors: int64 [B, F, W], ancestor bits in the draft's tree.
+        position: int32 [B], position of the root; -1 for empty or finished sequences.
+        names: int64 [V], offset from each token of the draft's vocabulary to the target's; None if they are the same.
+        classifier: the four tensors of :func:`confidence`; empty for EAGLE-2.
+        pool_tokens: int64 [B, P], tokens; written from `first` on, F K candidates with `keeps_all`, otherwise K.
+        pool_worth: float32 [B, P], worth; the same entries are written.
+        pool_parents: int64 [B, P], parents' indices in the pool; the same entries are written.
+        first: first pool entry to write.
+        depth: depth of the layer, 0 below the root.
+        least: smallest confidence of a candidate that is not dropped.
+        keeps_all: whether all candidates enter the pool, instead of those of the next frontier only.
 
     Returns:
-        Of the K nodes of the next frontier: tokens int64 [B, K]; positions int32 [B, K], -1 where there is none;
-        ancestors int64 [B, K, W], themselves among them; the place in the frontier before of their parent, int64
-        [B, K]; and `path`, `worth` and `number`.
+        For the K nodes of the next frontier: tokens int64 [B, K]; positions int32 [B, K], -1 for empty nodes; ancestors
+        int64 [B, K, W], including the nodes themselves; their parents' indices in the previous frontier, int64 [B, K];
+        and `path`, `worth` and `number`.
 
     Raises:
-        EffpassError: the pool or the words have no room.
+        EffpassError: if the pool or the ancestor words have no room.
     """
     _check_layer(log_p, ancestors, pool_tokens, first, depth, keeps_all)
     return _grow_layer(
@@ -189,8 +193,8 @@ def _best_nodes(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     count, pad = pool_tokens.shape[1], torch.nn.functional.pad
     order = pool_worth.sort(dim=1, descending=True, stable=True).indices[:, : nodes - 1]
-    order = torch.where(pool_worth.gather(1, order) >= 0, order, count).sort(1).values  # parents stand before children
-    # Where each candidate of the pool comes to stand. Behind them is a place for those that are none, and the root's.
+    order = torch.where(pool_worth.gather(1, order) >= 0, order, count).sort(1).values  # parents precede children
+    # Node of each pool entry in the tree. Two more entries follow: `count` for missing nodes, `count + 1` for the root.
     places = pool_tokens.new_zeros(len(root), count + 2)
     places.scatter_(1, order, torch.arange(1, order.shape[1] + 1, device=root.device).expand_as(order))
     above = pad(pool_parents, (0, 1)).gather(1, order)
@@ -204,7 +208,7 @@ def _best_nodes(
 
 
 def positions_at(position: Tensor, depths: Tensor) -> Tensor:
-    """int32 `[B, N]` of nodes at `depths` `[B, N]` below `position` `[B]`; -1 where one of both is."""
+    """Positions int32 `[B, N]` of nodes at `depths` `[B, N]` below `position` `[B]`; -1 if either is negative."""
     there = (depths >= 0) & (position >= 0)[:, None]
     return torch.where(there, position[:, None] + depths, -1).int()
 
@@ -219,20 +223,20 @@ def best_nodes(
     root: Tensor, position: Tensor, pool_tokens: Tensor, pool_worth: Tensor, pool_parents: Tensor, nodes: int,
     depth: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The tree of the root and the N − 1 most valuable nodes of a pool; of equal ones the first.
+    """Build the tree of the root and the N − 1 most valuable nodes of the pool; among equals the first.
 
     Args:
-        root: int64 [B], its token.
-        position: int32 [B], its position; -1 in empty rows.
-        pool_tokens: int64 [B, P].
-        pool_worth: float32 [B, P]; below 0 for those that are none. No node is worth more than its parent.
-        pool_parents: int64 [B, P]: places in the pool, all before the node's own; -1 for the root.
-        nodes: N.
-        depth: the largest depth there can be.
+        root: int64 [B], token of the root.
+        position: int32 [B], position of the root; -1 for empty or finished sequences.
+        pool_tokens: int64 [B, P], tokens.
+        pool_worth: float32 [B, P], worth; negative for empty entries. No node is worth more than its parent.
+        pool_parents: int64 [B, P], parents' indices in the pool, less than the node's own; -1 for the root.
+        nodes: number of nodes N.
+        depth: maximum depth of a node.
 
     Returns:
-        Tokens and parents int64 [B, N], positions int32 [B, N], and ancestors int64 [B, N, W]. Where there are fewer
-        nodes than N, what follows them has parents and positions of -1 and no ancestors.
+        Tokens and parents int64 [B, N], positions int32 [B, N], and ancestors int64 [B, N, W]. If there are fewer than
+        N nodes, the remaining ones have parents and positions of -1 and no ancestors.
     """
     return _best_nodes(root, position, pool_tokens, pool_worth, pool_parents, nodes, depth)
 

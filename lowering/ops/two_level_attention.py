@@ -1,21 +1,20 @@
-"""Attention of one token over the keys that two levels of selection leave: blocks, then tokens inside them.
+"""Sparse attention of one token over keys that are selected at two levels: blocks, then tokens inside them.
 
     b_n = Σ_h Σ_c max(q_hc · min_nc, q_hc · max_nc)      an upper bound of Σ_h q_h · k_s over the keys of block n
         = Σ_h relu(q_h) · max_n + min(q_h, 0) · min_n    the same as one matrix product
     M   = top-k_b of b_n, with the first and the last blocks
     t_s = Σ_h Σ_c q_hc (low_s + step_s · label_sc)       over calibrated channels c, for s in the blocks of M
     S   = top-k_t of t_s
-    out = Σ_{s in S} softmax_s(scale · q · k_s) v_s      exact, over the keys of S alone
+    out = Σ_{s in S} softmax_s(scale · q · k_s) v_s      exact attention over the keys of S
 
-h runs over the query heads that share keys: a key-value head chooses once for all of them. Equal scores: the lower
-index wins. A query that sees at most k_t keys, in at most k_b blocks, gets dense attention. AsyncTLS
-(https://arxiv.org/abs/2604.07815) puts Quest's blocks (https://arxiv.org/abs/2406.10774) in front of Double Sparsity's
-tokens (https://arxiv.org/abs/2408.07092); in its pipeline M comes from the step before.
+h runs over the query heads of a KV head, which share one choice. Among equal scores the lower index wins. A query that
+sees at most k_t keys, in at most k_b blocks, gets dense attention. AsyncTLS (https://arxiv.org/abs/2604.07815) combines
+the blocks of Quest (https://arxiv.org/abs/2406.10774) with the tokens of Double Sparsity
+(https://arxiv.org/abs/2408.07092); in its pipelined form, M comes from the previous step. Latent attention (MLA) is the
+case G = 1 in which values are the first V channels of the keys.
 
-Latent attention (MLA) is the case G = 1 whose values are the first V channels of its keys.
-
-Shapes: B batch, H query heads, G key-value heads, S slots, N blocks, K key size, V value size; the index is
-:class:`~effpass.lowering.ops.two_level_attention_index.KeyIndex`.
+Shapes: B batch, H query heads, G KV heads, S slots, N blocks, K key size, V value size; C and P are those of the index,
+:class:`~effpass.lowering.ops.two_level_attention_index.KeyIndex`, whose tensors hold min, max, label, low and step.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from effpass.core.errors import EffpassError
+from effpass.core.flops import smaller
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.two_level_attention_index import KeyIndex, Selection, gather_slots, index_blocks, parted
 
@@ -41,10 +41,10 @@ __all__ = [
     "two_level_attention",
 ]
 
-#: What an output of the kernels may differ from the reference, relative to its largest value, where both choose the
-#: same tokens. As in :mod:`effpass.lowering.ops.cached_attention`.
+#: Maximum deviation of the kernels' output from the reference, relative to its largest value, if both choose the same
+#: tokens; as in :mod:`effpass.lowering.ops.cached_attention`.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float64: 1e-6}
-#: What a GPU's kernels take.
+#: Description of what the GPU kernels support, for messages.
 KERNELS = (
     "kernels take float32, float16 and bfloat16; heads of 16 to 256 channels, up to 32 of which share a key, or latents"
     " of a power of two up to 512 with a rotated part of up to 128; labels of 32 channels or more"
@@ -64,7 +64,7 @@ def attend(
     block_table: Tensor | None = None,
     host: Tensor | None = None,
 ) -> Tensor:
-    """:func:`two_level_attention` with the index of the first `query.shape[0]` rows."""
+    """Call :func:`two_level_attention` with the index of the first `query.shape[0]` sequences."""
     rows, how = index.rows(query.shape[0]), index.selection
     return torch.ops.effpass.two_level_attention(
         query, keys, values, block_table, host, key_positions, query_positions, filled, rows.channels, rows.statistics,
@@ -76,16 +76,16 @@ def attend(
 def has_kernels(
     how: Selection, heads: int, groups: int, key_size: int, value_size: int, channels: int, dtype: torch.dtype
 ) -> bool:
-    """Whether a GPU's kernels take a layer. The reference reads `filled`, which a CUDA graph can't hold.
+    """Whether the GPU kernels support a layer. The reference reads `filled` on the host and can't run in a CUDA graph.
 
     Args:
-        how: what is chosen.
-        heads: query heads H.
-        groups: key-value heads G.
-        key_size: K.
-        value_size: V; below K, with one key-value head, it is that of latents.
-        channels: of a label.
-        dtype: of keys, values and queries.
+        how: selection of keys.
+        heads: number of query heads H.
+        groups: number of KV heads G.
+        key_size: key size K.
+        value_size: value size V; with one KV head, a value below K means latents.
+        channels: number of channels of a label.
+        dtype: dtype of keys, values and queries.
     """
     kernels = triton_kernels("two_level_attention")
     if kernels is None:
@@ -101,11 +101,11 @@ def has_kernels(
     )  # fmt: skip
 
 
-# -- the reference ----------------------------------------------------------------------------------------------------
+# -- reference --------------------------------------------------------------------------------------------------------
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """The `count` largest of the last dimension as a mask, fewer where others are -inf; of equal ones the first."""
+    """Mask of the `count` largest scores of the last dimension, without scores of -inf; among equals the first."""
     kth = scores.topk(min(count, scores.shape[-1]), sorted=True).values[..., -1:]
     above, equal = scores > kth, scores == kth
     wanted = count - above.sum(-1, keepdim=True)
@@ -113,7 +113,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def listed(mask: Tensor, width: int) -> Tensor:
-    """The places where `mask` is true, in order, int32 [..., width], -1 behind them."""
+    """Indices at which `mask` is true, ascending, int32 [..., width], followed by -1."""
     places = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand(mask.shape)
     out = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
     out.scatter_(-1, torch.where(mask, mask.cumsum(-1) - 1, width), places)
@@ -121,14 +121,14 @@ def listed(mask: Tensor, width: int) -> Tensor:
 
 
 def block_scores(grouped: Tensor, statistics: Tensor, seen: Tensor, statistic: str, aggregation: str) -> Tensor:
-    """Scores float32 [B, G, N] of blocks, -inf where a block has no token.
+    """Scores of blocks, float32 [B, G, N]; -inf for a block without tokens.
 
     Args:
-        grouped: [B, G, R, K], the R query heads of each key-value head.
+        grouped: [B, G, R, K], queries of the R query heads of each KV head.
         statistics: [B, G, N, P, K].
-        seen: int32 [B, G, N].
-        statistic: what `statistics` are.
-        aggregation: over the R heads.
+        seen: int32 [B, G, N], number of tokens in each block.
+        statistic: kind of the statistics.
+        aggregation: reduction over the R heads.
     """
     if statistic == "min_max":
         weights = torch.cat((grouped.clamp(max=0), grouped.clamp(min=0)), -1)
@@ -143,7 +143,7 @@ def _aggregated(scores: Tensor, aggregation: str) -> Tensor:
 
 
 def _chosen_blocks(scores: Tensor, seen: Tensor, last: int, count: int, sink: int, recent: int) -> Tensor:
-    """int32 [B, G, count]."""
+    """Chosen blocks, int32 [B, G, count]."""
     there = seen > 0
     number = torch.arange(scores.shape[-1], device=scores.device)
     forced = (there.cumsum(-1) <= sink) | (number > last - recent)
@@ -154,7 +154,7 @@ def _chosen_blocks(scores: Tensor, seen: Tensor, last: int, count: int, sink: in
 def _token_scores(
     grouped: Tensor, slots: Tensor | None, channels: Tensor, labels: Tensor, ranges: Tensor, aggregation: str
 ) -> Tensor:
-    """[B, G, L] of the labels in `slots` [B, G, L], or of all."""
+    """Token scores [B, G, L] from the labels of `slots` [B, G, L], or of all slots."""
     batch, _, heads, _ = grouped.shape
     q = grouped.gather(3, channels.long()[None, :, None].expand(batch, -1, heads, -1))
     if slots is not None:
@@ -190,7 +190,7 @@ def _two_level_attention(
     if chosen_blocks.shape[2]:
         now = slice(0, last + 1)
         found = block_scores(grouped, statistics[:, :, now], seen[:, :, now], statistic, aggregation)
-        found[:, :, last] = float("inf")  # it grows: the step after this one must keep it
+        found[:, :, last] = float("inf")  # the block is still growing, so the next step must choose it
         scores[:, :, end % 2, now] = found
         used = scores[:, :, (end - 1) % 2, now] if is_pipelined else found
         chosen_blocks.copy_(_chosen_blocks(used, seen[:, :, now], last, chosen_blocks.shape[2], sink, recent))
@@ -204,7 +204,7 @@ def _two_level_attention(
             of_tokens = _token_scores(grouped, None, channels, labels, ranges, aggregation)
         else:
             of_tokens = _token_scores(grouped, slots, channels, labels, ranges, aggregation)
-        # -0.0 and 0.0 are equal here as in the kernels' order of integers.
+        # Adding 0.0 turns -0.0 into 0.0, since the kernels compare scores as integers.
         of_tokens = (of_tokens + 0.0).masked_fill(~visible(slots), float("-inf"))
         places = listed(top(of_tokens, chosen_tokens.shape[2]), chosen_tokens.shape[2])
         slots = torch.where(places < 0, -1, slots.gather(2, places.clamp(min=0).long()))
@@ -220,7 +220,7 @@ def _two_level_attention(
 def _attention_over(
     grouped: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float, dtype: torch.dtype
 ) -> Tensor:
-    """[B, 1, H, V] of queries [B, G, R, K] over those of L keys and values [B, G, L, K] that are visible."""
+    """Attention [B, 1, H, V] of queries [B, G, R, K] over the visible ones of L keys and values [B, G, L, K]."""
     of_keys = grouped @ k.transpose(-1, -2) * scale
     if softcap:
         of_keys = softcap * torch.tanh(of_keys / softcap)
@@ -248,40 +248,40 @@ def two_level_attention(
     labels: Tensor, ranges: Tensor, scores: Tensor, chosen_blocks: Tensor, chosen_tokens: Tensor, scale: float,
     softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
 ) -> Tensor:  # fmt: skip
-    """One step: the last token's key enters the index, and its query attends to what is chosen.
+    """Perform one step: add the last token's key to the index, and attend to the selected keys.
 
     Args:
         query: [B, H, 1, K], any strides.
-        keys: [B, G, S, K] with the last dimension contiguous, the new key written already; or pages [pages, block, K].
-        values: [B, G, S, V] or [pages, block, V], likewise; for latents a view of `keys`.
-        block_table: int32 [B, G, N], the page of each block, or None. Without `host`, chosen blocks must have one.
-        host: [B, G, N, block, W] of all keys and values, see :mod:`~effpass.lowering.ops.two_level_attention_index`;
-            what is chosen and has no page (-1) is read there.
+        keys: [B, G, S, K], last dimension contiguous, including the new key; or pages [pages, block, K].
+        values: [B, G, S, V] or [pages, block, V], last dimension contiguous; for latents a view of `keys`.
+        block_table: int32 [B, G, N], page of each block, or None. Without `host`, chosen blocks must have pages.
+        host: [B, G, N, block, W], all keys and values (:mod:`~effpass.lowering.ops.block_pool`), read for blocks
+            without a page (-1); or None.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
-        query_positions: int32 [B, 1]; -1 for padding, which gives 0.
-        filled: int32 [1], the slots in use, the new one included.
+        query_positions: int32 [B, 1]; -1 for padding, which outputs 0.
+        filled: int32 [1], number of slots in use, including the new one.
         channels: int32 [G, C].
-        statistics: [B, G, N, P, K], written; so are all up to `chosen_tokens`, see :class:`KeyIndex`.
+        statistics: [B, G, N, P, K], written, as are all up to `chosen_tokens`; see :class:`KeyIndex`.
         seen: int32 [B, G, N].
         labels: uint8 [B, G, S, C/2].
         ranges: float16 [B, G, S, 2].
         scores: float32 [B, G, 2, N].
-        chosen_blocks: int32 [B, G, k_b]; with k_b = 0 all keys are looked at.
-        chosen_tokens: int32 [B, G, k_t]; with k_t = 0 whole blocks are attended to.
-        scale: factor on the scores.
+        chosen_blocks: int32 [B, G, k_b]; with k_b = 0 the tokens of all blocks are considered.
+        chosen_tokens: int32 [B, G, k_t]; with k_t = 0 attention is over whole blocks.
+        scale: factor applied to the scores.
         softcap: bound on the scores; 0 for none.
-        block: slots of a block.
-        sink: blocks kept from the first token on.
-        recent: blocks kept up to the last.
+        block: slots per block.
+        sink: number of blocks at the start of the sequence that are always chosen.
+        recent: number of blocks up to the last one that are always chosen.
         statistic: ``"min_max"``, ``"mean"`` or ``"mean_std"``.
-        aggregation: ``"sum"`` or ``"max"`` over the query heads of a key-value head.
-        is_pipelined: choose tokens in the blocks of the scores that the last step left.
+        aggregation: ``"sum"`` or ``"max"`` over the query heads of a KV head.
+        is_pipelined: whether to choose blocks by the scores of the previous step.
 
     Returns:
         [B, 1, H, V], contiguous.
 
     Raises:
-        EffpassError: more than one token, or sizes that don't match.
+        EffpassError: if there is more than one token, or sizes don't match.
     """
     _check(query, keys, values, block_table, host, key_positions, channels)
     arguments = (
@@ -348,9 +348,9 @@ def _(query: Any, keys: Any, values: Any, block_table: Any, host: Any, key_posit
       **kwargs: Any) -> Any:  # fmt: skip
     batch, heads, _, key_size = query
     bounds = statistics[2] * statistics[3] * key_size
-    candidates = min(chosen_blocks[2] * block or labels[2], key_positions[1])
+    candidates = smaller(chosen_blocks[2] * block or labels[2], key_positions[1])
     of_labels = candidates * channels[1] if chosen_tokens[2] else 0
-    attended = min(chosen_tokens[2] or candidates, key_positions[1])
+    attended = smaller(chosen_tokens[2] or candidates, key_positions[1])
     return 2 * batch * heads * (bounds + of_labels + attended * (key_size + values[-1]))
 
 
@@ -367,17 +367,17 @@ def score_blocks(
     query: Tensor, statistics: Tensor, seen: Tensor, filled: Tensor, scores: Tensor, block: int, statistic: str,
     aggregation: str,
 ) -> None:  # fmt: skip
-    """Scores of all blocks by a query, for the first step of a pipeline, which has no step before it.
+    """Score all blocks by a query, for the first step of a pipeline, which has no previous step.
 
     Args:
-        query: [B, H, 1, K]: the prompt's last.
+        query: [B, H, 1, K], last query of the prompt.
         statistics: [B, G, N, P, K].
-        seen: int32 [B, G, N].
-        filled: int32 [1], the slots in use.
+        seen: int32 [B, G, N], number of tokens in each block.
+        filled: int32 [1], number of slots in use.
         scores: float32 [B, G, 2, N], written.
-        block: slots of a block.
-        statistic: what `statistics` are.
-        aggregation: over the query heads of a key-value head.
+        block: slots per block.
+        statistic: kind of the statistics.
+        aggregation: reduction over the query heads of a KV head.
     """
     batch, groups, blocks = seen.shape
     wide = torch.promote_types(query.dtype, torch.float32)

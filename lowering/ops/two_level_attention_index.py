@@ -1,17 +1,20 @@
-"""What two-level sparse attention knows of a cache's keys, so that a step can choose among them without reading them.
+"""Index of a cache's keys for two-level sparse attention, with which a step selects keys without reading them.
 
-    statistics[n] = min and max (or mean; or mean and standard deviation) of the keys in block n, of each channel
+    statistics[n] = min and max (or mean; or mean and standard deviation) of the keys in block n, per channel
     labels[s, c]  = round((k_sc - low_s) / step_s)
-                    low_s = min_c k_sc,  step_s = (max_c k_sc - low_s) / 15,  c over the group's channels
+                    low_s = min_c k_sc,  step_s = (max_c k_sc - low_s) / 15,  c over the channels of the KV head's label
 
-A block is `block` slots that stand side by side. Slots that are empty, padding, or behind `filled` do not count in a
-block's statistics, and `seen` says how many do. Blocks are those of Quest (https://arxiv.org/abs/2406.10774), labels
-those of Double Sparsity (https://arxiv.org/abs/2408.07092).
+A block is a run of `block` consecutive slots. Slots that are empty, padding, or not below `filled` are excluded from a
+block's statistics, and `seen` counts the others. Blocks are those of Quest (https://arxiv.org/abs/2406.10774), labels
+those of Double Sparsity (https://arxiv.org/abs/2408.07092). :mod:`effpass.lowering.ops.two_level_attention` reads and
+extends the index.
 
-Shapes: B batch, G key-value heads, S slots, N = ceil(S / block) blocks, K key size, C channels of a label, P statistics
-of a block. Where `block_table` int32 [B, G, N] is given, keys are pages [pages, block, K], and block n of a row and
-head lies in page block_table[b, g, n]; else they are [B, G, S, K]. A block without a page (-1) is read from `host`
-[B, G, N, block, W], where that is given: all keys and values side by side (W = K + V), or latents (W = K).
+Keys are [B, G, S, K], or with a `block_table` int32 [B, G, N] pages [pages, block, K], where block n of a sequence and
+KV head is in page block_table[b, g, n]. A block without a page (-1) is read from `host` [B, G, N, block, W], if given,
+which holds all keys and values side by side (W = K + V), or latents (W = K).
+
+Shapes: B batch, G KV heads, S slots, N = ceil(S / block) blocks, K key size, C channels of a label, P vectors of
+statistics per block.
 """
 
 from __future__ import annotations
@@ -29,26 +32,28 @@ from effpass.lowering.ops.kernel_choice import triton_kernels
 
 __all__ = ["STATISTICS", "KeyIndex", "Selection", "gather_slots", "index_blocks", "index_keys", "parted"]
 
-#: Statistics of a block, and how many vectors each is.
+#: Kinds of block statistics, and the number of vectors of each.
 STATISTICS = {"min_max": 2, "mean": 1, "mean_std": 2}
-_LARGEST = 65504.0  # of float16
+_LARGEST = 65504.0  # largest float16
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which keys a decode step attends to.
+    """Rule by which a decode step selects the keys that it attends to.
 
     Attributes:
-        tokens: keys that a step attends to, a key-value head.
-        blocks: blocks that the first level keeps, whose keys the second one looks at.
-        block: slots of a block.
-        sink: blocks from the first token on that are always kept.
-        recent: blocks up to the last token that are always kept.
-        statistic: ``"min_max"`` bounds the scores of a block's keys from above; ``"mean"`` and ``"mean_std"`` estimate.
-        aggregation: how the scores of the query heads that share keys become one: ``"sum"`` or ``"max"``.
-        levels: ``"both"``; ``"blocks"`` attends to whole blocks (Quest), ``"tokens"`` looks at all keys' labels (Double
-            Sparsity).
-        is_pipelined: choose tokens in the blocks that the step before chose, so that they can be fetched in between.
+        tokens: number of keys that a step attends to, per KV head.
+        blocks: number of blocks that the first level keeps, whose keys the second level considers.
+        block: slots per block.
+        sink: number of blocks at the start of the sequence that are always kept.
+        recent: number of blocks up to the last token that are always kept.
+        statistic: ``"min_max"`` gives an upper bound of the scores of a block's keys; ``"mean"`` and ``"mean_std"``
+            give estimates.
+        aggregation: reduction of the scores over the query heads of a KV head: ``"sum"`` or ``"max"``.
+        levels: ``"both"``; ``"blocks"`` to attend to whole blocks (Quest); ``"tokens"`` to consider the labels of all
+            keys (Double Sparsity).
+        is_pipelined: whether to choose tokens in blocks selected by the previous step, so that these can be fetched in
+            between.
     """
 
     tokens: int = 2048
@@ -91,19 +96,21 @@ class Selection:
 
 @dataclass(frozen=True)
 class KeyIndex:
-    """The index of one layer's keys, in tensors that stay where they are.
+    """Index of one layer's keys, in tensors whose addresses do not change.
 
     Attributes:
-        selection: how it is used.
-        channels: int32 `[G, C]`, the channels of a label; C is a multiple of 2.
-        statistics: `[B, G, N, P, K]`, in the keys' type.
-        seen: int32 `[B, G, N]`, the tokens of each block.
-        labels: uint8 `[B, G, S, C/2]`: channel j in the low half of byte j, channel j + C/2 in the high one.
-        ranges: float16 `[B, G, S, 2]`: step and low of each label.
-        scores: float32 `[B, G, 2, N]`, the blocks' scores of the last two steps: those of one that ends with F slots
+        selection: rule by which keys are selected.
+        channels: int32 `[G, C]`, channels of a label; C is even.
+        statistics: `[B, G, N, P, K]`, in the keys' dtype.
+        seen: int32 `[B, G, N]`, number of tokens in each block.
+        labels: uint8 `[B, G, S, C/2]`; byte j has channel j in its low half and channel j + C/2 in its high half.
+        ranges: float16 `[B, G, S, 2]`, step and low of each label.
+        scores: float32 `[B, G, 2, N]`, block scores of the last two steps; those of a step that ends with F slots
             filled are in scores[:, :, F % 2].
-        chosen_blocks: int32 `[B, G, kept]`, the blocks of the last step in order, -1 behind them.
-        chosen_tokens: int32 `[B, G, tokens]`, likewise the slots; empty where whole blocks are attended to.
+        chosen_blocks: int32 `[B, G, kept]`, blocks of the last step, ascending, followed by -1; empty without the first
+            level.
+        chosen_tokens: int32 `[B, G, tokens]`, slots of the last step, ascending, followed by -1; empty if attention is
+            over whole blocks.
     """
 
     selection: Selection
@@ -120,15 +127,15 @@ class KeyIndex:
     def empty(
         cls, selection: Selection, channels: Tensor, batch: int, slots: int, key_size: int, dtype: torch.dtype
     ) -> KeyIndex:
-        """The index of a cache that holds nothing.
+        """Create the index of an empty cache.
 
         Args:
-            selection: how it is used.
-            channels: int32 `[G, C]` on the cache's device.
-            batch: rows B.
-            slots: S.
-            key_size: K.
-            dtype: of the keys.
+            selection: rule by which keys are selected.
+            channels: int32 `[G, C]` on the cache's device, channels of the labels.
+            batch: batch size B.
+            slots: number of slots S.
+            key_size: key size K.
+            dtype: dtype of the keys.
         """
         groups, of_label = channels.shape
         if of_label % 2 or not of_label:
@@ -137,23 +144,23 @@ class KeyIndex:
         blocks = -(-slots // selection.block) if has_blocks else 0
         of_slots = slots if has_labels else 0
 
-        def some(*shape: int, dtype: torch.dtype, value: float = 0) -> Tensor:
+        def full(*shape: int, dtype: torch.dtype, value: float = 0) -> Tensor:
             return torch.full((batch, groups, *shape), value, dtype=dtype, device=channels.device)
 
         return cls(
             selection,
             channels,
-            some(blocks, STATISTICS[selection.statistic], key_size, dtype=dtype),
-            some(blocks, dtype=torch.int32),
-            some(of_slots, of_label // 2, dtype=torch.uint8),
-            some(of_slots, 2, dtype=torch.float16),
-            some(2, blocks, dtype=torch.float32, value=float("-inf")),
-            some(selection.kept_blocks if has_blocks else 0, dtype=torch.int32, value=-1),
-            some(selection.tokens if has_labels else 0, dtype=torch.int32, value=-1),
+            full(blocks, STATISTICS[selection.statistic], key_size, dtype=dtype),
+            full(blocks, dtype=torch.int32),
+            full(of_slots, of_label // 2, dtype=torch.uint8),
+            full(of_slots, 2, dtype=torch.float16),
+            full(2, blocks, dtype=torch.float32, value=float("-inf")),
+            full(selection.kept_blocks if has_blocks else 0, dtype=torch.int32, value=-1),
+            full(selection.tokens if has_labels else 0, dtype=torch.int32, value=-1),
         )
 
     def rows(self, count: int) -> KeyIndex:
-        """The index of the first `count` rows; views."""
+        """Return the index of the first `count` sequences, as views."""
         if count == self.seen.shape[0]:
             return self
         names = ("statistics", "seen", "labels", "ranges", "scores", "chosen_blocks", "chosen_tokens")
@@ -161,7 +168,7 @@ class KeyIndex:
 
     @property
     def bytes_per_token(self) -> float:
-        """Memory of the index, a slot of all heads."""
+        """Memory of the index in bytes per slot, for all KV heads."""
         slots = max(self.labels.shape[2], self.seen.shape[2] * self.selection.block)
         parts = (self.statistics, self.seen, self.labels, self.ranges, self.scores)
         return sum(t.numel() * t.element_size() for t in parts) / (slots * self.seen.shape[0])
@@ -170,7 +177,7 @@ class KeyIndex:
         self, keys: Tensor, key_positions: Tensor, start: Tensor, filled: Tensor, tokens: int,
         block_table: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Enter `tokens` keys from slot `start` on, which are in the cache already; see :func:`index_keys`."""
+        """Add `tokens` keys, which are in the cache from slot `start` on; see :func:`index_keys`."""
         rows = self.rows(key_positions.shape[0])
         torch.ops.effpass.index_keys(
             keys, block_table, key_positions, start, filled, tokens, rows.channels, rows.statistics, rows.seen,
@@ -179,7 +186,7 @@ class KeyIndex:
 
 
 def parted(rows: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of rows [..., W]: side by side, or of latents, whose value is the first part of the key."""
+    """Split entries [..., W] into keys and values, as views; the value of a latent is the first part of its key."""
     first = 0 if rows.shape[-1] == key_size else key_size
     return rows[..., :key_size], rows[..., first : first + value_size]
 
@@ -187,14 +194,14 @@ def parted(rows: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor
 def gather_slots(
     cached: Tensor, block_table: Tensor | None, slots: Tensor, block: int, host: Tensor | None = None
 ) -> Tensor:
-    """What stands in `slots` [B, G, L] of keys or values: [B, G, L, K]. A negative slot gives any row.
+    """Gather keys or values [B, G, L, K] of `slots` [B, G, L]; for negative slots the result is arbitrary.
 
     Args:
         cached: [B, G, S, K], or pages [pages, block, K].
-        block_table: int32 [B, G, N] of pages, or None.
+        block_table: int32 [B, G, N], page of each block; or None.
         slots: [B, G, L].
-        block: slots of a block.
-        host: [B, G, N, block, K], read where a block has no page.
+        block: slots per block.
+        host: [B, G, N, block, K], read for blocks without a page; or None.
     """
     slots = slots.clamp(min=0).long()
     if block_table is None:
@@ -206,7 +213,7 @@ def gather_slots(
     return torch.where((pages >= 0)[..., None], found, gather_slots(host.flatten(2, 3), None, slots, block))
 
 
-# -- the reference ----------------------------------------------------------------------------------------------------
+# -- reference --------------------------------------------------------------------------------------------------------
 
 
 def index_blocks(
@@ -225,7 +232,7 @@ def index_blocks(
     statistic: str,
     host: Tensor | None = None,
 ) -> None:
-    """Statistics and labels of blocks `first` to `last`, `last` included, anew from the keys that stand there."""
+    """Recompute statistics and labels of blocks `first` to `last`, inclusive, from the keys in the cache."""
     (batch, slots), groups = key_positions.shape, channels.shape[0]
     begin, end = first * block, min((last + 1) * block, slots)
     here = torch.arange(begin, begin + (last + 1 - first) * block, device=keys.device)
@@ -251,7 +258,7 @@ def index_blocks(
 
 
 def _statistics(k: Tensor, there: Tensor, count: Tensor, statistic: str) -> Iterator[Tensor]:
-    """Vectors `[B, G, blocks, K]` over the keys `[B, G, blocks, block, K]` that are `there`."""
+    """Yield statistics `[B, G, blocks, K]` of the keys `[B, G, blocks, block, K]` that `there` selects."""
     if statistic == "min_max":
         yield k.masked_fill(~there, float("inf")).amin(3)
         yield k.masked_fill(~there, float("-inf")).amax(3)
@@ -297,22 +304,22 @@ def index_keys(
     block: int,
     statistic: str,
 ) -> None:
-    """Enter keys that the cache holds already into its index; the blocks they stand in are computed anew.
+    """Add keys that the cache already holds to its index; the blocks that contain them are recomputed.
 
     Args:
         keys: [B, G, S, K], or pages [pages, block, K] with a table.
-        block_table: int32 [B, G, N], or None.
+        block_table: int32 [B, G, N], page of each block; or None.
         key_positions: int32 [B, S]; -1 in empty slots and padding.
-        start: int32 [1], the slot of the first new key.
-        filled: int32 [1]; the slots from it on are empty.
-        tokens: how many keys are new.
-        channels: see :class:`KeyIndex`; so are the rest, which are written.
+        start: int32 [1], slot of the first new key.
+        filled: int32 [1], number of slots in use.
+        tokens: number of new keys.
+        channels: int32 [G, C], channels of a label; see :class:`KeyIndex`, also for the following tensors.
         statistics: written.
         seen: written.
         labels: written.
         ranges: written.
-        block: slots of a block.
-        statistic: of a block.
+        block: slots per block.
+        statistic: kind of the statistics.
     """
     blocks = -(-key_positions.shape[1] // block)
     if keys.is_cuda:
@@ -323,7 +330,7 @@ def index_keys(
                 block, statistic,
             )  # fmt: skip
             return
-        first, last = 0, blocks - 1  # nothing may wait for `start`
+        first, last = 0, blocks - 1  # all blocks, because reading `start` would wait for the device
         end = key_positions.shape[1]
         key_positions = torch.where(torch.arange(end, device=keys.device) < filled, key_positions, -1)
     else:

@@ -1,6 +1,6 @@
-"""Linear attention in transformers models: the layer, what it caches, and hybrids with other attention layers.
+"""Linear attention in transformers models: the layer, its cache, and hybrid models with linear and softmax attention.
 
-Importing this package makes `AutoConfig` and `AutoModelForCausalLM` know hybrids that were saved.
+Importing this package registers saved hybrids with `AutoConfig` and `AutoModelForCausalLM`.
 """
 
 from effpass.runtime.linear_attention.hybrid import MODEL_TYPE, is_hybrid, linear_layers, make_hybrid

@@ -1,4 +1,4 @@
-"""Where a transformers decoder has its attention."""
+"""Lookup of the attention modules in a transformers decoder, which linear attention replaces."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from effpass.core.errors import ModelError
 
 __all__ = ["attention_layers"]
 
-# What the output of attention goes through, in the families of transformers.
+# Names of the output projection of attention in transformers' model families.
 _OUTPUTS = ("o_proj", "c_proj", "out_proj", "dense")
 
 
 def attention_layers(model: Any, layers: Sequence[int] | None = None) -> dict[int, tuple[nn.Module, str]]:
-    """The attention of each decoder layer: the module that holds it, and its name there.
+    """Return the parent module of each decoder layer's attention and its attribute name there, by layer index.
 
     Args:
         model: a transformers causal LM.
-        layers: the numbers asked for; all by default.
+        layers: indices of the layers to return; None for all.
 
     Raises:
-        ModelError: the model has no attention that is known here, or no such layers.
+        ModelError: if a layer has no attention module of a known form, or `layers` is not a valid list of layers.
     """
     found: dict[int, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():

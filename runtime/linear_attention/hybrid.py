@@ -1,9 +1,9 @@
-"""Hybrids: transformers models some of whose attention layers are linear attention, by their config.
+"""Hybrid models: transformers models in which some attention layers are linear attention, as their config describes.
 
-A hybrid's class and config are subclasses of its family's, made when they are first asked for. In config.json
-`model_type` is ``effpass_hybrid``, `base_model_type` the family's, and `linear_attention` holds the layers and
-settings; all else is as the family writes it. A library that does not know the type refuses the checkpoint, which is
-better than loading it without its layers.
+Model class and config class of a hybrid are subclasses of those of its model family, created on first use. In
+config.json, `model_type` is ``effpass_hybrid``, `base_model_type` is that of the family, `linear_attention` holds the
+layer indices and settings, and everything else is as the family writes it. A library that does not know this
+`model_type` refuses the checkpoint, instead of loading it without the linear-attention layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODEL_TYPE = "effpass_hybrid"
 
 
 class HybridConfig(PreTrainedConfig):
-    """What `AutoConfig` finds under ``effpass_hybrid``; makes configs of the family's own subclass."""
+    """Config class that `AutoConfig` finds for ``effpass_hybrid``; it creates configs of the family's subclass."""
 
     model_type = MODEL_TYPE
 
@@ -40,13 +40,13 @@ class HybridConfig(PreTrainedConfig):
             raise ModelError(f"a hybrid of base_model_type {base!r}, which this transformers does not know")
         family: Any = CONFIG_MAPPING[base]
         config = _config_class(family).from_dict(config_dict, **kwargs)
-        linear_layers(config[0] if isinstance(config, tuple) else config)  # refuses what no layer has
+        linear_layers(config[0] if isinstance(config, tuple) else config)  # raises for invalid settings
         return config
 
 
 @functools.cache
 def _config_class(base: Any) -> Any:
-    """The config of hybrids of a family, and with it their model's class."""
+    """Return the config class of a family's hybrids, and register the matching model class."""
     name = f"Hybrid{base.__name__}"
     members = {"model_type": MODEL_TYPE, "base_model_type": base.model_type, "__doc__": base.__doc__}
     config = type(name, (base,), {**members, "__module__": __name__, "__reduce__": _reduced_config})
@@ -56,7 +56,7 @@ def _config_class(base: Any) -> Any:
 
 
 def _reduced_config(self: Any) -> Any:
-    """Copies of a config, whose class no module holds."""
+    """Support copying and pickling of a config, whose class is not an attribute of any module."""
     return _restored_config, (type(self).__mro__[1], dict(self.__dict__))
 
 
@@ -88,16 +88,16 @@ def _model_class(base: Any, config_class: Any) -> Any:
 
 
 def is_hybrid(config: Any) -> bool:
-    """Whether a config is a hybrid's."""
+    """Whether `config` is that of a hybrid."""
     return getattr(config, "linear_attention", None) is not None
 
 
 def linear_layers(config: Any) -> tuple[list[int], GatedDeltaSettings]:
-    """Which layers are linear attention, and their settings.
+    """Return the indices of the linear-attention layers, and their settings.
 
     Raises:
-        ModelError: the config tells no such layers.
-        EffpassError: its settings are no layer's.
+        ModelError: if the config has no valid list of layers.
+        EffpassError: if the settings are invalid.
     """
     content, count = config.linear_attention, config.num_hidden_layers
     layers = content.get("layers") if isinstance(content, Mapping) else None
@@ -108,18 +108,18 @@ def linear_layers(config: Any) -> tuple[list[int], GatedDeltaSettings]:
 
 
 def make_hybrid(model: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> dict[int, GatedDeltaAttention]:
-    """Put new layers of linear attention in the place of a model's attention layers, in place.
+    """Replace attention layers of a model by new linear-attention layers, in place.
 
     Args:
         model: a transformers causal LM.
-        layers: numbers of the layers.
-        settings: of all of them.
+        layers: indices of the layers to replace.
+        settings: settings of the new layers.
 
     Returns:
-        The new layers by number; their weights are random.
+        The new layers by layer index; their weights are random.
 
     Raises:
-        ModelError: the model has no such layers, or is a hybrid already; nothing was changed.
+        ModelError: if the model has no such layers, or is a hybrid already; the model is unchanged then.
     """
     config = model.config
     if is_hybrid(config):
@@ -133,7 +133,7 @@ def make_hybrid(model: Any, layers: Sequence[int], settings: GatedDeltaSettings)
 
 
 def hybrid_config(config: Any, layers: Sequence[int], settings: GatedDeltaSettings) -> Any:
-    """The config that a model of `config` has once :func:`make_hybrid` has changed it."""
+    """Return the config that :func:`make_hybrid` gives a model with `config`, which is not changed."""
     config = copy.deepcopy(config)
     _describe(config, layers, settings)
     return config

@@ -1,13 +1,14 @@
-"""The layer: projections, short convolution, gates, the gated delta rule, gated norm.
+"""The linear-attention layer: projections, short convolution, gates, gated delta rule, and gated norm.
 
     q, k, v = SiLU(conv(W x))        g, β, β_w from W_f x, W_β x, W_w x        o = rule(q, k, v, g, β, β_w)
     y = W_o (RMSNorm(o) ⊙ σ(W_g x))
 
-The form is that of Kimi Delta Attention's layer (https://arxiv.org/abs/2510.26692) with the step sizes of FG²-GDN
-(https://arxiv.org/abs/2604.19021); the recurrence is :mod:`effpass.lowering.ops.gated_delta_rule`. Order within a
-sequence comes from convolution and decay: there is no position embedding.
+x is the input and y the output of the layer, g the log of the decay, and β and β_w are step sizes, for erasing and
+writing. The layer has the form of Kimi Delta Attention (https://arxiv.org/abs/2510.26692) with the step sizes of
+FG²-GDN (https://arxiv.org/abs/2604.19021); the recurrence `rule` is :mod:`effpass.lowering.ops.gated_delta_rule`. There
+is no position embedding, because convolution and decay represent the order of tokens.
 
-Shapes: B batch, T tokens, D model width, H key heads, HV value heads, K key size, V value size.
+Shapes: B batch, T tokens, D hidden size, H key heads, HV value heads, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from effpass.runtime.linear_attention.state import StateBuffers, StateLayer, sta
 
 __all__ = ["GatedDeltaAttention"]
 
-_RATES = (1.0, 16.0)  # exp(A_log) at the start
-_STEPS = (1e-3, 0.1)  # softplus(dt_bias) at the start
+_RATES = (1.0, 16.0)  # range of the initial exp(A_log)
+_STEPS = (1e-3, 0.1)  # range of the initial softplus(dt_bias)
 
 
 class GatedDeltaAttention(nn.Module):
-    """Linear attention in the place of a decoder layer's attention.
+    """Linear attention that takes the place of a decoder layer's attention.
 
     Args:
-        settings: sizes and form.
-        hidden_size: D.
-        layer_idx: which layer of the cache is this one's.
-        norm_eps: of the norm before the output's gate.
+        settings: sizes and form of the layer.
+        hidden_size: hidden size D of the model.
+        layer_idx: index of the layer in the cache.
+        norm_eps: epsilon of the norm before the output gate.
 
     Attributes:
-        cache_layer: what stands for the layer in a transformers cache.
+        cache_layer: class of the layer in a transformers cache.
     """
 
     cache_layer = StateLayer
@@ -59,7 +60,7 @@ class GatedDeltaAttention(nn.Module):
         decay_shape = (heads,) if settings.mode == "gdn" else (heads, key_size)
         self.f_proj = _linear(hidden_size, math.prod(decay_shape), 0 if settings.mode == "gdn" else rank)
         self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # a vector: optimisers take matrices apart
+        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # 1-D: optimisers treat matrices differently
         self.by_channel = settings.mode in ("fg2", "fg2+")
         steps, beta_rank = (heads * key_size, settings.beta_rank) if self.by_channel else (heads, 0)
         self.b_proj = _linear(hidden_size, steps, beta_rank)
@@ -71,7 +72,7 @@ class GatedDeltaAttention(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Initial values of the parameters that belong to no linear layer."""
+        """Initialise the parameters that do not belong to a linear layer."""
         self.conv.reset_parameters()
         self.A_log.uniform_(*_RATES).log_()
         step = torch.empty_like(self.dt_bias).uniform_(*(math.log(x) for x in _STEPS)).exp_()
@@ -87,16 +88,17 @@ class GatedDeltaAttention(nn.Module):
         effpass_cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """What the decoder layer calls.
+        """Run the layer; called by the decoder layer in place of its attention.
 
         Args:
-            hidden_states: [B, T, D].
-            attention_mask: as transformers makes it for the layer: read for which tokens are padding.
-            past_key_values: a cache, written.
-            effpass_cache: the decode engine's, which knows padding by itself.
+            hidden_states: [B, T, D], inputs.
+            attention_mask: mask that transformers builds for the layer, from which padding is read; None for no
+                padding.
+            past_key_values: cache to read and update; None for no cache.
+            effpass_cache: cache of the decode engine, which knows padding by itself; None outside of the engine.
 
         Returns:
-            [B, T, D], and None where transformers expects weights.
+            The output [B, T, D], and None in place of the attention weights that transformers allows for.
         """
         is_token = _tokens(hidden_states, attention_mask, effpass_cache)
         x = hidden_states if is_token is None else hidden_states * is_token[..., None].to(hidden_states.dtype)
@@ -111,9 +113,13 @@ class GatedDeltaAttention(nn.Module):
         return self._projected(out, x), None
 
     def _convolved(self, mixed: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T, channels] through convolution and SiLU, and the last inputs [B, kernel - 1, channels].
+        """Apply convolution and SiLU to `mixed` [B, T, channels], with the inputs `before` it from the cache.
 
-        As a sum of products it leaves channels side by side, as the recurrence reads them, and compiles to one kernel.
+        The convolution is written as a sum of products: it keeps the channels contiguous, as the recurrence reads them,
+        and compiles to one kernel.
+
+        Returns:
+            The result [B, T, channels], and the last inputs to cache [B, kernel size - 1, channels].
         """
         tokens, size = mixed.shape[1], self.settings.conv_kernel_size - 1
         full = F.pad(mixed, (0, 0, size, 0)) if before is None else torch.cat((before.to(mixed.dtype), mixed), 1)
@@ -124,7 +130,7 @@ class GatedDeltaAttention(nn.Module):
         return F.silu(out), full[:, tokens:]
 
     def _recurrence(self, mixed: Tensor, x: Tensor, state: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
-        """Outputs [B, T, HV, V] and the state after them, which is `state` itself where `in_place`."""
+        """Return the outputs [B, T, HV, V] and the new state, which is `state` itself, updated, if `in_place`."""
         heads, key_size = self.settings.num_value_heads, self.settings.key_head_dim
         keys = self.settings.num_key_heads * key_size
         q, k, v = mixed.split((keys, keys, heads * self.settings.value_head_dim), -1)
@@ -145,7 +151,7 @@ class GatedDeltaAttention(nn.Module):
         return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
 
     def _projected(self, out: Tensor, x: Tensor) -> Tensor:
-        """[B, T, D] of outputs [B, T, HV, V]."""
+        """Normalise, gate and project the outputs [B, T, HV, V] of the recurrence to [B, T, D]."""
         wide = out.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
         gate = self.g_proj(x).view(out.shape)
@@ -157,18 +163,18 @@ class GatedDeltaAttention(nn.Module):
 
 
 def _linear(width: int, size: int, rank: int, bias: bool = False) -> nn.Module:
-    """A linear layer; of a rank, or 0 for the full one."""
+    """Create a linear layer, factorised with the given rank; a rank of 0 stands for a full matrix."""
     if rank == 0:
         return nn.Linear(width, size, bias=bias)
     return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, size, bias=bias))
 
 
 def _tokens(hidden_states: Tensor, mask: Any, effpass_cache: Any) -> Tensor | None:
-    """Which tokens are none of padding, bool [B, T]; None where all are."""
+    """Return the mask of the tokens that are not padding, bool [B, T]; None if there is no padding."""
     tokens = hidden_states.shape[1]
     if effpass_cache is not None:
         positions = effpass_cache.query_positions
-        # In a step rows without a sequence compute what nobody reads.
+        # In a decode step only unused sequences hold padding, and their outputs are never read.
         return None if tokens == 1 or effpass_cache.slots.is_dense else positions >= 0
     if mask is None:
         return None
@@ -177,8 +183,8 @@ def _tokens(hidden_states: Tensor, mask: Any, effpass_cache: Any) -> Tensor | No
             f"linear attention reads padding from a mask, and was given a {type(mask).__name__}",
             hint="load the model with attn_implementation='sdpa'",
         )
-    if mask.dim() == 2:  # FlashAttention's: which tokens of the whole sequence are padding
+    if mask.dim() == 2:  # the form for FlashAttention: tokens of the whole sequence
         return mask[:, -tokens:].bool()
-    # A token is padding where it may not attend to itself, whatever window or prefix the mask has.
+    # A token is padding if it may not attend to itself, for any sliding window or prefix in the mask.
     own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
     return own if own.dtype == torch.bool else own == 0

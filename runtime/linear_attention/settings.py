@@ -1,4 +1,4 @@
-"""What a layer of linear attention is built from; written into a hybrid's config and into artifacts."""
+"""Settings of a linear-attention layer, which are stored in a hybrid's config and in artifacts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["GatedDeltaSettings", "Mode"]
 
 Mode = Literal["gdn", "kda", "fg2", "fg2+"]
 
-_LARGEST = 256  # channels of a head, of keys and of values
+_LARGEST = 256  # maximum number of channels of a head, for keys and for values
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,21 @@ class GatedDeltaSettings:
     """Sizes and form of a :class:`~effpass.runtime.linear_attention.layer.GatedDeltaAttention`.
 
     Attributes:
-        mode: what has a value for each channel. `gdn`: nothing, decay and step size are a head's (gated DeltaNet);
-            `kda`: the decay (Kimi Delta Attention); `fg2`: the step size too (FG²-GDN); `fg2+`: with a step size for
-            erasing and one for writing.
-        num_key_heads: heads of queries and keys.
-        num_value_heads: heads of values, gates and states; a multiple of the former.
-        key_head_dim: channels of a query's or key's head.
-        value_head_dim: channels of a value's head; for `fg2` the same.
-        conv_kernel_size: tokens that the short convolution before the recurrence sees.
-        gate_rank: rank of the projections to the decay (not of `gdn`) and to the output's gate.
-        beta_rank: rank of the projections to step sizes of channels; 0 for full rank.
-        lower_bound: the log of the decay lies between this and 0; None for no bound, which kernels are slower with.
+        mode: granularity of decay and step size. `gdn`: both are per head (gated DeltaNet); `kda`: the decay is per
+            channel (Kimi Delta Attention); `fg2`: the step size is per channel too (FG²-GDN); `fg2+`: there are
+            separate step sizes per channel for erasing and for writing.
+        num_key_heads: number of heads of queries and keys.
+        num_value_heads: number of heads of values, gates and states; a multiple of `num_key_heads`.
+        key_head_dim: number of channels of a query or key head.
+        value_head_dim: number of channels of a value head; equal to `key_head_dim` in mode `fg2`.
+        conv_kernel_size: kernel size, in tokens, of the short convolution before the recurrence.
+        gate_rank: rank of the projections to the decay (except in mode `gdn`) and to the output gate.
+        beta_rank: rank of the projections to step sizes per channel; 0 for full rank.
+        lower_bound: lower bound of the log of the decay, whose upper bound is 0; None for no lower bound, with which
+            kernels are slower.
 
     Raises:
-        EffpassError: sizes that no layer has.
+        EffpassError: if the settings are invalid.
     """
 
     mode: Mode
@@ -75,7 +76,7 @@ class GatedDeltaSettings:
 
     @property
     def state_bytes(self) -> int:
-        """Of a layer and sequence while decoding: the state in float32."""
+        """Size in bytes of the float32 state of one layer and sequence."""
         return 4 * self.num_value_heads * self.key_head_dim * self.value_head_dim
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,10 +84,10 @@ class GatedDeltaSettings:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> GatedDeltaSettings:
-        """What :meth:`to_dict` wrote.
+        """Create settings from the result of :meth:`to_dict`.
 
         Raises:
-            EffpassError: an unknown or missing key, or sizes that no layer has.
+            EffpassError: if a key is unknown or missing, or the settings are invalid.
         """
         known = [field.name for field in fields(cls)]
         for key in content:

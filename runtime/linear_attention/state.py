@@ -1,7 +1,9 @@
-"""What linear attention caches: a state and the last inputs of the short convolution, of the same size for any length.
+"""Cache layers of linear attention: a state and the last inputs of the short convolution, of constant size.
 
-Two cache layers hold them, one in transformers' own caches and one in the decode engine's. Neither can take back some
-of its tokens.
+:class:`StateLayer` is a layer of transformers' caches, and :class:`StateBuffers` is one of the decode engine's cache.
+Neither can remove some of its tokens, since a state can't be reverted.
+
+Shapes: B batch, HV value heads, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ def _is_no_attention(*_: Any, **__: Any) -> Any:
 
 
 class StateLayer(CacheLayerMixin):
-    """A layer of a transformers cache.
+    """A linear-attention layer of a transformers cache.
 
     Attributes:
-        conv: [B, conv_kernel_size - 1, channels] inputs of the convolution; None before the first token.
-        state: float32 [B, HV, K, V]; None before the first token.
-        seen: tokens entered.
+        conv: [B, conv_kernel_size - 1, channels], last inputs of the convolution; None before the first token.
+        state: float32 [B, HV, K, V], state of the recurrence; None before the first token.
+        seen: number of tokens that the state contains.
     """
 
     is_compileable = False
@@ -45,11 +47,11 @@ class StateLayer(CacheLayerMixin):
         self.seen = 0
 
     def read(self, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """`conv` and `state`."""
+        """Return `conv` and `state`; both arguments are ignored."""
         return self.conv, self.state
 
     def write(self, conv: Tensor, state: Tensor | None, tokens: int) -> None:
-        """What stands after `tokens` more."""
+        """Store the cache contents after `tokens` more tokens."""
         assert state is not None
         self.conv, self.state = conv, state
         self.seen += tokens
@@ -84,10 +86,10 @@ class StateLayer(CacheLayerMixin):
         self._each(lambda x: x[indices])
 
     def offload(self) -> None:
-        """Its size does not grow: it stays on the device."""
+        """Do nothing: the layer is small and stays on the device."""
 
     def prefetch(self) -> None:
-        """Likewise."""
+        """Do nothing; see :meth:`offload`."""
 
     def _each(self, change: Any) -> None:
         if self.conv is not None and self.state is not None:
@@ -95,11 +97,15 @@ class StateLayer(CacheLayerMixin):
 
 
 class StateBuffers(BufferedLayer):
-    """A layer of the decode engine's cache: `conv` and `state` stay where they are, zeros before the first token.
+    """A linear-attention layer of the decode engine's cache, in buffers of fixed address.
 
     Args:
-        slots: of the layers that keep keys; the state has none, and follows them.
-        settings: of the layer.
+        slots: slots of the layers that cache keys, which give batch size and device; the state itself has no slots.
+        settings: settings of the layer.
+
+    Attributes:
+        conv: [B, conv_kernel_size - 1, channels], last inputs of the convolution; zeros before the first token.
+        state: float32 [B, HV, K, V], state of the recurrence; zeros before the first token.
     """
 
     is_croppable = False
@@ -114,19 +120,29 @@ class StateBuffers(BufferedLayer):
         self.settings = settings
 
     def read(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views of the first rows of `conv`, of a type, and of `state`; made at the first call."""
+        """Return views of `conv` and `state` for the first `rows` sequences; the first call allocates the buffers.
+
+        Args:
+            rows: number of sequences.
+            dtype: dtype of `conv`.
+        """
         if not self.is_initialized:
-            of, (batch, _), device = self.settings, self.slots.positions.shape, self.slots.positions.device
-            channels = 2 * of.num_key_heads * of.key_head_dim + of.num_value_heads * of.value_head_dim
-            self.conv = torch.zeros(batch, of.conv_kernel_size - 1, channels, dtype=dtype, device=device)
+            sizes, (batch, _), device = self.settings, self.slots.positions.shape, self.slots.positions.device
+            channels = 2 * sizes.num_key_heads * sizes.key_head_dim + sizes.num_value_heads * sizes.value_head_dim
+            self.conv = torch.zeros(batch, sizes.conv_kernel_size - 1, channels, dtype=dtype, device=device)
             self.state = torch.zeros(
-                batch, of.num_value_heads, of.key_head_dim, of.value_head_dim, dtype=_state_type(dtype), device=device
+                batch,
+                sizes.num_value_heads,
+                sizes.key_head_dim,
+                sizes.value_head_dim,
+                dtype=_state_type(dtype),
+                device=device,
             )
             self.dtype, self.device, self.is_initialized = dtype, device, True
         return self.conv[:rows], self.state[:rows]
 
     def write(self, conv: Tensor, state: Tensor | None, tokens: int) -> None:
-        """Copy what stands after `tokens` more into the buffers; `state` is None where it was written in place."""
+        """Copy the contents after `tokens` more tokens into the buffers; `state` is None if it was updated in place."""
         self.conv[: len(conv)].copy_(conv)
         if state is not None:
             self.state[: len(state)].copy_(state)
@@ -145,10 +161,10 @@ def _state_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def state_layer(cache: Cache, index: int) -> StateLayer | StateBuffers:
-    """The cache layer of the linear attention `index`; put into a cache of transformers' own at the first call.
+    """Return the cache layer of the linear-attention layer `index`; in a transformers cache, create it on first use.
 
     Raises:
-        ModelError: the layer holds keys and values already, or the cache is of another kind.
+        ModelError: if the cache layer already holds keys and values, or the cache is of an unsupported kind.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
