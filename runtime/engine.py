@@ -130,12 +130,12 @@ class Engine:
     def _again(self, cache: DecodeCache, rows: int, capacity: int) -> Session:
         session = cache.session
         if not isinstance(session, Session) or session.model is not self.model:
-            raise EffpassError("past_key_values is not a cache that this model's generate returned")
+            raise EffpassError("the given cache is not one that this model's generate returned")
         if session.rows != rows:
-            raise EffpassError(f"past_key_values holds {session.rows} sequences, and the prompt {rows}")
+            raise EffpassError(f"the given cache holds {session.rows} sequences, and the prompt {rows}")
         if session.capacity < capacity:
             raise EffpassError(
-                f"past_key_values has room for {session.capacity} tokens, and prompt and answer are {capacity}",
+                f"the given cache has room for {session.capacity} tokens, and prompt and answer are {capacity}",
                 hint="give max_length in the first call that is as large as the whole conversation",
             )
         return session

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from effpass.core.cache_name import CACHE_NAMES, cache_name
 from effpass.core.errors import EffpassError
 from effpass.runtime.cache import DecodeCache
 from effpass.runtime.choice import Choice
@@ -27,7 +28,7 @@ _LOOK_EVERY = 4  # steps between two copies of the state to the host
 _IN_FLIGHT = 2  # copies that may be pending; more would let more steps run beyond the end
 # Inputs of vision-language models besides token ids; transformers computes the last one from the first two.
 _IMAGES = ("pixel_values", "image_sizes", "mm_encoder_outputs")
-_TAKEN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "token_type_ids")
+_TAKEN = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "token_type_ids")
 
 
 def generate(
@@ -66,8 +67,7 @@ def generate(
     images = {name: given for name in _IMAGES if (given := model_kwargs.pop(name, None)) is not None and len(given)}
     check_config(generation_config, model_kwargs)
     ids = input_ids.to(engine.device)
-    cache = model_kwargs.get("past_key_values")
-    cache = cache if isinstance(cache, DecodeCache) else None
+    cache = next((x for name in CACHE_NAMES if isinstance(x := model_kwargs.get(name), DecodeCache)), None)
     is_token = tokens_of(ids, model_kwargs.get("attention_mask"))
     check_positions(model_kwargs.get("position_ids"), is_token)
     rows, length = ids.shape
@@ -76,7 +76,7 @@ def generate(
         known = session.length
         if known >= length:
             raise EffpassError(
-                f"the prompt has {length} tokens, of which past_key_values holds {known}",
+                f"the prompt has {length} tokens, of which the cache holds {known}",
                 hint="pass the whole conversation, with at least one token that the cache has not seen",
             )
         more = {name: x.to(engine.device) if isinstance(x, Tensor) else x for name, x in images.items()}
@@ -101,7 +101,7 @@ def generate(
             kept = length + done - 1  # the last token was never fed to the model
             if session.length == kept or session.cache.is_croppable:
                 session.crop(kept)
-                result["past_key_values"] = engine.give(session)
+                result[cache_name()] = engine.give(session)
             return GenerateDecoderOnlyOutput(**result)
     return result["sequences"]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effpass.core.cache_name import cache_name
 from effpass.core.derived_arguments import DerivedArguments
 from effpass.runtime.cache import DecodeCache
 from effpass.runtime.cuda_graph import record
@@ -243,7 +244,7 @@ class Session:
         output = model(
             input_ids=input_ids,
             position_ids=index,
-            past_key_values=self.cache,
+            **{cache_name(): self.cache},
             effpass_cache=self.cache,
             use_cache=True,
             return_dict=True,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from effpass.core.flops import Size, evaluate
 from effpass.core.kernels import Kernel, kernels
+from effpass.core.program import ROOT
 from effpass.core.roofline import Ceilings, predict
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["LayerView", "Part", "Row", "breakdown", "layer_view", "outline", "parts"]
 
 # How Dynamo spells the compiled object, and a module in a dict: L['self'].__dict__['_modules']['base_model'].
-_ROOT = re.compile(r"^(?:L__self__|[LG]\['[^']*'\])\.?")
 _ITEM = re.compile(r"(?:\.?__dict__)?(?:\.?_modules|\['_modules'\])?\['(?P<name>[^']*)'\]")
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)(?:\.(?P<rest>.*))?$")
 
@@ -146,7 +146,7 @@ def _module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = _ITEM.sub(r".\g<name>", _ROOT.sub("", list(stack.values())[-1][0])).lstrip(".")
+    path = _ITEM.sub(r".\g<name>", ROOT.sub("", list(stack.values())[-1][0])).lstrip(".")
     return path.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 

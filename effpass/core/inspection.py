@@ -16,6 +16,7 @@ import sympy
 import torch
 
 from effpass.core.breakdown import LayerView, Part, Row, breakdown, layer_view, outline, parts
+from effpass.core.cache_name import cache_name
 from effpass.core.cost import uncounted
 from effpass.core.derived import derived_bytes
 from effpass.core.dynamo import NotRetraceableError, program_from_dynamo
@@ -194,7 +195,7 @@ def inspect_model(
     try:
         cache = _filled_cache(model, batch, cache_length, device)
         step = torch.full((batch, 1), 0, device=device)
-        _trace(model, decode, {"input_ids": step, "past_key_values": cache})
+        _trace(model, decode, {"input_ids": step, cache_name(): cache})
     except PassRefusedError as refusal:  # a pass changes what a cache contains, so the traced step does not apply
         if prefill is None:
             raise
@@ -233,7 +234,7 @@ def decode_parts(model: torch.nn.Module, at: Ceilings, batch: int, cache_length:
     step = _Counting(Workload("decode", batch, 1, cache_length), [], at, {})
     device, _ = device_and_dtype(model)
     cache = _filled_cache(model, batch, cache_length, device)
-    _trace(model, step, {"input_ids": torch.zeros(batch, 1, dtype=torch.long, device=device), "past_key_values": cache})
+    _trace(model, step, {"input_ids": torch.zeros(batch, 1, dtype=torch.long, device=device), cache_name(): cache})
     if step.workload.missing:
         raise EffpassError(f"a decode step of {type(model).__name__}: {step.workload.missing[0]}")
     return [part for graph in step.graphs for part in graph.stages[0]]
@@ -272,7 +273,7 @@ def _filled_cache(model: torch.nn.Module, batch: int, length: int, device: torch
 
     cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
     with _eval_and_no_grad(model):
-        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=cache)
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.long, device=device), **{cache_name(): cache})
     return cache
 
 

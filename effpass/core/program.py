@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
     from effpass.core.derived import Home
 
-__all__ = ["Linear", "Program", "Weight", "op_counts"]
+__all__ = ["ROOT", "Linear", "Program", "Weight", "op_counts"]
 
 aten = torch.ops.aten
 
 # How Dynamo spells the compiled object in a module path: L['self'].lm_head, G['model'].lm_head.
-_ROOT = re.compile(r"^(?:L__self__|[LG]\['[^']*'\]\.?)")
+#: The compiled module at the start of a path in `nn_module_stack`; `args` where its forward is wrapped by a decorator.
+ROOT = re.compile(r"^(?:L__self__|L\['args'\]\[0\]|[LG]\['[^']*'\])\.?")
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Program:
         if not stack:
             return weight.name
         path, cls = list(stack.values())[-1]
-        path = _ROOT.sub("", path)
+        path = ROOT.sub("", path)
         owner = weight.name.rpartition(".")[0]
         if path.endswith(owner) or owner.endswith(path) or "Linear" not in str(getattr(cls, "__name__", cls)):
             return weight.name

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from effpass.core.cache_name import cache_name
 from effpass.core.errors import ExportError
 from effpass.core.model import inner_model
 from effpass.lowering.targets.plain_tensors import plain_tensors
@@ -176,7 +177,7 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.long, device=model_device(model))
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **{cache_name(): cache})
     layers = []
     states = state_classes(model)
     for index, layer in enumerate(cache.layers):
@@ -192,7 +193,7 @@ def cache_layers(model: Any) -> tuple[CacheLayer, ...]:
             )
         layers.append(CacheLayer(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
     if not layers:
-        raise ExportError(f"{type(model).__name__} used no cache", hint="it must take past_key_values and use_cache")
+        raise ExportError(f"{type(model).__name__} used no cache", hint=f"it must take {cache_name()} and use_cache")
     return tuple(layers)
 
 
@@ -351,6 +352,8 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
         layer.conv, layer.state, layer.seen, layer.is_initialized = conv, state, seen, True
         return layer
 
+    name_of_cache = cache_name()
+
     def forward(input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         relate_sizes(layers, input_ids, attention_mask, position_ids, *past)
         cache: Any = DynamicCache()
@@ -363,8 +366,8 @@ def _flat_forward(model: Any, layers: Sequence[CacheLayer]) -> Iterator[list[str
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{name_of_cache: cache},
         )
         kept = ((y.conv, y.state) if hasattr(y, "conv") else (y.keys, y.values) for y in cache.layers)
         return (out.logits, *(tensor for pair in kept for tensor in pair))

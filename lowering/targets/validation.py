@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effpass.core.cache_name import cache_name
 from effpass.core.errors import ExportError
 from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step, plain_attention
 
@@ -159,7 +160,7 @@ def record_model(model: Any, cases: Sequence[DecodeCase]) -> list[Recording]:
         logits = []
         for ids, mask, positions in case.calls(model.device):
             out = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_name(): cache}
             )
             logits.append(out.logits)
         recordings.append(Recording(_attended(torch.cat(logits, 1), case), []))

@@ -84,6 +84,7 @@ class GatedDeltaAttention(nn.Module):
         hidden_states: Tensor,
         *args: Any,
         attention_mask: Any = None,
+        cache: Any = None,
         past_key_values: Any = None,
         effpass_cache: Any = None,
         **kwargs: Any,
@@ -94,7 +95,8 @@ class GatedDeltaAttention(nn.Module):
             hidden_states: [B, T, D], inputs.
             attention_mask: mask that transformers builds for the layer, from which padding is read; None for no
                 padding.
-            past_key_values: cache to read and update; None for no cache.
+            cache: cache to read and update; None for no cache.
+            past_key_values: the same, as transformers before 5.24 names it.
             effpass_cache: cache of the decode engine, which knows padding by itself; None outside of the engine.
 
         Returns:
@@ -103,7 +105,8 @@ class GatedDeltaAttention(nn.Module):
         is_token = _tokens(hidden_states, attention_mask, effpass_cache)
         x = hidden_states if is_token is None else hidden_states * is_token[..., None].to(hidden_states.dtype)
         batch, tokens, _ = x.shape
-        cached = None if past_key_values is None else state_layer(past_key_values, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        cached = None if cache is None else state_layer(cache, self.layer_idx)
         before, state = (None, None) if cached is None else cached.read(batch, x.dtype)
         mixed, conv = self._convolved(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1), before)
         in_place = isinstance(cached, StateBuffers) and tokens == 1

@@ -1,7 +1,8 @@
-"""Speculative generation: the loop around rounds, called by transformers' `generate`.
+"""The generation loop of speculative decoding, called by transformers' `generate`.
 
-As in plain generation the host queues rounds without waiting for the device, and learns late how far every row has come
-and that all have ended.
+A *round* (:mod:`effpass.runtime.speculative.round`) drafts a tree and verifies it. As in plain generation, the host
+queues rounds without waiting for the device, and learns a few rounds late how many tokens each sequence has and whether
+all have ended.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from effpass.core.cache_name import CACHE_NAMES
 from effpass.core.errors import EffpassError
 from effpass.runtime.generation import check_config, check_positions, new_tokens, tokens_of
 from effpass.runtime.speculative.pace import Pace
@@ -24,7 +26,7 @@ from effpass.runtime.speculative.walk import check_processors
 
 __all__ = ["generate"]
 
-_IN_FLIGHT = 2  # rounds; what runs beyond the end emits nothing
+_IN_FLIGHT = 2  # rounds that may be pending; those beyond the end emit nothing
 
 
 def generate(
@@ -37,24 +39,26 @@ def generate(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Greedy decoding or sampling; what transformers calls with all it has prepared.
+    """Decode greedily or sample; transformers calls this function with everything that it has prepared.
 
     Args:
-        speculator: of model and draft.
-        input_ids: int64 `[B, T]`, padded on the left.
-        logits_processor: applied to the logits of each node.
-        stopping_criteria: with a largest length among them.
-        generation_config: as prepared by transformers.
-        streamer: gets tokens, int64 `[B]` on the CPU, a column when all rows have come so far.
+        speculator: speculative decoder of the model with a draft.
+        input_ids: int64 `[B, T]`, token ids of the prompts, padded on the left.
+        logits_processor: processors to apply to the logits of each node.
+        stopping_criteria: stopping criteria, one of which bounds the length.
+        generation_config: config that transformers prepared.
+        streamer: object that receives the tokens of each column, int64 `[B]` on the CPU, once all sequences have
+            reached it; None for no streaming.
         model_kwargs: `attention_mask` `[B, T]`.
 
     Returns:
-        int64 `[B, T + new]`: what plain decoding gives, but for rounding, and sampled what it is distributed as. Rows
-        that a criterion ended are padded. With `return_dict_in_generate` an output without cache.
+        The sequences, int64 `[B, T + new]`, padded after their ends. Greedy decoding returns the tokens of plain
+        decoding, up to rounding; samples have the distribution of plain sampling. With `return_dict_in_generate`, an
+        output without cache.
 
     Raises:
-        EffpassError: as in plain generation; and for an earlier call's cache, images, scores or logits to return, and
-            processors that ask which row of a batch they see.
+        EffpassError: as in plain generation, and for a cache of an earlier call, images, scores or logits to return,
+            and processors that depend on the index of a sequence in the batch.
     """
     engine, draft = speculator.engine, speculator.draft
     check_config(generation_config, model_kwargs)
@@ -72,7 +76,7 @@ def generate(
         round_.begin(ids, logits_processor, stopping_criteria, generation_config, limit)
         progress = round_.progress
         watch = _Watch(round_, rows, length, pace, streamer)
-        behind = 0  # tokens that the draft has not run, at most
+        behind = 0  # maximum number of emitted tokens that the draft has not run
         pace.begin()
         while not watch.has_ended:
             speculates = pace.next()
@@ -92,7 +96,7 @@ def generate(
 
 
 class _Watch:
-    """Learns from the device, without stopping it, how far rows have come; tells the streamer and the pace."""
+    """Observes the lengths of the sequences without synchronisation, and informs the streamer and the pace."""
 
     def __init__(self, round_: Round, rows: int, length: int, pace: Pace, streamer: Any) -> None:
         self._round, self._rows, self._pace, self._streamer = round_, rows, pace, streamer
@@ -106,7 +110,7 @@ class _Watch:
         self.look(plain=True)
 
     def look(self, *, plain: bool) -> None:
-        """Take note of the step that was just queued, and read what has arrived of earlier ones."""
+        """Start to copy the state of the step that was just queued, and read the copies that have completed."""
         progress, is_timed = self._round.progress, not self._round.was_recorded
         state = [progress.count[: self._rows], progress.position[: self._rows]]
         if self._streamer is not None:
@@ -125,7 +129,7 @@ class _Watch:
 
     @property
     def reached(self) -> int:
-        """Columns in use of the longest row, as far as the device has told."""
+        """Number of tokens of the longest sequence, as last read from the device."""
         return max(self._counts)
 
     def finish(self) -> None:
@@ -152,7 +156,7 @@ class _Watch:
         self._counts, self._before = counts, now
         self.has_ended = max(positions) < 0
         if self._streamer is not None:
-            # A row that has ended is as long as the longest: it is padded.
+            # Sequences that have ended do not count: they are padded to the length of the longest one.
             least = min((c for c, p in zip(counts, positions, strict=True) if p >= 0), default=max(counts))
             for column in range(self._shown, least):
                 self._streamer.put(state[2][:, column].clone())
@@ -163,7 +167,7 @@ def _check_speculative(config: Any, model_kwargs: dict[str, Any]) -> None:
     refused = {
         "output_scores": config.return_dict_in_generate and config.output_scores,
         "output_logits": config.return_dict_in_generate and config.output_logits,
-        "cache of an earlier call": bool(getattr(model_kwargs.get("past_key_values"), "session", None)),
+        "cache of an earlier call": any(hasattr(model_kwargs.get(name), "session") for name in CACHE_NAMES),
     }
     for name, given in refused.items():
         if given:

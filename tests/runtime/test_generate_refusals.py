@@ -66,11 +66,11 @@ def test_a_cache_of_someone_else(model: Any) -> None:
     other = effpass.prepare(families.make("llama"), {"version": 1, "passes": []})
     cache = other.generate(input_ids=IDS, max_new_tokens=4, return_dict_in_generate=True).past_key_values
     longer = IDS.repeat(1, 2)
-    with pytest.raises(EffpassError, match="not a cache that this model's generate returned"):
+    with pytest.raises(EffpassError, match="not one that this model's generate returned"):
         model.generate(input_ids=longer, max_new_tokens=4, past_key_values=cache)
     with pytest.raises(EffpassError, match="holds 2 sequences, and the prompt 1"):
         other.generate(input_ids=longer[:1], max_new_tokens=4, past_key_values=cache)
-    with pytest.raises(EffpassError, match="of which past_key_values holds 11"):
+    with pytest.raises(EffpassError, match="of which the cache holds 11"):
         other.generate(input_ids=IDS, max_new_tokens=4, past_key_values=cache)
     room = cache.capacity
     other.config.max_position_embeddings = 4096

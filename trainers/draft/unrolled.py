@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from effpass.core.cache_name import cache_name
 from effpass.runtime.speculative.eagle_head import EagleHead
 
 __all__ = ["owners", "reaches", "unroll"]
@@ -90,7 +91,7 @@ def unroll(head: EagleHead, input_ids: Tensor, position_ids: Tensor, tapped: Ten
     try:
         for step in range(steps):
             ids = torch.nn.functional.pad(input_ids[:, 1 + step :], (0, 1 + step))
-            out = head(ids, position_ids + 1 + step, features, past_key_values=known, steps=known)
+            out = head(ids, position_ids + 1 + step, features, steps=known, **{cache_name(): known})
             features = out.hidden
             logits.append(out.logits)
     finally:
