@@ -1,1 +1,1 @@
-"""Rewrites: one file, one method; `weights`, `graph` and `runtime` by where a pass can act."""
+"""Passes, one method per file, grouped by kind: `weights`, `graph` and `runtime` (see :mod:`effpass.core.pass_`)."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effpass.core.artifact import Artifact
 from effpass.core.errors import ArtifactError, EffpassError
@@ -29,7 +29,7 @@ from effpass.runtime.engine import check_decodable
 from effpass.runtime.latent_attention import Absorbed
 from effpass.runtime.session import Session
 
-__all__ = ["PASS", "calibrate", "load_channels"]
+__all__ = ["PASS", "calibrate", "check_channels", "load_channels"]
 
 PASS, VERSION = "sparse_attention", 1
 
@@ -139,12 +139,11 @@ def load_channels(folder: Path) -> tuple[Artifact, dict[int, Tensor]]:
     return artifact, found
 
 
-def check_channels(channels: dict[int, Tensor], model: nn.Module, layers: dict[int, tuple[int, int]]) -> None:
+def check_channels(channels: dict[int, Tensor], layers: dict[int, tuple[int, int]]) -> None:
     """Raise an :class:`ArtifactError` unless there are valid channels for all layers of a model.
 
     Args:
         channels: channels by layer, from :func:`load_channels`.
-        model: the model that the channels are for (currently unused).
         layers: (number of KV heads, key size) of each layer that needs channels, by layer index.
     """
     for index, (groups, size) in layers.items():

@@ -1,1 +1,1 @@
-"""Passes that change the graph: they act on a program and in the backend."""
+"""Passes that change the graph. They act on a program of `torch.export` and in the `torch.compile` backend."""

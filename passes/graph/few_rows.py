@@ -1,4 +1,10 @@
-"""Where a kernel for few rows may stand in for several operators, and where the program's order lets it."""
+"""Checks whether a kernel for few tokens may replace several operators of a program.
+
+The graph passes that fuse kernel launches call these functions in `find`. Each function returns None if the rewrite is
+possible, and otherwise the reason for a :class:`~effpass.core.report.Refusal`. A *row* is one vector along the last
+dimension of an operator's input, usually the hidden state of one token; with few rows, as in a decode step, the time of
+a matrix product is the time to read its weights.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ROWS", "HasKernel", "why_no_kernel", "why_not_here", "why_not_program"]
 
-#: Rows up to which reading the weights is what takes the time. Beyond, a product by itself is better with a library.
+#: Maximum number of rows for which reading the weights dominates the time of a matrix product. With more rows, an
+#: unfused library kernel is the better choice.
 MAX_ROWS = 64
 
-#: Whether an operator has a kernel: device, type of the input, rows.
+#: Function that tells whether an operator has a kernel for a device, a dtype of the input, and a number of rows.
 HasKernel = Callable[[torch.device, torch.dtype, int], bool]
 
 
 def why_not_program(program: Program) -> Refusal | None:
-    """A refusal for a program that records gradients: fused, it would compute everything twice."""
+    """Return a refusal if the program records gradients: the backward of a fused operator recomputes its forward."""
     if not program.grad_enabled:
         return None
     first = program.first_computation()
@@ -41,14 +48,14 @@ def why_no_kernel(
     has_kernel: HasKernel,
     most: float = MAX_ROWS,
 ) -> tuple[str, str] | None:
-    """Why no kernel takes the rows of `x`, with a hint; None when one does.
+    """Return the reason why no kernel supports `x`, together with a hint; None if a kernel does.
 
     Args:
-        x: the input.
-        sizes: those of its dimensions that make rows.
-        others: weights and other operands; they must be ordinary tensors of x's type.
-        has_kernel: asks the operator.
-        most: rows.
+        x: input of the operator.
+        sizes: sizes of the dimensions of `x` whose product is the number of rows.
+        others: weights and other operands, which must be plain tensors of the dtype of `x`.
+        has_kernel: function that tells whether the operator has a kernel.
+        most: maximum number of rows.
     """
     value = x.meta["val"]
     for node in (x, *others):
@@ -77,10 +84,15 @@ def _short(value: Tensor) -> str:
 
 
 def why_not_here(surroundings: Surroundings, nodes: Iterable[Node], here: Node) -> str | None:
-    """Why the work of `nodes` can't be done at `here`, earlier or later than it was; None when it can.
+    """Return the reason why `nodes` can't be computed at the position of `here` instead; None if they can.
 
-    It can't when a storage that one of them reads is written in between, or where a region of no_grad or autocast
-    begins or ends in between.
+    Nodes may move in either direction, unless a storage that one of them reads is written in between, or a no-grad or
+    autocast region begins or ends in between.
+
+    Args:
+        surroundings: order of reads, writes and region boundaries in the program.
+        nodes: nodes whose computation moves.
+        here: node at whose position they would be computed.
     """
     at = surroundings.position[here]
     places = [at]

@@ -1,10 +1,12 @@
-"""RMSNorm, the products that read it, gates and residuals become one launch each.
+"""`fuse_linears`: fuse matrix products of few tokens with the RMSNorm, gate or residual around them.
 
-    y₁, y₂, … = W₁ n(x) + b₁, W₂ n(x) + b₂, …        the products that read one value, with the norm before them
-    y = W n(x) + b + r                               one product, with what is added to it
-    y = act(W_gate n(x)) · W_up n(x)                 the first half of a gated feed-forward layer
+    y₁, y₂, … = W₁ n(x) + b₁, W₂ n(x) + b₂, …        products that read the same value, with the norm before them
+    y = W n(x) + b + r                               one product with a residual r
+    y = act(W_gate n(x)) · W_up n(x)                 first half of a gated feed-forward layer
 
-At one token a step a decoder layer is some twenty launches; these leave four beside attention.
+n is an RMSNorm, or the identity if there is none; W and b are weights and biases, act is an activation. Each form
+becomes one operator of :mod:`effpass.lowering.ops.fused_linear` and thus one kernel launch. In a decode step with one
+token, a decoder layer consists of some twenty kernel launches; after this pass, four remain in addition to attention.
 """
 
 from __future__ import annotations
@@ -33,25 +35,26 @@ __all__ = ["FuseLinears"]
 
 aten = torch.ops.aten
 
-# Weights that one launch reads.
+# Maximum number of weights that one kernel launch reads.
 _MAX_WEIGHTS = 3
 
-# What a new node keeps of the one in whose place it stands.
+# Metadata that a new node takes over from the node that it replaces.
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
 @dataclass(frozen=True)
 class _Site:
-    """Nodes that become one operator.
+    """Nodes that are replaced by one operator.
 
     Attributes:
-        x: what the products read, the norm's value included.
+        x: value that the products read; the output of the norm if there is one.
         linears: the products, in graph order.
-        anchor: the new operator stands before it.
-        gate: the gate, where the products are the two of one.
-        residual: what is added to the only product.
-        norm: the norm to compute inside, or None.
-        selected: slices between norm and products, the last one first; the norm commutes with them.
+        anchor: node before which the new operator is inserted.
+        gate: gate whose products are `linears`; None if they are not those of a gate.
+        residual: value that is added to the only product; None if there is none.
+        norm: norm to fuse into the operator; None if there is none.
+        selected: slices between the norm and the products, the last one first. They select along other dimensions than
+            the normalised one, so the norm can be applied after them.
     """
 
     x: Node
@@ -64,14 +67,14 @@ class _Site:
 
     @property
     def operands(self) -> list[Node]:
-        """Weights, biases and residual."""
+        """Tensors that the new operator reads in addition to the input: weights, biases and the residual."""
         norm_weight = None if self.norm is None else self.norm.weight
         tensors = [t for linear in self.linears for t in (linear.weight, linear.bias)]
         return [t for t in (*tensors, self.residual, norm_weight) if t is not None]
 
     @property
     def replaced(self) -> list[Node]:
-        """The nodes whose work the new operator does."""
+        """Nodes whose computation the new operator takes over."""
         inner = () if self.norm is None else (*self.norm.inner, *self.selected)
         gate = () if self.gate is None else self.gate.inner
         return [*(linear.node for linear in self.linears), *inner, *gate, self.anchor]
@@ -98,7 +101,8 @@ class FuseLinears(GraphPass):
             if linear.transposed or weight.meta["val"].dim() != 2:
                 yield Refusal(linear.node.name, "its weight is not stored [out, in]")
             elif weight.op == "call_function" and weight not in derived:
-                # The kernel loads weights before the launch in front of it, which may be what computes them, has ended.
+                # The kernel prefetches weights before the preceding launch has finished, and that launch might be the
+                # one that computes them.
                 yield Refusal(linear.node.name, "its weight is computed in the graph")
             else:
                 reading.setdefault(source(linear.x), []).append(linear)
@@ -109,7 +113,7 @@ class FuseLinears(GraphPass):
                     yield found
                 else:
                     matches.append(Match(found.anchor, {"site": found}))
-        # Last first: an operand may be what an earlier site computes, which must still be there.
+        # In reverse graph order: an operand may be a value that an earlier site computes, which must still exist.
         yield from sorted(matches, key=lambda match: -surroundings.position[match.anchor])
 
     def rewrite(self, program: Program, match: Match) -> None:
@@ -125,7 +129,7 @@ class FuseLinears(GraphPass):
 
 
 def _around(x: Node, linears: Sequence[Linear], surroundings: Surroundings) -> Iterator[_Site | Refusal]:
-    """The sites among the products that read `x`, and why others are none."""
+    """Yield the sites among `linears`, which all read `x`, and a refusal for each candidate that can't be rewritten."""
     sites = [_Site(x, gate.linears, gate.product, gate=gate) for gate in gates_among(linears)]
     in_gates = {linear.node for site in sites for linear in site.linears}
     rest = tuple(linear for linear in linears if linear.node not in in_gates)
@@ -137,7 +141,7 @@ def _around(x: Node, linears: Sequence[Linear], surroundings: Surroundings) -> I
     serving: list[_Site] = []
     for site in with_norm:
         if norm is None and len(site.linears) == 1 and site.residual is None and site.gate is None:
-            continue  # a product by itself, which nothing can be fused with
+            continue  # a single product with nothing to fuse
         reason = _why_not(site, surroundings)
         if reason is not None:
             yield Refusal(site.anchor.name, *reason)
@@ -165,7 +169,7 @@ def _why_not(site: _Site, surroundings: Surroundings) -> tuple[str, str] | None:
 
 
 def _norm_before(x: Node) -> tuple[RMSNorm | None, tuple[Node, ...]]:
-    """The norm whose value `x` is, or is a slice of along other dimensions than the normalised one."""
+    """Return the norm that computes `x`, and the slices between them, none of which cut the normalised dimension."""
     selected: list[Node] = []
     while x.target is aten.slice.Tensor and x.args[1:2] not in ((), (-1,), (x.meta["val"].dim() - 1,)):
         selected.append(x)
@@ -175,7 +179,7 @@ def _norm_before(x: Node) -> tuple[RMSNorm | None, tuple[Node, ...]]:
 
 
 def _other_readers(norm: RMSNorm, selected: tuple[Node, ...], linears: set[Node]) -> list[Node]:
-    """Who reads the norm's value, or a slice of it on the way to the products, beside them."""
+    """Return the nodes other than `linears` that read the norm's value or one of the slices before the products."""
     chain = {norm.node, *selected}
     return [r for node in chain for r in readers(node) if r not in linears and r not in chain]
 
@@ -184,7 +188,7 @@ def _other_readers(norm: RMSNorm, selected: tuple[Node, ...], linears: set[Node]
 
 
 def _fused(program: Program, site: _Site) -> tuple[list[Node], list[Node]]:
-    """The values that go, and what stands for them."""
+    """Insert `fused_linear`; return the replaced nodes, and the new node for each of them."""
     x, *norm = _normalised(program, site)
     old = [site.anchor] if site.residual is not None else [linear.node for linear in site.linears]
     weights, biases = [linear.weight for linear in site.linears], [linear.bias for linear in site.linears]
@@ -198,9 +202,10 @@ def _fused(program: Program, site: _Site) -> tuple[list[Node], list[Node]]:
 
 
 def _gated(program: Program, site: _Site, gate: Gate) -> tuple[list[Node], list[Node]]:
+    """Insert `gated_linear`; return the replaced node and the new one."""
     x, *norm = _normalised(program, site)
     weights = [linear.weight for linear in gate.linears]
-    if len(weights) == 1:  # gate and up are halves of its rows, which are views
+    if len(weights) == 1:  # gate and up are the two halves of its rows; the slices are views
         half = weights[0].meta["val"].shape[0] // 2
         weights = [_slice(program, weights[0], (0, start, start + half), gate.product) for start in (0, half)]
         weights = weights if gate.gate_first else weights[::-1]
@@ -210,7 +215,7 @@ def _gated(program: Program, site: _Site, gate: Gate) -> tuple[list[Node], list[
 
 
 def _normalised(program: Program, site: _Site) -> tuple[Node, Node | None, float, float]:
-    """What the operator reads, with the norm's weight, ε and offset."""
+    """Return the input of the new operator, and the weight, ε and offset of the norm that it applies."""
     if site.norm is None:
         return site.x, None, 0.0, 0.0
     x = site.norm.x
@@ -227,7 +232,7 @@ def _slice(program: Program, node: Node, bounds: tuple[Any, ...], old: Node) -> 
 
 
 def _call(program: Program, target: Any, arguments: tuple[Any, ...], old: Node) -> Node:
-    """A new node; it keeps what is known of the place of `old` in the model."""
+    """Insert a call of `target` that takes over the metadata of `old` on its place in the model."""
     new = program.graph.call_function(target, arguments)
     new.meta.update({key: old.meta[key] for key in _KEPT_META if key in old.meta})
     return new

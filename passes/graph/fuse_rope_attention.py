@@ -1,11 +1,11 @@
-"""Rotary embedding, cache write and attention become one launch.
+"""`fuse_rope_attention`: fuse rotary embedding, cache write and attention into one kernel launch.
 
     q, k = rotate(n_q(q)), rotate(n_k(k));  cache[start:] = k, v;  out = attention(q, cache)
 
-where n_q and n_k are the norms of each head that some models have. The pass acts on graphs of the decode engine, whose
-caches are written by `effpass::cache_write` and read by `effpass::cached_attention`, at few tokens. In front of
-`effpass::two_level_attention` and `effpass::tree_attention`, which have launches of their own, all but attention
-becomes one.
+n_q and n_k are the norms over each head that some models have. The pass acts at few tokens on graphs of the decode
+engine, whose KV caches are written by `effpass::cache_write` and read by `effpass::cached_attention`. Before
+`effpass::two_level_attention` and `effpass::tree_attention`, which launch kernels of their own, everything except
+attention is fused into one launch.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = ["FuseRopeAttention"]
 aten = torch.ops.aten
 ops = torch.ops.effpass
 
-# Attention that stays a launch of its own.
+# Attention operators that remain separate from the fused launch.
 _APART = (ops.two_level_attention.default, ops.tree_attention.default)
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """What goes into attention, before transposition and norm.
+    """Query, key or value heads, before transposition and norm.
 
     Attributes:
-        value: `[B, T, H, K]`, or `[B, H, T, K]` where `heads_first`.
-        heads_first: see `value`.
-        norm: the norm of each head, or None.
+        value: heads of shape `[B, T, H, K]`, or `[B, H, T, K]` if `heads_first`.
+        heads_first: whether the head dimension of `value` precedes the token dimension.
+        norm: norm over each head; None if there is none.
     """
 
     value: Node
@@ -57,7 +57,7 @@ class _Heads:
 
     @classmethod
     def of(cls, node: Node, with_norm: bool = True) -> _Heads:
-        """The heads that become `node` `[B, H, T, K]`; their norm may stand before or after the transposition."""
+        """Return the heads that become `node` `[B, H, T, K]`; the norm may precede or follow the transposition."""
         value = source(node)
         norm = rms_norm_at(value) if with_norm else None
         value = value if norm is None else norm.x
@@ -75,16 +75,16 @@ class _Heads:
 
 @dataclass(frozen=True)
 class _Site:
-    """One attention over a cache that is written right before.
+    """One attention and the cache write that precedes it.
 
     Attributes:
-        attention: its node.
-        write: the node of the cache's write.
-        query: the query's heads.
-        key: the new keys' heads.
-        value: the new values' heads.
-        rotation: of the query; the key's is by the same cosines and sines.
-        inner: nodes whose work the new operator does, beside attention itself.
+        attention: node of the attention.
+        write: node of the cache write.
+        query: heads of the query.
+        key: heads of the new keys.
+        value: heads of the new values.
+        rotation: rotary embedding of the query; the key is rotated with the same cosines and sines.
+        inner: nodes, other than the attention, whose computation the new operator takes over.
     """
 
     attention: Node
@@ -163,6 +163,7 @@ class FuseRopeAttention(GraphPass):
 
 
 def _tokens_first(program: Program, heads: _Heads) -> Node:
+    """Return `heads` as `[B, T, H, K]`, transposed if necessary."""
     if not heads.heads_first:
         return heads.value
     node = program.graph.call_function(aten.transpose.int, (heads.value, 1, 2))
@@ -194,7 +195,7 @@ def _site(attention: Node, surroundings: Surroundings) -> _Site | Refusal:
         return Refusal(attention.name, "its query and its key are rotated by different angles")
     heads = [_Heads.of(rotation.x) for rotation in rotations]
     norms = [h.norm for h in heads if h.norm is not None]
-    if len({(norm.eps, norm.offset) for norm in norms}) > 1:  # the operator has one ε: the norms stay outside
+    if len({(norm.eps, norm.offset) for norm in norms}) > 1:  # the operator has only one ε and one offset
         heads, norms = [_Heads.of(rotation.x, with_norm=False) for rotation in rotations], []
     inner = (write, *of_query.inner, *of_key.inner, *(node for norm in norms for node in norm.inner))
     value = _Heads.of(new_value, with_norm=False)  # type: ignore[arg-type]
@@ -202,7 +203,7 @@ def _site(attention: Node, surroundings: Surroundings) -> _Site | Refusal:
 
 
 def _writes(attention: Node) -> list[Node]:
-    """Writes into the cache that `attention` reads."""
+    """Return the writes to the cache that `attention` reads."""
     keys, values = attention.args[1:3]
     if attention.target is ops.two_level_attention.default and attention.args[4] is not None:
         table, host = attention.args[3:5]
@@ -212,12 +213,12 @@ def _writes(attention: Node) -> list[Node]:
 
 
 def _written(write: Node) -> tuple[Any, Any, Any]:
-    """The new keys, the new values, and their slot."""
+    """Return the new keys, the new values, and the cache slot at which they are written."""
     return write.args[:3] if write.target is ops.page_write.default else write.args[2:5]  # type: ignore[return-value]
 
 
 def _why_not(site: _Site, surroundings: Surroundings, reads: Mapping[Node, list[Node]]) -> Refusal | None:
-    """Why a site must stay as it is; None when it may become one operator."""
+    """Return a refusal if the site can't be replaced by one operator, else None."""
     name, position = site.attention.name, surroundings.position
     batch, _, tokens, _ = site.rotation.x.meta["val"].shape
     new = (site.key.value, site.value.value, site.query.norm_weight, site.key.norm_weight)

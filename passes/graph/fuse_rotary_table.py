@@ -1,9 +1,9 @@
-"""The cosines and sines of rotary embedding are computed by one kernel.
+"""`fuse_rotary_table`: compute the cosines and sines of rotary embedding with one kernel.
 
-    cos, sin = (cat(a, a).cos() · s).to(type), (cat(a, a).sin() · s).to(type)
+    cos, sin = (cat(a, a).cos() · s).to(dtype), (cat(a, a).sin() · s).to(dtype)
 
-transformers computes them once in a forward pass, with seven operators. When one token is decoded, what these take is
-their seven launches.
+a are the rotation angles and s is a scaling factor. transformers computes the table once per forward pass, with seven
+operators. In a decode step with one token, their cost is that of seven kernel launches.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FuseRotaryTable(GraphPass):
             return
         surroundings = Surroundings.of(program)
         for angles, scaling, cos, sin, inner in tables:
-            anchor = min(cos, sin, key=lambda node: surroundings.position[node])  # both results are read behind it
+            anchor = min(cos, sin, key=lambda node: surroundings.position[node])  # both are read only after it
             reason = why_no_kernel(angles, angles.meta["val"].shape[:-1], (), operators.has_kernel)
             if reason is None and (why := why_not_here(surroundings, inner, anchor)):
                 reason = (why, "")
@@ -67,10 +67,11 @@ class FuseRotaryTable(GraphPass):
 
 
 def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
-    """The table that begins at `node`, a cat of angles with themselves that one cos and one sin read, and nobody else.
+    """Match a table that begins at `node`, a concatenation of angles with themselves that only a cos and a sin read.
 
     Returns:
-        The angles, their scaling, the results of cos and sin, and all nodes up to these.
+        The angles, the scaling factor, the final nodes of the cosines and of the sines, and all nodes from `node` to
+        these; None if `node` does not begin a table.
     """
     if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
@@ -89,10 +90,10 @@ def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
 
 
 def _scaled_and_cast(node: Node) -> tuple[float, Node, list[Node]]:
-    """Follows an optional product with a number, then an optional cast.
+    """Follow an optional multiplication by a number, then an optional cast.
 
     Returns:
-        The number, the last node, and all nodes from `node` to it.
+        The number (1 without a multiplication), the last node, and all nodes from `node` to it.
     """
     inner, scaling = [node], 1.0
     follower = _only_reader(node)

@@ -1,11 +1,15 @@
-"""A layer of experts becomes one operator, which runs the kernel that fits its load.
+"""`moe_gemm`: replace each layer of experts by one operator that chooses its kernel by the number of tokens.
 
-    out[t] = Σ_j weights[t, j] · W_down h(W_gate_up x[t])            of expert experts[t, j]; `effpass::moe_ffn`
+    out[t] = Σ_j weights[t, j] · W_down h(W_gate_up x[t])            with the weights of expert experts[t, j]
 
-What the layer was written as does not matter afterwards: products of sorted rows wait for nobody, and those of a copy
-of its expert for each row copy nothing. The kernel is chosen by the number of tokens (EPS-MoE,
-https://arxiv.org/abs/2410.12247) from a model of the device (:mod:`effpass.lowering.ops.moe_ffn_choice`). With
-`expert_parallel`, several processes share the experts (:mod:`effpass.passes.graph.moe_gemm_ranks`).
+The operator is `effpass::moe_ffn`; weights[t, j] is the routing weight of the j-th expert of token t, and h is the
+gate. The pass recognises layers written as grouped products of sorted rows or as batched products with a copy of an
+expert's weights for each row (:mod:`effpass.passes.graph.moe_gemm_layer`), and layers written as a loop over experts
+(:mod:`effpass.passes.graph.moe_gemm_loop`). After the rewrite, the cost no longer depends on this form: weights are not
+copied, and the host does not wait for the number of rows of each expert unless the chosen kernel needs it. The kernel
+is chosen by the number of tokens (EPS-MoE, https://arxiv.org/abs/2410.12247) with a cost model of the device
+(:mod:`effpass.lowering.ops.moe_ffn_choice`). With `expert_parallel`, the experts are distributed over several processes
+(:mod:`effpass.passes.graph.moe_gemm_ranks`).
 """
 
 from __future__ import annotations
@@ -41,11 +45,12 @@ _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 @dataclass(frozen=True)
 class MoeGemmOptions:
-    """Options.
+    """Options of `moe_gemm`.
 
     Attributes:
-        expert_parallel: with several processes, spread experts over them. ``"dp"``: each has tokens of its own;
-            ``"tp"``: all have the same ones.
+        expert_parallel: distribution of the experts over the ranks of a multi-process run, in which with ``"dp"`` every
+            rank has its own tokens, and with ``"tp"`` all ranks have the same tokens. None to keep all experts on every
+            rank. Has no effect with one process.
     """
 
     expert_parallel: Literal["dp", "tp"] | None = None
@@ -56,7 +61,7 @@ class MoeGemm(GraphPass):
 
     name = "moe_gemm"
     exact = True
-    entrances = ("model", "program", "backend")  # type: ignore[assignment]  # the first with expert_parallel
+    entrances = ("model", "program", "backend")  # type: ignore[assignment]  # "model" is for expert_parallel
     Options = MoeGemmOptions
     options: MoeGemmOptions
 
@@ -84,7 +89,7 @@ class MoeGemm(GraphPass):
             check_ranks(model, self.options.expert_parallel == "tp")
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Give each process its share of the experts; hits are layers."""
+        """Keep only this rank's share of the experts of each layer; hits are layers."""
         return spread(model, self.options.expert_parallel == "tp")
 
     # -- one process, in a program ------------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ class MoeGemm(GraphPass):
                     yield Refusal(loop.anchor.name, held, "export the model, which holds the stacked ones alone")
                     continue
                 matches.append(Match(loop.anchor, {"loop": loop}))
-        # Last first: x may be what an earlier layer computes, which must still be there.
+        # In reverse graph order: the input of a layer may be the output of an earlier one, which must still exist.
         yield from sorted(matches, key=lambda match: -surroundings.position[match.anchor])
 
     def rewrite(self, program: Program, match: Match) -> None:
@@ -149,7 +154,7 @@ class MoeGemm(GraphPass):
 
 
 def _unknown(program: Program) -> Iterator[Refusal]:
-    """Weights of experts in a program that has no layer of a known form."""
+    """Yield a refusal for each weight of experts in a program that has no layer of a known form."""
     for node in program.graph.find_nodes(op="placeholder"):
         weight = program.weight_of(node)
         if weight is not None and "expert" in weight.name and node.meta["val"].ndim == 3 and node.users:
@@ -172,7 +177,7 @@ def _rewrite_loop(program: Program, loop: Loop) -> None:
 
 
 def _stack(program: Program, weights: tuple[tuple[Node, ...], ...]) -> Node:
-    """[E, …] of the weights of each expert, gate above up."""
+    """Derive the stacked weight [E, …] from the weights of each expert, with the rows of gate before those of up."""
     parts, flat = len(weights[0]), [node for each in weights for node in each]
 
     def stacked(*tensors: torch.Tensor) -> torch.Tensor:
@@ -183,7 +188,7 @@ def _stack(program: Program, weights: tuple[tuple[Node, ...], ...]) -> Node:
 
 
 def _experts(program: Program, tensors: tuple[Node | None, ...], gate: Gate, old: Node) -> Node:
-    """The operator and its output, in the place of `old`."""
+    """Insert the operator and return its output, which replaces `old`."""
     keep = program.grad_enabled and any(n is not None and n.meta["val"].requires_grad for n in tensors)
     numbers = (gate.activation, gate.alpha, gate.limit, gate.offset, gate.interleaved, keep)
     both = _call(program, torch.ops.effpass.moe_ffn.default, (*tensors, *numbers), old)
@@ -207,7 +212,7 @@ def _nodes(weight: Node | tuple[tuple[Node, ...], ...]) -> list[Node]:
 
 
 def _feeds(product: Product, other: Product) -> bool:
-    """Whether `other`'s rows are computed from `product`, and so by the same layer."""
+    """Whether the rows of `other` are computed from `product`, so that both belong to the same layer."""
     waiting, seen = [other.rows], set[Node]()
     while waiting:
         node = waiting.pop()
@@ -222,9 +227,9 @@ def _feeds(product: Product, other: Product) -> bool:
 def _check(
     anchor: Node, inner: frozenset[Node], x: Node, weights: Iterable[Node | None], surroundings: Surroundings
 ) -> None:
-    """Raise a :class:`Miss` where the operator can't stand in the layer's place."""
+    """Raise a :class:`Miss` if the operator can't replace the layer."""
     epochs = {node: surroundings.epochs.get(node, {}) for node in inner}
-    # What the layer writes into itself goes with it.
+    # Writes to tensors inside the layer are removed together with it.
     outer = {node: {root: seen for root, seen in of.items() if root not in inner} for node, of in epochs.items()}
     reason = replace(surroundings, epochs=outer).why_not_late(set(inner), anchor)
     if reason is not None:
@@ -239,7 +244,7 @@ def _check(
 
 
 def _stored(program: Program, product: Product, old: Node) -> Node:
-    """The weight as [E, N, K], a view of how it is stored."""
+    """Return the weight of `product` as [E, N, K], a view of the stored tensor."""
     if not product.transposed:
         return product.weight
     node = _call(program, aten.transpose.int, (product.weight, 1, 2), old)
@@ -249,7 +254,7 @@ def _stored(program: Program, product: Product, old: Node) -> Node:
 
 
 def _call(program: Program, target: Any, arguments: tuple[Any, ...], old: Node) -> Node:
-    """A new node; it keeps what is known of the place of `old` in the model."""
+    """Insert a call of `target` that takes over the metadata of `old` on its place in the model."""
     new = program.graph.call_function(target, arguments)
     new.meta.update({key: old.meta[key] for key in _KEPT_META if key in old.meta})
     return new

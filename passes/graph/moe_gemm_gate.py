@@ -1,8 +1,10 @@
-"""Recognise the gate between the two products of an expert, however a model spells it.
+"""Recognise the gate between the two products of an expert, in the ways in which models write it.
 
     h = act(min(g, limit)) · (clamp(u, -limit, limit) + offset)         act(g) = g · σ(α g), GELU or ReLU
 
-g and u are halves of one value [P, 2 F], or its even and odd columns.
+g (gate) and u (up) are the two halves of one value [P, 2 F], or its even and odd columns, or two separate values. P is
+the number of pairs of a token and an expert, F the intermediate size of an expert. `moe_gemm` passes the recognised
+parameters to `effpass::moe_ffn`.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ _TO_THE_END = 2**62
 
 @dataclass(frozen=True)
 class Gate:
-    """One gate; numbers are those of `effpass::moe_ffn`, each a float or the node of one.
+    """A gate. `alpha`, `limit` and `offset` are each a float or the node of one.
 
     Attributes:
-        projected: the value that holds gate and up.
-        parts: the nodes that read it.
+        projected: value that holds both gate and up, [P, 2 F]; the gate alone if the two are separate values.
+        parts: nodes of gate and of up.
+        activation: name of the activation as `effpass::moe_ffn` takes it.
+        alpha: factor α inside the sigmoid; 1 for GELU and ReLU.
+        limit: bound on gate and up; 0 for no bound.
+        offset: number that is added to up.
+        interleaved: whether gate and up are the even and odd columns of `projected` instead of its halves.
     """
 
     projected: Node
@@ -45,7 +52,7 @@ class Gate:
 
 
 def gate_at(hidden: Any) -> Gate | None:
-    """The gate whose value `hidden` is; None for anything else."""
+    """Return the gate over one value [P, 2 F] that computes `hidden`; None if `hidden` is anything else."""
     for active, other in _factors(source(hidden)):
         found = _activation(source(active))
         if found is None:
@@ -66,7 +73,11 @@ def gate_at(hidden: Any) -> Gate | None:
 
 
 def gate_of_two(hidden: Any) -> tuple[Gate | None, tuple[Node, ...]]:
-    """A gate of two values, neither bounded nor shifted, and these, gate first; None and () of anything else."""
+    """Match a gate over two separate values, without limit and offset.
+
+    Returns:
+        The gate, and the nodes of gate and up; None and an empty tuple if `hidden` is anything else.
+    """
     for active, up in _factors(source(hidden)):
         found = _activation(source(active))
         if found is not None and isinstance(up, Node):
@@ -76,7 +87,7 @@ def gate_of_two(hidden: Any) -> tuple[Gate | None, tuple[Node, ...]]:
 
 
 def _factors(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The operands of a product, in both orders."""
+    """Yield the operands of an elementwise product, in both orders."""
     if isinstance(node, Node) and node.target is aten.mul.Tensor:
         first, second = node.args
         yield first, second
@@ -84,7 +95,7 @@ def _factors(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _activation(node: Any) -> tuple[Any, str, Any] | None:
-    """What is activated, by what, and α."""
+    """Match an activation; return its input, its name and α."""
     if not isinstance(node, Node):
         return None
     if node.target in _ACTIVATIONS:
@@ -104,14 +115,14 @@ def _activation(node: Any) -> tuple[Any, str, Any] | None:
 
 
 def _sum(node: Any) -> tuple[Any, Any]:
-    """The summands of ``up + number``; `node` and 0 of anything else."""
+    """Return the terms of ``up + number``; `node` and 0 if `node` is anything else."""
     if isinstance(node, Node) and node.target is aten.add.Tensor and not node.kwargs and _is_number(node.args[1]):
         return source(node.args[0]), node.args[1]
     return node, 0.0
 
 
 def _clamp(node: Any) -> tuple[Any, tuple[Any, Any]]:
-    """What is clamped, with its bounds; `node` and bounds of 0, which mean none, of anything else."""
+    """Return the input of a clamp and its bounds; if `node` is no clamp, `node` and the bounds of a limit of 0."""
     if not isinstance(node, Node) or node.target is not aten.clamp.default:
         return node, (None, 0.0)
     x, low, high = (*node.args, None, None)[:3]
@@ -119,7 +130,7 @@ def _clamp(node: Any) -> tuple[Any, tuple[Any, Any]]:
 
 
 def _half(node: Any) -> tuple[Node, str] | None:
-    """The value [P, 2 F] that `node` is a half of, and which half."""
+    """Return the value [P, 2 F] of which `node` is a half, and the name of that half."""
     if not isinstance(node, Node) or not node.args or not isinstance(node.args[0], Node):
         return None
     if node.target is operator.getitem:
@@ -144,7 +155,7 @@ def _half(node: Any) -> tuple[Node, str] | None:
 
 
 def _piece(parts: Node, place: Any) -> tuple[Node, str] | None:
-    """The half of a value that one of two `parts` along the last dimension is."""
+    """Return the value that `parts` splits in two along the last dimension, and the name of the half at `place`."""
     if parts.target not in (aten.chunk.default, aten.split.Tensor):
         return None
     given: Any = parts.args
@@ -171,7 +182,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _opposite(limit: Any, low: Any) -> bool:
-    """Whether `low` bounds from below as `limit` does from above; no bound does so for a limit of 0."""
+    """Whether the lower bound `low` is ``-limit``. A limit of 0 stands for no bound, so `low` must be None."""
     if low is None:
         return isinstance(limit, float) and limit == 0
     return bool(statically_known_true(_number(low) == -_number(limit)))

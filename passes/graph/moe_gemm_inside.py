@@ -1,4 +1,4 @@
-"""What lies inside a layer of experts, and who reads it."""
+"""Collect the nodes inside a layer of experts, and check that nothing outside the layer reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ __all__ = ["Miss", "between", "readers_of"]
 
 
 class Miss(Exception):
-    """Why there is no layer, and at which node."""
+    """Raised when a candidate is not a layer of experts that can be replaced.
+
+    Attributes:
+        node: node at which the recognition failed.
+        reason: why it failed, for a :class:`~effpass.core.report.Refusal`.
+    """
 
     def __init__(self, node: Node, reason: str) -> None:
         super().__init__(reason)
@@ -22,16 +27,16 @@ class Miss(Exception):
 
 
 def between(anchor: Node, inputs: Set[Node], known: Set[Node], outputs: Set[Node] = frozenset()) -> frozenset[Node]:
-    """What only `anchor` needs of what is computed from `inputs`: tensors, what writes into them, what checks them.
+    """Return the nodes between `inputs` and `anchor`, including writes to their tensors and checks of their sizes.
 
     Args:
-        anchor: the last node.
-        inputs: where to stop.
-        known: operators in place whose effect is understood.
-        outputs: nodes that others may read, like `anchor`.
+        anchor: last node.
+        inputs: nodes at which the search stops; they are not included.
+        known: in-place operators whose effect the caller accounts for.
+        outputs: further nodes that, like `anchor`, may be read from outside.
 
     Raises:
-        Miss: one of them is read elsewhere, or written by an operator that is not `known`.
+        Miss: one of the nodes is read from outside, or is an in-place operator that is not in `known`.
     """
     found: set[Node] = set()
     waiting = [anchor]
@@ -56,7 +61,7 @@ def between(anchor: Node, inputs: Set[Node], known: Set[Node], outputs: Set[Node
 
 
 def _only_checks(node: Node) -> bool:
-    """Whether a node computes nothing but numbers that are compared and checked."""
+    """Whether `node` is an assertion, or computes numbers that only assertions read."""
     if _is_check(node):
         return True
     return node.op == "call_function" and not _holds_tensors(node) and all(map(_only_checks, node.users))
@@ -67,7 +72,7 @@ def _is_check(node: Node) -> bool:
 
 
 def readers_of(node: Node) -> list[Node]:
-    """Who reads the value of `node`, but for checks of its type and size."""
+    """Return the nodes that read the value of `node`, without assertions on its sizes."""
     return [reader for reader in readers(node) if not _only_checks(reader)]
 
 

@@ -1,12 +1,16 @@
-"""Recognise a layer of experts written as two products of sorted rows, or of rows with a copy of their expert each.
+"""Recognise a layer of experts written as two grouped products of sorted rows, or as two batched products.
 
     sorted:  order = sort(experts);  y = grouped(h(grouped(x[order // k], W_gate_up, ends)), W_down, ends)
              out[t] = Σ_j (weights[order] · y)[order⁻¹][t, j]
     copies:  y = bmm(W_down[experts], h(bmm(W_gate_up[experts], x)));  out[t] = Σ_j weights[t, j] · y[t, j]
 
-These are transformers' `grouped_mm` and `batched_mm` experts, the first also on its operator for types that the library
-lacks. Ids from the number of experts on are an expert that is not here: what either form writes in their rows is masked
-or weighted with 0.
+These are the experts implementations `grouped_mm` (``sorted``) and `batched_mm` (``copies``) of transformers; for
+dtypes that `torch._grouped_mm` does not support, the first uses transformers' fallback operator. h is the gate
+(:mod:`effpass.passes.graph.moe_gemm_gate`). In the second form, every row reads its own copy of the weights of its
+expert. Ids of E or more denote experts that are not local; both forms mask the rows of these, or give them weight 0.
+
+Shapes: T tokens, k experts per token, P = T·k rows (pairs of a token and an expert), E experts, K and N input and
+output size of a product.
 """
 
 from __future__ import annotations
@@ -33,13 +37,14 @@ _SWAPS = ((-2, -1), (-1, -2), (1, 2), (2, 1))
 
 @dataclass(frozen=True)
 class Product:
-    """One product of every row with the weight of its expert.
+    """A product of every row with the weight of its expert.
 
     Attributes:
-        node: its value [P, N].
-        rows: [P, K].
-        weight: [E, N, K], or [E, K, N] where `transposed`.
-        key: what says which row is whose: ends of sorted rows, or ids.
+        node: output [P, N].
+        rows: input [P, K].
+        weight: stacked weights [E, N, K], or [E, K, N] if `transposed`.
+        transposed: whether `weight` is stored as [E, K, N].
+        key: assignment of rows to experts: the end of each expert's rows [E] if `is_sorted`, else expert ids [P].
         is_sorted: whether rows are sorted by expert.
     """
 
@@ -53,11 +58,19 @@ class Product:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of experts; see `effpass::moe_ffn` for what its parts mean.
+    """A layer of experts; its parts are the arguments of `effpass::moe_ffn`.
 
     Attributes:
-        anchor: the node whose value is the layer's output.
-        inner: the nodes that compute nothing else, `anchor` among them.
+        anchor: node that computes the output of the layer.
+        x: hidden states, one row for each token.
+        experts: expert ids [T, k].
+        weights: routing weights [T, k].
+        first: product with the weights of gate and up.
+        first_bias: bias of `first`, [E, N]; None without a bias.
+        second: product with the weights of down.
+        second_bias: bias of `second`, [E, N]; None without a bias.
+        gate: gate between the two products.
+        inner: nodes that belong to the layer alone, `anchor` included.
     """
 
     anchor: Node
@@ -73,7 +86,7 @@ class Layer:
 
 
 def product_at(node: Node) -> Product | None:
-    """The product that `node` computes; None for anything else."""
+    """Return the product that `node` computes; None if `node` is anything else."""
     name = getattr(node.target, "_opname", "")
     if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
         rows, weight, ends = (*node.args, *node.kwargs.values())[:3]
@@ -102,10 +115,15 @@ def product_at(node: Node) -> Product | None:
 
 
 def layer_of(second: Product, products: dict[Node, Product], surroundings: Surroundings) -> Layer:
-    """The layer whose second product is `second`.
+    """Return the layer whose second product is `second`.
+
+    Args:
+        second: candidate for the second product of a layer.
+        products: all products of the program, by their node.
+        surroundings: order of the nodes of the program.
 
     Raises:
-        Miss: there is none.
+        Miss: `second` is not the second product of a layer.
     """
     gate = gate_at(second.rows)
     if gate is None:
@@ -129,11 +147,22 @@ def layer_of(second: Product, products: dict[Node, Product], surroundings: Surro
 
 
 class _Routing:
-    """What is known of the order of a layer's rows."""
+    """Assignment of a layer's rows to tokens and experts, read from its second product.
+
+    Args:
+        product: second product of the layer.
+        count: number of experts E.
+        surroundings: order of the nodes of the program.
+
+    Attributes:
+        known: in-place operators of the layer whose effect is accounted for.
+        order: permutation that sorts the rows by expert; None for unsorted rows.
+        ids: expert ids [P] before sorting, without a clamp.
+    """
 
     def __init__(self, product: Product, count: int, surroundings: Surroundings) -> None:
         self.product, self.count, self.position = product, count, surroundings.position
-        self.known: set[Node] = set()  # operators in place whose effect is understood
+        self.known: set[Node] = set()
         self.order: Node | None = None
         if product.is_sorted:
             self._read_ends(product.key)
@@ -144,7 +173,7 @@ class _Routing:
         return Miss(node or self.product.node, reason)
 
     def _read_ends(self, ends: Node) -> None:
-        """``cumsum(histc(sort(ids)))``"""
+        """Match ``cumsum(histc(sort(ids)))``, the end of each expert's rows."""
         counts = source(ends.args[0]) if ends.target is aten.cumsum.default else None
         if (
             counts is None
@@ -161,10 +190,11 @@ class _Routing:
         self.order = next((u for u in sort.users if u.target is operator.getitem and u.args[1] == 1), None)
         for user in self.sorted_ids.users:
             if user.target is aten.clamp_.default:
-                self._unclamped(user)  # the ids of bias rows; which of them are nobody's was asked before
+                self._unclamped(user)  # for indexing the bias; rows of non-local experts are masked
                 self.known.add(user)
 
     def _unclamped(self, ids: Node) -> Node:
+        """Return the ids before a clamp to valid experts, if there is one."""
         if ids.target not in (aten.clamp.default, aten.clamp_.default):
             return ids
         low, high = (*ids.args[1:], *(None, None))[:2]
@@ -174,13 +204,13 @@ class _Routing:
         return source(ids.args[0])
 
     def _is_of_sorted(self, node: Any) -> bool:
-        """Whether `node` is the sorted ids, clamped or not; for copies the ids."""
+        """Whether `node` holds the expert id of each row of the product, clamped or not."""
         node = source(node)
         of = self.sorted_ids if self.product.is_sorted else self.product.key
         return node is of or (node.target is aten.clamp_.default and source(node.args[0]) is of)
 
     def _is_mask(self, mask: Any) -> bool:
-        """Whether a mask tells the rows of no expert."""
+        """Whether `mask` selects the rows of experts that are not local."""
         mask = source(mask)
         if mask.target is aten.unsqueeze.default:
             mask = source(mask.args[0])
@@ -188,7 +218,7 @@ class _Routing:
         return mask.target is aten.ge.Scalar and source(mask.args[0]) is ids and mask.args[1] == self.count
 
     def _unmasked(self, node: Node) -> Node:
-        """`node` without masks on rows of no expert, which nobody reads here."""
+        """Return `node` before masks on rows of experts that are not local; the operator does not need them."""
         while node.target in (aten.masked_fill.Scalar, aten.masked_fill_.Scalar):
             if not self._is_mask(node.args[1]) or node.args[2] != 0:
                 raise self._miss(f"{node.name} masks other rows than those of experts that are not here")
@@ -201,7 +231,7 @@ class _Routing:
     # -- biases -------------------------------------------------------------------------------------------------------
 
     def _bias(self, node: Node, of: Node) -> Node | None:
-        """The bias [E, N] of which `node` adds each row's to `of`."""
+        """Return the bias [E, N] if `node` adds to each row of `of` the bias of its expert, else None."""
         if node.target not in (aten.add.Tensor, aten.add_.Tensor) or node.kwargs or of not in node.args:
             return None
         other = source(next(a for a in node.args if a is not of))
@@ -210,7 +240,7 @@ class _Routing:
         return source(other.args[0]) if other.args[0].meta["val"].dim() == 2 else None
 
     def biased_before(self, node: Node) -> tuple[Node, Node | None]:
-        """The product that `node` is, masked and with a bias added or not, and the bias."""
+        """Return the product from which `node` is computed by an optional bias and optional masks, and the bias."""
         node = self._unmasked(node)
         if node.target in (aten.add.Tensor, aten.add_.Tensor):
             for term in node.args[:2]:
@@ -221,6 +251,7 @@ class _Routing:
         return node, self._bias_in_place(node)
 
     def _bias_in_place(self, node: Node) -> Node | None:
+        """Return the bias [E, N] that is added to `node` in place; None if nothing is."""
         found = [u for u in node.users if u.target is aten.add_.Tensor and u.args[0] is node]
         if not found:
             return None
@@ -231,7 +262,7 @@ class _Routing:
         return bias
 
     def biased_after(self, node: Node) -> tuple[Node, Node | None]:
-        """The last value of the product `node`, masked and with a bias added or not, and the bias."""
+        """Return the value of the product `node` after an optional bias and optional masks, and the bias."""
         bias = self._bias_in_place(node)
         if bias is not None:
             self.check_order(node, self._readers(node))
@@ -247,26 +278,27 @@ class _Routing:
         return node, bias
 
     def check_order(self, product: Node, parts: Any) -> None:
-        """The bias is added in place before anybody reads the sum."""
+        """Raise :class:`Miss` if a node of `parts` reads `product` before the bias is added in place."""
         add = next((u for u in product.users if u.target is aten.add_.Tensor), None)
         for part in parts:
             if add is not None and add is not part and self.position[part] < self.position[add]:
                 raise self._miss(f"{part.name} reads {product.name} before {add.name} adds the bias")
 
     def _readers(self, node: Node) -> list[Node]:
-        """Who reads `node`, by its own name or as what an operator in place returns."""
+        """Return the nodes that read `node`, directly or as the result of an in-place operator on it."""
         found = readers_of(node)
         again = [r for written in found if written in self.known for r in self._readers(written)]
         return [r for r in found if r not in self.known] + again
 
     def _root(self, node: Any) -> Any:
-        """`node`, or what it writes into where it is an operator in place."""
+        """Return the tensor that `node` writes to if it is a known in-place operator, else the source of `node`."""
         node = source(node)
         while node in self.known and writes(node):
             node = source(node.args[0])
         return node
 
     def _only_reader(self, node: Node) -> list[Node]:
+        """Return a list with the only reader of `node`; raises :class:`Miss` if there are none or several."""
         found = self._readers(node)
         if len(found) != 1:
             raise self._miss(f"{node.name} is read by {', '.join(r.name for r in found) or 'nobody'}")
@@ -275,12 +307,12 @@ class _Routing:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def experts(self) -> tuple[Node, int]:
-        """Ids [T, k], and k."""
+        """Return the expert ids [T, k], and k."""
         experts = self._square(self.ids)
         return experts, experts.meta["val"].shape[1]
 
     def _square(self, flat: Node) -> Node:
-        """The [T, k] that `flat` lists."""
+        """Return the value [T, k] that `flat` [P] flattens."""
         before = source(flat.args[0]) if flat.target in _FLATTENS else None
         if before is None or before.meta["val"].dim() != 2 or flat.meta["val"].dim() != 1:
             raise self._miss(f"{flat.name} is no [tokens, experts a token] made flat")
@@ -289,7 +321,7 @@ class _Routing:
         return before
 
     def tokens(self, rows: Node) -> Node:
-        """x, of which every row was taken once for each expert."""
+        """Return x, given the `rows` that hold each token once for each of its experts."""
         rows, each = self._unmasked(rows), self._square(self.ids).meta["val"].shape[1]
         if self.product.is_sorted:
             places: Any = rows.args[1] if rows.target is aten.index.Tensor else ()
@@ -306,7 +338,7 @@ class _Routing:
         raise self._miss(f"{rows.name} is not each token once for each of its experts")
 
     def combined(self, value: Node, each: int, x: Node) -> tuple[Node, Node]:
-        """The routing weights [T, k], and the node that adds the outputs of a token's experts."""
+        """Return the routing weights [T, k], and the node of the weighted sum over the experts of each token."""
         (product,) = self._only_reader(value)
         factors: Any = product.args if product.target is aten.mul.Tensor else ()
         others = [source(f) for f in factors if self._root(f) is not self._root(value)]
@@ -333,7 +365,7 @@ class _Routing:
         return weights, self._of_type(total, x)
 
     def _of_type(self, total: Node, x: Node) -> Node:
-        """The sum, cast to x's type."""
+        """Return `total`, or the cast that follows it, whichever has the dtype of `x`."""
         dtype = x.meta["val"].dtype
         if total.meta["val"].dtype == dtype:
             return total
@@ -343,7 +375,7 @@ class _Routing:
         return cast
 
     def _undoes(self, places: Any) -> bool:
-        """Whether `places` is the inverse of the order."""
+        """Whether `places` is the inverse of the permutation `order`."""
         places = source(places)
         if places.target is aten.empty_like.default:
             found = [u for u in places.users if u.target is aten.index_put_.default]

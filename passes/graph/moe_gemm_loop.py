@@ -1,10 +1,12 @@
-"""Recognise a layer of experts written as a loop over all of them, unrolled.
+"""Recognise a layer of experts that was traced from a loop over all experts.
 
     mask = one_hot(experts)
     for each expert e:  j, t = where(mask[e]);  out[t] += weights[t, j] · W_down h(W_gate_up x[t])
 
-This is how transformers before 5.0, and models with code of their own, write it. The tokens of an expert are counted on
-the host there, once for each. Weights are rows of stacked ones, or each expert has its own.
+transformers before 5.0 and models with their own code are written in this way. `where` makes the host wait for the
+number of tokens of each expert. The weights of an expert are a slice of stacked weights, or separate parameters.
+
+Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ _FLATTENS = (aten.reshape.default, aten.view.default)
 
 @dataclass(frozen=True)
 class Loop:
-    """One layer; see `effpass::moe_ffn` for what its parts mean.
+    """A layer of experts; its parts are the arguments of `effpass::moe_ffn`.
 
     Attributes:
-        total: the tensor that the loop adds into.
-        anchor: its last addition.
-        gate_up: [E, 2 F, D], or for each expert gate and up [F, D], or both in one [2 F, D].
-        down: [E, D, F], or for each expert [D, F].
-        inner: the nodes that compute nothing else.
+        total: tensor into which the loop accumulates.
+        anchor: last addition to `total`.
+        x: hidden states [T, D].
+        experts: expert ids [T, k].
+        weights: routing weights [T, k].
+        gate_up: stacked weight [E, 2 F, D], or for each expert gate and up [F, D], or one weight [2 F, D] with both.
+        down: stacked weight [E, D, F], or for each expert its weight [D, F].
+        gate: gate between the two products.
+        inner: nodes that belong to the layer alone, `anchor` included.
     """
 
     total: Node
@@ -54,7 +60,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What the loop does for one expert; weights are nodes, or the place of a stacked one."""
+    """One iteration of the loop; attributes are as in :class:`Loop`, with the weights of this expert."""
 
     expert: int
     x: Node
@@ -66,7 +72,7 @@ class _Turn:
 
 
 def accumulators(graph: torch.fx.Graph) -> list[tuple[Node, list[Node]]]:
-    """Each tensor of zeros into which rows are added at places that a mask names, with the additions."""
+    """Return the tensors of zeros to which rows are added at indices computed by `where`, each with its additions."""
     found = []
     for node in graph.nodes:
         if node.target in _EMPTY_SUMS:
@@ -77,13 +83,13 @@ def accumulators(graph: torch.fx.Graph) -> list[tuple[Node, list[Node]]]:
 
 
 def _additions(total: Node) -> list[Node]:
-    """The additions into `total`, by its own name or as what the one before returns."""
+    """Return the additions to `total`, whether they name `total` itself or the result of the preceding addition."""
     own = [u for u in total.users if u.target is aten.index_add_.default and u.args[0] is total]
     return own + [a for addition in own for a in _additions(addition)]
 
 
 def _places(addition: Node) -> Node | None:
-    """The ``where`` that names the rows of `addition`."""
+    """Return the ``where`` that computes the row indices of `addition`; None if there is none."""
     _, dim, rows, _ = addition.args
     rows = source(rows)
     is_second = rows.target is operator.getitem and rows.args[1] == 1 and not addition.kwargs and dim == 0
@@ -92,10 +98,15 @@ def _places(addition: Node) -> Node | None:
 
 
 def loop_of(total: Node, additions: list[Node], surroundings: Surroundings) -> Loop:
-    """The layer that adds into `total`.
+    """Return the layer that accumulates into `total`.
+
+    Args:
+        total: tensor of zeros, from :func:`accumulators`.
+        additions: additions to `total`.
+        surroundings: order of the nodes of the program.
 
     Raises:
-        Miss: it is no loop over all experts.
+        Miss: the additions are not those of a loop over all experts.
     """
     additions = sorted(additions, key=surroundings.position.__getitem__)
     anchor, turns = additions[-1], [_turn(addition) for addition in additions]
@@ -120,12 +131,13 @@ def loop_of(total: Node, additions: list[Node], surroundings: Surroundings) -> L
     inputs = {first.x, first.experts, first.weights}
     for weight in (gate_up, down):
         inputs |= {weight} if isinstance(weight, Node) else {node for parts in weight for node in parts}
-    # What the loop leaves is read through the tensor that it added into, which is no reader of its inside.
+    # The result is read through `total` and the additions, so their readers do not count as readers of inner nodes.
     inner = between(anchor, inputs, known, outputs={total, *additions})
     return Loop(total, anchor, first.x, first.experts, first.weights, gate_up, down, first.gate, inner)
 
 
 def _turn(addition: Node) -> _Turn:
+    """Return the iteration that ends with `addition`; raises :class:`Miss` if it is not that of an expert."""
     where = _places(addition)
     assert where is not None
     places, rows = (
@@ -163,7 +175,7 @@ def _turn(addition: Node) -> _Turn:
 
 
 def _expert(mask: Node) -> tuple[int, Node]:
-    """The expert whose mask [k, T] this is, and the ids [T, k]."""
+    """Return the expert to which the mask [k, T] belongs, and the expert ids [T, k]."""
     picked = mask.target is aten.select.int and mask.args[1] == 0
     turned = source(mask.args[0]) if picked else mask
     order: Any = turned.args[1] if turned.target is aten.permute.default else ()
@@ -174,7 +186,7 @@ def _expert(mask: Node) -> tuple[int, Node]:
 
 
 def _tokens(rows: Any, places: Node | None) -> Node | None:
-    """x, of which `rows` are the tokens at `places`."""
+    """Return x if `rows` are its tokens at the indices `places`, else None."""
     rows = source(rows)
     rows = source(rows.args[0]) if rows.target in _FLATTENS else rows
     if rows.target is not aten.index.Tensor:
@@ -186,7 +198,7 @@ def _tokens(rows: Any, places: Node | None) -> Node | None:
 
 
 def _stacked(weights: list[tuple[Node, ...]]) -> Node | tuple[tuple[Node, ...], ...]:
-    """The weight [E, …] of which every expert's is its row; else all of them."""
+    """Return the stacked weight [E, …] if the weight of each expert is its slice, else the weights of all experts."""
     picked = [w[0] for w in weights if len(w) == 1 and w[0].target is aten.select.int and w[0].args[1] == 0]
     if len(picked) == len(weights):
         whole = source(picked[0].args[0])

@@ -1,9 +1,12 @@
-"""Spread a model's experts over the ranks that torchrun started: the model stage of `moe_gemm`.
+"""Distribute a model's experts over the ranks of a torchrun job: the model stage of `moe_gemm`.
 
-Each rank keeps its share of every layer's experts and lets go of the others; the layer becomes a call of
-`effpass::expert_parallel`. It happens on the model, before anything is traced: there alone memory is saved, and
-transformers' experts still stand as a module, whatever implementation computes them. Where transformers has spread them
-already while it loaded the model, each rank keeps what it has, and only the way to them is another.
+Each rank keeps its share of the experts of every layer and releases the others; a layer becomes a call of
+`effpass::expert_parallel`. This is done on the model, before anything is traced: only there can the memory of the other
+experts be released, and only there are the experts of transformers still one module, whichever implementation computes
+them. If transformers has already distributed the experts while loading the model, each rank keeps the experts that it
+has, and only the call is replaced.
+
+Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ __all__ = ["SpreadExperts", "check_ranks", "ranks", "spread"]
 
 
 def ranks() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Return the number of processes: the world size, or that of torchrun before a process group is up, or 1."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class SpreadExperts(nn.Module):
-    """This rank's share of a layer's experts, called like all of them.
+    """This rank's share of a layer's experts, with the call signature of the module of all experts.
 
     Args:
-        experts: the module of all E experts, or of this rank's, where transformers has spread them; not changed.
-        gate: of them.
+        experts: module of all E experts, or of this rank's share if transformers has distributed them; not changed.
+        gate: gate of the experts.
         replicated: whether all ranks have the same tokens.
     """
 
@@ -60,11 +63,11 @@ class SpreadExperts(nn.Module):
 
     @property
     def waits_for_ranks(self) -> bool:
-        """Whether a call needs the others to make it too, with tokens of their own."""
+        """Whether a call blocks until all other ranks make the same call with their own tokens."""
         return not self.replicated
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[T, D] → [T, D], with ids [T, k] of all experts and weights [T, k]."""
+        """Compute outputs [T, D] from hidden states [T, D], ids [T, k] among all experts, routing weights [T, k]."""
         gate_up: Tensor = self.gate_up_proj
         down: Tensor = self.down_proj
         if self.transposed:
@@ -89,7 +92,13 @@ _NAMES = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def check_ranks(model: nn.Module, replicated: bool) -> None:
-    """Raise an :class:`EffpassError` where the experts of `model` can't be shared out, or no group is up."""
+    """Check that the experts of `model` can be distributed evenly over the ranks.
+
+    Raises:
+        PassRefusedError: no process group is up, the number of experts is not a multiple of the number of ranks, or
+            transformers has distributed the experts for replicated tokens but `replicated` is False.
+        ModelError: the model has no layer of stacked experts.
+    """
     count = ranks()
     if not (dist.is_available() and dist.is_initialized()):
         raise PassRefusedError(
@@ -118,7 +127,11 @@ def check_ranks(model: nn.Module, replicated: bool) -> None:
 
 
 def spread(model: nn.Module, replicated: bool) -> tuple[int, list[Refusal]]:
-    """Put :class:`SpreadExperts` in the place of each layer's experts; hits are layers."""
+    """Replace the experts of each layer by :class:`SpreadExperts`.
+
+    Returns:
+        The number of layers replaced, and a refusal for each layer that stays whole on every rank.
+    """
     hits, refusals = 0, []
     for name, experts in _layers(model).items():
         try:
@@ -133,11 +146,11 @@ def spread(model: nn.Module, replicated: bool) -> tuple[int, list[Refusal]]:
 
 
 class _Whole(Exception):
-    """Why a layer's experts can't be spread."""
+    """Raised with the reason why a layer's experts can't be distributed; the layer then stays whole on every rank."""
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """transformers' modules of stacked experts, by name."""
+    """Return the modules of transformers that hold stacked experts, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -146,21 +159,21 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _spread_already(experts: Any) -> bool:
-    """Whether transformers has given each rank its part, and calls the layer with ids of all experts."""
-    # Set on the module while a model is loaded with a DistributedConfig. Older versions change the router instead.
+    """Whether transformers has given each rank its share of the experts, and calls it with ids among all experts."""
+    # transformers sets this forward while it loads a model with a DistributedConfig. Older versions change the router.
     calls = getattr(vars(experts).get("forward"), "__qualname__", "")
     return calls.startswith("EpDispatchExpertsParallel.") and _part(experts.gate_up_proj) is not None
 
 
 def _part(weight: Any) -> Tensor | None:
-    """What this rank has of a weight whose first dimension alone is cut; None of any other."""
+    """Return the local shard of a DTensor that is sharded along its first dimension only; None for any other weight."""
     if not isinstance(weight.data, DTensor) or weight.data.placements != (Shard(0),):
         return None
     return weight.detach().to_local()
 
 
 def _share(weight: Any, group: Any) -> Tensor:
-    """The experts of `weight` [E, …] that are this rank's."""
+    """Return this rank's experts of `weight` [E, …]."""
     part = _part(weight)
     if part is not None:
         return part
@@ -169,12 +182,12 @@ def _share(weight: Any, group: Any) -> Tensor:
 
 
 def _transposed(experts: Any) -> bool:
-    """Whether weights are stored [E, D, 2 F] and [E, F, D]."""
+    """Whether weights are stored as [E, D, 2 F] and [E, F, D]."""
     return bool(getattr(experts, "is_transposed", False))
 
 
 def _gate(name: str, experts: Any) -> Gate:
-    """The gate of a layer, read off a trace of it.
+    """Determine the gate of the experts `name` by tracing it.
 
     Raises:
         _Whole: the operator can't compute these experts.

@@ -1,4 +1,4 @@
-"""What surrounds matrix products: gates, and values added to them."""
+"""Recognise the operators around matrix products that `fuse_linears` fuses with them: gates and residuals."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "r
 
 @dataclass(frozen=True)
 class Gate:
-    """``act(gate(x)) * up(x)``, and nothing else reads what is between.
+    """``act(gate(x)) * up(x)``, whose intermediate values are read by nothing else.
 
     Attributes:
-        linears: gate and up; one linear where they are the two halves of its rows (Phi-3).
-        product: the node of the product.
-        activation: as `effpass::gated_linear` names it.
+        linears: linears of gate and up, or a single linear whose output holds both as halves (Phi-3).
+        product: node of the elementwise product.
+        activation: name of the activation as `effpass::gated_linear` takes it.
         inner: nodes between the linears and the product.
-        gate_first: whether the gate is the first half, where there is one linear.
+        gate_first: for a single linear, whether the gate is the first half of its output.
     """
 
     linears: tuple[Linear, ...]
@@ -40,7 +40,7 @@ class Gate:
 
 
 def gates_among(linears: Sequence[Linear]) -> Iterator[Gate]:
-    """The gates whose linears are among `linears`, which all read one value; none of those has a bias."""
+    """Yield the gates whose linears are among `linears`, which all read one value. Linears with a bias are skipped."""
     unbiased = {linear.node: linear for linear in linears if linear.bias is None}
     for linear in unbiased.values():
         reader = _only_reader(linear.node)
@@ -61,7 +61,7 @@ def gates_among(linears: Sequence[Linear]) -> Iterator[Gate]:
 
 
 def _packed(linear: Linear, chunk: Node) -> Gate | None:
-    """Gate and up as the two halves of one product along its last dimension."""
+    """Match a gate whose gate and up are the two halves of one linear's output along its last dimension."""
     last = linear.node.meta["val"].dim() - 1
     if chunk.args[1] != 2 or chunk.args[2:] not in ((-1,), (last,)) or linear.weight.meta["val"].shape[0] % 2:
         return None
@@ -80,7 +80,11 @@ def _packed(linear: Linear, chunk: Node) -> Gate | None:
 
 
 def _activated(node: Node) -> tuple[str, Node, Node, Any] | None:
-    """An activation of `node`, its node, the product it goes into and the other factor, if nothing else reads them."""
+    """Match an activation of `node` that is multiplied by another value; nothing else may read the intermediate values.
+
+    Returns:
+        The name of the activation, its node, the node of the product, and the other factor.
+    """
     activated = _only_reader(node)
     name = None if activated is None else _activation(activated)
     product = None if name is None else _only_reader(activated)  # type: ignore[arg-type]
@@ -101,9 +105,10 @@ def _activation(node: Node) -> str | None:
 
 
 def residual_of(linear: Linear, position: Mapping[Node, int]) -> tuple[Node, Node | None]:
-    """The addition that alone reads `linear`, and what it adds; the linear's node and None where there is none.
+    """Return the addition that is the only reader of `linear`, and its other term, the residual.
 
-    Of two products that are added to each other the later one has the earlier one as its residual.
+    Without such an addition, returns the node of the linear and None. If two linears are added to each other, the
+    earlier one is the residual of the later one.
     """
     add = _only_reader(linear.node)
     if add is None or add.target is not aten.add.Tensor or add.kwargs:

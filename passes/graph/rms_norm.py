@@ -1,9 +1,10 @@
-"""Recognise RMSNorm, however a model spells it.
+"""Recognise RMSNorm in a program, in the ways in which models write it.
 
     n(x) = x / √(mean(x²) + ε) · (offset + weight)          https://arxiv.org/abs/1910.07467
 
-`torch.nn.RMSNorm` leaves one node. The models of transformers write the steps: with `rsqrt` or a power, with the weight
-applied before or after the cast back to x's type, and in Gemma with 1 added to it.
+`torch.nn.RMSNorm` is traced to one node. The models of transformers compute the norm in separate steps: with `rsqrt` or
+a power, with the weight applied before or after the cast back to the dtype of x, and in Gemma with 1 added to the
+weight.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class RMSNorm:
     """One RMSNorm over the last dimension.
 
     Attributes:
-        node: computes the normalised value, of x's type.
-        x: `[..., D]`, before the norm.
-        weight: `[D]`, of x's type.
+        node: node that computes the normalised value, of the same dtype as `x`.
+        x: input of the norm, `[..., D]`.
+        weight: weight of the norm, `[D]`, of the same dtype as `x`.
         eps: ε.
-        offset: added to the weight; 1 in Gemma, else 0.
-        inner: the nodes between, `node` included.
+        offset: number that is added to the weight; 1 in Gemma, otherwise 0.
+        inner: nodes between the inputs and the output of the norm, `node` included.
     """
 
     node: Node
@@ -47,7 +48,7 @@ class RMSNorm:
 
 
 def rms_norm_at(node: Any) -> RMSNorm | None:
-    """The RMSNorm whose value `node` is; None for anything else."""
+    """Return the RMSNorm that computes `node`; None if `node` is anything else."""
     node = source(node)
     if not isinstance(node, Node) or not isinstance(node.meta.get("val"), Tensor):
         return None
@@ -56,7 +57,7 @@ def rms_norm_at(node: Any) -> RMSNorm | None:
         return None
     x, weight, eps, offset = parts
     if not (isinstance(x, Node) and isinstance(weight, Node) and isinstance(eps, float)):
-        return None  # no weight, or the machine's ε, which depends on the version of torch
+        return None  # without a weight, or with the default ε, which depends on the version of torch
     value = weight.meta["val"]
     if value.shape != x.meta["val"].shape[-1:] or not value.dtype == dtype_of(x) == dtype_of(node):
         return None
@@ -81,7 +82,7 @@ def _spelled_out(node: Node) -> _Parts | None:
 
 
 def _factors(node: Any) -> Iterator[tuple[Any, Any]]:
-    """The operands of a product, in both orders."""
+    """Yield the operands of an elementwise product, in both orders."""
     if isinstance(node, Node) and node.target is aten.mul.Tensor:
         first, second = node.args
         yield first, second
@@ -89,7 +90,7 @@ def _factors(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _inverse_root(node: Any) -> tuple[Any, Any]:
-    """x and ε of ``(mean(x²) + ε) ** -½``; None and None of anything else."""
+    """Return x and ε of ``(mean(x²) + ε) ** -½``; None and None if `node` is anything else."""
     is_root = isinstance(node, Node) and (
         node.target is aten.rsqrt.default or (node.target is aten.pow.Tensor_Scalar and node.args[1] == -0.5)
     )
@@ -118,13 +119,13 @@ def _weight_and_offset(scale: Any) -> tuple[Any, float]:
 
 
 def _uncast(node: Any) -> Any:
-    """`node` before a cast, where it is one."""
+    """Return the operand of `node` if it is a cast, else the source of `node`."""
     cast = cast_of(node)
     return source(node) if cast is None else cast
 
 
 def _of_type(node: Any, dtype: torch.dtype) -> Node | None:
-    """`node`, or what it casts, whichever has the type `dtype`."""
+    """Return whichever of `node` and the operand of a cast has the given dtype; None if neither has."""
     candidates = (source(node), cast_of(node))
     return next((n for n in candidates if isinstance(n, Node) and dtype_of(n) == dtype), None)
 

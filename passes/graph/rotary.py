@@ -1,8 +1,10 @@
-"""Recognise rotary position embedding, halves against each other (https://arxiv.org/abs/2104.09864).
+"""Recognise rotary position embedding in its half-split form (https://arxiv.org/abs/2104.09864).
 
-    rotated = x · cos + (−x₂, x₁) · sin         x₁, x₂ the halves of the first R features; the other features stay
+    rotated = x · cos + (−x₂, x₁) · sin
 
-It is what transformers' `apply_rotary_pos_emb` leaves, for all features of a head or for the first of them (Phi-3).
+x₁ and x₂ are the two halves of the first R features of a head; the other features remain unchanged. This is the form
+that `apply_rotary_pos_emb` of transformers is traced to, with all features of a head rotated or only the first ones
+(Phi-3).
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ class Rotation:
     """One rotated value.
 
     Attributes:
-        x: `[B, H, T, K]`, before the rotation.
-        cos: `[B, T, R]` or `[1, T, R]`, R ≤ K.
-        sin: likewise.
-        inner: the nodes between, the one with the rotated value included.
+        x: value before the rotation, `[B, H, T, K]`.
+        cos: cosines, `[B, T, R]` or `[1, T, R]`, R ≤ K.
+        sin: sines, of the same shape as `cos`.
+        inner: nodes that compute the rotation, including the node of the rotated value.
     """
 
     x: Node
@@ -39,7 +41,7 @@ class Rotation:
 
 
 def rotation_at(node: Any) -> Rotation | None:
-    """The rotation whose value, of x's type, `node` is; None for anything else."""
+    """Return the rotation that computes `node`, of the dtype of its input; None if `node` is anything else."""
     node = source(node)
     cast = cast_of(node)
     turned = node if cast is None else cast
@@ -50,7 +52,7 @@ def rotation_at(node: Any) -> Rotation | None:
 
 
 def _turned(node: Any) -> Rotation | None:
-    """``x * cos + turn(x) * sin`` over all features of x."""
+    """Match ``x * cos + turn(x) * sin`` over all features of x, where ``turn(x) = (−x₂, x₁)``."""
     if not _is(node, aten.add.Tensor) or node.kwargs:
         return None
     for plain, other in (node.args, node.args[::-1]):
@@ -64,7 +66,7 @@ def _turned(node: Any) -> Rotation | None:
 
 
 def _with_rest(node: Any) -> Rotation | None:
-    """The first features turned, and the rest as they were: ``cat(turned, rest)``."""
+    """Match ``cat(turned, rest)``: the first features of x rotated, the rest unchanged."""
     parts = _concatenated(node)
     turned = _turned(cast_of(parts[0]) or source(parts[0])) if parts is not None else None
     if parts is None or turned is None:
@@ -79,7 +81,7 @@ def _with_rest(node: Any) -> Rotation | None:
 
 
 def _halves_of(node: Any) -> Any:
-    """x of ``cat((-x[..., R/2:], x[..., :R/2]))``."""
+    """Return x of ``cat((-x[..., R/2:], x[..., :R/2]))``; None if `node` is anything else."""
     parts = _concatenated(node)
     if parts is None or not _is(source(parts[0]), aten.neg.default):
         return None
@@ -92,7 +94,7 @@ def _halves_of(node: Any) -> Any:
 
 
 def _before_heads(node: Any) -> Any:
-    """`[B, T, R]` of the cosines or sines `[B, 1, T, R]` that all heads share; None for anything else."""
+    """Return the cosines or sines `[B, T, R]` that `node` unsqueezes to `[B, 1, T, R]`; None for anything else."""
     node = source(node)
     if not _is(node, aten.unsqueeze.default) or node.args[1] != 1 or node.meta["val"].dim() != 4:
         return None
@@ -100,7 +102,7 @@ def _before_heads(node: Any) -> Any:
 
 
 def _slice(node: Any) -> tuple[Any, Any, Any]:
-    """What `node` is a slice of along the last dimension, and the bounds."""
+    """Return the value that `node` is a slice of along the last dimension, and the bounds of the slice."""
     node = source(node)
     if not _is(node, aten.slice.Tensor):
         return node, 0, node.meta["val"].shape[-1] if isinstance(node, Node) else None
@@ -113,7 +115,7 @@ def _slice(node: Any) -> tuple[Any, Any, Any]:
 
 
 def _concatenated(node: Any) -> tuple[Any, Any] | None:
-    """The two parts of a concatenation along the last dimension."""
+    """Return the two parts of a concatenation along the last dimension; None for anything else."""
     node = source(node)
     if not _is(node, aten.cat.default) or node.args[1:] not in ((-1,), (node.meta["val"].dim() - 1,)):
         return None

@@ -1,4 +1,8 @@
-"""Nodes that hand on the value they are given, and who really computes or reads it."""
+"""Helpers that look through nodes which pass their input on unchanged, to the nodes that compute or read a value.
+
+Such nodes are aliases, casts to the dtype and device that a tensor already has, and dropout outside training. The
+pattern recognisers of the graph passes use these helpers so that they need not handle such nodes themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,14 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
 
 
 def source(node: Any) -> Any:
-    """What computes the value of `node`: aliases, casts to the same type and dropout outside training are passed."""
+    """Return the node that computes the value of `node`, skipping nodes that pass it on unchanged."""
     while isinstance(node, Node) and _hands_on(node):
         node = node.args[0]
     return node
 
 
 def readers(node: Node) -> list[Node]:
-    """Who reads the value of `node`, through nodes that only hand it on."""
+    """Return the nodes that read the value of `node`, directly or through nodes that pass it on unchanged."""
     found: dict[Node, None] = {}
     waiting = [node]
     while waiting:
@@ -37,7 +41,7 @@ def readers(node: Node) -> list[Node]:
 
 
 def cast_of(node: Any) -> Any:
-    """What `node` casts from another type to its own; None when it is no such cast."""
+    """Return the operand of `node` if it casts a tensor to another dtype on the same device, else None."""
     node = source(node)
     if not isinstance(node, Node) or node.target not in _CASTS:
         return None

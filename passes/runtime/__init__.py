@@ -1,1 +1,1 @@
-"""Passes that need a cache or a decode loop which effpass owns."""
+"""Passes that need a KV cache or a decode loop owned by effpass."""

@@ -1,10 +1,11 @@
-"""`kv_offload`: keys and values in host memory, and on the device what sparse attention reads of them.
+"""`kv_offload`: keep keys and values in host memory, and the blocks that sparse attention reads on the device.
 
-Beside `sparse_attention`, which reads a few thousand keys at a step, choosing by an index that stays on the device.
-Blocks that a step read are copied to a pool on the device while the step goes on; a key whose block is not there is
-read through the bus by attention itself (:mod:`effpass.lowering.ops.block_pool`). AsyncTLS
-(https://arxiv.org/abs/2604.07815) keeps blocks likewise, and chooses tokens in the blocks of the step before, so that
-none is ever missing; reading what is missing makes that unnecessary, and the bits are those of sparse attention.
+The pass requires `sparse_attention` before it in the recipe. That pass attends to a few thousand keys per decode step
+and chooses them with an index that remains on the device. Blocks that a step has read are copied to a pool on the
+device while the step continues; a key whose block is not in the pool is read over the bus by the attention kernel
+(:mod:`effpass.lowering.ops.block_pool`). AsyncTLS (https://arxiv.org/abs/2604.07815) also keeps a pool of blocks, but
+chooses tokens only in the blocks of the previous step, so that no block is ever missing. Since missing keys can be read
+over the bus, this restriction is unnecessary here, and results are bitwise equal to those of `sparse_attention` alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from effpass.runtime.sparse_attention import SparseSettings
 
 __all__ = ["KVOffload", "KVOffloadOptions", "counters"]
 
-_POOL = 3  # times what a step chooses
+_POOL = 3  # default size of the pool, as a multiple of the blocks that a step chooses
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class KVOffloadOptions:
     """Options of `kv_offload`.
 
     Attributes:
-        host_memory: bytes of host memory that all caches may take, such as `"64 GiB"`; by default nine tenths of what
-            is available.
-        pool: blocks of each key-value head that stay on the device; by default three times those that a step chooses.
-        prefetch: blocks of a head that a step may have copied for the steps behind it; 0 for none.
+        host_memory: size limit of all caches in host memory, such as `"64 GiB"`; None for nine tenths of the available
+            memory.
+        pool: number of blocks of each KV head on the device; None for three times the number that a step chooses.
+        prefetch: maximum number of blocks of a KV head that a step copies for later steps; 0 to copy none.
     """
 
     host_memory: str | None = None
@@ -57,7 +58,7 @@ class KVOffloadOptions:
             raise ValueError(f"prefetch: got {self.prefetch}, expected blocks, 0 or more")
 
     def pages(self, how: Selection) -> int:
-        """Blocks of a head on the device."""
+        """Return the number of blocks of each KV head on the device."""
         return _POOL * how.kept_blocks if self.pool is None else self.pool
 
 
@@ -96,7 +97,7 @@ class KVOffload(RuntimePass):
             raise ModelError(f"{type(inner_model(model)).__name__} is no transformers model that generates")
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Place the model's caches in host memory; hits are layers."""
+        """Allocate the model's caches in host memory; hits are layers."""
         runs: Any = inner_model(model)
         full, others = full_layers(runs.config)
         on_device = [Refusal(f"layer {i}", f"{what}, and stays on the device") for i, what in others.items()]
@@ -112,7 +113,9 @@ class KVOffload(RuntimePass):
 
 
 def counters(model: Any) -> OffloadCounters:
-    """What the steps of the model's caches read and copied; those that the engine keeps for the next call count on.
+    """Return how much the decode steps of the model have read and copied.
+
+    Caches that the engine reuses for the next call accumulate their counts over calls.
 
     Raises:
         ModelError: the model was prepared without kv_offload.

@@ -1,12 +1,14 @@
-"""`mla_absorption`: latent attention that reads its cached latents as they are.
+"""`mla_absorption`: multi-head latent attention (MLA) that reads its cached latents without expanding them.
 
     q · (W_UK c) = (W_UKᵀ q) · c        Σ_s a_s (W_UV c_s) = W_UV (Σ_s a_s c_s)
 
-transformers caches the latents c of DeepSeek-V2's attention (https://arxiv.org/abs/2405.04434, section 2.1) and expands
-all of them to keys and values of every head at every step. Absorbed, a step projects its query and its output instead,
-and all heads read one key of latents, whose first part is the value. The projections are views of `kv_b_proj`, so that
-no weight is copied and none goes stale; a quantised one is dequantised, since it is read along both of its sides, and
-its scales hold for one. It acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
+q is the query of a head, c_s the cached latent of token s, a_s its attention weight, and W_UK and W_UV are the
+up-projections to keys and values. For the attention of DeepSeek-V2 (https://arxiv.org/abs/2405.04434, section 2.1),
+transformers caches the latents and expands all of them to the keys and values of every head at every step. With the
+up-projections absorbed, a step projects its query and its output instead, and all heads share one key per token, whose
+first part is the value. W_UK and W_UV are views of `kv_b_proj`, so that no weight is copied or becomes stale. A
+quantised `kv_b_proj` is dequantised, because the absorbed form reads it along both dimensions, while its scales apply
+to one of them. The pass acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
 """
 
 from __future__ import annotations
@@ -44,15 +46,15 @@ class MLAAbsorption(RuntimePass):
         check_decodable(inner_model(model))
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
-        """Give the layers their second form; hits are layers."""
+        """Make the layers with latent attention able to read latents directly; hits are layers."""
         return absorb(model), []
 
 
 def latent_layers(model: Any) -> dict[str, Any]:
-    """Layers with latent attention, by name.
+    """Return the layers with latent attention, by name.
 
     Raises:
-        ModelError: one of them can't be absorbed.
+        ModelError: the up-projections of one of them can't be absorbed.
     """
     layers = {name: module for name, module in inner_model(model).named_modules() if is_latent_attention(module)}
     for name, module in layers.items():
@@ -71,10 +73,12 @@ def latent_layers(model: Any) -> dict[str, Any]:
 
 
 def absorb(model: Any) -> int:
-    """Absorb every layer with latent attention that is not yet; returns how many.
+    """Absorb the up-projections of every layer with latent attention, and return the number of layers changed.
+
+    Layers that are absorbed already are skipped.
 
     Raises:
-        ModelError: a layer can't be absorbed; the model is unchanged.
+        ModelError: the up-projections of a layer can't be absorbed; the model is unchanged.
     """
     layers = [module for module in latent_layers(model).values() if not isinstance(module, Absorbed)]
     dtype = inner_model(model).get_input_embeddings().weight.dtype

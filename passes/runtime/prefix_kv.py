@@ -1,8 +1,8 @@
-"""`prefix_kv`: a key-value cache with a budget, in which every layer keeps its own share of the tokens.
+"""`prefix_kv`: a KV cache with a budget, in which every layer keeps its own share of the tokens.
 
-PrefixKV (https://arxiv.org/abs/2412.03409): one search over all layers finds how much each keeps, so that the layer
-that loses most of its attention loses as little as possible. The cache and the search are in
-:mod:`effpass.runtime.prefix_kv`.
+The method is PrefixKV (https://arxiv.org/abs/2412.03409): a search over all layers determines how many tokens each of
+them keeps, such that the largest loss of attention in any layer is as small as possible. The model stage installs
+sessions with a budget in the decode engine; the cache and the search are in :mod:`effpass.runtime.prefix_kv`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ class PrefixKVOptions:
     """Options of `prefix_kv`.
 
     Attributes:
-        budget: what layers with full attention keep in the mean: a share of the tokens (`0.2`; `1.0` is all), a number
-            of tokens (`4096`), or bytes for all layers and sequences together (`"8 GiB"`).
-        artifact: folder of a profile, as `effpass calibrate prefix-kv` writes it. Without one every prompt is searched.
-        importance: what tokens are ranked by: the attention they receive from all tokens, from the last 64, or both.
-        pool: neighbours over which that is averaged, an odd number; 1 leaves it as it is.
-        sink: first tokens of a sequence that stay.
-        recent: last tokens of a sequence that stay.
-        page: layers keep multiples of it, where the budget allows.
-        kv_cache_dtype: how keys and values are stored; `auto` is the model's dtype.
+        budget: size of the cache: the mean share of tokens that a layer with full attention keeps (`0.2`; `1.0` for
+            all), the mean number of tokens (`4096`), or the total size of all layers and sequences (`"8 GiB"`).
+        artifact: folder of a profile written by `effpass calibrate prefix-kv`, which holds the share of each layer;
+            None to run the search for each prompt.
+        importance: score by which tokens are ranked: the attention that they receive from all tokens (`full`), from the
+            last 64 (`window`), or from both.
+        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number; 1 to disable
+            averaging.
+        sink: number of tokens at the start of a sequence that are always kept.
+        recent: number of tokens at the end of a sequence that are always kept.
+        page: granularity in tokens; the number of tokens that a layer keeps is a multiple of it if the budget allows.
+        kv_cache_dtype: dtype in which keys and values are stored; `auto` is the model's dtype.
     """
 
     budget: float | int | str
@@ -113,7 +116,7 @@ class PrefixKV(RuntimePass):
                 _check_even(runs.config)
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Give the model's engine sessions with a budget; hits are layers."""
+        """Make the model's decode engine create sessions with a budget; hits are layers."""
         runs = inner_model(model)
         full, others = full_layers(runs.config)
         if full:
@@ -134,7 +137,7 @@ class PrefixKV(RuntimePass):
 
 @dataclass(frozen=True)
 class _NewSession:
-    """Makes sessions; copied along with a model."""
+    """Factory of sessions with a budget; deep-copied along with the model."""
 
     settings: Settings
 

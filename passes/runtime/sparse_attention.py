@@ -1,13 +1,14 @@
-"""`sparse_attention`: long contexts are attended to where it matters, chosen in two levels.
+"""`sparse_attention`: attention over long contexts that reads only the keys it selects.
 
-Decoding: blocks of keys first, then tokens in them, then exact attention over these
-(:mod:`effpass.lowering.ops.two_level_attention`, AsyncTLS, https://arxiv.org/abs/2604.07815), in the decode engine.
-Prompts, where asked for: each tile of queries attends to blocks that it chooses
-(:mod:`effpass.lowering.ops.block_sparse_attention`), in the engine and in programs. Below the length from which on it
-pays, attention is dense. Nothing is trained.
+* Decoding: a step selects blocks of keys, then tokens inside these blocks, and computes exact attention over the
+  selected tokens (:mod:`effpass.lowering.ops.two_level_attention`; AsyncTLS, https://arxiv.org/abs/2604.07815). This
+  acts in the decode engine.
+* Prompts, if enabled: each tile of queries attends to the blocks of keys that it selects
+  (:mod:`effpass.lowering.ops.block_sparse_attention`). This acts in the engine and in programs.
+* Training, if enabled, instead of both: each token attends to the blocks of keys that it selects, in the forward and
+  the backward pass (:mod:`effpass.lowering.ops.routed_attention`; MoBA, https://arxiv.org/abs/2502.13189).
 
-Training, where asked for instead: each token attends to blocks that it chooses, forwards and backwards
-(:mod:`effpass.lowering.ops.routed_attention`, MoBA, https://arxiv.org/abs/2502.13189).
+For decoding and prompts nothing is trained, and contexts that are too short to benefit are attended to densely.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
 from effpass.passes.runtime.mla_absorption import absorb, latent_layers
 from effpass.passes.runtime.prefix_kv import PrefixKV
+from effpass.passes.weights.keep_indices import KeepIndices
+from effpass.passes.weights.structured_pruning import StructuredPruning
 from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import full_layers
 from effpass.runtime.engine import check_decodable
@@ -58,24 +61,29 @@ class SparseAttentionOptions:
     """Options of `sparse_attention`.
 
     Attributes:
-        tokens: keys that a step attends to, a key-value head.
-        blocks: blocks whose keys the second level looks at; by default 8192 keys' worth, and twice `tokens` at least.
-        block: slots of a block.
-        sink: blocks from the first token on that are always kept.
-        recent: blocks up to the last token that are always kept.
-        levels: `both`; `blocks` attends to whole blocks (Quest), `tokens` looks at every key's label (Double Sparsity).
-        statistic: what stands for a block: `min_max` bounds its scores, `mean` and `mean_std` estimate them.
-        aggregation: over the query heads that share keys: `sum` or `max`.
-        pipelined: choose tokens in the blocks of the step before.
-        artifact: folder of calibrated channels, as `effpass calibrate sparse-attention` writes it. Without one a label
-            has all channels, at four bits each.
-        dense_below: contexts with fewer tokens are attended to densely; by default from the cost model.
-        prefill_density: share of the blocks that prompts attend to; null for all.
-        prefill_threshold: share of the pooled weight that prompts attend to instead; null for none.
-        audit: measure at each step what the choice holds, see :func:`recall`; slow, it reads all keys.
-        train_budget: keys that a token attends to in training; the model is then prepared for that, and decodes as it
-            did.
-        train_block: keys of a block in training.
+        tokens: number of keys that a decode step attends to, for each KV head.
+        blocks: number of blocks whose keys the second level scores; None for as many as hold 8192 keys, or twice
+            `tokens` if that is more (at most 16384).
+        block: number of cache slots per block.
+        sink: number of blocks at the start of the sequence that are always selected.
+        recent: number of blocks at the end of the sequence that are always selected.
+        levels: levels of selection: `both`; `blocks` attends to all keys of the selected blocks (Quest); `tokens`
+            scores the labels of all keys (Double Sparsity). A label is a key quantised to four bits per channel.
+        statistic: statistic by which a block is scored: `min_max` gives an upper bound of the scores of its keys,
+            `mean` and `mean_std` give estimates.
+        aggregation: reduction over the query heads that share a KV head: `sum` or `max`.
+        pipelined: whether to select tokens in the blocks that the previous step selected.
+        artifact: folder of calibrated channels written by `effpass calibrate sparse-attention`, to which labels are
+            restricted; None for labels of all channels.
+        dense_below: length in tokens below which attention is dense; None to determine it with the cost model.
+        prefill_density: share of the blocks that prompts attend to; None for all.
+        prefill_threshold: share of the pooled attention weight that the blocks selected for a prompt must hold, used
+            instead of `prefill_density`; None to disable.
+        audit: whether to measure the quality of the selection at each step, see :func:`recall`. This is slow, because
+            it reads all keys.
+        train_budget: number of keys that a token attends to in training; None for no training. If given, the model is
+            prepared for training only, and its decoding stays unchanged.
+        train_block: number of keys per block in training.
     """
 
     tokens: int = 2048
@@ -110,7 +118,7 @@ class SparseAttentionOptions:
             )
         if how.levels == "tokens" and how.tokens > _MOST_CANDIDATES // 4:
             raise ValueError(f"tokens: got {how.tokens}, with levels: tokens expected at most {_MOST_CANDIDATES // 4}")
-        self.prompts  # noqa: B018  (checks its values)
+        self.prompts  # noqa: B018  (building it checks the values)
 
     def _check_training(self, budget: int) -> None:
         for field in fields(self):
@@ -147,6 +155,7 @@ class SparseAttention(Pass):
     entrances = ("model", "program", "backend")
     Options = SparseAttentionOptions
     options: SparseAttentionOptions
+    _pruned: KeepIndices | None = None  # pruning that precedes this pass in its recipe
 
     @cached_property
     def _channels(self) -> tuple[Artifact, dict[int, Tensor]] | None:
@@ -166,6 +175,8 @@ class SparseAttention(Pass):
                 " are",
                 hint="set kv_cache_dtype: auto in prefix_kv, or leave sparse_attention out",
             )
+        pruning = next((pass_ for pass_ in before if isinstance(pass_, StructuredPruning)), None)
+        self._pruned = None if pruning is None else pruning.keep
 
     def check_model(self, model: torch.nn.Module) -> None:
         runs = inner_model(model)
@@ -185,17 +196,20 @@ class SparseAttention(Pass):
                 )
         if self._channels is not None:
             self._channels[0].check_model(runs)
-            check_channels(self._channels[1], runs, sizes)
+            check_channels(self._channels[1], sizes)
         self._check_kernels(runs, sizes)
 
     def _check_kernels(self, model: Any, sizes: dict[int, tuple[int, int]]) -> None:
-        """Refuse layers that a GPU has no kernels for: its steps are CUDA graphs, which can't hold the reference."""
+        """Raise if a layer has no GPU kernels; the steps are CUDA graphs, which can't capture the reference."""
         device, dtype = device_and_dtype(model)
         if device.type != "cuda":
             return
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         latents = latent_layers(model)
+        pruned = None if self._pruned is None else self._pruned.after
         for index, (groups, key_size) in sizes.items():
+            if pruned is not None:
+                heads, groups = pruned.num_attention_heads, 1 if latents else pruned.num_key_value_heads
             value_size = next(iter(latents.values())).kv_lora_rank if latents else key_size
             channels = key_size if self._channels is None else self._channels[1][index].shape[1]
             if not has_kernels(self.options.selection, heads, groups, key_size, value_size, channels, dtype):
@@ -206,7 +220,7 @@ class SparseAttention(Pass):
                 )
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Make the model's caches choose, or its tokens in training; hits are layers."""
+        """Make the attention of the model sparse, for decoding and prompts or for training; hits are layers."""
         runs = inner_model(model)
         full, others = full_layers(runs.config)
         left_alone = [Refusal(f"layer {i}", f"{what}, and stays as it is") for i, what in others.items()]
@@ -218,6 +232,8 @@ class SparseAttention(Pass):
             return len(full), left_alone
         absorb(runs)
         channels = None if self._channels is None else self._channels[1]
+        if channels is not None and self._pruned is not None:
+            channels = self._pruned.of_kept_heads(channels)
         audits = {index: Audit(runs.device) for index in full} if options.audit else None
         below = self._break_even(runs) if options.dense_below is None else options.dense_below
         runs.effpass_reader = SparseSettings(options.selection, below, channels, options.prompts, audits)
@@ -225,6 +241,7 @@ class SparseAttention(Pass):
         return len(full), left_alone
 
     def _break_even(self, model: Any) -> int:
+        """Return the context length from which sparse attention is faster on the model's device, by the cost model."""
         device, dtype = device_and_dtype(model)
         latents = latent_layers(model)
         sizes = _sizes(model)
@@ -284,7 +301,7 @@ class SparseAttention(Pass):
 
 
 def _why_not(attention: Attention) -> tuple[str, str] | None:
-    """Why an attention of a program must stay as it is."""
+    """Return the reason why an attention of a program can't be replaced, with a hint; None if it can."""
     if attention.layout != "BHTD" or attention.implementation != "sdpa":
         return f"it is {attention.implementation} attention", "load the model with attn_implementation='sdpa'"
     if attention.mask is not None or not attention.is_causal:
@@ -298,7 +315,7 @@ def _why_not(attention: Attention) -> tuple[str, str] | None:
 
 
 def _sizes(model: Any) -> dict[int, tuple[int, int]]:
-    """Key-value heads and key size as they are cached, of each layer with full attention."""
+    """Return the number of KV heads and the key size in the cache, for each layer with full attention."""
     text = model.config.get_text_config(decoder=True)
     if latent_layers(model):
         size = (1, text.kv_lora_rank + text.qk_rope_head_dim)
@@ -310,10 +327,11 @@ def _sizes(model: Any) -> dict[int, tuple[int, int]]:
 
 
 def recall(model: Any) -> dict[int, tuple[float, float]]:
-    """What steps since `prepare` with ``audit: true`` chose, in the mean, by layer.
+    """Return the quality of the selection of keys, as a mean over all decode steps since `prepare`, for each layer.
 
     Returns:
-        Share of the best keys that was chosen (recall), and of the attention that full attention gives (mass).
+        For each layer, the fraction of the best keys that was selected (recall), and the fraction of the weight of full
+        attention that falls on the selected keys (mass).
 
     Raises:
         ModelError: the model was prepared without ``audit: true``.

@@ -1,10 +1,13 @@
-"""`sparse_verification`: speculative decoding whose verifications read less, the same for all nodes of a tree.
+"""`sparse_verification`: speculative decoding whose verification reads only a part of the cache and the weights.
 
-Blocks of the prefix that the root's query likes best, channels of feed-forward networks in which the nodes together
-have most, experts that they together like best ("Accelerate Speculative Decoding with Sparse Computation in
-Verification", https://arxiv.org/abs/2512.21911). It acts where `generate` is given a draft: see
-:mod:`effpass.runtime.speculative.sparse`. Nothing is trained; which layers choose blocks, and the shares by which
-single tokens leave out experts, can be calibrated.
+A verification is the call of the target model on a tree of draft tokens. It reads the blocks of the prefix with the
+largest scores for the query of the tree's root, the channels of feed-forward networks with the largest squared
+activations summed over the nodes of the tree, and the experts with the largest routing weights summed over the nodes.
+All nodes share the selection. The method follows "Accelerate Speculative Decoding with Sparse Computation in
+Verification" (https://arxiv.org/abs/2512.21911).
+
+The pass acts when `generate` is given a draft; see :mod:`effpass.runtime.speculative.sparse`. Nothing is trained, but
+two things can be calibrated: which layers select blocks, and the thresholds below which single tokens skip experts.
 """
 
 from __future__ import annotations
@@ -42,15 +45,19 @@ class SparseVerificationOptions:
     """Options of `sparse_verification`.
 
     Attributes:
-        attention: share of the prefix beyond `dense_below` that a tree attends to; null for all.
-        dense_below: tokens of a prefix that are attended to in any case; shorter ones wholly.
-        block: tokens of a block; kernels take multiples of 64.
-        channels: share of the channels of feed-forward networks that a tree reads; null for all.
-        experts: share of a layer's experts that a tree reads; null for all.
-        refresh: rounds after which tokens are run again densely; null for never.
-        artifact: folder of what was calibrated, as `effpass calibrate sparse-verification` writes it.
-        skip_below: instead of `channels`, each token leaves out those whose gate is smaller.
-        skip_experts: instead of `experts`, each token leaves out up to so many of its own; needs the artifact.
+        attention: share of the prefix beyond `dense_below` that a tree attends to; None for all of it.
+        dense_below: number of tokens of every prefix that are attended to in any case; shorter prefixes are attended to
+            densely.
+        block: number of tokens per block; GPU kernels support multiples of 64.
+        channels: share of the channels of feed-forward networks that a tree reads; None for all.
+        experts: share of a layer's experts that a tree reads; None for all.
+        refresh: number of rounds after which the tokens since the last refresh are run again densely; None for never.
+        artifact: folder with calibration results written by `effpass calibrate sparse-verification`; None if nothing
+            was calibrated.
+        skip_below: threshold on the activated gate; each token skips the channels whose gate is smaller in magnitude.
+            Used instead of `channels`; None to disable.
+        skip_experts: maximum number of its experts that each token skips. Used instead of `experts` and requires
+            `artifact`; None to disable.
     """
 
     attention: float | None = 0.25
@@ -171,7 +178,7 @@ class SparseVerificationPass(RuntimePass):
                 raise ModelError(f"skip_experts: {options.skip_experts}, and a token takes {each}; one at least stays")
 
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
-        """Tell speculative decoding; hits are layers whose attention, channels or experts are left out."""
+        """Store the settings on the model for speculative decoding; hits are layers and networks that become sparse."""
         runs: Any = inner_model(model)
         options, hits, alone = self.options, 0, []
         blocks: SharedBlocks | None = None

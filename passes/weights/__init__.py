@@ -1,1 +1,1 @@
-"""Passes that change weights: they act on a model, an exported program and in the backend."""
+"""Passes that change weights. They act on a model; most also act on a program and in the `torch.compile` backend."""

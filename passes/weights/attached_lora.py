@@ -1,10 +1,12 @@
-"""Adapters that PEFT has attached to a model: merging them in the model, and in a traced graph.
+"""Merging of adapters that PEFT has attached to a model, on the model or in a traced graph; used by `merge_lora`.
 
-On the model the wrappers go and ordinary modules stay. In a graph, PEFT's forward
+On the model, the adapters are folded into the base weights and PEFT's wrappers are replaced by ordinary modules. In a
+graph, the forward pass of a wrapped layer
 
     base(x) + lora_B(lora_A(dropout(x))) * scaling
 
-is three matrix products; the merged weight, derived from W, A and B, leaves one. It follows later changes of all three.
+consists of three matrix products. They are replaced by one product with a merged weight, a derived weight (see
+:meth:`effpass.core.program.Program.derive`) computed from W, A and B that follows later changes of all three.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ __all__ = ["KEPT", "attach", "find", "merge_attached", "rewrite", "tuner_layers"
 
 aten = torch.ops.aten
 
-# LoraVariants of PEFT whose merged weight is plain LoRA's.
+# LoraVariants of PEFT whose merged weight is computed as for plain LoRA.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 _DORA_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
-_ANNEALED = "AfaVariant"  # effpass.trainers.afa_lora: a product of two matrices only once it is finished
+_ANNEALED = "AfaVariant"  # effpass.trainers.afa_lora: only a finished adapter is a product of two matrices
 KEPT = "quantised ({}); the adapter stays beside it"
 
 
@@ -41,8 +43,8 @@ KEPT = "quantised ({}); the adapter stays beside it"
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
-    """Modules that PEFT has wrapped, outermost only, by name."""
-    if "peft" not in sys.modules:  # nobody can have attached an adapter
+    """Return the modules that PEFT has wrapped by name, without wrappers inside other wrappers."""
+    if "peft" not in sys.modules:  # without PEFT, no adapter can be attached
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -56,16 +58,16 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def merge_attached(model: nn.Module, quantized: str) -> tuple[int, list[Refusal]]:
-    """Merge the active adapters of `model`, in place, and take PEFT's wrappers away.
+    """Merge the active adapters of `model` in place and remove PEFT's wrappers.
 
-    All or nothing, except that ``quantized="keep"`` leaves the wrappers of quantised layers.
+    Either all adapters are merged or none, except that ``quantized="keep"`` leaves those of quantised layers attached.
 
     Args:
-        model: a PeftModel, or a transformers model with `add_adapter`.
-        quantized: see :class:`~effpass.passes.weights.merge_lora.MergeLoraOptions`.
+        model: a PeftModel, or a transformers model with adapters added by `add_adapter`.
+        quantized: treatment of quantised layers, see :class:`~effpass.passes.weights.merge_lora.MergeLoraOptions`.
 
     Returns:
-        The number of modules that are plain again, and why others are not.
+        The number of modules merged, and a refusal for each adapter that prevents merging or stays attached.
     """
     layers = tuner_layers(model)
     refusals = [Refusal(name, *reason) for name, layer in layers.items() if (reason := _why_not(layer))]
@@ -100,7 +102,7 @@ def _base_scheme(layer: Any) -> str | None:
 
 
 def _why_not(layer: Any) -> tuple[str, str] | None:
-    """Why the adapters of one wrapped module can't be merged, and the way out."""
+    """Return the reason why the adapters of a wrapped module can't be merged, with a hint; None if they can."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -143,13 +145,13 @@ def _active(layer: Any) -> list[str]:
 
 
 def _merged_module(layer: Any, tied: dict[int, list[nn.Parameter]], keeps_ties: bool) -> nn.Module:
-    """The plain module that stands for a wrapped one.
+    """Merge the adapters of a wrapped module and return the plain module.
 
     Args:
-        layer: the wrapper.
-        tied: id of an original weight → the parameters it became, so that modules which shared a weight still do
-            where they come to the same one.
-        keeps_ties: modules that shared a weight have one adapter between them.
+        layer: wrapper of the module.
+        tied: id of an original weight → merged parameters computed from it. Modules that shared the original weight
+            share the merged one if their merged weights are equal.
+        keeps_ties: whether modules that share a weight also share one adapter.
     """
     if hasattr(layer, "modules_to_save"):
         active = layer.active_adapters
@@ -173,7 +175,7 @@ def _merged_module(layer: Any, tied: dict[int, list[nn.Parameter]], keeps_ties: 
 
 
 def _update(layer: Any, active: list[str]) -> dict[str, Tensor]:
-    """The arguments of :func:`fold` for the active adapters of a layer."""
+    """Return the keyword arguments of :func:`fold` that merge the active adapters of a layer."""
     pairs = []
     for name in active:
         embedding = name in layer.lora_embedding_A
@@ -187,11 +189,11 @@ def _update(layer: Any, active: list[str]) -> dict[str, Tensor]:
 
 
 def attach(model: nn.Module, updates: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Let PEFT hold low-rank updates beside layers whose weight must stay as it is.
+    """Attach low-rank updates with PEFT to layers whose weight must not be changed.
 
     Args:
-        model: changed in place.
-        updates: module name → `a` `[r, in]` and `b` `[out, r]`, scale included.
+        model: model whose layers are wrapped in place.
+        updates: module name → factors `a` `[r, in]` and `b` `[out, r]` of the update, with the scale included in `b`.
     """
     if not updates:
         return
@@ -212,7 +214,7 @@ def attach(model: nn.Module, updates: Mapping[str, Mapping[str, Tensor]]) -> Non
     for name, update in updates.items():
         layer: Any = model.get_submodule(name)
         for factor, tensor in ((layer.lora_A, update["a"]), (layer.lora_B, update["b"])):
-            device = factor["effpass"].weight.device  # the type is not kept: beside float8 PEFT makes it float8
+            device = factor["effpass"].weight.device  # but not the dtype: PEFT creates it in float8 for a float8 layer
             factor["effpass"].weight = nn.Parameter(tensor.to(device, copy=True), requires_grad=False)
 
 
@@ -221,7 +223,16 @@ def attach(model: nn.Module, updates: Mapping[str, Mapping[str, Tensor]]) -> Non
 
 @dataclass(frozen=True)
 class Branch:
-    """``linear(linear(x, A), B, bias) * scale`` as nodes; `scale` is a number or the node of a SymFloat."""
+    """Nodes of one adapter, ``linear(linear(dropout(x), A), B, bias) * scale``.
+
+    Attributes:
+        x: input of the adapter, after dropout.
+        a: matrix A.
+        b: matrix B.
+        bias: bias of B; None if there is none.
+        scale: scaling factor, a number or the node of a SymFloat.
+        dropout: whether a dropout before A is active.
+    """
 
     x: Node
     a: Node
@@ -232,7 +243,7 @@ class Branch:
 
 
 def find(program: Program) -> Iterator[Match | Refusal]:
-    """Every attached adapter in the graph: PEFT's pattern, or why a layer does not show it."""
+    """Yield a match for each attached adapter in the graph, and a refusal for each that can't be merged there."""
     seen: set[Node] = set()
     for node in reversed(list(program.graph.nodes)):
         if node in seen or (chain := _chain(program, node)) is None:
@@ -246,7 +257,7 @@ def find(program: Program) -> Iterator[Match | Refusal]:
             yield Refusal(_layer_name(program, branches[0]), *reason)
         else:
             yield Match(node, {"base": base, "linear": linear, "branches": branches})
-    bodies = {body.caller for body in program.bodies}  # what they read is looked at there
+    bodies = {body.caller for body in program.bodies}  # the adapters that they read are found there
     for weight in program.weights.values():
         if all(user in bodies for user in weight.node.users):
             continue
@@ -260,7 +271,7 @@ def find(program: Program) -> Iterator[Match | Refusal]:
 
 
 def rewrite(program: Program, match: Match) -> None:
-    """Let the base layer read the merged weight, and its value stand for the sum."""
+    """Make the base layer read the merged weight, and replace the sum by the output of the base layer."""
     base, linear, branches = match.nodes["base"], match.nodes["linear"], match.nodes["branches"]
     scales = [_number(branch.scale) for branch in branches]
     name = _layer_name(program, branches[0])
@@ -284,14 +295,14 @@ def rewrite(program: Program, match: Match) -> None:
         linear.node.replace_input_with(linear.bias, bias)
     linear.node.replace_input_with(linear.weight, weight)
     dtype = match.anchor.meta["val"].dtype
-    if base.meta["val"].dtype != dtype:  # adapters in float32 beside a bfloat16 base
+    if base.meta["val"].dtype != dtype:  # float32 adapters on a bfloat16 base
         with program.graph.inserting_before(match.anchor):
             base = inline(program, lambda t: t.to(dtype), [base])
     match.anchor.replace_all_uses_with(base)
 
 
 def _chain(program: Program, node: Node) -> tuple[list[Node], Node, Linear, list[Branch]] | None:
-    """``base(x) + branch + branch ...`` ending in `node`: the sums, the base's value, its product, the branches."""
+    """Match ``base(x) + branch + ...`` that ends in `node`: return the additions, base output, product and branches."""
     adds: list[Node] = []
     branches: list[Branch] = []
     while node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2:
@@ -306,7 +317,7 @@ def _chain(program: Program, node: Node) -> tuple[list[Node], Node, Linear, list
     if not adds:
         return None
     product = node
-    while product.target in (aten.view.default, aten.reshape.default):  # Conv1D flattens the batch around its product
+    while product.target in (aten.view.default, aten.reshape.default):  # Conv1D flattens the batch dimensions
         product = product.args[0]  # type: ignore[assignment]
     linear = program.linear_at(product)
     if linear is None or program.weight_of(linear.weight) is None:
@@ -363,7 +374,7 @@ def _why_not_in_graph(program: Program, base: Node, linear: Linear, branches: li
 
 
 def _steps(node: Any) -> Iterator[Node]:
-    """`node` and what it was made from by operations that keep rows and values."""
+    """Yield `node` and its predecessors through casts, reshapes and dropout, up to the node that computes the value."""
     while isinstance(node, Node):
         yield node
         keeps = node.target in (aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.detach.default)
@@ -378,7 +389,7 @@ def _root(node: Any) -> Node:
 
 
 def _number(scale: Any) -> float:
-    """The scaling as a number. Under ``dynamic=True`` it is a SymFloat: reading it makes Dynamo guard on its value."""
+    """Return the scaling as a number. With ``dynamic=True`` it is a SymFloat; reading it makes Dynamo guard on it."""
     return float(scale.meta["val"] if isinstance(scale, Node) else scale)
 
 

@@ -1,4 +1,4 @@
-"""Two weights passes on one weight."""
+"""Check that two weights passes do not change the same weight of a graph."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ __all__ = ["check_first"]
 
 
 def check_first(program: Program, names: Collection[str], pass_name: str) -> None:
-    """Raise unless the weights `names` of `program` are still as the model has them.
+    """Check that no other pass has derived a weight from one of the weights `names` of `program`.
 
-    In a graph a weight is derived from the original once. The module home has no such limit: there each pass finds what
-    the one before it left.
+    In a graph, a weight can be derived from its original only once. :func:`effpass.prepare` has no such limit, because
+    each pass changes the weights that the previous one has left in the model.
+
+    Args:
+        program: program that the pass is about to rewrite.
+        names: names of the weights that the pass changes.
+        pass_name: name of the pass.
 
     Raises:
-        PassRefusedError: another pass derives one of them already; names both passes and the weight.
+        PassRefusedError: another pass already derives one of the weights; the message names both passes and the weight.
     """
     for owner, _ in program.derived_nodes:
         other, _, name = owner.partition(":")

@@ -1,4 +1,4 @@
-"""Dropping whole layers of a decoder."""
+"""Removal of whole layers from a decoder, in the module tree and in the config; used by `structured_pruning`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["drop_layers", "kept_names", "write_layers"]
 
 
 def drop_layers(model: Any, kept: Sequence[int]) -> int:
-    """Keep these layers alone, in place, in module tree and config; the number of dropped ones."""
+    """Remove all layers except `kept` from `model` and its config, in place; return the number of removed layers."""
     stack = _stack(model)
     layers = model.get_submodule(stack)
     owner, _, name = stack.rpartition(".")
     left = nn.ModuleList(layers[i] for i in kept)
     for new, layer in enumerate(left):
         for module in layer.modules():
-            if "layer_idx" in module.__dict__:  # where it stands in a cache
+            if "layer_idx" in module.__dict__:  # index of the layer in a KV cache
                 module.__dict__["layer_idx"] = new
     setattr(model.get_submodule(owner), name, left)
     write_layers(model.config, kept)
@@ -29,7 +29,7 @@ def drop_layers(model: Any, kept: Sequence[int]) -> int:
 
 
 def kept_names(model: nn.Module, kept: Sequence[int]) -> dict[str, str]:
-    """The name that each parameter has once layers are dropped, by the name that it has now."""
+    """Map the name of each remaining parameter to the name that it has once only the layers `kept` are left."""
     stack, new = f"{_stack(model)}.", {old: i for i, old in enumerate(kept)}
     found = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
@@ -42,11 +42,11 @@ def kept_names(model: nn.Module, kept: Sequence[int]) -> dict[str, str]:
 
 
 def write_layers(config: Any, kept: Sequence[int]) -> None:
-    """Set the number of layers in a transformers config, and what it says of each."""
+    """Set the number of layers in a transformers config, and restrict its per-layer settings to the layers `kept`."""
     config = config.get_text_config()
     count = config.num_hidden_layers
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":  # `layer_types` and its like
+        if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":  # such as `layer_types`
             setattr(config, name, [value[i] for i in kept])
     dense = getattr(config, "first_k_dense_replace", None)
     if dense is not None:
@@ -57,7 +57,7 @@ def write_layers(config: Any, kept: Sequence[int]) -> None:
 
 
 def _stack(model: nn.Module) -> str:
-    """Where the layers are, ``"model.layers"``."""
+    """Return the name of the module that holds the decoder layers, such as ``"model.layers"``."""
     for name, _ in model.named_parameters(remove_duplicate=False):
         parts = split_name(name)
         if parts is not None:

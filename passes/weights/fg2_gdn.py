@@ -1,15 +1,18 @@
-"""`fg2_gdn`: chosen attention layers become linear attention, whose state has one size for any length.
+"""`fg2_gdn`: replace attention layers by linear attention, whose state has a fixed size for any sequence length.
 
     S_t = (I − κ_t κ_tᵀ) Diag(e^g_t) S_{t−1} + κ_t ζ_tᵀ        o_t = S_tᵀ q̂_t
 
-FG²-GDN (https://arxiv.org/abs/2604.19021), its variant with a step size for erasing and one for writing (FG²-GDN+),
-Kimi Delta Attention and gated DeltaNet, by what the artifact was learned with. What is left is a hybrid
-(:mod:`effpass.runtime.linear_attention.hybrid`), which saves, loads, generates and exports as the model did.
+S_t is the state of a value head after token t, o_t its output, and g_t the log of the decay; κ_t, ζ_t and q̂_t are
+scaled keys, values and queries (:mod:`effpass.lowering.ops.gated_delta_rule`). The variant is FG²-GDN
+(https://arxiv.org/abs/2604.19021), FG²-GDN+ (with separate step sizes for erasing and writing), Kimi Delta Attention or
+gated DeltaNet, depending on the artifact, which `effpass train fg2-gdn` writes. The result is a hybrid model
+(:mod:`effpass.runtime.linear_attention.hybrid`), which can be saved, loaded, exported and used for generation like the
+original model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from effpass.core.artifact import Artifact
-from effpass.core.errors import ArtifactError, EffpassError, ModelError
+from effpass.core.errors import ArtifactError, EffpassError, ModelError, PassRefusedError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import inner_model
 from effpass.core.pass_ import Pass
@@ -37,8 +40,8 @@ class FG2GDNOptions:
     """Options of `fg2_gdn`.
 
     Attributes:
-        artifact: folder of learned layers, as `effpass train fg2-gdn` writes it.
-        layers: numbers of the layers to replace, of those that were learned; by default all of them.
+        artifact: folder of learned layers written by `effpass train fg2-gdn`.
+        layers: indices of the layers to replace, among those in the artifact; None for all of these.
     """
 
     artifact: Path
@@ -47,13 +50,13 @@ class FG2GDNOptions:
 
 @dataclass(frozen=True)
 class Learned:
-    """What an artifact holds.
+    """Contents of an artifact.
 
     Attributes:
-        artifact: the artifact itself.
-        settings: of the layers.
-        layers: for each layer its parameters, by their names there.
-        rest: other parameters of the model, which were trained with the layers, by their names there.
+        artifact: the artifact.
+        settings: settings of the linear attention layers.
+        layers: layer index → parameters of the layer by name.
+        rest: other parameters of the model that were trained together with the layers, by name in the model.
     """
 
     artifact: Artifact
@@ -63,10 +66,10 @@ class Learned:
 
     @classmethod
     def load(cls, folder: Path) -> Learned:
-        """Read and check an artifact.
+        """Read and validate an artifact.
 
         Raises:
-            ArtifactError: see :class:`Artifact`; or its tensors are not those of such layers.
+            ArtifactError: the folder is not a valid :class:`Artifact`, or its tensors do not fit its settings.
         """
         artifact = Artifact.load(folder, expect_pass=PASS, max_version=VERSION)
         options = artifact.options
@@ -108,7 +111,7 @@ class Learned:
                 )
 
     def hidden_size(self, number: int) -> int:
-        """D of a layer, as its parameters tell it; 0 where they don't."""
+        """Return the hidden size D of a layer, read from its parameters; 0 if they do not determine it."""
         weight = self.layers[number].get("q_proj.weight")
         return 0 if weight is None or weight.dim() != 2 else weight.shape[1]
 
@@ -121,7 +124,7 @@ class FG2GDN(Pass):
     changes = "layers"
     exact = False
     needs_artifact = True
-    entrances = ("model",)  # the layers have weights and a cache that no traced graph has
+    entrances = ("model",)  # a traced graph has neither the weights nor the cache of the new layers
     Options = FG2GDNOptions
     options: FG2GDNOptions
 
@@ -135,9 +138,17 @@ class FG2GDN(Pass):
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of the layers to replace."""
+        """Indices of the layers to replace."""
         chosen = self.options.layers
         return sorted(self.learned.layers) if chosen is None else sorted(chosen)
+
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        others = [pass_.name for pass_ in before if pass_.kind == "weights"]
+        if others and self.learned.rest:
+            raise PassRefusedError(
+                f"the artifact of fg2_gdn holds weights of the whole model, and {others[0]} changes weights before it",
+                hint=f"leave {others[0]} out, or give an artifact from before the whole model was trained",
+            )
 
     def check_model(self, model: nn.Module) -> None:
         runs, learned = inner_model(model), self.learned
@@ -182,7 +193,7 @@ class FG2GDN(Pass):
             )
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
-        """Put the layers in place; hits are layers."""
+        """Replace the layers and load their learned weights; hits are layers."""
         runs, learned = inner_model(model), self.learned
         made = make_hybrid(runs, self.layers, learned.settings)
         for number, layer in made.items():
@@ -207,12 +218,12 @@ def make_artifact(
     """Write learned layers as an artifact for this pass.
 
     Args:
-        folder: where; an artifact that is there is replaced.
-        original: the model before its layers were replaced.
-        layers: by number; at least one, all of the same settings.
-        rest: other parameters of the model that were trained, by name.
-        provenance: data, steps, seed, versions.
-        metrics: how good it is.
+        folder: folder to write; an existing artifact is replaced.
+        original: fingerprint of the model before its layers were replaced.
+        layers: learned layers by index, at least one, all with the same settings.
+        rest: other parameters of the model that were trained, by name; None if there are none.
+        provenance: origin of the layers, such as data, steps, seed and versions.
+        metrics: quality of the layers.
     """
     settings = next(iter(layers.values())).settings
     tensors = {

@@ -1,10 +1,14 @@
-"""Keep-index artifacts: which units of a decoder's layers stay, and which rows of which weight that is.
+"""Keep-index artifacts: the units of a decoder that pruning keeps, and the parts of each weight that belong to them.
 
-    layers.{i}.{family}   int64: kept units of layer i, shaped as :mod:`effpass.passes.weights.prunable_units` says
-    layers                int64 [L_keep]: kept layers; then there is nothing else
+A *unit* is a part of a layer that can be removed, such as a KV group or a feed-forward channel; units of one kind form
+a *family* (:mod:`effpass.passes.weights.prunable_units`). An artifact holds the tensors
 
-Indices are ascending, in range, and equally many in every layer that has such units, so that the pruned model has an
-ordinary config. Families may be absent.
+    layers.{i}.{family}   int64, indices of the kept units of layer i, of the shape that the family has
+    layers                int64 [L_keep], indices of the kept layers; such an artifact has no other tensors
+
+Indices are ascending and in range. Every layer that has units of a family keeps the same number of them, so that the
+pruned model has an ordinary config. Families that are not pruned are absent. `structured_pruning` applies artifacts,
+and :mod:`effpass.trainers.pruning` learns them.
 """
 
 from __future__ import annotations
@@ -33,12 +37,14 @@ _TENSOR = re.compile(r"^layers\.(\d+)\.(\w+)$")
 
 @dataclass(frozen=True)
 class Segment:
-    """`old` units of `inner` elements, of which `new` stay.
+    """Consecutive units along a dimension.
 
     Attributes:
-        units: name of the kept set, equal only to itself.
-        head: size of the heads that lie in each unit; 1 where there are none, or where they have a dimension of their
-            own.
+        old: number of units before pruning.
+        new: number of units that are kept.
+        inner: number of elements per unit.
+        units: name of the set of kept units. Two segments with the same name keep the same units.
+        head: size of the heads inside a unit; 1 if units contain no heads, or if heads have their own dimension.
     """
 
     old: int
@@ -48,19 +54,20 @@ class Segment:
     head: int = field(default=1, compare=False)
 
 
-#: What becomes of one dimension: segments, one after the other.
+#: Pruning of one dimension: its segments in order.
 Axis = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of one parameter.
+    """Pruning of one parameter.
 
     Attributes:
-        out: True where outputs (rows of `[out, in]`, or a bias) are cut, False for inputs.
-        index: kept positions of that dimension.
-        old_size: of that dimension.
-        axis: the same as segments of units, for graphs; empty where a segment has no units of one size.
+        out: whether outputs are pruned (rows of a matrix `[out, in]`, or a bias) instead of inputs.
+        index: kept positions along the pruned dimension.
+        old_size: size of that dimension before pruning.
+        axis: the pruned dimension as segments of units, for graphs; empty for attention weights if traced graphs can't
+            be pruned with the artifact.
     """
 
     out: bool
@@ -69,7 +76,7 @@ class Cut:
     axis: Axis = ()
 
     def dim(self, parameter_dims: int, transposed: bool) -> int:
-        """The dimension that is cut, of a bias or of a matrix stored `[out, in]` or (`transposed`) `[in, out]`."""
+        """Return the pruned dimension of a bias, or of a matrix stored as `[out, in]` or (`transposed`) `[in, out]`."""
         return 0 if parameter_dims == 1 else int(self.out == transposed)
 
 
@@ -78,10 +85,10 @@ class KeepIndices:
     """A validated keep-index artifact.
 
     Attributes:
-        artifact: where it comes from.
-        before: the sizes of the model it was learned for.
-        units: family → layer → kept units.
-        layers: kept layers, where whole layers go.
+        artifact: the artifact.
+        before: sizes of the model for which it was learned.
+        units: family → layer index → kept units.
+        layers: indices of the kept layers if whole layers are removed; empty otherwise.
     """
 
     artifact: Artifact
@@ -91,17 +98,17 @@ class KeepIndices:
 
     @classmethod
     def load(cls, folder: Path) -> KeepIndices:
-        """Read and validate.
+        """Read and validate an artifact.
 
         Raises:
-            ArtifactError: see :class:`~effpass.core.artifact.Artifact`; or indices that are not sorted, unique, in
-                range and equally many in every layer: names layer and value.
+            ArtifactError: the folder is not a valid :class:`~effpass.core.artifact.Artifact`, or its indices are not
+                sorted, unique, in range and of the same number in every layer; the message names layer and value.
         """
         return cls.of(Artifact.load(folder, expect_pass=PASS, max_version=VERSION), folder)
 
     @classmethod
     def of(cls, artifact: Artifact, folder: Path) -> KeepIndices:
-        """As :meth:`load`, of an artifact that is in memory; `folder` is for messages."""
+        """Validate an artifact in memory, as :meth:`load` does; `folder` appears in error messages."""
         try:
             before = Dimensions(**artifact.options)
             if not all(type(v) is int and v >= 0 for v in asdict(before).values()) or before.num_key_value_heads < 1:
@@ -167,7 +174,7 @@ class KeepIndices:
 
     @property
     def after(self) -> Dimensions:
-        """The sizes of the pruned model."""
+        """Sizes of the pruned model."""
         d, kept = self.before, {f: next(iter(found.values())) for f, found in self.units.items()}
         groups = len(kept["kv_groups"]) if "kv_groups" in kept else d.num_key_value_heads
         per_group = kept["query_heads"].shape[-1] if "query_heads" in kept else d.heads_per_group
@@ -183,15 +190,23 @@ class KeepIndices:
 
     @property
     def fits_graphs(self) -> bool:
-        """Whether a traced graph can be narrowed by it; the rest needs the model itself."""
+        """Whether a traced graph can be pruned with this artifact; if not, only the model itself can."""
         return self.units.keys() <= {"kv_groups", "ffn_channels"} and not self.layers and not self.before.latent_dim
 
     def kept(self, layer: int) -> dict[str, Tensor]:
-        """The kept units of a layer, by family."""
+        """Return the kept units of a layer by family."""
         return {family: found[layer] for family, found in self.units.items() if layer in found}
 
+    def of_kept_heads(self, learned: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Select, from tensors [G, ...] learned per layer for each KV head, the entries of the kept KV heads.
+
+        Latent attention has one cached head, which is never pruned.
+        """
+        kept = {} if self.before.latent_dim else self.units.get("kv_groups", {})
+        return {layer: tensor[kept[layer]] if layer in kept else tensor for layer, tensor in learned.items()}
+
     def cuts(self, names: Sequence[str]) -> dict[str, Cut]:
-        """The parameters of linear layers among `names` that are cut."""
+        """Return the pruning of each parameter in `names` that belongs to a pruned linear layer."""
         found = {}
         for name in names:
             parts = split_name(name)
@@ -238,7 +253,7 @@ class KeepIndices:
 
 _PAIR = ("expert_channels", "shared_channels")
 
-# module → (outputs are cut, what its cut dimension holds)
+# module → (whether outputs are pruned, contents of the pruned dimension: query, KV or output heads)
 _ATTENTION: dict[str, tuple[bool, tuple[str, ...]]] = {
     "self_attn.q_proj": (True, ("q",)),
     "self_attn.q_b_proj": (True, ("q",)),  # latent attention
@@ -250,7 +265,7 @@ _ATTENTION: dict[str, tuple[bool, tuple[str, ...]]] = {
     "attn.c_attn": (True, ("q", "kv", "kv")),  # GPT-2
     "attn.c_proj": (False, ("o",)),
 }
-# module → (outputs are cut, how many times the channels follow each other)
+# module → (whether outputs are pruned, number of times that the channels are repeated)
 _MLP: dict[str, tuple[bool, int]] = {
     "mlp.gate_proj": (True, 1),
     "mlp.up_proj": (True, 1),
@@ -262,7 +277,7 @@ _MLP: dict[str, tuple[bool, int]] = {
 
 
 def _checked(folder: Path, name: str, index: Tensor, size: int, rows: int | None) -> Tensor:
-    """`index`, `[n]` or `[rows, n]`, of units up to `size`."""
+    """Validate and return `index`, `[n]` or `[rows, n]`, whose values must be below `size`."""
     shape = "[n]" if rows is None else f"[{rows}, n]"
     if index.dtype != torch.int64 or index.shape[:-1] != (() if rows is None else (rows,)) or index.numel() == 0:
         raise ArtifactError(
@@ -293,19 +308,20 @@ def make_keep_artifact(
 
     Args:
         model: a transformers causal LM.
-        folder: where to write it.
-        provenance: recorded in the artifact, as are `metrics`.
-        metrics: see there.
-        layers: kept layers, where whole layers go.
-        units: for each family how many units to keep by magnitude, or the kept ones: of every layer that has such
-            units, in their order, or by layer.
+        folder: folder to write.
+        provenance: origin of the indices, recorded in the artifact.
+        metrics: quality of the pruned model, recorded in the artifact.
+        layers: indices of the kept layers; None to remove no whole layers.
+        units: for each family the number of units per layer to keep, those of largest magnitude; or the kept units,
+            either as a sequence over the layers that have such units, or as a mapping from layer index. None for a
+            family that is not pruned.
 
     Returns:
         The artifact as :meth:`KeepIndices.load` reads it.
 
     Raises:
-        ArtifactError: indices that a reader would refuse, or a folder that can't be written.
-        ModelError: `model` has no unit of the kind that is to be pruned.
+        ArtifactError: the indices are invalid, or the folder can't be written.
+        ModelError: `model` has no units of a family that is to be pruned by magnitude.
     """
     before = Dimensions.of(getattr(model, "config", None))
     tensors: dict[str, Tensor] = {}
@@ -330,6 +346,6 @@ def make_keep_artifact(
     artifact = Artifact(
         PASS, VERSION, asdict(before), Fingerprint.of(model), dict(provenance or {}), dict(metrics or {}), tensors
     )
-    KeepIndices.of(artifact, Path(folder))  # as a reader will, before anything is written
+    KeepIndices.of(artifact, Path(folder))  # validate before anything is written
     artifact.save(folder)
     return KeepIndices.load(Path(folder))

@@ -1,4 +1,8 @@
-"""What adapters do to each parameter, and the arithmetic of it; shared by both stages of `merge_lora`."""
+"""Changes that adapters make to each parameter, and the arithmetic of merging them.
+
+Both stages of `merge_lora` use this module: the model stage replaces parameters (:func:`fold_into`), the graph stage
+computes derived weights with :func:`fold`.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +29,18 @@ def fold(
     magnitude: Tensor | None = None,
     add: Tensor | None = None,
 ) -> Tensor:
-    """The merged parameter: `value` or `weight`, plus `B A` or `add`, rescaled to `magnitude`; in `weight`'s type.
+    """Merge an adapter into a parameter: `value` or `weight`, plus `B A` or `add`, rescaled to `magnitude`.
 
-    Computed in float32 (float64 for float64 weights) and rounded once.
+    The result has the dtype of `weight`. It is computed in float32 (float64 for float64 weights) and rounded once.
 
     Args:
-        weight: the original, `[out, in]`, or `[in, out]` where `transposed`; a bias `[out]` with `add`.
-        transposed: the layout of an embedding and of GPT-2's Conv1D.
-        value: stands in for the original (trained outside the adapter).
-        a: `[r, in]`.
-        b: `[out, r]`, scale included.
-        magnitude: DoRA's m, `[out]`.
-        add: added as it is, for a bias.
+        weight: original parameter: a matrix `[out, in]`, or `[in, out]` if `transposed`, or a bias `[out]`.
+        transposed: whether the matrix is stored transposed, as in an embedding or GPT-2's Conv1D.
+        value: parameter that replaces the original (one that was fully trained); None to use `weight`.
+        a: factor A, `[r, in]`; None for no low-rank update.
+        b: factor B with the scale included, `[out, r]`; None for no low-rank update.
+        magnitude: DoRA's m, `[out]`; None for plain LoRA.
+        add: tensor that is added to a bias; None to add nothing.
     """
     merged = weight if value is None else value.to(weight.device)
     merged = merged.to(torch.promote_types(weight.dtype, torch.float32))
@@ -54,18 +58,18 @@ def fold(
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one parameter of one module.
+    """Change of one parameter of one module.
 
     Attributes:
         tensors: keyword arguments of :func:`fold`.
-        shared: its `value` replaces the parameter itself, for every module that shares it.
+        shared: whether `value` replaces the parameter for every module that shares it, not only for this one.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     shared: bool = False
 
     def shape(self, transposed: bool) -> tuple[int, ...]:
-        """Shape of the parameter that this change is for."""
+        """Return the shape of the parameter to which this change applies."""
         if "a" not in self.tensors:
             return tuple(next(iter(self.tensors.values())).shape)
         shape = (self.tensors["b"].shape[0], self.tensors["a"].shape[1])
@@ -73,10 +77,14 @@ class Change:
 
 
 def changes(adapters: Sequence[tuple[PeftAdapter, float]]) -> dict[str, Change]:
-    """Parameter name → what all adapters together, each with its weight, do to it.
+    """Combine several weighted adapters into one change per parameter name.
+
+    Args:
+        adapters: adapters, each with the factor on its update.
 
     Raises:
-        ArtifactError: adapters that can't be combined: DoRA beside another one, or two that replace one parameter.
+        ArtifactError: the adapters can't be combined, because a DoRA adapter is among several or has a weight other
+            than 1, or because two of them replace the same parameter.
     """
     plan: dict[str, Change] = {}
     for adapter, weight in adapters:
@@ -99,7 +107,7 @@ def changes(adapters: Sequence[tuple[PeftAdapter, float]]) -> dict[str, Change]:
 
 
 def _add_update(plan: dict[str, Change], module: str, update: LowRank, scale: float) -> None:
-    """Σᵢ sᵢ Bᵢ Aᵢ is one product of the concatenated factors."""
+    """Add an update to `plan`. Σᵢ sᵢ Bᵢ Aᵢ is computed as one product of concatenated factors."""
     tensors = plan.setdefault(f"{module}.weight", Change()).tensors
     a, b = update.a.float(), update.b.float() * scale
     tensors["a"] = torch.cat([tensors["a"], a]) if "a" in tensors else a
@@ -115,14 +123,14 @@ def _add_update(plan: dict[str, Change], module: str, update: LowRank, scale: fl
 def fold_into(model: nn.Module, plan: Mapping[str, Change], *, keeps_ties: bool, mark: object) -> None:
     """Replace the parameters that `plan` changes by merged ones.
 
-    Modules that share a weight part where the plan treats them differently (an adapter on a tied `lm_head` alone must
-    not change the embedding), and the config then says that they are no longer tied.
+    Modules that share a weight are untied if the plan changes them differently; for example, an adapter on a tied
+    `lm_head` alone must not change the embedding. The config then records that they are no longer tied.
 
     Args:
-        model: changed in place.
+        model: model that is changed in place.
         plan: parameter name → change.
-        keeps_ties: modules that share a weight have one adapter between them.
-        mark: left on each new parameter, so that it is not merged twice.
+        keeps_ties: whether modules that share a weight also share one adapter.
+        mark: value stored on each new parameter, by which the caller detects parameters that are merged already.
     """
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -149,7 +157,7 @@ def fold_into(model: nn.Module, plan: Mapping[str, Change], *, keeps_ties: bool,
 def _merged_parameter(
     original: nn.Parameter, module: nn.Module, tensors: dict[str, Tensor], merged: list[nn.Parameter]
 ) -> nn.Parameter:
-    """The merged parameter: one of those already `merged` from this original where it comes out equal."""
+    """Return the merged parameter; if an equal one is in `merged`, that one, so that modules continue to share it."""
     with torch.no_grad():
         value = fold(original.detach(), transposed=stores_transposed(module), **tensors)
     for known in merged:
@@ -160,12 +168,12 @@ def _merged_parameter(
 
 
 def stores_transposed(module: nn.Module) -> bool:
-    """Whether a module's weight is `[in, out]`: GPT-2's Conv1D, and an embedding (in = vocabulary)."""
+    """Whether a module stores its weight as `[in, out]`, as GPT-2's Conv1D and embeddings do (in = vocabulary size)."""
     return type(module).__name__ == "Conv1D" or isinstance(module, nn.Embedding)
 
 
 def record_untied(model: nn.Module) -> None:
-    """Say so in the config where input and output embeddings no longer share their weight."""
+    """Set `tie_word_embeddings` to False in the config if input and output embeddings no longer share their weight."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return

@@ -1,7 +1,8 @@
-"""How large the weights of a unit are: ‖W_in‖ · ‖W_out‖ of the rows that make its values (of `v_proj`, `up_proj`) and
-of the columns that read them (of `o_proj`, `down_proj`), which bounds what it can add to the residual stream.
+"""Magnitude of the weights of a prunable unit.
 
-A starting point and no method: see :mod:`effpass.trainers.pruning` for those that look at data.
+The magnitude is ‖W_in‖ · ‖W_out‖, where W_in are the rows that compute the values of the unit (in `v_proj` or
+`up_proj`) and W_out are the columns that read them (in `o_proj` or `down_proj`). It bounds the contribution of the unit
+to the residual stream. This is a baseline that uses no data; :mod:`effpass.trainers.pruning` has methods that do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ __all__ = ["largest", "magnitudes"]
 
 
 def largest(model: nn.Module, family: str, count: int) -> dict[int, Tensor]:
-    """The `count` units with the largest magnitude of each layer, ascending; of families with one set a layer."""
+    """Return the ascending indices of the `count` units with the largest magnitude, for each layer.
+
+    Raises:
+        ArtifactError: `count` is out of range, or the layers have several sets of units of this family, so that one
+            number of units is ambiguous.
+        ModelError: the model has no such units.
+    """
     found = magnitudes(model, family)
     for layer, scores in found.items():
         if scores.shape[0] != 1:
@@ -33,7 +40,7 @@ def largest(model: nn.Module, family: str, count: int) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def magnitudes(model: nn.Module, family: str) -> dict[int, Tensor]:
-    """Of each unit of a family: float32 `[rows, units]` by layer.
+    """Return the magnitude of each unit of a family, float32 `[rows, units]`, for each layer.
 
     Raises:
         ModelError: the model has no such units.
@@ -60,7 +67,7 @@ def _layer(model: nn.Module, d: Dimensions, family: str, reader: str) -> Tensor:
         if hasattr(parent, name)
     )
     if family not in ("kv_groups", "query_heads"):
-        return (made[-units:].norm(dim=1) * read.norm(dim=1))[None]  # a fused projection ends with the rows of values
+        return (made[-units:].norm(dim=1) * read.norm(dim=1))[None]  # the rows of up come last in a fused projection
     groups, size = d.num_key_value_heads, d.value_dim or d.head_dim
     made = (
         made.view(groups, d.latent_dim, -1)[:, -size:]
@@ -74,5 +81,5 @@ def _layer(model: nn.Module, d: Dimensions, family: str, reader: str) -> Tensor:
 
 
 def _matrix(module: Any) -> Tensor:
-    """`[out, in]`."""
+    """Return the weight as `[out, in]`, in float32."""
     return module.weight.float().T if stores_transposed(module) else module.weight.float()

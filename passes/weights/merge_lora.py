@@ -1,12 +1,15 @@
-"""`merge_lora`: fold LoRA adapters into the weights, so that a layer is one matrix product again.
+"""`merge_lora`: fold LoRA adapters into the weights, so that an adapted layer is a single matrix product again.
 
     W' = W + Σᵢ wᵢ · sᵢ · Bᵢ Aᵢ             s = alpha / r, for rsLoRA alpha / √r
-    W' = m · (W + s·B A) / ‖W + s·B A‖      DoRA, the norm of each output's row
+    W' = m · (W + s·B A) / ‖W + s·B A‖      DoRA, with the norm over each row
 
-folded in float32 and rounded once to W's type. LoRA: https://arxiv.org/abs/2106.09685, rsLoRA:
-https://arxiv.org/abs/2312.03732, DoRA: https://arxiv.org/abs/2402.09353.
+W `[out, in]` is the base weight; A `[r, in]` and B `[out, r]` are the factors of an adapter, w is its weight in a sum
+of several, and m `[out]` is DoRA's magnitude. Merging is computed in float32 and rounded once to the dtype of W. LoRA:
+https://arxiv.org/abs/2106.09685, rsLoRA: https://arxiv.org/abs/2312.03732, DoRA: https://arxiv.org/abs/2402.09353.
 
-With no adapter named it merges the adapters that PEFT has attached to the model
+On the model, the pass replaces parameters. In a graph, it makes each use read a *derived weight*, which is computed
+from the original and the adapter (:meth:`effpass.core.program.Program.derive`), so that :func:`swap` can exchange the
+adapter of a compiled model. If no adapter is named, the pass merges the adapters that PEFT has attached to the model
 (:mod:`effpass.passes.weights.attached_lora`).
 """
 
@@ -41,11 +44,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """One of several adapters.
+    """An adapter and its weight in a sum of several.
 
     Attributes:
-        path: folder of a stock PEFT adapter.
-        weight: factor on its update.
+        path: folder of a standard PEFT adapter.
+        weight: factor on the update of the adapter.
     """
 
     path: Path
@@ -57,11 +60,12 @@ class MergeLoraOptions:
     """Options of `merge_lora`.
 
     Attributes:
-        adapter: folder of one stock PEFT adapter. With none named, the adapters attached to the model are merged.
+        adapter: folder of a standard PEFT adapter. If neither `adapter` nor `adapters` is given, the adapters attached
+            to the model are merged.
         adapters: several adapters, whose weighted updates are summed: `{path: ./a, weight: 0.7}`.
-        quantized: what to do where an adapted weight is quantised. ``refuse``: an error that names the layer.
-            ``keep``: leave the adapter unmerged beside that layer. ``dequantize``: merge into the dequantised weight,
-            and leave the whole model unquantised.
+        quantized: treatment of adapted layers whose weight is quantised. ``refuse`` raises an error that names the
+            layer, ``keep`` leaves the adapter attached to the layer without merging it, and ``dequantize`` dequantises
+            the whole model and merges.
     """
 
     adapter: Path | None = None
@@ -103,7 +107,7 @@ class MergeLora(WeightsPass):
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What is merged; marks parameters that hold it already."""
+        """Key of the adapters and their weights; it marks parameters into which they are merged already."""
         return ("merge_lora", tuple((str(item.path.resolve()), item.weight) for item in self.options.named))
 
     def could_act(self, weight_names: Sequence[str]) -> bool:
@@ -121,7 +125,7 @@ class MergeLora(WeightsPass):
             )
         quantised = self._quantised(model)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-        for name in quantised:  # a packed weight has the shape of its packing
+        for name in quantised:  # the shape of a packed weight is that of its storage
             layer: Any = model.get_submodule(name)
             shapes[f"{name}.weight"] = (layer.out_features, layer.in_features)
         transposed = frozenset(n for n, m in model.named_modules() if stores_transposed(m))
@@ -148,13 +152,13 @@ class MergeLora(WeightsPass):
             )
 
     def _quantised(self, model: nn.Module) -> dict[str, str]:
-        """Adapted modules whose weight is quantised, with the scheme."""
+        """Return the adapted modules whose weight is quantised, each with the name of its quantisation scheme."""
         modules = dict(model.named_modules())
         names = dict.fromkeys(name.rpartition(".")[0] for name in self.plan)
         return {n: s for n in names if n in modules and (s := scheme_of(modules[n])) is not None}
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
-        """Fold into the model's parameters, in place; hits are parameters (attached adapters: modules) changed."""
+        """Merge into the model's parameters in place; hits are changed parameters, or modules for attached adapters."""
         if not self.options.named:
             return attached_lora.merge_attached(model, self.options.quantized)
         self.check_model(model)
@@ -233,7 +237,7 @@ class MergeLora(WeightsPass):
 
 
 def _name_at(weight: Weight, node: Node, linear: Linear | None) -> str:
-    """The parameter's name at this use: a tied weight goes by the name of the module that reads it here."""
+    """Return the name of the parameter at this use; a tied weight has the name of the module that reads it there."""
     path = next((path for path, _ in reversed(list(node.meta.get("nn_module_stack", {}).values()))), "")
     for name in weight.names:
         if f".{path}".endswith(f".{name.rpartition('.')[0]}"):
@@ -242,9 +246,9 @@ def _name_at(weight: Weight, node: Node, linear: Linear | None) -> str:
 
 
 def _reads_transposed(weight: Node, node: Node) -> bool | None:
-    """Whether `node` reads the weight as `[in, out]`; None for an operation that is no product or look-up.
+    """Whether `node` reads the weight as `[in, out]`; None if it is neither a matrix product nor an embedding look-up.
 
-    A cast before the product is looked through.
+    A cast before the product is skipped.
     """
     if node.target in (aten.to.dtype, aten._to_copy.default, aten.detach.default, aten.alias.default):
         layouts = {_reads_transposed(node, user) for user in node.users}
@@ -260,17 +264,17 @@ def _reads_transposed(weight: Node, node: Node) -> bool | None:
 
 
 def logit_difference(model: nn.Module, reference: nn.Module | Tensor, input_ids: Tensor, **inputs: Any) -> float:
-    """The largest absolute difference of the next-token logits between two models.
+    """Return the largest absolute difference between the logits of two models.
 
     Args:
-        model: a causal language model.
-        reference: another one over the same vocabulary, or logits `[B, T, vocabulary]` recorded before `model` was
-            changed in place.
-        input_ids: tokens `[B, T]`.
+        model: causal language model.
+        reference: another model with the same vocabulary, or logits `[B, T, vocabulary size]` that were recorded before
+            `model` was changed in place.
+        input_ids: token ids `[B, T]`.
         inputs: further arguments of both calls, such as `attention_mask`.
 
     Raises:
-        ModelError: the two do not have logits of one shape.
+        ModelError: the two logits have different shapes.
     """
     with torch.no_grad():
         ours = model(input_ids=input_ids, **inputs).logits
@@ -281,22 +285,22 @@ def logit_difference(model: nn.Module, reference: nn.Module | Tensor, input_ids:
 
 
 def swap(model: nn.Module, adapter: str | Path | Sequence[WeightedAdapter]) -> int:
-    """Put another adapter in the place of the one that `model`'s compiled graphs merge, without recompiling.
+    """Replace the adapter that the compiled graphs of `model` merge by another one, without recompiling.
 
-    The adapter's tensors are inputs of the merged weights, so only those are computed again, at the next call. A weight
-    that the new adapter leaves alone goes back to the base model's. Other models in this process that were compiled
-    with the adapter which is replaced follow.
+    The merged weights are recomputed at the next call, with the tensors of the new adapter. A weight that the new
+    adapter does not change returns to that of the base model. The replacement also affects other models in this process
+    that were compiled with the same adapter.
 
     Args:
-        model: the original module or its compiled wrapper, which has run with ``merge_lora: {adapter: ...}``.
-        adapter: folder of the new adapter, or several with weights.
+        model: original module or its compiled wrapper, which has been called with ``merge_lora: {adapter: ...}``.
+        adapter: folder of the new adapter, or several adapters with weights.
 
     Returns:
-        The number of merged weights that will be computed again.
+        The number of merged weights that will be recomputed.
 
     Raises:
-        ArtifactError: the new adapter touches a weight that the compiled graphs do not merge, or is of another kind
-            (DoRA in place of LoRA); nothing is changed.
+        ArtifactError: the new adapter changes a weight that the compiled graphs do not merge, or is of another kind
+            (DoRA instead of LoRA). Nothing is changed in this case.
         ModelError: no compiled graph of this model merges a named adapter.
     """
     items = (WeightedAdapter(Path(adapter)),) if isinstance(adapter, str | Path) else tuple(adapter)
@@ -325,7 +329,7 @@ def swap(model: nn.Module, adapter: str | Path | Sequence[WeightedAdapter]) -> i
 
 
 def _swapped(name: str, slot: Slot, change: Change | None) -> dict[str, Tensor]:
-    """What `slot` is to hold; zeros where the new adapter has no update, so that the base weight shows."""
+    """Return the new tensors of `slot`; zeros if the new adapter has no update, which gives the base weight."""
     old = slot.tensors
     new = dict(change.tensors) if change is not None else {}
     if change is None and not old.keys() & {"value", "magnitude"}:

@@ -1,10 +1,11 @@
-"""Narrowing a traced graph: what follows for all sizes when some linear layers have fewer outputs.
+"""Narrowing of a traced graph: adapt all sizes in the graph to linear layers with fewer outputs.
 
-A head count stands in a graph more often than in its weights: in views, expands and slices, as numbers. Starting from
-the products whose outputs are cut, every value downstream is followed dimension by dimension until a product whose
-inputs are cut takes it in. Each operation on the way is one of those below, whose effect on a cut dimension is known.
-For any other, and for a cut value that leaves the graph or meets an uncut one, narrowing is refused before anything
-changes.
+The number of heads occurs in a graph not only in the shapes of weights, but also as a number in views, expands and
+slices. :class:`Narrowing` starts at the linear layers whose outputs are cut and propagates the cut dimensions through
+every operator downstream, up to the linear layers whose inputs are cut. Each operator on the way needs a rule, which
+maps the cut dimensions of its operands to those of its result and to new arguments. If an operator has no rule, or if a
+cut value leaves the graph or is combined with an uncut one, narrowing is refused before anything is changed. The graph
+stage of `structured_pruning` uses this module.
 """
 
 from __future__ import annotations
@@ -27,23 +28,25 @@ __all__ = ["Narrowing", "NotNarrowableError"]
 
 aten = torch.ops.aten
 
-#: Cut dimensions of one tensor: dimension → what becomes of it.
+#: Cut dimensions of one tensor: dimension → its segments.
 Axes = dict[int, Axis]
 
 
 class NotNarrowableError(Exception):
-    """The graph does something with a cut dimension whose outcome is not known."""
+    """Raised when the graph uses a cut dimension in a way for which no rule is known."""
 
 
 class Narrowing:
-    """The edits that make `program` fit cut weights.
+    """Edits that adapt `program` to cut weights.
+
+    The constructor analyses the program, and :meth:`apply` edits it.
 
     Args:
-        program: looked at now, edited by :meth:`apply`.
-        cuts: node of a linear layer → how its weight is cut.
+        program: program to narrow.
+        cuts: node of a linear layer → cut of its weight.
 
     Raises:
-        NotNarrowableError: with the node and the reason.
+        NotNarrowableError: the program can't be narrowed; the message holds the node and the reason.
     """
 
     def __init__(self, program: Program, cuts: Mapping[Node, Cut]) -> None:
@@ -57,7 +60,7 @@ class Narrowing:
                 self._follow(node)
 
     def apply(self) -> None:
-        """Write the new sizes, and compute the values of all nodes on the way anew."""
+        """Write the new sizes into the program, and recompute the fake values of all affected nodes."""
         for node, args in self.edits.items():
             node.args = args
         with program_values(self.program):
@@ -67,6 +70,7 @@ class Narrowing:
                     node.meta["val"] = node.target(*args, **kwargs)
 
     def _product(self, node: Node, cut: Cut) -> None:
+        """Check the input of a linear layer whose weight is cut, and record the cut dimensions of its output."""
         x = node.args[1] if node.target is aten.addmm.default else node.args[0]
         given = self._of(x).get(_dims(x) - 1)
         if cut.out:
@@ -79,6 +83,7 @@ class Narrowing:
             self.axes[node] = {}
 
     def _follow(self, node: Node) -> None:
+        """Propagate cut dimensions through `node` with the rule of its operator."""
         if node.op == "output":
             cut = next(n for n in node.all_input_nodes if self.axes.get(n))
             raise NotNarrowableError(
@@ -101,7 +106,7 @@ class Narrowing:
 
 
 # -- rules ----------------------------------------------------------------------------------------------------------
-# rule(narrowing, node) → (axes of the result, new arguments or None)
+# rule(narrowing, node) → (axes of the result, new arguments of the node, or None to leave them unchanged)
 
 Outcome = tuple[Any, tuple[Any, ...] | None]
 
@@ -119,12 +124,12 @@ def _size(node: Node, dim: int) -> Any:
 
 
 def _same(state: Narrowing, node: Node) -> Outcome:
-    """The result has the dimensions of the first argument."""
+    """Operators whose result has the dimensions of the first argument."""
     return dict(state._of(node.args[0])), None
 
 
 def _pointwise(state: Narrowing, node: Node) -> Outcome:
-    """Aligned from the last dimension; an uncut operand must be of size one there."""
+    """Broadcasting from the last dimension; an uncut operand must have size 1 in a cut dimension."""
     found: Axes = {}
     dims = _dims(node)
     operands = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
@@ -167,7 +172,7 @@ def _expand(state: Narrowing, node: Node) -> Outcome:
 
 
 def _reshape(state: Narrowing, node: Node) -> Outcome:
-    """Dimensions that stay are matched from both ends; between them lies one group that is split or merged."""
+    """Unchanged dimensions are matched from both ends; the group of dimensions between them is split or merged."""
     x, sizes = _args(node)
     old, new = list(x.meta["val"].shape), list(node.meta["val"].shape)
     axes = state._of(x)
@@ -192,7 +197,7 @@ def _reshape(state: Narrowing, node: Node) -> Outcome:
 
 
 def _rescaled(axis: Axis, inner_old: list[Any], inner_new: list[Any], node: Node) -> Axis:
-    """The axis of the first dimension of a group, when those inside it change from `inner_old` to `inner_new`."""
+    """Return the axis of a group's first dimension when its inner dimensions change from `inner_old` to `inner_new`."""
     if len(axis) == 1 and all(isinstance(s, int) for s in (*inner_old, *inner_new)):
         (segment,) = axis
         inner, rest = divmod(segment.inner * math.prod(inner_old), math.prod(inner_new))
@@ -223,7 +228,7 @@ def _slice(state: Narrowing, node: Node) -> Outcome:
     axis = found[dim]
     total = sum(s.old * s.inner for s in axis)
     start, end = start or 0, total if end is None or (isinstance(end, int) and end >= total) else end
-    at = {0: (0, 0)}  # boundary before → (number of segments up to it, boundary after)
+    at = {0: (0, 0)}  # old boundary → (number of segments before it, new boundary)
     old = new = 0
     for i, segment in enumerate(axis, 1):
         old, new = old + segment.old * segment.inner, new + segment.new * segment.inner
@@ -288,7 +293,7 @@ def _softmax(state: Narrowing, node: Node) -> Outcome:
 
 
 def _matmul(state: Narrowing, node: Node) -> Outcome:
-    """Batch dimensions (heads) are cut alike in both; rows, columns and the contraction are not cut."""
+    """Batch dimensions (heads) must be cut equally in both operands, and the last two dimensions must not be cut."""
     dims = _dims(node)
     found: Axes = {}
     for operand in _args(node):
@@ -305,7 +310,7 @@ def _matmul(state: Narrowing, node: Node) -> Outcome:
 
 
 def _attention(state: Narrowing, node: Node) -> Outcome:
-    """Query heads `[..., H, T, K]` and key-value heads `[..., G, S, K]` are cut by one set of groups."""
+    """Query heads `[..., H, T, K]` and KV heads `[..., G, S, K]` must be cut by the same set of KV groups."""
     q, k, v, *rest = _args(node)
     mask = rest[0] if rest else node.kwargs.get("attn_mask")
     head = _dims(q) - 3

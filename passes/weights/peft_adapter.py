@@ -1,8 +1,9 @@
-"""Reader of stock PEFT adapter folders: `adapter_config.json` beside `adapter_model.safetensors`.
+"""Reader of standard PEFT adapter folders, with `adapter_config.json` and `adapter_model.safetensors`.
 
-Plain LoRA, rsLoRA and DoRA, on linear layers, GPT-2's Conv1D and embeddings, with what PEFT saves beside them: trained
-biases, embeddings and `modules_to_save`. Everything else PEFT knows is refused by name. The tensors' own names say
-which modules are adapted, so `target_modules`, `layers_to_transform` and `exclude_modules` need no interpretation.
+Supported are LoRA, rsLoRA and DoRA on linear layers, GPT-2's Conv1D and embeddings, together with the other parameters
+that PEFT saves: trained biases, embeddings and `modules_to_save`. All other methods of PEFT raise an error that names
+the method. The adapted modules are determined from the names of the tensors, so that `target_modules`,
+`layers_to_transform` and `exclude_modules` need not be interpreted. `merge_lora` merges the adapters read here.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ __all__ = ["LowRank", "PeftAdapter", "read_adapter"]
 
 _PREFIX = "base_model.model."
 _MAX_CONFIG = 1 << 20
-_MAX_NAME = 200  # with at most three repetitions in a pattern, bounds the time to match it
+_MAX_NAME = 200  # together with at most three repetitions per pattern, bounds the matching time
 
-# Options of LoraConfig under which the adapter is no longer W + s·B A, with what PEFT calls them.
+# Options of LoraConfig with which an adapter does not compute W + s·B A, each with the name of the method in PEFT.
 _OTHER_FUNCTIONS = {
     "alora_invocation_tokens": "aLoRA (activated by tokens of the prompt)",
     "arrow_config": "Arrow routing",
@@ -41,7 +42,7 @@ _OTHER_FUNCTIONS = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
-# Options that change training, or say in other words what the tensors' names already say.
+# Options that only affect training, that are read here, or that are redundant with the names of the tensors.
 _READ_OR_IRRELEVANT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -49,7 +50,8 @@ _READ_OR_IRRELEVANT = {
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# These change the base weight when PEFT attaches the adapter; converted ones are saved with init_lora_weights: true.
+# Initialisations that change the base weight when PEFT attaches the adapter. Adapters that were converted to plain LoRA
+# are saved with init_lora_weights: true.
 _MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SUFFIX = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
                      r"|lora_embedding_B|lora_magnitude_vector)(?:(?<=vector)\.weight)?$")  # fmt: skip
@@ -57,17 +59,17 @@ _SUFFIX = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|l
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank update of one weight W: `W + scale · B A`, and for DoRA `m · (W + scale · B A) / ‖W + scale · B A‖`.
+    """Low-rank update of a weight W: `W + scale · B A`, or for DoRA `m · (W + scale · B A) / ‖W + scale · B A‖`.
 
-    W is meant as `[out, in]`; an embedding and GPT-2's Conv1D store its transpose. The norm is over `in`.
+    W has the shape `[out, in]`, although embeddings and GPT-2's Conv1D store its transpose. The norm is over `in`.
 
     Attributes:
-        a: `[r, in]`.
-        b: `[out, r]`.
+        a: factor A, `[r, in]`.
+        b: factor B, `[out, r]`.
         scale: alpha / r, or alpha / √r for rsLoRA.
-        magnitude: DoRA's m, `[out]`.
-        bias: trained beside B (`lora_bias`), `[out]`; the layer's bias grows by `scale · bias`.
-        embedding: the module is an embedding (in = vocabulary, out = its width).
+        magnitude: DoRA's m, `[out]`; None for LoRA and rsLoRA.
+        bias: bias of B (`lora_bias`), `[out]`; merging adds `scale · bias` to the bias of the layer. None without one.
+        embedding: whether the module is an embedding (in = vocabulary size, out = embedding size).
     """
 
     a: Tensor
@@ -80,17 +82,17 @@ class LowRank:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """What one adapter folder does to a model.
+    """Contents of an adapter folder.
 
     Attributes:
-        folder: where it was read from.
-        updates: module name → its low-rank update.
-        modules: parameter name → full replacement for that module alone (`modules_to_save`); other modules that
-            share the weight keep theirs.
-        base: parameter name → full replacement of the weight itself, for all that share it (trained biases,
-            embeddings saved beside the adapter).
-        keeps_ties: the adapters of tied weights are tied as well (`ensure_weight_tying`).
-        base_model: `base_model_name_or_path`, for notes; empty when not recorded.
+        folder: folder from which the adapter was read.
+        updates: module name → low-rank update.
+        modules: parameter name → replacement of the parameter in that module only (`modules_to_save`); other modules
+            that share the weight keep the original.
+        base: parameter name → replacement of the parameter in all modules that share it (trained biases, and embeddings
+            that were saved with the adapter).
+        keeps_ties: whether the adapters of tied weights are tied as well (`ensure_weight_tying`).
+        base_model: `base_model_name_or_path` of the config, for error messages; empty if not recorded.
     """
 
     folder: Path
@@ -101,11 +103,14 @@ class PeftAdapter:
     base_model: str = ""
 
     def check_fit(self, shapes: Mapping[str, tuple[int, ...]], stored_transposed: frozenset[str] = frozenset()) -> None:
-        """Raise :class:`ArtifactError` unless every tensor has its place in a model with these parameters.
+        """Check that every tensor of the adapter fits a model with the given parameters.
 
         Args:
-            shapes: parameter name → shape, for all parameters of the model (aliases of tied weights too).
-            stored_transposed: modules that store `[in, out]` (embeddings, GPT-2's Conv1D).
+            shapes: parameter name → shape, for all parameters of the model, including aliases of tied weights.
+            stored_transposed: names of modules that store their weight as `[in, out]` (embeddings, GPT-2's Conv1D).
+
+        Raises:
+            ArtifactError: the model lacks a parameter, or one has another shape.
         """
         for module, update in self.updates.items():
             shape = self._shape_of(f"{module}.weight", shapes)
@@ -156,11 +161,11 @@ class PeftAdapter:
 
 
 def read_adapter(folder: str | Path) -> PeftAdapter:
-    """Read a folder that `PeftModel.save_pretrained` wrote.
+    """Read a folder written by `PeftModel.save_pretrained`. Nothing is unpickled.
 
     Raises:
-        ArtifactError: the folder, its config or its tensors can't be read, or use a PEFT method other than LoRA,
-            rsLoRA and DoRA. Nothing is unpickled.
+        ArtifactError: the folder, its config or its tensors can't be read, or the adapter uses a PEFT method other than
+            LoRA, rsLoRA and DoRA.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -245,7 +250,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pattern(value: Any, check: Any) -> bool:
-    """Regular expressions, of the kind that people write: a hostile one could keep the matcher busy for ever."""
+    """Whether `value` maps simple regular expressions to valid values; complex ones could take too long to match."""
     if not isinstance(value, dict) or not all(check(v) for v in value.values()):
         return False
     if any(len(re.findall(r"[*+{]", key)) > 3 or re.search(r"\)[*+{]", key) for key in value):
@@ -291,7 +296,7 @@ def _assemble(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor
 
 
 def _is_saved_module(name: str, saved: tuple[str, ...]) -> bool:
-    """PEFT matches an entry of modules_to_save against the end of a module's name; the name may lie inside it."""
+    """Whether a parameter lies in a module whose name ends with an entry of `modules_to_save`, as PEFT matches them."""
     return any(f".{s}." in f".{name}" for s in saved)
 
 

@@ -1,4 +1,8 @@
-"""Whether a model can be cut by kept indices, found out before anything changes, and the sizes that it keeps itself."""
+"""Checks that a model can be pruned with a keep-index artifact, and updates of the sizes that its modules store.
+
+`structured_pruning` runs the checks before it changes anything. An artifact prunes units of a layer, such as KV groups
+or channels, which :mod:`effpass.passes.weights.prunable_units` defines.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ __all__ = ["check_groups", "check_heads", "check_result", "check_units", "set_si
 
 
 def check_groups(before: Dimensions) -> None:
-    """Raise :class:`ModelError` where key-value heads have no equal share of the query heads."""
+    """Raise a :class:`ModelError` if the number of query heads is not a multiple of the number of KV heads."""
     heads, groups = before.num_attention_heads, before.num_key_value_heads
     if heads % groups:
         raise ModelError(
@@ -31,12 +35,15 @@ def check_groups(before: Dimensions) -> None:
 
 
 def check_heads(families: Collection[str], before: Dimensions, parameters: Mapping[str, Any]) -> None:
-    """Raise :class:`ModelError` where heads can't be dropped, with the reason.
+    """Check that the heads of a model can be pruned, if `families` contains heads.
 
     Args:
-        families: what is to be pruned.
-        before: the model's sizes.
-        parameters: of a model, or of one graph of it, by name.
+        families: families of units to prune.
+        before: sizes of the model.
+        parameters: parameters of the model, or of one of its graphs, by name.
+
+    Raises:
+        ModelError: heads can't be pruned; the message has the reason.
     """
     if not {"kv_groups", "query_heads"} & set(families):
         return
@@ -59,7 +66,7 @@ def check_heads(families: Collection[str], before: Dimensions, parameters: Mappi
 
 
 def check_units(model: nn.Module, keep: KeepIndices) -> None:
-    """Raise :class:`ModelError` unless the layers that have such units are those that are pruned."""
+    """Raise a :class:`ModelError` unless the artifact prunes exactly the layers that have units of each family."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     there = {family: layers_with(family, names) for family in FAMILIES}
     for family, found in keep.units.items():
@@ -74,7 +81,18 @@ def check_units(model: nn.Module, keep: KeepIndices) -> None:
 
 
 def check_result(model: Any, keep: KeepIndices, cuts: dict[str, Cut]) -> None:
-    """Build the pruned architecture from its config, without memory, and compare every shape with the sliced one's."""
+    """Check that the model class accepts the pruned sizes and gives every parameter the shape that slicing gives it.
+
+    The pruned architecture is created from its config on the meta device.
+
+    Args:
+        model: transformers model to prune.
+        keep: artifact to prune with.
+        cuts: parameter name → pruning of the parameter.
+
+    Raises:
+        ModelError: the model class does not accept the sizes, or a parameter has another shape.
+    """
     smaller: Any = copy.deepcopy(model.config)
     try:
         if keep.layers:
@@ -83,7 +101,7 @@ def check_result(model: Any, keep: KeepIndices, cuts: dict[str, Cut]) -> None:
         smaller = type(smaller).from_dict(smaller.to_dict())
         with torch.device("meta"):
             expected: nn.Module = type(model)(smaller)
-    except Exception as error:  # whatever a model class does not accept
+    except Exception as error:  # a model class may raise any exception for sizes that it does not support
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(
             f"{type(model).__name__} accepts no config of {_told(keep)}: {reason}", hint="keep another number of units"
@@ -110,6 +128,7 @@ def check_result(model: Any, keep: KeepIndices, cuts: dict[str, Cut]) -> None:
 
 
 def _told(keep: KeepIndices) -> str:
+    """Describe the sizes that `keep` changes, for error messages."""
     before, after = asdict(keep.before), asdict(keep.after)
     names = {
         "num_attention_heads": "query heads",
@@ -124,7 +143,7 @@ def _told(keep: KeepIndices) -> str:
 
 
 def set_sizes(model: Any, keep: KeepIndices) -> None:
-    """The config of the model (one object, shared by its modules) and the sizes that modules keep for themselves."""
+    """Write the pruned sizes into the config, which all modules share, and into attributes of modules that copy it."""
     write_sizes(model.config, keep.after)
     before, after = keep.before, keep.after
     sizes = {

@@ -1,15 +1,18 @@
-"""Units that can be dropped from the layers of a decoder, and the sizes in a model's config that count them.
+"""Units that pruning can remove from the layers of a decoder, and the sizes in a model's config that count them.
 
-    family            a unit                                               kept in a layer
-    kv_groups         a key-value head with the query heads that read it   [G_keep]
-    query_heads       a query head, as many of every group                 [G_keep, Q_keep]
-    ffn_channels      a channel of a dense feed-forward block              [F_keep]
-    experts           an expert of a mixture, with its row of the router   [E_keep]
-    expert_channels   a channel of an expert, as many of every expert      [E_keep, F_keep]
-    shared_channels   a channel of the experts that every token takes      [S_keep]
+A *family* is all units of one kind. The last column is the shape of the kept indices of one layer:
 
-Latent attention (DeepSeek's MLA) expands keys and values of every head from one latent: a group is one head there. The
-size of a head is never pruned: rotary embeddings pair its channels.
+    family            unit                                                 kept indices
+    kv_groups         KV head together with the query heads that read it   [G_keep]
+    query_heads       query head; every group keeps the same number        [G_keep, Q_keep]
+    ffn_channels      channel of a dense feed-forward block                [F_keep]
+    experts           expert of a mixture, with its row of the router      [E_keep]
+    expert_channels   channel of an expert; every expert keeps as many     [E_keep, F_keep]
+    shared_channels   channel of the shared experts                        [S_keep]
+
+Latent attention (DeepSeek's MLA) expands the keys and values of every head from one latent, so that a group is a single
+head there. The size of a head is never pruned, because rotary embeddings pair its channels. The artifacts of
+:mod:`effpass.passes.weights.keep_indices` and the scores of :mod:`effpass.trainers.pruning` refer to these families.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["FAMILIES", "Dimensions", "Family", "layers_with", "least_experts", "
 
 import re
 
-# The decoder's layers by the names of the architectures; a vision tower's are not among them.
+# Names of decoder layers in the supported architectures; the layers of a vision tower do not match.
 _LAYER = re.compile(
     r"^(?:model\.(?:language_model\.)?layers|language_model\.layers|layers|(?:transformer\.)?h)\.(\d+)\.(.+)$"
 )
@@ -31,20 +34,20 @@ _EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts")
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that kept indices refer to; 0 where a model has no such thing.
+    """Sizes of a model to which kept indices refer; 0 for parts that the model does not have.
 
     Attributes:
-        num_attention_heads: H query heads.
-        num_key_value_heads: G key-value heads.
-        head_dim: K, of a query head.
-        intermediate_size: F of a dense feed-forward block.
-        num_hidden_layers: decoder layers.
-        num_experts: E experts of a mixture.
-        expert_size: F of an expert.
-        num_shared_experts: experts that every token takes, as one block.
-        router_groups: parts of equal size that the router looks at the experts in.
-        value_dim: of a value head, where attention is latent.
-        latent_dim: rows of the expansion of the latent for each head, where attention is latent.
+        num_attention_heads: number of query heads H.
+        num_key_value_heads: number of KV heads G.
+        head_dim: size K of a query head.
+        intermediate_size: intermediate size F of a dense feed-forward block.
+        num_hidden_layers: number of decoder layers.
+        num_experts: number of experts E of a mixture.
+        expert_size: intermediate size F of an expert.
+        num_shared_experts: number of shared experts, which every token is routed to; they form one block.
+        router_groups: number of equal groups into which the router divides the experts.
+        value_dim: size of a value head of latent attention.
+        latent_dim: number of rows of `kv_b_proj`, the up-projection of latent attention, for each head.
     """
 
     num_attention_heads: int
@@ -61,7 +64,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Any) -> Dimensions:
-        """Of a transformers config; GPT-2's `n_inner` defaults to four times its width."""
+        """Read the sizes from a transformers config. GPT-2's `n_inner` defaults to four times the hidden size."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
@@ -74,7 +77,7 @@ class Dimensions:
             num_attention_heads=heads,
             num_key_value_heads=heads if is_latent else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=nope + rope if is_latent else plain,
-            intermediate_size=width if own or not experts else 0,  # Mixtral's are those of an expert
+            intermediate_size=width if own or not experts else 0,  # Mixtral's intermediate_size is that of an expert
             num_hidden_layers=config.num_hidden_layers,
             num_experts=experts,
             expert_size=(own or width) if experts else 0,
@@ -94,9 +97,9 @@ class Family:
     """Units of one kind.
 
     Attributes:
-        rows: how many sets a layer has that are chosen from separately, as many from each.
-        units: how many units such a set has.
-        readers: modules whose inputs are the units, or the module that holds them, by the end of their names.
+        rows: number of sets of units in a layer; units are chosen in each set separately, the same number in each.
+        units: number of units per set.
+        readers: ends of the names of the modules whose inputs are the units, or which hold the units.
     """
 
     rows: Callable[[Dimensions], int]
@@ -117,7 +120,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def split_name(name: str) -> tuple[int, str, str] | None:
-    """Layer, module inside it and parameter of a decoder's weight; None for others."""
+    """Split the name of a decoder weight into layer index, module in the layer, and parameter; None for other names."""
     match = _LAYER.match(name)
     if match is None:
         return None
@@ -126,7 +129,7 @@ def split_name(name: str) -> tuple[int, str, str] | None:
 
 
 def layers_with(family: str, names: Iterable[str]) -> dict[int, str]:
-    """The layers that have units of a family, and the full name of their reader, by the names of all parameters."""
+    """Return the layers that have units of a family, each with the name of its reader, given all parameter names."""
     found = {}
     for name in names:
         parts = split_name(name)
@@ -136,15 +139,15 @@ def layers_with(family: str, names: Iterable[str]) -> dict[int, str]:
 
 
 def least_experts(config: Any) -> int:
-    """The fewest experts of one router group that a router can choose its share from."""
+    """Return the minimum number of experts per router group with which the router can still choose its experts."""
     config = config.get_text_config()
     chosen = config.num_experts_per_tok
     groups = getattr(config, "n_group", None)
-    return chosen if groups is None else max(2, -(-chosen // config.topk_group))  # it adds up two scores of a group
+    return chosen if groups is None else max(2, -(-chosen // config.topk_group))  # the score of a group is a sum of two
 
 
 def write_sizes(config: Any, after: Dimensions) -> None:
-    """Set the sizes in a transformers config, by the names that it uses."""
+    """Set the sizes in a transformers config under the names that it uses."""
     config = config.get_text_config()
     before = Dimensions.of(config)
     fewer_heads = after.num_attention_heads < before.num_attention_heads
@@ -154,7 +157,7 @@ def write_sizes(config: Any, after: Dimensions) -> None:
         "expert_size": "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size",
     }
     for name, size in asdict(after).items():
-        # The size of a head stays and must then be said: by default it follows from the number of heads.
+        # With fewer heads, head_dim must be explicit, because by default it follows from the number of heads.
         says_head = name == "head_dim" and fewer_heads and not before.latent_dim
         if size != getattr(before, name) or says_head:
             setattr(config, own.get(name, name), size)

@@ -1,7 +1,7 @@
-"""Cutting a mixture of experts: the router's rows, whole experts, and channels of each.
+"""Pruning of mixtures of experts: whole experts with their rows of the router, and channels of experts.
 
-A router that knows fewer experts chooses among those: the pruned model is the one whose router never chooses a dropped
-expert, and not one whose dropped experts add nothing.
+The router of the pruned model chooses among the remaining experts. Pruning experts is therefore equivalent to a router
+that never chooses a removed expert, and not to removed experts that output zero. `structured_pruning` uses this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BIAS = "e_score_correction_bias"
 
 
 def expert_layers(model: nn.Module, keep: KeepIndices) -> dict[int, str]:
-    """The mixtures of experts that are pruned: layer → name."""
+    """Return the names of the mixtures of experts that `keep` prunes, by layer index."""
     if not keep.units.keys() & {"experts", "expert_channels"}:
         return {}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -30,7 +30,7 @@ def expert_layers(model: nn.Module, keep: KeepIndices) -> dict[int, str]:
 
 
 def check_experts(model: Any, keep: KeepIndices) -> None:
-    """Raise :class:`ModelError` for experts of another form, and where too few would be left for the router."""
+    """Raise a :class:`ModelError` if experts have an unsupported form, or if too few would remain for the router."""
     for name in expert_layers(model, keep).values():
         block = model.get_submodule(name)
         stacked = {n for n, _ in block.experts.named_parameters()}
@@ -48,7 +48,7 @@ def check_experts(model: Any, keep: KeepIndices) -> None:
 
 
 def pruned_expert_shapes(model: nn.Module, keep: KeepIndices) -> dict[str, tuple[int, ...]]:
-    """The shapes that :func:`prune_experts` gives, by parameter."""
+    """Return the shapes that :func:`prune_experts` gives to parameters, by name."""
     after = keep.after
     found: dict[str, tuple[int, ...]] = {}
     for name in expert_layers(model, keep).values():
@@ -61,7 +61,7 @@ def pruned_expert_shapes(model: nn.Module, keep: KeepIndices) -> dict[str, tuple
 
 
 def prune_experts(model: nn.Module, keep: KeepIndices) -> int:
-    """Cut in place; the number of mixtures."""
+    """Prune the mixtures of experts of `model` in place, and return their number."""
     d, layers = keep.before, expert_layers(model, keep)
     for layer, name in layers.items():
         block: Any = model.get_submodule(name)

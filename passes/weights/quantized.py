@@ -1,6 +1,7 @@
-"""Quantised weights: which layers hold one, in which scheme, and its value without quantisation.
+"""Detection and dequantisation of quantised weights; used by the passes that change or inspect weights.
 
-Known by their classes' names, so that no quantisation package is imported to look.
+Quantisation schemes are detected by the names of classes and attributes, so that no quantisation package needs to be
+imported for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor_scheme(weight: Tensor) -> str | None:
-    """``"torchao Int8Tensor"`` or ``"torch.float8_e4m3fn"`` for a quantised weight; None for an ordinary one."""
+    """Return the scheme of a quantised weight, as ``"torchao Int8Tensor"`` or ``"torch.float8_e4m3fn"``, else None."""
     if type(weight).__module__.split(".")[0] == "torchao":
         return f"torchao {type(weight).__name__}"
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
@@ -27,10 +28,10 @@ def tensor_scheme(weight: Tensor) -> str | None:
 
 
 def scheme_of(module: nn.Module) -> str | None:
-    """The quantisation of a layer's weight, ``"bitsandbytes Linear4bit"``; None where it has none."""
+    """Return the quantisation scheme of a layer, such as ``"bitsandbytes Linear4bit"``; None if it is not quantised."""
     name = type(module).__name__
     if hasattr(module, "base_layer"):
-        return None  # PEFT's wrapper shows the weight of the layer inside it
+        return None  # a PEFT wrapper exposes the weight of the layer inside it
     if name in ("Linear4bit", "Linear8bitLt"):
         return f"bitsandbytes {name}"
     if any(hasattr(module, attribute) for attribute in ("qweight", "W_q", "weight_packed")):
@@ -41,10 +42,10 @@ def scheme_of(module: nn.Module) -> str | None:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """The weight `[out, in]` of a quantised layer as float32.
+    """Return the weight `[out, in]` of a quantised layer as float32.
 
     Raises:
-        ModelError: a scheme whose weights can't be read back here.
+        ModelError: weights of this scheme can't be dequantised here.
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -56,7 +57,7 @@ def dequantized(module: nn.Module) -> Tensor:
         from peft.utils.integrations import dequantize_module_weight
 
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-            module.state_dict()  # bitsandbytes leaves the layout of its CPU kernel when the state is read
+            module.state_dict()  # makes bitsandbytes convert the weight back from the layout of its CPU kernel
         return dequantize_module_weight(module).detach().float()
     raise ModelError(
         f"the weight of a {type(module).__name__} ({scheme_of(module)}) can't be dequantised here",
@@ -65,7 +66,7 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 def plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary `nn.Linear` of `dtype` that does what a quantised layer does.
+    """Return an ordinary `nn.Linear` of `dtype` that is equivalent to a quantised layer.
 
     Raises:
         ModelError: as :func:`dequantized`.
@@ -79,7 +80,7 @@ def plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
 
 
 def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, int] | None) -> Tensor:
-    """W · s with one scale per block of `block_size` (the last ones may be cut off), or one for all."""
+    """Return W · s, with one scale per block of `block_size` (the last ones may be partial), or one for all of W."""
     if scale is None:
         return weight.float()
     scale = scale.float()
@@ -90,10 +91,10 @@ def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, in
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Put an ordinary `nn.Linear` of `dtype` in place of every quantised layer, and drop the quantisation config.
+    """Replace every quantised layer by an ordinary `nn.Linear` of `dtype`, and remove the quantisation config.
 
-    All of them, not only those an adapter touches: a checkpoint that is half quantised would be quantised again,
-    silently, when it is loaded.
+    All layers are replaced, not only those that an adapter changes, because loading a partially quantised checkpoint
+    would silently quantise it again.
 
     Returns:
         The number of layers replaced.

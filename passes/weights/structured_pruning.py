@@ -1,16 +1,17 @@
-"""`structured_pruning`: drop whole heads, channels, experts or layers, alike in every layer.
+"""`structured_pruning`: remove heads, channels and experts, the same number in every layer, or whole layers.
 
-A group is one key-value head with the query heads that read it; its rows of `q_proj`, `k_proj`, `v_proj` and its
-columns of `o_proj` go. A channel's rows of `gate_proj`, `up_proj` and its column of `down_proj` go. Dropping heads
-and channels is the same function as setting their columns of `o_proj` and `down_proj` to zero; a dropped expert is one
-that the router never chooses. What is left is an ordinary, smaller model with an ordinary config. Which units stay is
-learned elsewhere and read from an artifact (:mod:`effpass.passes.weights.keep_indices`).
+A KV group is a KV head together with the query heads that read it. Removing it removes its rows of `q_proj`, `k_proj`
+and `v_proj` and its columns of `o_proj`; removing a channel removes its rows of `gate_proj` and `up_proj` and its
+column of `down_proj`. The result is equivalent to setting these columns of `o_proj` and `down_proj` to zero; a removed
+expert is one that the router never chooses. The pruned model is an ordinary smaller model with an ordinary config. The
+units that remain are read from a keep-index artifact (:mod:`effpass.passes.weights.keep_indices`), which is learned
+separately, for example by :mod:`effpass.trainers.pruning`.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from effpass.core.artifact import Artifact
 from effpass.core.errors import ArtifactError, ModelError, PassRefusedError
-from effpass.core.pass_ import Match, WeightsPass
+from effpass.core.pass_ import Match, Pass, WeightsPass
 from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.passes.weights.composition import check_first
@@ -75,6 +76,15 @@ class StructuredPruning(WeightsPass):
 
     # -- model stage ------------------------------------------------------------------------------------------------
 
+    def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        learned = [pass_.name for pass_ in behind if pass_.artifact is not None]
+        if learned and self.keep.layers:
+            raise PassRefusedError(
+                f"structured_pruning drops layers, and the artifact of {learned[0]} was learned for the model with all"
+                f" {self.keep.before.num_hidden_layers} of them",
+                hint=f"save the pruned model (effpass optimize), and learn the artifact of {learned[0]} for that one",
+            )
+
     def check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
         if config is None or not hasattr(config, "get_text_config"):
@@ -88,7 +98,7 @@ class StructuredPruning(WeightsPass):
         check_cut(model, self.keep)
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
-        # Without the fingerprint: a pass before this one may have changed the weights.
+        # The fingerprint is not checked again, because an earlier pass may have changed the weights.
         return cut_model(model, self.keep), []
 
     # -- graph stage ------------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ class StructuredPruning(WeightsPass):
         for old, new in pruned.items():
             linear.node.replace_input_with(old, new)
         match.nodes["waiting"].remove(match)
-        if not match.nodes["waiting"]:  # the sizes between the products change together
+        if not match.nodes["waiting"]:  # the sizes between the linear layers change together
             match.nodes["narrowing"].apply()
 
     def _pruned(self, program: Program, node: torch.fx.Node, cut: Cut, dim: int) -> torch.fx.Node:
@@ -161,10 +171,10 @@ def _check_weight(name: str, weight: Tensor, cut: Cut, dim: int) -> None:
 
 
 def check_cut(model: Any, keep: KeepIndices) -> dict[str, Cut]:
-    """The parameters of linear layers that :func:`cut_model` would cut.
+    """Check that `model` can be pruned, and return the pruning of each parameter of its linear layers.
 
     Raises:
-        ModelError: the architecture has no such units, or can't be cut; says which and why.
+        ModelError: the model has no such units or can't be pruned; the message names the part and the reason.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     cuts = keep.cuts(list(parameters))
@@ -183,10 +193,10 @@ def check_cut(model: Any, keep: KeepIndices) -> dict[str, Cut]:
 
 
 def cut_model(model: Any, keep: KeepIndices) -> int:
-    """Slice modules and config, in place, all or nothing.
+    """Prune the modules and the config of `model` in place. If a check fails, nothing is changed.
 
     Returns:
-        How many linear layers and mixtures of experts were cut, or layers dropped.
+        The number of linear layers and mixtures of experts that were pruned, or of layers that were removed.
 
     Raises:
         ModelError: as :func:`check_cut`.
@@ -216,15 +226,15 @@ def _set_features(module: Any, shape: torch.Size) -> None:
 
 
 def save_pruned(model: Any, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a pruned model as an ordinary checkpoint that `AutoModelForCausalLM.from_pretrained(folder)` loads.
+    """Write a pruned model as an ordinary checkpoint for `AutoModelForCausalLM.from_pretrained(folder)`.
 
     Args:
-        model: a transformers model, after :meth:`StructuredPruning.prepare`.
-        folder: a folder that is not there yet; written whole or not at all.
-        tokenizer: saved beside it.
+        model: transformers model after :meth:`StructuredPruning.prepare`.
+        folder: folder to create, completely or not at all; it must not exist or must be empty.
+        tokenizer: tokenizer to save in the same folder; None to save no tokenizer.
 
     Raises:
-        ArtifactError: `folder` exists.
+        ArtifactError: `folder` exists and is not an empty folder.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
