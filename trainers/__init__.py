@@ -1,4 +1,9 @@
-"""Trainers that learn what the passes apply, and the optimiser they share."""
+"""Training code: the optimizer :class:`MONA`, and trainers that produce checkpoints, adapters and artifacts.
+
+An *artifact* is a folder with data that was learned for a pass (:mod:`effpass.core.artifact`). Each subpackage belongs
+to one kind of training; the commands of `effpass train` call them. `MONA` is imported on first use, so that importing
+this package does not load torch.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""transformers' Trainer over micro-batches that are a function of their number, with our optimisers and metrics."""
+"""Base class of the training loops: a transformers `Trainer` that reads micro-batches by their index.
+
+All trainers except that of GRPO derive from :class:`Loop`. Its dataset maps the index of a micro-batch to its contents,
+so that a resumed run reads the same data as an uninterrupted one. The loop creates the optimizer and the learning rate
+schedule from the settings of the run, and records metrics.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +28,21 @@ __all__ = ["Loop", "MetricsCallback", "make_loader"]
 
 
 class Loop(Trainer):
-    """The loop.
+    """Trainer that reads micro-batches by index; subclasses define the loss.
 
     Args:
-        model: what is trained.
-        args: the Trainer's.
-        batches: this process's micro-batches, in order.
-        first_step: how many steps are done already.
-        optimizer: which, and its rates.
-        schedule: of the learning rate.
-        recorder: of metrics.
+        model: model to train.
+        args: arguments of the Trainer.
+        batches: micro-batches of this process, in the order in which they are read.
+        first_step: number of optimizer steps that are done already.
+        optimizer: name and hyper-parameters of the optimizer.
+        schedule: learning rate schedule.
+        recorder: recorder of metrics.
 
     Attributes:
-        most_workers: processes that make micro-batches for a GPU, at most.
+        most_workers: maximum number of data loader workers per process on a GPU; on a CPU there are none.
+        asks_router: keyword arguments of the model's forward that make a mixture-of-experts model return its router
+            loss; empty for other models.
     """
 
     most_workers = 14
@@ -50,16 +57,16 @@ class Loop(Trainer):
         schedule: Schedule,
         recorder: Recorder,
     ) -> None:
-        args._n_gpu = min(1, args.n_gpu)  # or one process would copy the model to every GPU that it sees
+        args._n_gpu = min(1, args.n_gpu)  # otherwise the Trainer copies the model to all visible GPUs (DataParallel)
         super().__init__(model=model, args=args, train_dataset=batches, eval_dataset=batches)
         self.remove_callback(PrinterCallback)
         self.add_callback(MetricsCallback(recorder))
-        self.model_accepts_loss_kwargs = False  # our losses are means over a step: micro-batches count alike
+        self.model_accepts_loss_kwargs = False  # the loss of a step is the mean of the losses of its micro-batches
         self.micro_batches = batches
         self.first_step = first_step
         self.optimizer_config = optimizer
         self.rate_schedule = schedule
-        # A mixture of experts is told to return its router's loss here, and not by the config that is saved.
+        # The router loss is requested with an argument, because the config is saved with the model.
         self._balance: float = getattr(model.config, "router_aux_loss_coef", 0.0)
         has_router = "output_router_logits" in inspect.signature(model.forward).parameters
         self.asks_router = {"output_router_logits": True} if has_router else {}
@@ -82,7 +89,7 @@ class Loop(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         if self.lr_scheduler is None:
-            if self.args.fsdp:  # made before the model was sharded, it knows the parameters that were
+            if self.args.fsdp:  # the optimizer was created before sharding and refers to the unsharded parameters
                 assert self.model is not None
                 self.optimizer.optimizer = make_optimizer(self.optimizer_config, self.model)  # type: ignore[union-attr]
             factor = rate(self.rate_schedule, num_training_steps)
@@ -91,23 +98,23 @@ class Loop(Trainer):
         return self.lr_scheduler
 
     def with_balance(self, loss: Tensor, outputs: Any) -> Tensor:
-        """`loss` plus the router's, where the model, called with `asks_router`, has one."""
+        """Return `loss` plus the weighted router loss, if the model returned one (see :attr:`asks_router`)."""
         balance = getattr(outputs, "aux_loss", None)
         return loss if balance is None else loss + self._balance * balance
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # the Trainer's estimate would count attention as nothing
+        return 0  # the Trainer's estimate leaves out attention
 
 
 class MetricsCallback(TrainerCallback):
-    """Hands what the Trainer logs to a recorder, and stops at a loss that is not finite."""
+    """Forwards the Trainer's log entries to a recorder, and raises an error if the loss is not finite."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # what the last steps lost, however many they are
+            control.should_log = True  # log the last steps even if they are fewer than a logging interval
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
@@ -117,7 +124,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def _check_finite(loss: float, step: int) -> None:
-    """Raise EffpassError for a loss that is not finite."""
+    """Raise EffpassError if `loss` is not finite."""
     if not math.isfinite(loss):
         raise EffpassError(
             f"the loss is {loss} at step {step}",
@@ -126,21 +133,32 @@ def _check_finite(loss: float, step: int) -> None:
 
 
 def make_loader(batches: Dataset[Any], first: int, workers: int, pin: bool) -> DataLoader[Any]:
-    """A loader of the micro-batches from number `first` on; `workers` processes change nothing in what it gives."""
+    """Return a data loader over the micro-batches from index `first` on.
+
+    Args:
+        batches: dataset of micro-batches.
+        first: index of the first micro-batch.
+        workers: number of worker processes, which has no effect on the data; 0 to load in the main process.
+        pin: whether to copy batches to pinned memory.
+    """
     return DataLoader(
         batches,
         batch_size=None,
         sampler=_From(first, len(batches)),  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=pin,
-        generator=torch.Generator(),  # its own: an iterator draws a seed, which dropout would feel after a resume
-        # `fork` shares the data and starts at once; nothing in a worker touches a GPU.
+        # The iterator draws a seed. Drawn from the global generator, it would change dropout after a resume.
+        generator=torch.Generator(),
+        # `fork` shares the data with the workers and starts fast; it is safe because workers do not use the GPU.
         multiprocessing_context="fork" if workers else None,
     )
 
 
 class _From(Sampler[int]):
-    """The numbers from `first` on. The length is that of all, since the Trainer takes it for that of an epoch."""
+    """Sampler of the indices from `first` on.
+
+    Its length counts all indices, because the Trainer takes it for the length of an epoch.
+    """
 
     def __init__(self, first: int, total: int) -> None:
         self.first, self.total = first, total

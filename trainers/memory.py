@@ -1,7 +1,7 @@
-"""What a run takes of the device's memory, said before it starts.
+"""Estimate of the device memory that a training run needs; reported and checked before the run starts.
 
-Activations are counted by running the model on fake tensors, which have shapes and no data: the bytes of every tensor
-that autograd would keep for the backward pass, each storage once.
+The estimators of the individual trainers use this module. Activations are counted by running the model on fake tensors,
+which have shapes but no data, and adding up the storages that autograd saves for the backward pass, each storage once.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ __all__ = ["SHAPES", "Estimate", "available", "check_memory", "kept_bytes", "use
 
 _FLOAT = 4
 _CAUSAL = "effpass_causal"
-# Where tensors without data pretend to be. Fused attention keeps the same for the backward pass on every device.
+# Device of the fake tensors. The CPU stands for all devices, since fused attention saves the same tensors on each.
 SHAPES = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device.
+    """Estimated memory of a run on one device, in bytes.
 
     Attributes:
-        parameters: how many.
-        state: weights, gradients and the optimiser's state.
-        activations: what is kept for the backward pass, where most is kept; None where the model can't be run on
-            tensors without data.
-        where: what keeps most, ``"stages[1]"``; empty where there is one thing alone.
-        available: on the device before the run; None where it does not say.
+        parameters: number of parameters of the model.
+        state: size of weights, gradients and optimizer state.
+        activations: size of the tensors saved for the backward pass, in the part of the run that saves most; None if
+            the model can't be run on fake tensors.
+        where: name of that part, such as ``"stages[1]"``; empty if the run has a single part.
+        available: free memory of the device before the run; None if unknown.
     """
 
     parameters: int
@@ -47,6 +47,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Sum of state and activations, where unknown activations count as 0."""
         return self.state + (self.activations or 0)
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class Estimate:
 
 
 def check_memory(found: Estimate, hint: str) -> None:
-    """Raise an :class:`EffpassError` when the run would not fit."""
+    """Raise an :class:`EffpassError` with this hint if the run needs more memory than is available."""
     if found.available is not None and found.total > found.available:
         raise EffpassError(f"the run does not fit: {found}", hint=hint)
 
@@ -69,20 +70,20 @@ def check_memory(found: Estimate, hint: str) -> None:
 def kept_bytes(
     model: nn.Module, forward: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]], *, bfloat16: bool
 ) -> int:
-    """Bytes that autograd keeps of a forward pass, and those that the backward pass begins with.
+    """Count the bytes that autograd saves in a forward pass, and those of the gradients that start the backward pass.
 
     Args:
-        model: on fake tensors; its parameters are not counted.
-        forward: runs it; gives logits `[B, T, vocabulary]` and tokens `[B, T]`. What it passes to the function that it
-            is given counts as kept.
-        bfloat16: under autocast.
+        model: model on fake tensors; its parameters are not counted.
+        forward: function that runs the model and returns logits `[B, T, vocabulary]` and token ids `[B, T]`. It is
+            called with a function; tensors passed to that function are counted as saved.
+        bfloat16: whether the model runs under autocast to bfloat16.
     """
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, tuple[object, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = (storage, storage.nbytes())  # held, so that no other takes its address
+        storages[storage._cdata] = (storage, storage.nbytes())  # the reference keeps the address from being reused
         return tensor
 
     autocast = torch.autocast(SHAPES.type, torch.bfloat16, enabled=bfloat16)
@@ -95,21 +96,27 @@ def kept_bytes(
 
 
 def use_causal_attention(model: Any, *, text_only: bool = False) -> None:
-    """Let `model` attend without a mask. Told by fake tensors, transformers can't see that a mask is causal, and would
-    build one as large as T²."""
+    """Make the attention of `model` causal without a mask.
+
+    On fake tensors transformers can't detect that a mask is causal, and would build one of size T².
+
+    Args:
+        model: transformers model.
+        text_only: whether to change only the language model of a multimodal model.
+    """
     AttentionInterface.register(_CAUSAL, _causal_attention)
     model.set_attn_implementation({"text_config": _CAUSAL} if text_only else _CAUSAL)
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free on a device."""
+    """Return the free memory of a device in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
 
 
 def _causal_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Any:
-    """What a model's attention layer calls; registered without a builder of masks."""
+    """Causal attention as transformers' attention layers call it; it is registered without a mask builder."""
     is_grouped = query.shape[1] != key.shape[1]
     scale = kwargs.get("scaling")
     out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped)

@@ -1,4 +1,8 @@
-"""The folder beside a run's output that holds its checkpoints and metrics until all is done: ``FOLDER.training``."""
+"""Working folder of a training run, ``FOLDER.training``, and the metrics file in it.
+
+A run keeps its checkpoints and metrics in ``FOLDER.training``, from which it can be resumed, and creates its output
+`FOLDER` when it is complete.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,13 @@ METRICS, RUN = "metrics.jsonl", "run.json"
 
 
 def check_places(folder: Path, work: Path, resume: bool) -> None:
-    """Raise EffpassError when something is in the way of the output, or there is nothing to resume."""
+    """Raise EffpassError if the folders do not allow the run to start or to resume.
+
+    Args:
+        folder: output folder; it must not exist.
+        work: working folder; it must exist for a run that is resumed, and must not exist for a new one.
+        resume: whether the run is resumed.
+    """
     if folder.exists():
         raise EffpassError(f"{folder} exists", hint="give another folder, or remove it")
     if work.exists() and not (work / RUN).exists():
@@ -28,7 +38,10 @@ def check_places(folder: Path, work: Path, resume: bool) -> None:
 
 
 def last_checkpoint(work: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that was written to its end, and its step; the Trainer writes its state last."""
+    """Return the newest complete checkpoint and its step; None and 0 if there is none.
+
+    A checkpoint is complete if its ``trainer_state.json`` is, because the Trainer writes that file last.
+    """
     whole = {
         int(path.parent.name.rpartition("-")[2]): path.parent
         for path in (work / "checkpoints").glob("checkpoint-*/trainer_state.json")
@@ -38,29 +51,29 @@ def last_checkpoint(work: Path) -> tuple[Path | None, int]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Forget what was measured after the checkpoint: it will be measured again."""
+    """Remove the metrics of steps after `step`, which a resumed run measures again."""
     if path.exists():
         kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file that were written to their end."""
+    """Return the complete lines of a metrics file."""
     lines = path.read_text().splitlines()
     if lines and not lines[-1].endswith("}"):
-        lines.pop()  # the process was killed while it wrote it
+        lines.pop()  # the process was killed while writing it
     return [json.loads(line) for line in lines]
 
 
 class Recorder:
-    """Appends lines of metrics to a file, and says them.
+    """Appends metrics to a file and reports some of them to the user.
 
     Args:
-        path: JSON lines.
-        steps: of the run.
-        say: gets a line for people.
-        shown: keys that people see, or, ending in ``_``, their beginnings.
-        writes: whether this process does; one of several.
+        path: JSON lines file.
+        steps: number of optimizer steps of the run.
+        say: function that receives messages for the user.
+        shown: names of the metrics to report; a name that ends in ``_`` stands for all metrics with this prefix.
+        writes: whether this process writes and reports; true for one of several processes.
     """
 
     def __init__(
@@ -70,6 +83,7 @@ class Recorder:
         self._started = time.perf_counter()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of a step, together with the seconds since the recorder was created."""
         if not self.writes:
             return
         seconds = time.perf_counter() - self._started

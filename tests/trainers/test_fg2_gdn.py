@@ -74,12 +74,12 @@ def test_projections_are_those_of_the_attention(family):
     old = getattr(parent, name)
     new = make_hybrid(model, [1], shape)[1]
     if family == "deepseek_v3":  # latents
-        assert projections(old, shape.key_head_dim) is None
+        assert projections(old) is None
         assert not start_from(new, old)
         return
     x = torch.randn(1, 3, 64)
     assert start_from(new, old)
-    given = projections(old, shape.key_head_dim)
+    given = projections(old)
     assert given is not None
     groups = given["k_proj"].shape[0] // shape.key_head_dim
     for ours, theirs in ((new.q_proj, given["q_proj"]), (new.k_proj, given["k_proj"]), (new.v_proj, given["v_proj"])):

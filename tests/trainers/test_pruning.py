@@ -20,7 +20,7 @@ from effpass.trainers.pruning.distillation import Distillation, check_head, hidd
 from effpass.trainers.pruning.masks import Masks
 from effpass.trainers.pruning.minimax import Minimax, Rates
 from effpass.trainers.pruning.scores import Calibration
-from effpass.trainers.pruning.shapes import Shapes
+from effpass.trainers.pruning.shapes import Shapes, _multiple
 from effpass.trainers.pruning.step_cost import step_cost
 from effpass.trainers.pruning.units import find_units
 
@@ -536,3 +536,10 @@ def test_experts_and_their_channels_are_learned_together():
     cut_model(model, keep_indices(before, learner.masks.units, kept))
     assert hidden_states(model, IDS)[-1].shape == (2, 16, 64)
     assert model.config.num_experts == learner.sizes["experts"] < 8 or learner.sizes["expert_channels"] < 32
+
+
+@pytest.mark.parametrize(
+    ("count", "multiple"), [(8, 1), (48, 8), (200, 8), (600, 32), (1536, 64), (4096, 128), (11000, 64), (11008, 128)]
+)
+def test_channels_are_kept_in_multiples_that_kernels_like(count: int, multiple: int) -> None:
+    assert _multiple(count) == multiple

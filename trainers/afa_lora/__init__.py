@@ -1,12 +1,15 @@
-"""AFA-LoRA (arXiv 2512.22455): low-rank adapters with an activation between A and B that is annealed away.
+"""AFA-LoRA (arXiv 2512.22455): low-rank adapters with an activation between A and B that is annealed to the identity.
 
     y = W x + (alpha / r) · B h,    h = z + β (σ(z) − z),    z = A dropout(x)
 
-σ is ReLU, SiLU or GELU. β falls from 1 to 0 while the adapter learns, so that what began as a two-layer network ends as
-plain LoRA, which merges. Stock PEFT holds the adapter throughout; what is annealed hangs on its layers as a variant.
+W is the frozen weight, A `[r, in]` and B `[out, r]` are the matrices of the adapter, and σ is ReLU, SiLU or GELU.
+During training β decreases from 1 to 0, so that an adapter that starts as a two-layer network ends as plain LoRA, which
+can be merged into W. The adapter is a standard PEFT adapter throughout; the activation is attached to its layers as a
+PEFT variant (:mod:`.variant`).
 
-The abstract gives the activation and its place. The schedule's default, β = 0 after 30 % of the steps, is a third
-party's reading of the paper; the formula above and the rest after the anneal are choices made here.
+The paper's abstract specifies the activation and its position. The default schedule, β = 0 after 30 % of the steps,
+follows a third party's reading of the paper; the formula above and the training after the anneal are choices of this
+implementation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""An AFA adapter from its first step to the stock LoRA file that it ends as."""
+"""An AFA-LoRA adapter during training: it controls β, and merges or saves the finished adapter.
+
+:func:`attach` and :class:`AfaLora` are the interface for training loops. `effpass train afa-lora` uses them through
+:mod:`effpass.trainers.finetune.trained`. The finished adapter is a standard PEFT LoRA adapter.
+"""
 
 from __future__ import annotations
 
@@ -21,57 +25,63 @@ from effpass.trainers.afa_lora.variant import ACTIVATIONS, AfaVariant, Anneal, r
 
 __all__ = ["CONFIG_KEY", "AfaLora", "attach"]
 
-# In adapter_config.json while β > 0. Stock PEFT warns of a key that it does not know, and merge_lora refuses it.
+# Key in adapter_config.json while β > 0. PEFT warns about unknown keys, and the pass merge_lora refuses this one.
 CONFIG_KEY = "effpass_afa"
 
-_ANNEAL = "afa_anneal"  # the submodule of one adapted layer that holds β
+_ANNEAL = "afa_anneal"  # name of the submodule with β, which is registered in one of the adapted layers
 
 
 def attach(
     model: nn.Module, schedule: AnnealSchedule, settings: LoraSettings | None = None, *, activation: str = "relu"
 ) -> AfaLora:
-    """Put an AFA adapter beside the linear layers of `model`, in place, and freeze everything else.
+    """Add an AFA adapter to the linear layers of `model`, in place, and freeze all other parameters.
 
     ::
 
         adapter = attach(model, AnnealSchedule(steps=300), LoraSettings(rank=8))
         optimizer = MONA(adapter.model, lr=2e-4)
-        for batch in batches:                       # 300 of them
+        for batch in batches:                       # 300 optimizer steps
             loss(model, batch).backward()
             optimizer.step(); optimizer.zero_grad()
             adapter.step()
-        plain = adapter.merge()                     # or adapter.save(folder), and the model keeps its adapter
+        plain = adapter.merge()                     # or adapter.save(folder), which does not change the weights
 
     Args:
-        model: a transformers model, or any module with linear layers (a draft head); it computes what it did before.
-        schedule: of β.
-        settings: rank, scale, dropout and targets; None for the defaults.
+        model: transformers model, or any module with linear layers, such as a draft head. The new adapter does not
+            change its outputs.
+        schedule: schedule of β.
+        settings: rank, scale, dropout and target layers; None for the defaults.
         activation: `relu`, `silu` or `gelu`.
+
+    Returns:
+        The adapter, whose :attr:`AfaLora.model` is the `PeftModel` around `model`.
 
     Raises:
         ModelError: see :func:`~effpass.trainers.afa_lora.lora.add_lora`.
-        EffpassError: an unknown activation.
+        EffpassError: if the activation is unknown.
     """
     _check_activation(activation)
     return AfaLora(add_lora(model, settings or LoraSettings()), schedule, activation=activation)
 
 
 class AfaLora:
-    """The annealed activation on a stock LoRA adapter.
+    """A PEFT LoRA adapter with the annealed activation.
 
     Attributes:
-        model: the stock `PeftModel`; what it wraps is the module that was given, changed in place.
-        schedule: of β.
-        anneal: β as the layers read it.
+        model: `PeftModel`; it wraps the original module, which is changed in place.
+        schedule: schedule of β.
+        activation: name of the activation.
+        steps_done: number of optimizer steps that are done.
+        anneal: module that holds the current β for all adapted layers.
 
     Args:
-        model: a `PeftModel` with one plain LoRA adapter on linear layers.
-        schedule: of β.
+        model: `PeftModel` with a single adapter, which is plain LoRA on linear layers.
+        schedule: schedule of β.
         activation: `relu`, `silu` or `gelu`.
 
     Raises:
-        ModelError: the adapter is of another kind, or spread over several devices.
-        EffpassError: an unknown activation.
+        ModelError: if the adapter is of another kind, or is distributed over several devices.
+        EffpassError: if the activation is unknown.
     """
 
     def __init__(self, model: Any, schedule: AnnealSchedule, *, activation: str = "relu") -> None:
@@ -88,30 +98,30 @@ class AfaLora:
                 f"the adapter is on {', '.join(sorted(map(str, devices)))}, and β on one device", hint="no device_map"
             )
         self.anneal = Anneal(schedule.beta(0), devices.pop())
-        next(iter(self._layers.values())).add_module(_ANNEAL, self.anneal)  # moves with the model; runs on no path
+        next(iter(self._layers.values())).add_module(_ANNEAL, self.anneal)  # moves with the model; never called
         for layer in self._layers.values():
             layer.lora_variant[self._name] = AfaVariant(self.anneal, activation)
-        model.save_pretrained = self._save_pretrained  # stock saves would write an adapter that looks finished
+        model.save_pretrained = self._save_pretrained  # PEFT's own would save an unfinished adapter without a mark
 
     @property
     def beta(self) -> float:
-        """β that the model computes with now."""
+        """Current value of β in the model."""
         return self.anneal.value
 
     def step(self) -> float:
-        """To be called after each optimiser step; returns β of the next."""
+        """Update β after an optimizer step, and return the β of the next step."""
         return self.seek(self.steps_done + 1)
 
     def seek(self, steps_done: int) -> float:
-        """Go to where so many optimiser steps are done; returns β of the next."""
+        """Set β to its value after `steps_done` optimizer steps, and return it."""
         self.steps_done = steps_done
         self.anneal.set(self.schedule.beta(steps_done))
         return self.beta
 
     def callback(self) -> Any:
-        """For a Trainer of transformers or TRL: `trainer.add_callback(adapter.callback())`, and β moves with its steps.
+        """Return a callback that updates β with the steps of a Trainer of transformers or TRL.
 
-        A run that resumes from a checkpoint goes on at the checkpoint's step.
+        Add it with `trainer.add_callback(adapter.callback())`. In a resumed run, β continues at the checkpoint's step.
         """
         from transformers import TrainerCallback
 
@@ -125,17 +135,17 @@ class AfaLora:
         return Callback()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """Return the trainable parameters."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def finish(self) -> Any:
-        """Take the activation away, which at β = 0 changes no output: what is left is stock PEFT.
+        """Remove the activation, which has no effect at β = 0, so that a standard PEFT adapter remains.
 
         Returns:
             The `PeftModel`.
 
         Raises:
-            EffpassError: β is not 0 yet; nothing is changed.
+            EffpassError: if β is not 0 yet; nothing is changed.
         """
         if self.beta:
             raise EffpassError(
@@ -150,13 +160,14 @@ class AfaLora:
         return self.model
 
     def merge(self) -> nn.Module:
-        """Fold the adapter into the weights, by `merge_lora`.
+        """Merge the adapter into the weights, as the pass `merge_lora` does.
 
         Returns:
-            The module that was given, with its own kinds of layers again.
+            The original module, with its original layer types.
 
         Raises:
-            EffpassError: β is not 0; nothing is changed.
+            EffpassError: if β is not 0 yet; nothing is changed.
+            ModelError: if a layer can't be merged.
         """
         if self.beta:
             refuse_merge(self.beta)
@@ -170,10 +181,10 @@ class AfaLora:
         return base
 
     def save(self, folder: str | Path) -> Path:
-        """Write the finished adapter as a stock PEFT folder, whole or not at all.
+        """Write the finished adapter as a standard PEFT folder, atomically.
 
         Raises:
-            EffpassError: β is not 0 yet, or something is in the way.
+            EffpassError: if β is not 0 yet, or if `folder` exists.
         """
         folder = Path(folder)
         if folder.exists():
@@ -182,7 +193,7 @@ class AfaLora:
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT looks for the base model's config, to tell resized embeddings
+                warnings.simplefilter("ignore")  # PEFT warns if it finds no config to compare the embeddings' size with
                 finished.save_pretrained(temporary)
             temporary.rename(folder)
         finally:
@@ -190,14 +201,14 @@ class AfaLora:
         return folder
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs besides the adapter's weights to go on: plain values."""
+        """Return the state that resuming a run needs besides the adapter's weights, as plain values."""
         return {"steps_done": self.steps_done, "activation": self.activation, "schedule": asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Restore the state that :meth:`state_dict` returned.
 
         Raises:
-            ArtifactError: it is of another schedule or activation; nothing is changed.
+            ArtifactError: if the state belongs to another schedule or activation; nothing is changed.
         """
         ours = {"activation": self.activation, **asdict(self.schedule)}
         theirs = {"activation": state.get("activation"), **state.get("schedule", {})}
@@ -210,7 +221,7 @@ class AfaLora:
         self.seek(state["steps_done"])
 
     def _save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """PEFT's own, and a mark in the config while β > 0."""
+        """Save as PEFT does, and add :data:`CONFIG_KEY` to the config while β > 0."""
         type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
         if not self.beta or not kwargs.get("is_main_process", True):
             return

@@ -1,4 +1,4 @@
-"""Stock PEFT LoRA on the linear layers of a model."""
+"""Standard PEFT LoRA adapters on the linear layers of a model, as the trainers use them with and without annealing."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """
+    """Settings of a LoRA adapter.
+
     Attributes:
-        rank: r.
+        rank: rank r.
         alpha: numerator of the scale alpha / r; None for 2 r.
-        dropout: on the adapter's input, while it learns.
-        targets: names of linear layers as PEFT takes them (full names or their ends), or `all-linear`: all but output
-            heads and routers. Stacked experts are no linear layers, and are left alone; so is what PEFT takes for a
-            part of them.
+        dropout: dropout probability of the adapter's input during training.
+        targets: names of linear layers as PEFT takes them (full names or suffixes), or `all-linear` for all linear
+            layers except output heads and routers. Stacked experts are not linear layers and get no adapter.
+            `all-linear` also leaves out layers whose names PEFT takes for parts of stacked experts.
     """
 
     rank: int = 8
@@ -46,11 +47,12 @@ class LoraSettings:
 
     @property
     def scale_numerator(self) -> float:
+        """Numerator of the scale, with the default applied."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers between hidden states, by name: `nn.Linear` and GPT-2's Conv1D, less output heads and routers."""
+    """Return linear layers between hidden states by name: `nn.Linear` and GPT-2 `Conv1D`, except heads and routers."""
     heads, chosen = output_heads(model), routers(model)
     return {
         name: module
@@ -62,19 +64,21 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
-    """Put LoRA beside linear layers of `model`, in place, and freeze everything else.
+    """Add LoRA to linear layers of `model`, in place, and freeze all other parameters.
 
-    The adapter's weights are float32 and drawn from torch's generator: A at random, B zero, so that the model computes
-    what it did.
+    The adapter's weights are float32. A is drawn from torch's global generator and B is zero, so that the outputs of
+    the model do not change.
 
     Args:
-        model: a transformers model, or any module with linear layers.
+        model: transformers model, or any module with linear layers.
+        settings: rank, scale, dropout and target layers.
 
     Returns:
-        A stock `PeftModel` around `model`.
+        The `PeftModel` around `model`.
 
     Raises:
-        ModelError: quantised weights, adapters that are there already, or targets that fit no linear layer.
+        ModelError: if the model has quantized weights or adapters already, or if the targets match no linear layer that
+            can have an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -116,12 +120,12 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
         task_type="CAUSAL_LM" if hasattr(model, "generate") else None,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fan_in_fan_out, which PEFT sets itself for Conv1D
+        warnings.simplefilter("ignore")  # PEFT warns that it sets fan_in_fan_out for Conv1D, as it should
         return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def _taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """The names that PEFT reads as parts of experts that transformers 5 has stacked, whatever layer they are of."""
+    """Return the names that PEFT takes for parts of the experts that transformers 5 stacks, in any layer."""
     if not hasattr(getattr(model, "config", None), "model_type"):
         return set()
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""How β falls over the optimiser steps."""
+"""Schedule of β, the weight of the activation in an AFA-LoRA adapter, over the optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["AnnealSchedule"]
 
-# Share of the steps that the linear adapter has for itself, at least.
+# Minimum share of the steps at the end in which the adapter is linear.
 _LEAST_TAIL = 0.1
 
 
 @dataclass(frozen=True)
 class AnnealSchedule:
-    """β of each optimiser step, counted from 0: 1 before `start`, falling to exactly 0 at `end`, and 0 from there on.
+    """Schedule of β: 1 before `start`, decreasing to exactly 0 at `end`, and 0 afterwards. Steps are counted from 0.
 
     Attributes:
-        steps: optimiser steps of the run.
-        start: share of the steps before β falls.
-        end: share of the steps after which β is 0; at most 0.9, since the linear adapter has to be trained as well.
-        kind: `cosine` or `linear`.
-        hold: steps for which β stays the same; in reinforcement learning those of one cycle of rollouts and updates.
+        steps: number of optimizer steps of the run.
+        start: share of the steps before β starts to decrease.
+        end: share of the steps after which β is 0; at most 0.9, since the linear adapter needs training as well.
+        kind: shape of the decrease, `cosine` or `linear`.
+        hold: number of consecutive steps with the same β; in reinforcement learning, the optimizer steps of one cycle
+            of rollouts and updates.
 
     Raises:
-        EffpassError: a value out of range, or so few steps that none is left at β = 0.
+        EffpassError: if a value is out of range, or if no step is left with β = 0.
     """
 
     steps: int
@@ -54,13 +55,13 @@ class AnnealSchedule:
 
     @property
     def last(self) -> int:
-        """The first step with β = 0."""
+        """Index of the first step with β = 0."""
         first = round(self.start * self.steps)
         end = max(first + 1, round(self.end * self.steps))
         return -(-end // self.hold) * self.hold
 
     def beta(self, step: int) -> float:
-        """β of a step."""
+        """Return β of a step."""
         if step >= self.last:
             return 0.0
         first = round(self.start * self.steps)

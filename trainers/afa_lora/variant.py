@@ -1,6 +1,7 @@
-"""What hangs on PEFT's LoRA layers while the activation is annealed.
+"""The annealed activation of AFA-LoRA, attached to PEFT's LoRA layers as a variant.
 
-`LoraVariant` is private to PEFT ("prone to change"): this file alone depends on its methods.
+PEFT lets a `LoraVariant` replace the forward pass and the merging of a LoRA layer. The class is private to PEFT ("prone
+to change"), and this is the only module that depends on its methods.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def annealed(z: Tensor, beta: Tensor | float, activation: str) -> Tensor:
-    """σ_β(z) = z + β (σ(z) − z), in z's dtype; z itself, to the bit, at β = 0."""
+    """Return σ_β(z) = z + β (σ(z) − z) in the dtype of z; at β = 0 the result is bitwise equal to z."""
     return z + beta * (ACTIVATIONS[activation](z) - z)
 
 
 class Anneal(nn.Module):
-    """β as all layers of a model read it: one float32 tensor without dimensions, written in place.
+    """Holder of β for all adapted layers of a model: a float32 tensor without dimensions, which is written in place.
 
-    A tensor and not a number, so that compiled code does not depend on its value. A module, so that it follows the
-    model to its device; its dtype stays.
+    β is a tensor, so that compiled code does not depend on its value. The holder is a module, so that β follows the
+    model to its device; its dtype does not change.
 
     Attributes:
-        beta: the tensor.
-        value: the same as a number.
+        beta: β as a tensor.
+        value: β as a Python float.
     """
 
     beta: Tensor
@@ -60,11 +61,11 @@ class Anneal(nn.Module):
 
 
 class AfaVariant(LoraVariant):
-    """A LoRA layer whose `A x` goes through the annealed activation before B.
+    """LoRA layer that applies the annealed activation to `A x` before B.
 
     Args:
-        anneal: shared by all layers.
-        activation: key of :data:`ACTIVATIONS`.
+        anneal: holder of β, shared by all layers.
+        activation: name of the activation, a key of :data:`ACTIVATIONS`.
     """
 
     def __init__(self, anneal: Anneal, activation: str) -> None:
@@ -73,13 +74,13 @@ class AfaVariant(LoraVariant):
 
     @staticmethod
     def init(module: Any, adapter_name: str, **_: Any) -> None:
-        """PEFT's hook for variants that its own config names; this one has nothing to prepare."""
+        """Do nothing: PEFT calls this for variants that are named in its config, and this one needs no preparation."""
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
         z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         h = annealed(z, self.anneal.beta, self.activation)
         up, scale = module.lora_B[active_adapter], module.scaling[active_adapter]
-        if up.bias is None:  # r numbers are scaled and not d_out, nor the gradients of so many
+        if up.bias is None:  # scaling before B touches r values per token instead of d_out, and so do the gradients
             return result + up(h * scale)
         return result + up(h) * scale
 
@@ -100,6 +101,7 @@ class AfaVariant(LoraVariant):
 
 
 def refuse_merge(beta: float) -> NoReturn:
+    """Raise the error for an adapter that is still non-linear and therefore can't be merged."""
     raise EffpassError(
         f"the adapter can't be merged: its activation is annealed to β = {beta:.3g} and not to 0, so that it is no"
         " product of two matrices",

@@ -1,8 +1,11 @@
-"""Long-context training with sparse attention whose ranks do not wait for each other (arXiv 2604.13847).
+"""Balanced training on long contexts with sparse attention, whose ranks do not wait for each other (arXiv 2604.13847).
 
-Three objects: the attention, which reads its budget from a tensor (:mod:`effpass.runtime.routed_attention`); the tuner,
-which gives each micro-batch the budgets that its group's pace allows; the batch sampler, which shares a step's samples
-out so that micro-batches cost alike. They plan by a latency table (:mod:`.measure`), and so does the simulator.
+With sparse attention, the time of a micro-batch depends on the lengths of its documents and on the *budget*, the number
+of keys that a query attends to. Three objects choose both: sparse attention that reads its budget from a tensor
+(:mod:`effpass.runtime.routed_attention`), a tuner that gives each micro-batch budgets with which the ranks finish
+together (:class:`SparsityTuner`), and a batch sampler that distributes the samples of a step such that micro-batches
+take about equal time (:class:`BalancedBatches`). Tuner, sampler and the simulator predict times from a latency table
+(:mod:`.table`), which is measured on the device (:mod:`.measure`).
 """
 
 from effpass.trainers.balance.batches import BalancedBatches

@@ -1,8 +1,9 @@
-"""A batch sampler whose micro-batches cost alike on all ranks, for any dataset whose samples have lengths.
+"""Batch sampler whose micro-batches take about equal time on all ranks, for any dataset with known sample lengths.
 
-An epoch is shuffled by the seed and cut into steps of `batch` samples; within a step, and never across steps, samples
-are shared out by what they are expected to cost (:mod:`.shares`): which samples a step learns from stays as it was.
-Every rank makes the same plan from the same numbers, without talking to others, and yields its own part of it.
+An epoch is shuffled with a seed and cut into steps of `batch` samples. Within each step, samples are distributed over
+ranks and micro-batches by their predicted cost (:mod:`.shares`). They do not move between steps, so that balancing does
+not change which samples a step learns from. Every rank computes the same plan from the same numbers, without
+communication, and yields its part of it.
 """
 
 from __future__ import annotations
@@ -24,28 +25,31 @@ __all__ = ["BalancedBatches"]
 
 
 class BalancedBatches(Sampler[list[int]]):
-    """Give it to a DataLoader as `batch_sampler`; each of its lists is one micro-batch of this rank.
+    """Batch sampler that balances micro-batches; each list that it yields is a micro-batch of this rank.
+
+    Pass it to a DataLoader as `batch_sampler`.
 
     Args:
-        lengths: tokens of each sample of the dataset.
-        table: what lengths and budgets cost.
-        batch: samples of an optimiser step, over all ranks.
-        micro_steps: micro-batches of each rank in a step: its gradient accumulation.
-        max_tokens: that a micro-batch may hold.
-        rank, world: this process among those that read other data, and how many they are.
-        expected: budgets as the tuner moves them, the same object that it has.
-        budget: where there is no tuner, that of every sample.
-        ahead: steps that the loader may be ahead of training. Plans go by what was known so many steps before, so that
-            they are the same however early a rank asks. 1 is enough without workers; with them, one more than
-            workers · prefetch_factor / micro_steps.
-        seed: of the order.
+        lengths: length in tokens of each sample of the dataset.
+        table: latency table that predicts the cost of lengths and budgets.
+        batch: number of samples per optimizer step, over all ranks.
+        micro_steps: number of micro-batches per rank and step, the gradient accumulation.
+        max_tokens: maximum number of tokens per micro-batch.
+        rank, world: index of this process among those that read different data, and their number.
+        expected: expected budgets, the object that the tuner updates; None without a tuner.
+        budget: budget of every sample in keys, without a tuner.
+        ahead: number of steps by which the data loader may be ahead of training. A step is planned from what was known
+            this many steps before it, so that its plan does not depend on when a rank requests it. Without workers 1 is
+            enough; with workers use one more than workers · prefetch_factor / micro_steps.
+        seed: seed of the order.
 
     Attributes:
-        steps: of an epoch. Where the samples are no multiple of `batch`, the last one has the rest, or, where the rest
-            is too small for all ranks, the rest besides its own.
+        steps: number of steps per epoch. If the number of samples is not a multiple of `batch`, the last step holds the
+            remainder. If the remainder is too small for all ranks, it is added to the last full step.
 
     Raises:
-        EffpassError: a sample that no micro-batch can hold, or too few samples for each rank to have one.
+        EffpassError: if a sample exceeds `max_tokens`, if there are too few samples for every micro-batch to have one,
+            or if another argument is invalid.
     """
 
     def __init__(
@@ -98,18 +102,18 @@ class BalancedBatches(Sampler[list[int]]):
         return self.steps * self.micro_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._step == self.steps:  # all of an epoch was given; whoever took it need not have asked for more
+        if self._step == self.steps:  # the last epoch was complete, even if its iterator was not exhausted
             self._epoch, self._step = self._epoch + 1, 0
         while self._step < self.steps:
             mine = self.plan(self._epoch, self._step)[self.rank]
-            self._step += 1  # a step is planned and given as a whole
+            self._step += 1  # counted before its micro-batches are yielded: a step is resumed as a whole or not at all
             yield from mine
 
     def plan(self, epoch: int, step: int) -> Shares:
-        """Samples of all ranks and micro-steps.
+        """Return the samples of all ranks and micro-steps in a step.
 
         Raises:
-            EffpassError: the samples do not fit, or the budgets of the steps before are not known yet.
+            EffpassError: if the samples do not fit, or if the budgets of the preceding steps are not known yet.
         """
         last = step == self.steps - 1
         samples = self._epoch_order(epoch)[step * self.batch : None if last else (step + 1) * self.batch]
@@ -130,24 +134,25 @@ class BalancedBatches(Sampler[list[int]]):
         return [[[int(samples[n]) for n in micro] for micro in rank] for rank in found]
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch; the one that is running, or was resumed, goes on."""
+        """Start an epoch, unless it is the current one and not finished: a running or resumed epoch continues."""
         if epoch != self._epoch or self._step == self.steps:
             self._epoch, self._step = epoch, 0
 
     def state_dict(self, steps: int | None = None) -> dict[str, Any]:
-        """Where to go on.
+        """Return the position from which to continue.
 
         Args:
-            steps: that were trained, over all epochs; by default those that were given, of which a loader with workers
-                holds some back.
+            steps: number of steps that were trained, over all epochs; None for the number of steps that were yielded,
+                which is larger with a data loader whose workers prefetch.
         """
         done = self._epoch * self.steps + self._step if steps is None else steps
         return {"steps": done, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restore the position that :meth:`state_dict` returned.
+
         Raises:
-            EffpassError: the state is of another run.
+            EffpassError: if the state belongs to another run.
         """
         for name, value in self._identity().items():
             if state[name] != value:
@@ -158,7 +163,7 @@ class BalancedBatches(Sampler[list[int]]):
         self._epoch, self._step = divmod(int(state["steps"]), self.steps)
 
     def _identity(self) -> dict[str, int]:
-        """What the plans of a run depend on, but for averages."""
+        """Return the values that determine the plans of a run, apart from the averages over its steps."""
         return {
             "samples": len(self.lengths), "tokens": int(self.lengths.sum()), "batch": self.batch,
             "micro_steps": self.micro_steps, "max_tokens": self.max_tokens, "world": self.world, "seed": self.seed,

@@ -1,4 +1,4 @@
-"""What samples and micro-batches cost by a latency table."""
+"""Predicted seconds of samples and micro-batches, computed from a latency table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ Floats = NDArray[np.float64]
 
 
 def sample_seconds(table: LatencyTable, lengths: ArrayLike, budgets: ArrayLike, micro_batch: float) -> Floats:
-    """What each sample adds to a micro-batch of so many tokens: all layers, each sample with its budget."""
+    """Return the predicted seconds that each sample adds to a micro-batch, over all layers.
+
+    Args:
+        table: latency table of the device.
+        lengths: length of each sample in tokens.
+        budgets: budget of each sample in keys.
+        micro_batch: expected number of tokens of a micro-batch, whose time outside of attention is divided among its
+            samples in proportion to their lengths.
+    """
     sizes = np.asarray(lengths, float)
     attention = table.attention_seconds(sizes, np.asarray(budgets, float)[:, None])[:, 0]
     return table.layers * attention + table.rest_seconds(micro_batch) * (sizes / micro_batch)
@@ -23,11 +31,17 @@ def sample_seconds(table: LatencyTable, lengths: ArrayLike, budgets: ArrayLike, 
 def micro_batches(
     table: LatencyTable, shares: Shares, lengths: ArrayLike, budgets: tuple[int, ...]
 ) -> tuple[Floats, Floats, Floats]:
-    """What a step's micro-batches cost: `attention` `[R, M, K]` of a layer, `rest` `[R, M]`, `longest` `[R, M]`.
+    """Return the predicted seconds of the micro-batches of a step, with each budget.
 
     Args:
-        shares: numbers of samples, by rank and micro-step.
-        lengths: of the samples that they name.
+        table: latency table of the device.
+        shares: indices of the samples, by rank and micro-step.
+        lengths: length in tokens of each sample that `shares` refers to.
+        budgets: budgets in keys.
+
+    Returns:
+        `attention` `[R, M, K]`, seconds of the attention of one layer with each budget; `rest` `[R, M]`, seconds of
+        everything else; `longest` `[R, M]`, length of the longest sample.
     """
     flat = [samples for rank in shares for samples in rank]
     owner = np.repeat(np.arange(len(flat)), [len(samples) for samples in flat])

@@ -1,4 +1,7 @@
-"""The one message of a step: what each rank's micro-batches are, and what their layers covered in the step before."""
+"""The message that ranks exchange before each step: lengths of their documents, and coverage measured in the last step.
+
+The tuner (:mod:`.tuner`) plans the step from the messages of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ __all__ = ["Exchange", "Told"]
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank says.
+    """Message of one rank.
 
     Attributes:
-        documents: lengths of the documents of each of its micro-batches in the step to come.
-        longest: of the micro-batch whose coverage was measured; 0 where none was.
-        coverage: of its layers and budgets `[L, K]`; zeros where none was measured.
+        documents: lengths of the documents of each of its micro-batches in the next step.
+        longest: length of the longest document of the micro-batch whose coverage was measured; 0 if none was measured.
+        coverage: coverage of each layer and budget in that micro-batch `[L, K]`; zeros if none was measured.
     """
 
     documents: list[list[int]]
@@ -31,14 +34,15 @@ class Told:
 
 
 class Exchange:
-    """Between the ranks that read other data.
+    """Exchange of messages between the ranks that read different data.
 
-    Numbers go by CPU tensors, so that nothing waits for a device: by the group itself where it carries them (gloo, or
-    torchrun's ``cpu:gloo,cuda:nccl``), else by one of gloo that is made beside it, on all of its ranks at once.
+    Messages are CPU tensors, so that the exchange does not wait for a device. They use the given group if it has a CPU
+    backend (gloo, or torchrun's ``cpu:gloo,cuda:nccl``), and otherwise a gloo group of the same ranks, which is created
+    on all of them at the same time.
 
     Args:
-        group: a process group; None for all processes, or for none where there is no group at all.
-        shape: of the coverage, (L, K).
+        group: process group; None for all processes, or for a single process without any group.
+        shape: shape (L, K) of the coverage.
     """
 
     def __init__(self, group: Any, shape: tuple[int, int]) -> None:
@@ -51,14 +55,15 @@ class Exchange:
         self.rank, self.world = dist.get_rank(self._group), dist.get_world_size(self._group)
         if "cpu:" not in dist.get_backend_config(self._group):
             ranks = dist.get_process_group_ranks(self._group)
-            # Other ranks make groups of their own at the same time, as in context parallelism.
+            # Other ranks may be creating groups of their own at the same time, as in context parallelism.
             self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
     def __call__(self, told: Told) -> list[Told]:
-        """What all say, by rank; a collective call.
+        """Send a message and return the messages of all ranks in rank order; a collective call.
 
         Raises:
-            EffpassError: a micro-batch is empty, or ranks have other numbers of them; on all ranks alike.
+            EffpassError: if a rank has no micro-batch or an empty one, or if the ranks have different numbers of
+                micro-batches; raised on all ranks.
         """
         counts = [len(micro) for micro in told.documents]
         is_whole = bool(counts) and all(counts)
@@ -77,11 +82,11 @@ class Exchange:
         if self.world == 1:
             return [told]
         documents = [length for micro in told.documents for length in micro]
-        most = max(int(size[1]) for size in sizes)
-        numbers = [*counts, *documents, *[0] * (most - len(documents)), told.longest]
+        most_documents = max(int(size[1]) for size in sizes)
+        numbers = [*counts, *documents, *[0] * (most_documents - len(documents)), told.longest]
         bits = told.coverage.astype(np.float64).ravel().view(np.int64)
-        every = self._gather(np.concatenate([np.array(numbers, dtype=np.int64), bits]))
-        return [self._read(flat, int(size[0]), most) for flat, size in zip(every, sizes, strict=True)]
+        gathered = self._gather(np.concatenate([np.array(numbers, dtype=np.int64), bits]))
+        return [self._read(flat, int(size[0]), most_documents) for flat, size in zip(gathered, sizes, strict=True)]
 
     def _gather(self, own: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         if self.world == 1:

@@ -1,7 +1,8 @@
-"""What the last steps showed, by length: the budgets that tuning gave, and how the router's weight was covered.
+"""Averages over the past steps by document length: budgets chosen by the tuner, and coverage of the router's weight.
 
-Documents of an octave of lengths go together. Averages move: `x ← β x + (1 − β) new`. Every rank sees the same numbers
-in the same order, so every rank has the same averages; the state of a checkpoint holds them.
+Documents are grouped by octaves of their length, and averages are exponential: `x ← β x + (1 − β) new`. All ranks see
+the same numbers in the same order and therefore have the same averages, which are part of the tuner's state in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ Ints = NDArray[np.int64]
 
 _OCTAVES = 32
 _BETA = 0.9
-# Steps that a loader may plan ahead of training, at most.
+# Maximum number of steps that a data loader may plan ahead of training.
 _REMEMBERED = 64
 
 
 def octave(lengths: ArrayLike) -> Ints:
-    """Of each length: 10 for 1024 tokens to 2047."""
+    """Return the octave of each length, such as 10 for 1024 to 2047 tokens."""
     return np.log2(np.maximum(np.asarray(lengths), 1)).astype(np.int64).clip(0, _OCTAVES - 1)
 
 
 class Expected:
-    """
+    """Averages over the past steps.
+
     Args:
-        tuning: which budgets there are.
-        layers: L.
+        tuning: available budgets and their default.
+        layers: number of layers L.
 
     Attributes:
-        steps: that were observed.
+        steps: number of steps observed so far.
     """
 
     def __init__(self, tuning: Tuning, layers: int) -> None:
@@ -49,10 +51,10 @@ class Expected:
         self._past: deque[Floats] = deque([self._budgets.copy()], maxlen=_REMEMBERED)
 
     def budgets(self, lengths: ArrayLike, after: int) -> Floats:
-        """What documents of these lengths are expected to have, in keys, by the first `after` steps.
+        """Return the expected budget in keys of documents of these lengths, as known after the first `after` steps.
 
         Raises:
-            EffpassError: so many steps were not observed yet.
+            EffpassError: if fewer than `after` steps were observed.
         """
         if after > self.steps:
             raise EffpassError(
@@ -63,28 +65,44 @@ class Expected:
         return self._past[-1 - behind][octave(lengths)]
 
     def guard(self, longest: ArrayLike) -> tuple[Ints, Ints]:
-        """Budgets that the router's weight allows in micro-batches whose longest documents are these: two arrays of
-        indices `[..., L]`. Lengths whose coverage was not seen yet keep the default."""
+        """Return the budgets that the guard allows in micro-batches with these longest documents.
+
+        Lengths for which no coverage was measured keep the default.
+
+        Returns:
+            Smallest and largest allowed budget, as two arrays of indices `[..., L]`.
+        """
         unseen, keep = np.isnan(self._coverage).any(-1), self.tuning.index
         lowest, highest = guard(np.nan_to_num(self._coverage), keep, self.tuning.p)
         where = octave(longest)
         return np.where(unseen, keep, lowest)[where], np.where(unseen, keep, highest)[where]
 
     def cover(self, longest: int, curves: Floats) -> None:
-        """Coverage of each layer and budget `[L, K]`, as measured in a micro-batch with this longest document."""
+        """Update the average coverage with a measurement.
+
+        Args:
+            longest: length of the longest document of the measured micro-batch.
+            curves: coverage of each layer and budget `[L, K]`.
+        """
         if curves.shape != self._coverage.shape[1:]:
             raise EffpassError(f"coverage: got shape {curves.shape}, expected {self._coverage.shape[1:]}")
         where = int(octave(longest))
-        curves = np.maximum.accumulate(curves.clip(0, 1), -1)  # budgets hold each other; what falls is rounding
+        # A larger budget includes the keys of a smaller one, so that only rounding can decrease the coverage.
+        curves = np.maximum.accumulate(curves.clip(0, 1), -1)
         old = self._coverage[where]
         self._coverage[where] = np.where(np.isnan(old), curves, _BETA * old + (1 - _BETA) * curves)
 
     def coverage(self, longest: ArrayLike) -> Floats:
-        """`[..., L, K]`; NaN where nothing was seen."""
+        """Return the average coverage `[..., L, K]` for these longest documents; NaN where none was measured."""
         return self._coverage[octave(longest)]
 
     def end_step(self, lengths: Sequence[int], budgets: Sequence[float]) -> None:
-        """Documents of all ranks in a step, and the mean over layers of the budgets that each had."""
+        """Update the average budgets with a step.
+
+        Args:
+            lengths: lengths of the documents of all ranks.
+            budgets: budget of each document in keys, averaged over layers.
+        """
         where, found = octave(lengths), np.asarray(budgets, float)
         for number in np.unique(where):
             mean = found[where == number].mean()
@@ -93,7 +111,7 @@ class Expected:
         self._past.append(self._budgets.copy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists alone: JSON holds them."""
+        """Return the state as numbers and lists, which JSON can hold."""
         unseen = np.isnan(self._coverage)
         return {
             "steps": self.steps,
@@ -103,9 +121,10 @@ class Expected:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restore the state that :meth:`state_dict` returned.
+
         Raises:
-            EffpassError: the state is of other budgets or layers.
+            EffpassError: if the state is for other budgets or another number of layers.
         """
         coverage = np.asarray(state["coverage"], float)
         if list(state["budgets"]) != list(self.tuning.budgets) or coverage.shape != self._coverage.shape:

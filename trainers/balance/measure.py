@@ -1,7 +1,7 @@
-"""Measuring a latency table: the attention's operator by itself, and the model with an attention that costs nothing.
+"""Measurement of latency tables: the attention operator alone, and the model with an attention of almost no cost.
 
-A table is kept in the cache folder, as data, under the device, the types and the sizes that it is for. Other devices,
-versions of torch or sizes have tables of their own.
+Tables are kept as JSON files in the cache folder, under a key of the device, the dtype, the version of torch and the
+sizes that they were measured with. The fine-tuning run (:mod:`effpass.trainers.finetune.balanced`) gets its table here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("effpass")
 
 _FREE = "effpass_free_attention"
 _RUNS = 3
-_PACKED = 8192  # tokens of short documents
+_PACKED = 8192  # number of tokens to which short documents are packed
 
 
 def latency_table(
@@ -50,27 +50,27 @@ def latency_table(
     file: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
-    """The table of this device and model, from the cache or measured now: seconds to a minute on a GPU.
+    """Return the table of this device and model, from the cache or measured now: seconds to a minute on a GPU.
 
-    Devices that are neither a CPU nor a CUDA device get a table by FLOPs, with a warning, which is not kept.
-
-    Where there is a process group, its first process measures for all, so that all have the same numbers.
+    Devices other than CPU and CUDA get a table estimated from FLOPs, with a warning, which is not cached. With a
+    process group, the first process measures and all processes use its numbers.
 
     Args:
-        model: a transformers model as it is trained, adapters in place, on its device, not sharded yet.
-        budgets: keys, ascending.
-        max_tokens: of a micro-batch.
-        block: keys of a block.
-        dtype: of computation; with another than the weights' the model runs under autocast.
-        ranks: that share a micro-batch by context parallelism. Lengths are those of whole documents, and times those of
-            one rank, which has a part of the heads in attention and a part of the tokens elsewhere.
-        file: a table to use instead of the cache's. One of another device, or of another model, is measured anew, with
-            a warning.
-        say: told when something is measured.
+        model: transformers model as it is trained, with adapters, on its device, not sharded yet.
+        budgets: budgets in keys, ascending.
+        max_tokens: maximum number of tokens per micro-batch.
+        block: number of keys per block.
+        dtype: dtype of computation; if the weights have another one, the model runs under autocast.
+        ranks: number of ranks that share a micro-batch by context parallelism. Lengths are then those of whole
+            documents, and times those of one rank, which has part of the heads in attention and part of the tokens
+            elsewhere.
+        file: table to use instead of the cached one; None for the cache. If it is for another device or model, a
+            warning is logged and times are measured.
+        say: function that receives a message before a measurement.
 
     Raises:
-        EffpassError: `file` is no table.
-        ModelError: so many ranks can't share the key-value heads.
+        EffpassError: if `file` is not a table.
+        ModelError: if the KV heads can't be divided among `ranks`.
     """
     check_groups(_sizes(model)[1], ranks)
     if not dist.is_initialized():
@@ -79,7 +79,7 @@ def latency_table(
     if dist.get_rank() == 0:
         try:
             found = [_here(model, budgets, max_tokens, block, dtype, ranks, file, say)]
-        except EffpassError as error:  # for all, or the others would wait
+        except EffpassError as error:  # raised on all processes below, so that none waits for the table
             found = [error]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], EffpassError):
@@ -92,17 +92,17 @@ def _here(
     say: Callable[[str], None],
 ) -> LatencyTable:  # fmt: skip
     device = next(model.parameters()).device
-    name, kind = device_name(device), str(dtype).removeprefix("torch.")
-    words = _words(model, budgets, max_tokens, block, ranks)
+    name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
+    description = _words(model, budgets, max_tokens, block, ranks)
     if file is not None:
         given = read_table(file)
-        if given.is_for(name, kind, words):
+        if given.is_for(name, dtype_name, description):
             return given
         log.warning(
             "%s was measured on %s (%s, %s), and this is %s (%s, %s): measured anew",
-            file, given.device, given.dtype, given.model, name, kind, words,
+            file, given.device, given.dtype, given.model, name, dtype_name, description,
         )  # fmt: skip
-    key = sha256("\n".join((name, kind, torch.__version__, words)).encode()).hexdigest()[:16]
+    key = sha256("\n".join((name, dtype_name, torch.__version__, description)).encode()).hexdigest()[:16]
     path = cache_dir() / "latency" / f"{key}.json"
     if path.exists():
         try:
@@ -110,18 +110,19 @@ def _here(
         except EffpassError as error:
             log.warning("%s", error.message)
         else:
-            if kept.is_for(name, kind, words) and kept.torch == torch.__version__:
+            if kept.is_for(name, dtype_name, description) and kept.torch == torch.__version__:
                 return kept
     lengths, tokens = grid(max_tokens), grid(min(max_tokens, 8192 * ranks))
     if device.type not in ("cpu", "cuda"):
         log.warning(
             "a %s device can't be measured here: times go by FLOPs, which sparse kernels do not follow", device.type
         )
-        return _by_flops(model, lengths, budgets, name, kind, ranks, words)
+        return _by_flops(model, lengths, budgets, name, dtype_name, ranks, description)
     say(f"measuring what lengths and budgets cost on {name}: {len(lengths)} x {len(budgets)}")
     heads, groups, key_size, value_size = _sizes(model)
     measured = LatencyTable(
-        "measured", name, kind, torch.__version__, words, len(full_layers(model.config)[0]), lengths, tuple(budgets),
+        "measured", name, dtype_name, torch.__version__, description, len(full_layers(model.config)[0]), lengths,
+        tuple(budgets),
         attention_seconds(
             heads // ranks, groups // ranks, key_size, value_size, lengths, budgets, block, device, dtype
         ),
@@ -136,7 +137,7 @@ def _by_flops(
 ) -> LatencyTable:
     heads, _, size, _ = _sizes(model)
     embedded = model.get_input_embeddings().num_embeddings * model.config.get_text_config(decoder=True).hidden_size
-    # The rate cancels out wherever ranks are compared.
+    # The assumed speed is arbitrary, as it cancels out when ranks are compared.
     return from_flops(
         lengths, budgets, layers=len(full_layers(model.config)[0]), attention_width=heads * size,
         parameters=sum(p.numel() for p in model.parameters()) - embedded, rate=1e14 * ranks, model=words, device=name,
@@ -145,7 +146,7 @@ def _by_flops(
 
 
 def grid(most: int) -> tuple[int, ...]:
-    """Powers of two from 256 on, and `most`."""
+    """Return the powers of two from 256 that are below `most`, followed by `most`."""
     return (*(n for n in (256 << i for i in range(24)) if n < most), most)
 
 
@@ -160,10 +161,11 @@ def attention_seconds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[tuple[float, ...], ...]:
-    """Of one document in one layer, forward and backward: `[lengths, budgets]`. What is chosen does not matter.
+    """Measure forward and backward of the attention of one layer, per document: `[lengths, budgets]`.
 
-    Short documents are measured side by side, as they are packed, and on a GPU from a CUDA graph: a call's launches are
-    prepared while the layers before it compute, and don't belong to a document.
+    The time does not depend on which blocks are chosen, so that inputs are random. Short documents are measured packed,
+    as in training. On a GPU the measured call is the replay of a CUDA graph: in training, the kernels of a call are
+    launched while earlier layers compute, so that launch time must not be counted.
     """
     rows = []
     for length in lengths:
@@ -172,7 +174,7 @@ def attention_seconds(
         row: list[float] = []
         for n, keys in enumerate(budgets):
             if n and budgets[n - 1] >= length:
-                row.append(row[-1])  # all keys, as before
+                row.append(row[-1])  # the smaller budget covers all keys already
             else:
                 budget.fill_(keys)
                 row.append(seconds_of(run, device) / count)
@@ -184,7 +186,7 @@ def _attention(
     heads: int, groups: int, key_size: int, value_size: int, length: int, count: int, block: int, most: int,
     device: torch.device, dtype: torch.dtype,
 ) -> tuple[Callable[[], None], Tensor]:  # fmt: skip
-    """Runs a layer over `count` documents with the budget that is returned beside it."""
+    """Return a function that runs one layer over `count` documents, and the budget tensor that it reads."""
     generator = torch.Generator(device).manual_seed(length)
     shapes = (heads, key_size), (groups, key_size), (groups, value_size)
     q, k, v = (torch.randn(count * length, *shape, device=device, dtype=dtype, generator=generator) for shape in shapes)
@@ -204,7 +206,7 @@ def _attention(
 
 
 def rest_seconds(model: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[float, ...]:
-    """Of a micro-batch in the model, forward and backward, but for attention. The model is left as it was."""
+    """Measure forward and backward of the model without attention, per micro-batch; the model is left unchanged."""
     AttentionInterface.register(_FREE, _free_attention)
     own, was_training = model.config._attn_implementation, model.training
     is_cast = dtype != next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -224,7 +226,8 @@ def rest_seconds(model: Any, tokens: Sequence[int], device: torch.device, dtype:
 
 def _model_seconds(model: Any, tokens: int, device: torch.device, cast: torch.dtype | None) -> float:
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(tokens, device=device)[None] * 7 % vocabulary  # equal ones would wait for each other's gradient
+    # Different tokens, since the gradients of equal ones are accumulated in the same row of the embedding.
+    ids = torch.arange(tokens, device=device)[None] * 7 % vocabulary
     learned = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -242,14 +245,14 @@ def _model_seconds(model: Any, tokens: int, device: torch.device, cast: torch.dt
 
 
 def _free_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Reads and differentiates query, key and value, and hardly computes: `[B, T, H, V]`."""
+    """Attention of almost no cost, in which query, key and value are read and get gradients: `[B, T, H, V]`."""
     each = query.shape[1] // key.shape[1]
     spread = query.mean(-1, keepdim=True) + key.mean(-1, keepdim=True).repeat_interleave(each, 1)
     return (value.repeat_interleave(each, 1) + spread).transpose(1, 2), None
 
 
 def seconds_of(run: Callable[[], None], device: torch.device, runs: int = _RUNS) -> float:
-    """Median of a few calls after one that compiles and warms up."""
+    """Return the median duration of a few calls, after one that compiles and warms up."""
     taken = []
     for attempt in range(runs + 1):
         if device.type == "cuda":
@@ -271,7 +274,7 @@ def _sizes(model: Any) -> tuple[int, int, int, int]:
 
 
 def _words(model: Any, budgets: Sequence[int], max_tokens: int, block: int, ranks: int) -> str:
-    """What times depend on, for a reader and as a key."""
+    """Describe what the times depend on, for readers and as part of the cache key."""
     text = model.config.get_text_config(decoder=True)
     heads, groups, size, _ = _sizes(model)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""How a run was balanced, as a picture: imbalance, bubbles, budgets, coverage, over the steps."""
+"""Plot of the balance of a run: imbalance, waiting time, budgets and coverage over the steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 __all__ = ["plot_balance"]
 
-# Metrics that a panel shows, and its label.
+# Metrics and axis label of each panel.
 _PANELS = (
     (("balance_imbalance", "balance_imbalance_fixed"), "slowest / mean"),
     (("balance_bubble", "balance_bubble_fixed"), "share of time waited"),
@@ -16,11 +16,11 @@ _PANELS = (
 
 
 def plot_balance(lines: list[dict[str, float]], path: Path) -> None:
-    """Draw the metrics of :meth:`.tuner.SparsityTuner.metrics`, which are the latency table's, over the steps.
+    """Plot the metrics of :meth:`.tuner.SparsityTuner.metrics`, predicted from the latency table, over the steps.
 
     Args:
-        lines: of the metrics file.
-        path: a PNG.
+        lines: lines of the metrics file.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

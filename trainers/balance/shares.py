@@ -1,16 +1,19 @@
-"""Sharing a step's samples out over ranks and micro-steps: longest processing time first, into levels.
+"""Distribution of the samples of a step over ranks and micro-steps, such that all micro-batches take about equal time.
 
-Each of M micro-steps has one micro-batch on each of R ranks, and takes as long as the slowest of them. So the sum of
+Each of the M micro-steps consists of one micro-batch on each of the R ranks, and takes as long as the slowest of them.
+With the costs of the samples in descending order, c_0 ≥ c_1 ≥ …, the target level of micro-step j is
 
     T_j = max(c_{jR}, τ),  with τ such that  R Σ_j T_j = Σ costs
 
-is where the fillings of the micro-steps should end: level, but for micro-steps that a single sample (c_0 ≥ c_1 ≥ …)
-already takes above the level; on the other ranks they are filled up as far. Samples go, dearest first, to the
-micro-batch with the most room below its level that has room in memory. Then the micro-batches are put together anew,
-the R dearest in one micro-step and so on, and those of a micro-step dealt to ranks so that the ranks' sums stay alike.
+All levels are equal, except where a single sample exceeds τ; such a micro-step is filled up to the cost of that sample
+on the other ranks. Samples are assigned in descending order of cost (longest processing time first), each to the
+micro-batch that has the most room below its level among those whose token limit allows it. The micro-batches are then
+regrouped: the R most expensive ones form one micro-step, and so on, and each micro-step is assigned to ranks such that
+the ranks' totals stay close to each other.
 
-Where this stays above what the sum of all costs allows, other levels are tried, and the fastest step is taken: all
-alike, which suits samples of two sizes, and the first half of the micro-steps higher, which suits a few long ones.
+If the resulting step takes much longer than an even distribution of the total cost would, other levels are tried and
+the fastest step is used: equal levels, which suit samples of two sizes, and higher levels for the first half of the
+micro-steps, which suit a few long samples.
 """
 
 from __future__ import annotations
@@ -23,28 +26,29 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["Shares", "share"]
 
-#: `[R][M]` lists of samples.
+#: Indices of the samples of each micro-batch, as nested lists `[R][M]`.
 Shares = list[list[list[int]]]
 Floats = NDArray[np.float64]
 
-# A step that is so close to the mean of all ranks is taken at once.
+# A step that takes at most this multiple of the mean over ranks is accepted without trying other levels.
 _NEAR = 1.02
-# How much above the average the first half of the micro-steps is tried at.
+# Level of the first half of the micro-steps in the last attempt, relative to the average level.
 _STEEP = 1.35
 
 
 def share(costs: ArrayLike, tokens: Sequence[int], ranks: int, micro_steps: int, max_tokens: int) -> Shares | None:
-    """Micro-batches of a step.
+    """Distribute the samples of a step over micro-batches.
 
     Args:
-        costs: of each sample, in seconds.
-        tokens: of each sample.
-        ranks: R.
-        micro_steps: M.
-        max_tokens: that a micro-batch may hold.
+        costs: predicted seconds of each sample.
+        tokens: number of tokens of each sample.
+        ranks: number of ranks R.
+        micro_steps: number of micro-steps M.
+        max_tokens: maximum number of tokens per micro-batch.
 
     Returns:
-        For each rank and micro-step the samples, each in one of them, none without any; None where they do not fit.
+        For each rank and micro-step the indices of its samples. Each sample is in exactly one micro-batch, and no
+        micro-batch is empty. None if the samples do not fit.
     """
     cost, size = np.asarray(costs, float), np.asarray(tokens)
     bins = ranks * micro_steps
@@ -62,13 +66,13 @@ def share(costs: ArrayLike, tokens: Sequence[int], ranks: int, micro_steps: int,
             break
     if best is not None:
         return best[1]
-    # Too tight for the costs: go by what is tight.
+    # With levels of cost the token limit can't be met, so the samples are distributed by tokens.
     held = _fill(size.astype(float), size, np.full(bins, float(max_tokens)), max_tokens)
     return None if held is None else _dealt(held, cost, ranks)[1]
 
 
 def _tried(costs: Floats, ranks: int, micro_steps: int) -> Iterator[Floats]:
-    """Levels of the micro-steps; `costs` fall."""
+    """Yield the levels of the micro-steps to try; `costs` are in descending order."""
     levels = _levels(costs, ranks, micro_steps)
     yield levels
     if micro_steps == 1 or len(costs) == ranks * micro_steps:
@@ -83,7 +87,7 @@ def _tried(costs: Floats, ranks: int, micro_steps: int) -> Iterator[Floats]:
 
 
 def _levels(costs: Floats, ranks: int, micro_steps: int) -> Floats:
-    """T of each micro-step, falling; `costs` fall."""
+    """Return the level T of each micro-step in descending order; `costs` are in descending order."""
     highest = costs[: ranks * micro_steps : ranks]
     average = costs.sum() / ranks
     for above in range(micro_steps):
@@ -94,24 +98,24 @@ def _levels(costs: Floats, ranks: int, micro_steps: int) -> Floats:
 
 
 def _fill(cost: Floats, size: NDArray[np.int64], levels: Floats, max_tokens: int) -> list[list[int]] | None:
-    """Samples of each micro-batch."""
+    """Return the samples of each micro-batch, or None if they do not fit."""
     held: list[list[int]] = [[] for _ in levels]
     left = [max_tokens] * len(levels)
     order = np.argsort(-cost, kind="stable").tolist()
     costs, sizes = cost.tolist(), size.tolist()
-    smallest = np.minimum.accumulate(size[order][::-1])[::-1].tolist()  # of the samples still to come
+    smallest = np.minimum.accumulate(size[order][::-1])[::-1].tolist()  # among the current and later samples
     room = [(-level, number) for number, level in enumerate(levels.tolist())]
     heapq.heapify(room)
     empty = len(levels)
     for turn, sample in enumerate(order):
-        must_open = len(order) - turn == empty  # one sample for each that has none
+        must_open = len(order) - turn == empty  # the remaining samples are just enough for the empty micro-batches
         passed = []
         place = None
         while room:
             entry = heapq.heappop(room)
             number = entry[1]
             if must_open and held[number]:
-                continue  # from here on each sample opens one
+                continue  # not needed again, since all later samples go to empty micro-batches
             if left[number] >= sizes[sample]:
                 place = entry
                 break
@@ -130,10 +134,12 @@ def _fill(cost: Floats, size: NDArray[np.int64], levels: Floats, max_tokens: int
 
 
 def _dealt(held: list[list[int]], cost: Floats, ranks: int) -> tuple[float, Shares]:
-    """Like goes with like; the dearest micro-batch of each micro-step goes to the rank that has least so far.
+    """Group micro-batches of similar cost into micro-steps and assign them to ranks.
+
+    In each micro-step, the most expensive micro-batch goes to the rank with the smallest total so far.
 
     Returns:
-        Cost of the step, and the shares.
+        The cost of the step, and the samples by rank and micro-step.
     """
     found: Shares = [[] for _ in range(ranks)]
     sums = [0.0] * ranks

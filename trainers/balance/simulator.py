@@ -1,9 +1,9 @@
-"""Steps of balanced training, played on a latency table: for design, and not a measurement.
+"""Simulation of balanced training on a latency table, for design studies; results are simulated and not measured.
 
-What it says is to be called simulated. It knows compute alone, as the table has it, and who waits for whom: no
-exchange of weights or gradients, no optimiser, no noise. Batching is random, goes by lengths, or goes by expected
-seconds; budgets stay or are tuned; each alone and together. Coverage of the router's weight, which the guard needs,
-is a function that the caller gives.
+The simulation covers compute times, as the latency table has them, and the ranks' waiting for each other. It leaves out
+the communication of weights and gradients, the optimizer, and noise. Samples are batched at random, by length, or by
+predicted seconds, and budgets are fixed or tuned, in any combination. The guard of the tuning (:mod:`.tuning`) needs
+the coverage, the share of the router's weight on the keys within a budget, which the caller provides as a function.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Coverage = Callable[[Any, Any], Floats]
 
 @dataclass(frozen=True)
 class Layout:
-    """A step's micro-batches.
+    """Shape of a step.
 
     Attributes:
-        ranks: R.
-        micro_steps: M.
-        samples: of a micro-batch, where batching is random; in the mean otherwise.
-        max_tokens: that a micro-batch may hold, where batching is not random.
+        ranks: number of ranks R.
+        micro_steps: number of micro-steps M, the micro-batches of each rank in a step.
+        samples: number of samples per micro-batch; with batching other than random, their mean number.
+        max_tokens: maximum number of tokens per micro-batch; ignored with random batching.
     """
 
     ranks: int
@@ -47,20 +47,21 @@ class Layout:
 
     @property
     def batch(self) -> int:
+        """Number of samples per step, over all ranks."""
         return self.ranks * self.micro_steps * self.samples
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Means over the steps that were played.
+    """Means over the simulated steps.
 
     Attributes:
-        seconds: of a step.
-        imbalance: of a group, slowest over mean.
-        bubble: share of the ranks' time in which they wait.
-        budget: keys, over documents and layers.
-        coverage: of the router's weight, over tokens.
-        steps: seconds of each.
+        seconds: duration of a step in seconds.
+        imbalance: slowest over mean time of the micro-batches that wait for each other.
+        bubble: share of the ranks' time that is spent waiting.
+        budget: budget in keys, averaged over documents and layers.
+        coverage: covered share of the router's weight, averaged over tokens.
+        steps: duration of each step in seconds.
     """
 
     seconds: float
@@ -73,14 +74,14 @@ class Simulated:
 
 @dataclass(frozen=True)
 class Step:
-    """One step as it is played.
+    """One simulated step.
 
     Attributes:
-        lengths: of its samples.
-        shares: numbers of samples, by rank and micro-step.
-        budgets: keys of each micro-batch `[R, M]`, the same in all layers.
-        seconds: of each micro-batch `[R, M]`.
-        coverage: of the router's weight, over tokens.
+        lengths: length of each sample in tokens.
+        shares: indices of the samples, by rank and micro-step.
+        budgets: budget of each micro-batch in keys `[R, M]`, the same in all layers.
+        seconds: time of each micro-batch in seconds `[R, M]`.
+        coverage: covered share of the router's weight, averaged over tokens.
     """
 
     lengths: NDArray[np.int64]
@@ -101,7 +102,7 @@ def simulate(
     steps: int,
     seed: int = 0,
 ) -> Simulated:
-    """Play `steps` steps; arguments and errors as of :func:`play`."""
+    """Simulate `steps` steps and return means; arguments and errors are those of :func:`play`."""
     played = list(play(table, lengths, layout, tuning, coverage, batching, steps=steps, seed=seed))
     seconds = tuple(slowest(step.seconds, tuning.waits) for step in played)
     waited = [imbalance(step.seconds, tuning.waits) for step in played]
@@ -127,35 +128,39 @@ def play(
     steps: int,
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Steps, one after the other, with what the ones before showed.
+    """Simulate steps one after the other, each planned with the budgets that the steps before it had.
 
     Args:
-        table: of the device.
-        lengths: of the samples of a dataset, drawn without return until all were read.
-        layout: of a step.
-        tuning: with direction `none`, budgets stay at the default.
-        coverage: of documents with these lengths `[..., 1]` by budgets `[..., K]`: `[..., K]`; the same in all layers.
-        batching: how samples are shared out.
-        steps: that are played.
-        seed: of the order.
+        table: latency table of the device.
+        lengths: lengths in tokens of the samples of a dataset; each epoch draws them without replacement.
+        layout: shape of a step.
+        tuning: how budgets may change; with direction `none` they stay at the default.
+        coverage: function of document lengths `[..., 1]` and budgets `[..., K]` that returns the coverage `[..., K]`,
+            the same in all layers.
+        batching: how samples are distributed.
+        steps: number of steps to simulate.
+        seed: seed of the order of the samples.
+
+    Yields:
+        The steps.
 
     Raises:
-        EffpassError: too few samples for a step, or samples that do not fit into it.
+        EffpassError: if there are too few samples for a step, or if the samples of a step do not fit.
     """
-    every = np.asarray(lengths, dtype=np.int64)
-    if len(every) < layout.batch:
-        raise EffpassError(f"a step takes {layout.batch} samples, and there are {len(every)}")
+    all_lengths = np.asarray(lengths, dtype=np.int64)
+    if len(all_lengths) < layout.batch:
+        raise EffpassError(f"a step takes {layout.batch} samples, and there are {len(all_lengths)}")
     rng = np.random.default_rng(seed)
-    per_epoch = len(every) // layout.batch
-    epochs = [rng.permutation(len(every))[: per_epoch * layout.batch] for _ in range(0, steps, per_epoch)]
+    per_epoch = len(all_lengths) // layout.batch
+    epochs = [rng.permutation(len(all_lengths))[: per_epoch * layout.batch] for _ in range(0, steps, per_epoch)]
     order = np.concatenate(epochs)
     expected = Expected(tuning, 1)
     keys = np.asarray(tuning.budgets)
     for step in range(steps):
-        sizes = every[order[step * layout.batch : (step + 1) * layout.batch]]
+        sizes = all_lengths[order[step * layout.batch : (step + 1) * layout.batch]]
         shares = _shared(table, sizes, layout, batching, expected.budgets(sizes, step))
         attention, rest, longest = micro_batches(table, shares, sizes, tuning.budgets)
-        attention *= table.layers  # all layers are alike here, so that they are one with the time of all
+        attention *= table.layers  # all layers are equal here and treated as one layer that takes the time of all
         lowest, highest = guard(coverage(longest[..., None], keys)[..., None, :], tuning.index, tuning.p)
         chosen = tune(attention, rest, lowest, highest, tuning)
         budgets = keys[chosen[..., 0]]
@@ -172,7 +177,7 @@ def _shared(
     table: LatencyTable, sizes: NDArray[np.int64], layout: Layout, batching: Batching, budgets: Floats
 ) -> Shares:
     ranks, micro_steps = layout.ranks, layout.micro_steps
-    if batching == "random":  # they come in an order that was drawn
+    if batching == "random":  # the samples are in random order already
         parts = np.arange(len(sizes)).reshape(ranks, micro_steps, layout.samples)
         return [[micro.tolist() for micro in rank] for rank in parts]
     costs = sizes.astype(float)

@@ -1,11 +1,12 @@
-"""Seconds of a micro-batch by the lengths of its documents and the budget of its attention.
+"""Latency table: seconds of a micro-batch, given the lengths of its documents and the budget of its attention.
 
     t(micro-batch, k) = rest(Σ_d s_d) + L · Σ_d attention(s_d, k)
 
-Forward and backward. `s` are tokens of a document, `k` keys that a query attends to, L layers. FLOPs do not predict
-these times: a kernel has another rate for each length and budget, so both terms are measured (:mod:`.measure`), each
-on its device, and interpolated: between the logarithms of lengths, budgets and seconds. Without a measurement
-:func:`from_flops` is a fallback, and marked as one.
+t is the time of forward and backward pass, s_d the length of document d in tokens, k the number of keys that a query
+attends to, and L the number of layers. FLOPs do not predict these times, since the speed of a kernel differs between
+lengths and budgets. Both terms are therefore measured on the device (:mod:`.measure`) and interpolated: attention
+linearly between the logarithms of lengths, budgets and seconds, and the rest linearly between numbers of tokens. Where
+no measurement is possible, :func:`from_flops` makes a table that is marked as an estimate.
 """
 
 from __future__ import annotations
@@ -36,29 +37,30 @@ Floats = NDArray[np.float64]
 Source = Literal["measured", "flops", "synthetic"]
 _SOURCES = ("measured", "flops", "synthetic")
 _VERSION = 1
-# Backward of attention has five products where forward has two.
+# Cost of forward and backward, relative to forward: the backward pass of attention has five products, the forward two.
 _FORWARD_AND_BACKWARD = 3.5
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """A device's times for one model.
+    """Times of one model on one device.
 
     Attributes:
-        source: `measured`; `flops` for a fallback, `synthetic` for one that was made up: neither is a measurement.
-        device: as the driver names it.
-        dtype: of computation.
-        torch: version that measured; empty where nothing was.
-        model: what was measured, in words: sizes, block, whether layers are computed twice.
-        layers: L of them.
-        lengths: tokens of a document, ascending.
-        budgets: keys of a query, ascending.
-        attention: seconds of one layer's attention, `[lengths, budgets]`.
-        tokens: of a micro-batch, ascending.
-        rest: seconds of all else in a micro-batch, `[tokens]`.
+        source: origin of the times: `measured`; `flops` for an estimate, or `synthetic` for invented times.
+        device: name of the device as reported by its driver.
+        dtype: dtype of computation.
+        torch: version of torch during the measurement; empty if nothing was measured.
+        model: description of what was measured: sizes of the model, and the settings of attention and micro-batches.
+        layers: number of layers L.
+        lengths: document lengths in tokens, ascending.
+        budgets: budgets in keys, ascending.
+        attention: seconds of the attention of one layer for one document, `[lengths, budgets]`.
+        tokens: numbers of tokens of a micro-batch, ascending.
+        rest: seconds of everything but attention in a micro-batch, `[tokens]`.
 
     Raises:
-        EffpassError: sizes that do not fit each other, a number that is no time, an order that does not ascend.
+        EffpassError: if sizes do not match each other, a time is not positive and finite, a sequence is not ascending,
+            or another value is invalid.
     """
 
     source: Source
@@ -95,7 +97,7 @@ class LatencyTable:
                 raise EffpassError(f"latency table: {value!r} is no time in seconds")
 
     def attention_seconds(self, lengths: ArrayLike, budgets: ArrayLike) -> Floats:
-        """Of one layer: `[documents, budgets]`. A budget beyond a document's length is its length."""
+        """Return the seconds of one layer `[documents, budgets]`; budgets are limited to the length of a document."""
         s, k = np.atleast_1d(np.asarray(lengths, float)), np.atleast_1d(np.asarray(budgets, float))
         grid = np.log(np.asarray(self.attention))
         row, by_length = _place(s, self.lengths)
@@ -107,17 +109,24 @@ class LatencyTable:
         return np.exp(low * (1 - by_length) + high * by_length)
 
     def rest_seconds(self, tokens: ArrayLike) -> Floats:
-        """Of a micro-batch of so many tokens; in proportion to them beyond the last that was measured."""
+        """Return the seconds outside of attention for numbers of tokens per micro-batch.
+
+        Above the largest measured number, the time is proportional to the number of tokens.
+        """
         count, known = np.asarray(tokens, float), np.asarray(self.tokens, float)
         return np.interp(count, known, self.rest) * np.maximum(count / known[-1], 1.0)
 
     def is_for(self, device: str, dtype: str, model: str) -> bool:
+        """Return whether the table is for this device, dtype and description of a model."""
         return (self.device, self.dtype, self.model) == (device, dtype, model)
 
 
 def _place(values: Floats, known: Sequence[int]) -> tuple[NDArray[np.int64], Floats]:
-    """The known value below each, and how far in logarithms it is to the next: above 1 beyond the last, 0 before the
-    first, where a kernel takes what it takes to start."""
+    """Return, for each value, the index of the known value below it and its logarithmic position up to the next one.
+
+    The position is larger than 1 for values above the last known one. It is 0 below the first, where starting the
+    kernel determines the time.
+    """
     at = np.log(np.asarray(known, float))
     x = np.log(np.maximum(values, 1.0))
     below = np.clip(np.searchsorted(at, x, side="right") - 1, 0, max(len(at) - 2, 0))
@@ -127,7 +136,7 @@ def _place(values: Floats, known: Sequence[int]) -> tuple[NDArray[np.int64], Flo
 
 
 def pairs(lengths: ArrayLike, budgets: ArrayLike) -> Floats:
-    """Pairs of query and key in causal documents whose queries attend to `k` keys at most: `[documents, budgets]`."""
+    """Return the number of query-key pairs `[documents, budgets]` of causal attention with at most k keys per query."""
     s, k = np.atleast_1d(np.asarray(lengths, float))[:, None], np.atleast_1d(np.asarray(budgets, float))[None]
     k = np.minimum(k, s)
     return k * s - k * (k - 1) / 2
@@ -145,15 +154,15 @@ def from_flops(
     device: str = "",
     dtype: str = "bfloat16",
 ) -> LatencyTable:
-    """Times as if every FLOP took as long: a fallback where nothing can be measured, marked ``source="flops"``.
+    """Return a table in which all FLOPs take equal time, marked ``source="flops"``, for devices that can't be measured.
 
     Args:
-        lengths, budgets: of the table.
-        layers: L.
-        attention_width: query heads times their size.
-        parameters: in products with activations, for each of which a token takes 6 FLOPs.
-        rate: FLOP/s.
-        model, device, dtype: what it stands for.
+        lengths, budgets: document lengths and budgets of the table.
+        layers: number of layers L.
+        attention_width: number of query heads times head size.
+        parameters: number of parameters that are multiplied with activations, at 6 FLOPs per token and parameter.
+        rate: assumed speed in FLOP/s.
+        model, device, dtype: description of the model, name of the device and dtype that the table is for.
     """
     attention = 4 * _FORWARD_AND_BACKWARD * attention_width * pairs(lengths, budgets) / rate
     rest = [6 * parameters * s / rate for s in lengths]
@@ -167,10 +176,11 @@ def from_flops(
 
 
 def read_table(path: Path) -> LatencyTable:
-    """A table as :func:`write_table` wrote it.
+    """Read a table that :func:`write_table` wrote.
 
     Raises:
-        EffpassError: not a file, not a table, or a damaged one; names the file.
+        EffpassError: if the file can't be read, is not a table of this version, or is damaged; the message names the
+            file.
     """
     try:
         found = parse_json(path.read_bytes())
@@ -190,7 +200,10 @@ def read_table(path: Path) -> LatencyTable:
 
 
 def write_table(path: Path, table: LatencyTable) -> None:
-    """Whole or not at all; where it can't be written, a warning says so, and the next process measures again."""
+    """Write a table atomically.
+
+    If the file can't be written, a warning is logged, and the next process measures again.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +216,7 @@ def write_table(path: Path, table: LatencyTable) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A field's value out of JSON, in the type that the table has."""
+    """Return the value of a field from JSON, converted to the field's type."""
     if name in ("source", "device", "dtype", "torch", "model"):
         if not isinstance(value, str):
             raise ValueError(f"{name} is {value!r}, expected a string")

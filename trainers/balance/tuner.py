@@ -1,12 +1,13 @@
-"""The tuner of a training loop: before each step it gives every micro-batch and layer a budget, on all ranks alike.
+"""Tuner of a training loop: chooses the budgets of all micro-batches and layers before each step, equally on all ranks.
 
-    tuner.begin_step(documents)      lengths of the documents of this rank's micro-batches, in their order
+    tuner.begin_step(documents)            # lengths of the documents of this rank's micro-batches, in their order
     for batch in micro_batches:
-        loss(model(batch)).backward()      the model's forward pass takes the budgets of its micro-batch
+        loss(model(batch)).backward()      # the forward pass uses the budgets of its micro-batch
 
-Ranks tell each other their lengths, once a step. From these numbers each makes the plan of all (:mod:`.tuning`), so
-nothing else is exchanged. What the guard goes by is measured on the side: now and then one micro-batch of each rank
-counts how its router's weight is covered, and tells it in the next step's message.
+The ranks exchange the lengths of their documents once per step. From these, each rank computes the plan of all ranks
+(:mod:`.tuning`), so that no other communication is needed. The guard of the tuning depends on the coverage of the
+router's weight, which is measured during training: at intervals, one micro-batch of each rank measures it, and the
+result is part of the message of the next step.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ __all__ = ["Plan", "SparsityTuner", "TunedAttention", "documents_of"]
 
 
 class TunedAttention(Protocol):
-    """What the tuner moves: see :mod:`effpass.runtime.routed_attention`.
+    """Interface of the attention that the tuner controls; see :mod:`effpass.runtime.routed_attention`.
 
     Attributes:
-        layers: that attend sparsely.
-        budgets: int32 `[layers]`, keys; another tensor for each micro-batch.
-        curves: float32 `[layers, K]`, what the last forward pass covered; None unless it was watched.
+        layers: number of layers with sparse attention.
+        budgets: int32 `[layers]`, budget of each layer in keys; replaced by another tensor for each micro-batch.
+        curves: float32 `[layers, K]`, coverage that the last forward pass measured; None if it did not measure any.
     """
 
     layers: int
@@ -45,19 +46,19 @@ class TunedAttention(Protocol):
     curves: Tensor | None
 
     def watch(self, budgets: Tensor | None) -> None:
-        """Let forward passes measure the coverage of these budgets, or of none."""
+        """Measure the coverage with these budgets in the following forward passes; None stops the measurement."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step of all ranks.
+    """Plan of a step for all ranks.
 
     Attributes:
-        budgets: keys `[R, M, L]`.
-        seconds: of each micro-batch by the table `[R, M]`.
-        fixed: likewise, had all budgets stayed at the default.
-        longest: document of each micro-batch `[R, M]`.
-        planning: seconds that the message and the plan took.
+        budgets: budgets in keys `[R, M, L]`.
+        seconds: predicted seconds of each micro-batch `[R, M]`.
+        fixed: predicted seconds of each micro-batch `[R, M]` if all budgets were the default.
+        longest: length of the longest document of each micro-batch `[R, M]`.
+        planning: seconds spent on exchanging the lengths and planning.
     """
 
     budgets: NDArray[np.int64]
@@ -68,23 +69,25 @@ class Plan:
 
 
 class SparsityTuner:
-    """
+    """Chooses budgets of sparse attention with which the ranks of a step finish together.
+
     Args:
-        model: that trains; its forward passes take their budgets in turn.
-        attention: of the model, whose budgets are moved.
-        table: of the device; the same on all ranks, as :func:`.measure.latency_table` gives it.
-        tuning: how budgets may move.
-        group: ranks that read other data; None for all processes. With tensor or context parallelism the data-parallel
-            group of this rank: those that share its micro-batches have groups of their own, are told the same and make
-            the same plan.
-        every: steps from one measurement of coverage to the next.
+        model: model that is trained; its forward passes in a step use the budgets of the micro-batches in order.
+        attention: sparse attention of the model.
+        table: latency table of the device; the same on all ranks, as :func:`.measure.latency_table` returns it.
+        tuning: how budgets may change.
+        group: process group of the ranks that read different data; None for all processes. With tensor or context
+            parallelism it is the data-parallel group of this rank. Ranks that share micro-batches are in different
+            data-parallel groups, which exchange the same lengths and compute the same plan.
+        every: number of steps between two measurements of the coverage.
 
     Attributes:
-        expected: what the steps showed; a :class:`~effpass.trainers.balance.batches.BalancedBatches` plans by it.
-        plan: of the step that runs; None before the first.
+        expected: averages over the past steps, from which a :class:`~effpass.trainers.balance.batches.BalancedBatches`
+            plans.
+        plan: plan of the current step; None before the first step.
 
     Raises:
-        EffpassError: the table is of another number of layers.
+        EffpassError: if the table is for another number of layers.
     """
 
     def __init__(
@@ -112,14 +115,13 @@ class SparsityTuner:
         self._next, self._measures, self._longest = 0, -1, 0
         self._curves: Tensor | None = None
         self._hooks = (
-            model.register_forward_pre_hook(
-                self._before_forward, prepend=True
-            ),  # the attention reads budgets in its own
+            # First of the hooks, since the attention reads the budgets in a hook of its own.
+            model.register_forward_pre_hook(self._before_forward, prepend=True),
             model.register_forward_hook(self._after_forward),
         )
 
     def close(self) -> None:
-        """Leave the model, with the default budget."""
+        """Remove the tuner's hooks from the model and reset the budgets to the default."""
         for hook in self._hooks:
             hook.remove()
         self.attention.budgets = self._default
@@ -129,17 +131,18 @@ class SparsityTuner:
         """Plan a step; a collective call of the group.
 
         Args:
-            documents: lengths in tokens of the documents of each micro-batch of this rank.
+            documents: lengths in tokens of the documents, for each micro-batch of this rank.
 
         Raises:
-            EffpassError: a rank has no micro-batch, or another number of them than the others.
+            EffpassError: if a rank has no micro-batch or an empty one, or if the ranks have different numbers of
+                micro-batches.
         """
         started = time.perf_counter()
-        every = self._exchange(Told([list(map(int, micro)) for micro in documents], *self._covered()))
-        for told in every:
-            if told.longest:
-                self.expected.cover(told.longest, told.coverage)
-        lengths, shares = _numbered([told.documents for told in every])
+        messages = self._exchange(Told([list(map(int, micro)) for micro in documents], *self._covered()))
+        for message in messages:
+            if message.longest:
+                self.expected.cover(message.longest, message.coverage)
+        lengths, shares = _numbered([message.documents for message in messages])
         attention, rest, longest = micro_batches(self.table, shares, lengths, self.tuning.budgets)
         chosen = tune(attention, rest, *self.expected.guard(longest), self.tuning)
         budgets = np.asarray(self.tuning.budgets)[chosen]
@@ -158,8 +161,11 @@ class SparsityTuner:
         return self.plan
 
     def metrics(self) -> dict[str, float]:
-        """Of the step that runs, by the table: imbalance and bubbles as they are and as a fixed budget had left them,
-        budgets, what is known of their coverage, and seconds."""
+        """Return predicted metrics of the current step; empty before the first step.
+
+        They are imbalance and waiting time, with the plan and with fixed budgets, the budgets, their coverage as far as
+        it is known, and seconds.
+        """
         plan = self.plan
         if plan is None:
             return {}
@@ -183,14 +189,18 @@ class SparsityTuner:
         } | ({"balance_coverage": float(covered[seen].mean())} if seen.any() else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and lists alone; the same on all ranks, up to what was measured and not told yet."""
+        """Return the state as numbers and lists.
+
+        It is the same on all ranks, except for a measurement that was not exchanged yet.
+        """
         curves = self._covered(keep=True)
         return {"expected": self.expected.state_dict(), "longest": curves[0], "curves": curves[1].tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restore the state that :meth:`state_dict` returned.
+
         Raises:
-            EffpassError: the state is of other budgets or layers.
+            EffpassError: if the state is for other budgets or another number of layers.
         """
         self.expected.load_state_dict(state["expected"])
         self._longest = int(state["longest"])
@@ -223,7 +233,13 @@ class SparsityTuner:
         self._next += 1
 
     def _covered(self, *, keep: bool = False) -> tuple[int, NDArray[np.float64]]:
-        """What was measured since the last message; waits for the device once in `every` steps."""
+        """Return the measurement since the last message: longest document of the micro-batch, and coverage `[L, K]`.
+
+        Without a measurement both are zero. Copying a measurement, once in `every` steps, waits for the device.
+
+        Args:
+            keep: whether the measurement stays to be exchanged.
+        """
         if self._curves is None:
             return 0, np.zeros((self.attention.layers, len(self.tuning.budgets)))
         found = self._longest, self._curves.double().cpu().numpy()
@@ -233,14 +249,14 @@ class SparsityTuner:
 
 
 def documents_of(batch: dict[str, Tensor]) -> list[int]:
-    """Lengths of the documents of a packed micro-batch: positions begin at 0 in each, in every row `[B, T]`."""
+    """Return the document lengths of a packed micro-batch; position ids `[B, T]` restart at 0 in each document."""
     positions = batch["position_ids"]
     starts = (positions == 0).flatten().nonzero().flatten().tolist()
     return np.diff([*starts, positions.numel()]).tolist()
 
 
 def _numbered(documents: list[list[list[int]]]) -> tuple[list[int], list[list[list[int]]]]:
-    """All lengths in a row, and their numbers in the documents' places."""
+    """Return all lengths in one list, and for each rank and micro-batch the indices of its documents in that list."""
     lengths: list[int] = []
     shares: list[list[list[int]]] = []
     for rank in documents:

@@ -1,17 +1,19 @@
-"""Dynamic sparsity tuning: budgets that let the ranks of a step arrive together. Pure functions of numbers.
+"""Dynamic sparsity tuning: the choice of budgets with which the ranks of a step finish together.
 
     A         = agg over the group of t_i(k₀)                     agg: mean, min or max; the anchor
     shrinking   t_i(k₀) > A:  k = max{k : t_i(k) ≤ A},   at least  min{k : C_iℓ(k) ≥ (1 − p) C_iℓ(k₀)}
     A'        = max(A, slowest of the group after shrinking)
     growing     t_i(k₀) ≤ A:  k = max{k : t_i(k) ≤ A'},  at most   min{k : C_iℓ(k) ≥ min(1, (1 + p) C_iℓ(k₀))}
 
-`i` is a micro-batch, `ℓ` a layer. `C(k)` is the share of the router's weight that lies on the `k` best keys' blocks, in
-the mean over queries: the guard. What waits for each other is a group. Source: SparseBalance
-(https://arxiv.org/abs/2604.13847). The paper says nothing of two cases. Where no budget is fast enough, the smallest is
-wanted, and the guard has the last word: the micro-batch stays slower than the anchor. And as the others wait for it
-then, they may grow until its time instead of the anchor's, which takes no longer.
+t_i(k) is the time of micro-batch i with budget k, k₀ the default budget, and ℓ a layer. A group consists of the
+micro-batches that wait for each other. C(k), the coverage, is the share of the router's weight on the blocks of the k
+best keys, averaged over queries; the bounds that it sets are called the guard. The algorithm is that of SparseBalance
+(https://arxiv.org/abs/2604.13847), with two cases added that the paper leaves open. If no budget is fast enough, the
+smallest one that the guard allows is chosen, and the micro-batch remains slower than the anchor. Since the others then
+wait for it, they may grow up to its time instead of the anchor's, which does not lengthen the step.
 
-Shapes: R ranks, M micro-batches of each in a step, L layers, K budgets that a layer may have.
+The tuner (:mod:`.tuner`) and the simulator (:mod:`.simulator`) call these functions, which are pure. Shapes: R ranks, M
+micro-batches per rank and step, L layers, K available budgets.
 """
 
 from __future__ import annotations
@@ -50,20 +52,20 @@ _AGGREGATE: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max}
 
 @dataclass(frozen=True)
 class Tuning:
-    """How budgets may move.
+    """Rules by which budgets may change.
 
     Attributes:
-        budgets: that a layer may have, in keys, ascending.
-        default: k₀, one of them.
-        anchor: whose time is the goal.
-        p: how far the covered share of the router's weight may move, of itself.
-        direction: `down` shrinks alone, `up` grows alone, `none` leaves every budget at the default.
-        waits: who waits for whom. `micro_step`: ranks at each micro-batch, as sharded weights make them (FSDP). `step`:
-            ranks once a step, when gradients are added up (DDP). `pipeline`: all micro-batches of a step, which follow
-            each other through stages.
+        budgets: available budgets in keys, ascending.
+        default: default budget k₀, one of `budgets`.
+        anchor: statistic of a group's times that is the target time.
+        p: largest relative change of the coverage.
+        direction: `both`, `down` to only shrink budgets, `up` to only grow them, or `none` to keep the default.
+        waits: which micro-batches wait for each other. `micro_step`: those of all ranks at each micro-step, as with
+            sharded weights (FSDP). `step`: the ranks wait once per step, when gradients are reduced (DDP). `pipeline`:
+            all micro-batches of a step, which pass through the stages one after the other.
 
     Raises:
-        EffpassError: a value out of its range.
+        EffpassError: if a value is out of range.
     """
 
     budgets: tuple[int, ...]
@@ -86,15 +88,19 @@ class Tuning:
 
     @property
     def index(self) -> int:
-        """Of the default among the budgets."""
+        """Index of the default among the budgets."""
         return self.budgets.index(self.default)
 
 
 def budgets_around(default: int, block: int) -> tuple[int, ...]:
-    """A quarter to four times as many keys, in whole blocks, the nearer to `default` the closer.
+    """Return budgets from a quarter to four times `default`, in whole blocks, with smaller distances near `default`.
+
+    Args:
+        default: default budget in keys.
+        block: number of keys per block.
 
     Raises:
-        EffpassError: fewer keys than the blocks that are always chosen hold.
+        EffpassError: if `default` is not larger than one block; two blocks are always chosen.
     """
     if default <= block:
         raise EffpassError(
@@ -106,18 +112,18 @@ def budgets_around(default: int, block: int) -> tuple[int, ...]:
 
 
 def guard(coverage: Floats, default: int, p: float) -> tuple[Ints, Ints]:
-    """The smallest and the largest budget that the router's weight allows.
+    """Return the smallest and the largest budget that the coverage allows.
 
     Args:
-        coverage: `[..., K]`, C of each budget, in [0, 1], never falling.
+        coverage: coverage C of each budget `[..., K]`, in [0, 1] and non-decreasing.
         default: index of k₀.
         p: see :class:`Tuning`.
 
     Returns:
-        Two arrays of indices `[...]`: at most, and at least, `default`.
+        Two arrays of indices `[...]`, which are at most and at least `default`.
     """
     at = coverage[..., default : default + 1]
-    rounding = 1e-6  # coverage is counted in float32
+    rounding = 1e-6  # tolerance, since coverage is measured in float32
     lowest = (coverage >= (1 - p) * at - rounding).argmax(-1)
     wanted = coverage >= np.minimum(1.0, (1 + p) * at) - rounding
     highest = np.where(wanted.any(-1), wanted.argmax(-1), coverage.shape[-1] - 1)
@@ -125,13 +131,13 @@ def guard(coverage: Floats, default: int, p: float) -> tuple[Ints, Ints]:
 
 
 def tune(attention: Floats, rest: Floats, lowest: Ints, highest: Ints, how: Tuning) -> Ints:
-    """Budgets of every layer of every micro-batch of a step.
+    """Choose the budgets of all layers of all micro-batches in a step.
 
     Args:
-        attention: `[R, M, K]`, seconds of one layer's attention with each budget.
-        rest: `[R, M]`, seconds of all else.
-        lowest, highest: `[R, M, L]`, what :func:`guard` allows.
-        how: anchor and direction.
+        attention: `[R, M, K]`, seconds of the attention of one layer with each budget.
+        rest: `[R, M]`, seconds of everything else.
+        lowest, highest: `[R, M, L]`, indices of the bounds from :func:`guard`.
+        how: rules of the tuning.
 
     Returns:
         Indices of budgets `[R, M, L]`.
@@ -154,43 +160,47 @@ def tune(attention: Floats, rest: Floats, lowest: Ints, highest: Ints, how: Tuni
 
 
 def micro_batch_seconds(attention: Floats, rest: Floats, chosen: Ints) -> Floats:
-    """`[R, M]`: with the budgets that were chosen."""
+    """Return the seconds of each micro-batch `[R, M]` with the chosen budgets."""
     return rest + np.take_along_axis(attention, chosen, axis=-1).sum(-1)
 
 
 def group_seconds(seconds: Floats, waits: Waits) -> Floats:
-    """What waits for each other, side by side: `[groups, members]` of the seconds `[R, M]` of micro-batches."""
+    """Arrange the seconds of micro-batches `[R, M]` as `[groups, members]`; members of a group wait for each other."""
     if waits == "micro_step":
         return seconds.T
     return seconds.sum(1)[None] if waits == "step" else seconds.reshape(1, -1)
 
 
 def imbalance(seconds: Floats, waits: Waits) -> tuple[float, float]:
-    """Of micro-batches `[R, M]`: slowest over mean, in the mean of the groups, and the share of time that is waited."""
+    """Return two measures of the waiting between micro-batches `[R, M]`.
+
+    Returns:
+        Ratio of slowest to mean time, averaged over groups; and share of the time that is spent waiting.
+    """
     groups = group_seconds(seconds, waits)
     return float((groups.max(1) / groups.mean(1)).mean()), float(1 - groups.mean(1).sum() / groups.max(1).sum())
 
 
 def slowest(seconds: Floats, waits: Waits) -> float:
-    """Seconds of a step `[R, M]` whose ranks wait for each other; of a pipeline, those of its fullest stage."""
+    """Return the seconds of a step from those of micro-batches `[R, M]`; in a pipeline, the largest sum of a rank."""
     if waits == "pipeline":
         return float(seconds.sum(1).max())
     return float(group_seconds(seconds, waits).max(1).sum())
 
 
 def _goal(base: Floats, how: Tuning) -> Floats:
-    """`[R, M]`: the anchor of each one's group."""
+    """Return the target time of each micro-batch `[R, M]`, from the anchor of its group."""
     agg = _AGGREGATE[how.anchor]
     if how.waits == "micro_step":
         return np.broadcast_to(agg(base, axis=0, keepdims=True), base.shape)
     if how.waits == "pipeline":
         return np.broadcast_to(agg(base), base.shape)
-    sums = base.sum(1, keepdims=True)  # each micro-batch answers for its share of its rank's time
+    sums = base.sum(1, keepdims=True)  # a rank's target time is divided in proportion to the micro-batches' own times
     return base * (agg(sums) / sums)
 
 
 def _pace(seconds: Floats, base: Floats, goal: Floats, how: Tuning) -> Floats:
-    """`[R, M]`: how long each may take without anybody's waiting for it."""
+    """Return the time that each micro-batch `[R, M]` may take without making the others wait."""
     if how.waits == "step":
         sums = base.sum(1, keepdims=True)
         return np.maximum(goal, base * (seconds.sum(1).max() / sums))
@@ -198,7 +208,7 @@ def _pace(seconds: Floats, base: Floats, goal: Floats, how: Tuning) -> Floats:
 
 
 def _largest_within(attention: Floats, rest: Floats, layers: int, goal: Floats) -> Ints:
-    """Index of the largest budget whose micro-batch takes `goal` at most; 0 where none does."""
+    """Return the index of the largest budget with which a micro-batch takes at most `goal`; 0 if there is none."""
     fits = rest[..., None] + layers * attention <= goal[..., None] * (1 + 1e-9)
     last = attention.shape[-1] - 1 - fits[..., ::-1].argmax(-1)
     return np.where(fits.any(-1), last, 0)

@@ -1,1 +1,4 @@
-"""Learn linear attention from the attention that it replaces."""
+"""Conversion of attention layers to linear attention, which learns from the attention that it replaces.
+
+:func:`.run.convert` implements `effpass train fg2-gdn`.
+"""

@@ -1,8 +1,9 @@
-"""The loss of the first stage: each new layer against the attention that it replaces.
+"""Loss of the first stage of a conversion: each new layer imitates the attention that it replaces.
 
-    L = mean over layers of ‖new(x) − old(x)‖² / ‖old(x)‖²        x: what the old one reads in the whole model
+    L = mean over layers of ‖new(x) − old(x)‖² / ‖old(x)‖²
 
-The layers learn at the same time and apart, and no gradient passes through the model.
+x is the input of the old layer in the whole model. All layers are trained at the same time but independently of each
+other, and no gradient passes through the model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["alignment", "recorded"]
 
 @contextmanager
 def recorded(model: Any, layers: list[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Inside, a call of `model` leaves input and output [B, T, D] of the attention of these layers."""
+    """Record inputs and outputs [B, T, D] of the attention of these layers whenever `model` is called inside."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def hook(index: int) -> Any:
@@ -44,16 +45,16 @@ def recorded(model: Any, layers: list[int]) -> Iterator[dict[int, tuple[Tensor, 
 
 
 def alignment(layers: Mapping[int, nn.Module], teacher: Any, ids: Tensor) -> Tensor:
-    """The loss.
+    """Compute the loss of a micro-batch.
 
     Args:
-        layers: new ones, by number.
-        teacher: the whole model.
-        ids: int64 [B, T].
+        layers: new layers by layer index.
+        teacher: whole model.
+        ids: token ids, int64 [B, T].
     """
     with torch.no_grad(), recorded(teacher, list(layers)) as found:
         teacher(input_ids=ids, use_cache=False, logits_to_keep=1)
-    # One layer's activations at a time: the backward pass computes them again.
+    # With checkpointing, only the activations of one layer are in memory at a time.
     losses = [checkpoint(_distance, layers[i], *found[i], use_reentrant=False) for i in layers]
     return torch.stack(losses).mean()
 

@@ -1,4 +1,4 @@
-"""Which layers are replaced, and what the new ones begin with: the projections of the attention that was there."""
+"""Choice of the layers to convert, and initialization of the new layers with the projections of the old attention."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ __all__ = ["chosen_layers", "layer_settings", "projections", "start_from"]
 
 
 def chosen_layers(settings: Settings, count: int) -> list[int]:
-    """Numbers of the layers to replace, of `count`.
+    """Return the indices of the layers to convert.
 
-    A share is spread evenly, and what stays comes last in each run: of 3 in 4 layers, every fourth stays.
+    A share is spread evenly, and the last layer of each group is kept: with 3 in 4 layers to convert, every fourth
+    layer is kept.
+
+    Args:
+        settings: settings of the conversion.
+        count: number of layers of the model.
 
     Raises:
-        ModelError: no such layers.
+        ModelError: if the settings name layers that the model does not have, name a layer twice, or name none.
     """
     if settings.layers is None:
         stays = round(count * (1 - settings.share))
@@ -33,7 +38,7 @@ def chosen_layers(settings: Settings, count: int) -> list[int]:
 
 
 def layer_settings(settings: Settings, config: Any) -> GatedDeltaSettings:
-    """Of layers with as many heads as the model's queries have, each of their size."""
+    """Return settings of new layers whose heads equal the query heads of the model in number and size."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     size = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -43,8 +48,11 @@ def layer_settings(settings: Settings, config: Any) -> GatedDeltaSettings:
     )  # fmt: skip
 
 
-def projections(attention: nn.Module, head_dim: int) -> dict[str, Tensor] | None:
-    """The weights [out, in] of queries, keys, values and output; None where an attention has no such ones (latents)."""
+def projections(attention: nn.Module) -> dict[str, Tensor] | None:
+    """Return the weights [out, in] of the query, key, value and output projections.
+
+    None if the attention has no such projections, as with latent attention.
+    """
     found = {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         weight = getattr(getattr(attention, name, None), "weight", None)
@@ -66,15 +74,15 @@ def projections(attention: nn.Module, head_dim: int) -> dict[str, Tensor] | None
 
 @torch.no_grad()
 def start_from(layer: GatedDeltaAttention, attention: nn.Module) -> bool:
-    """Give a new layer the projections of `attention`, and a convolution that lets each token pass as it is.
+    """Initialize a new layer with the projections of `attention`, and its convolution with the identity.
 
-    Keys and values that several query heads share are repeated for each of them.
+    KV heads that several query heads share are repeated for each of them.
 
     Returns:
-        Whether there were projections to take.
+        Whether the attention has projections of matching sizes.
     """
     size = layer.settings.key_head_dim
-    given = projections(attention, size)
+    given = projections(attention)
     wanted = {name: getattr(layer, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     if given is None or given["q_proj"].shape != wanted["q_proj"].shape:
         return False

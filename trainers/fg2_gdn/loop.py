@@ -1,4 +1,4 @@
-"""The loop of each stage."""
+"""Training loop of all stages of a conversion; :mod:`.stages` runs it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ __all__ = ["Converter"]
 
 
 class Converter(Loop):
-    """Trains new layers, or the hybrid, by the whole model.
+    """Trainer of the new layers, or of the whole hybrid, which learn from the whole model.
+
+    A hybrid is the model in which some layers have linear attention instead of attention.
 
     Args:
-        stage: which loss.
-        student: the hybrid.
-        layers: its new layers, by number.
-        teacher: the whole model.
-        settings: of the conversion.
-        args: the Trainer's.
-        rows: micro-batches.
-        first_step: steps of this stage that are done.
-        optimizer, schedule: of this stage.
-        recorder: of metrics.
+        stage: stage of the conversion, which determines the loss.
+        student: hybrid.
+        layers: new layers of the hybrid by layer index.
+        teacher: whole model.
+        settings: settings of the conversion.
+        args: arguments of the Trainer.
+        rows: dataset of micro-batches.
+        first_step: number of steps of this stage that are done already.
+        optimizer, schedule: optimizer and learning rate schedule of this stage.
+        recorder: recorder of metrics.
     """
 
-    most_workers = 0  # rows are cut in less time than it takes to queue a step
+    most_workers = 0  # making a micro-batch takes less time than launching a step
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The memory of a conversion."""
+"""Estimate of the device memory that a conversion needs; checked before the run starts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _FLOAT = 4
 def estimate(
     config: Any, settings: Settings, layers: list[int], shape: GatedDeltaSettings, device: torch.device
 ) -> Estimate:
-    """The memory on the device of the stage that takes most: the last one that has steps.
+    """Estimate the device memory of the stage that needs most: the last one that has steps.
 
-    Activations are those of the hybrid with its logits, which the stages compute in pieces: more than are kept.
+    Activations are those of the hybrid with all its logits. The stages compute logits in pieces and need less.
     """
     element = 2 if settings.dtype == "bfloat16" else _FLOAT
     hybrid = hybrid_config(config, layers, shape)
@@ -36,14 +36,16 @@ def estimate(
     )  # fmt: skip
     with torch.device("meta"):
         student: Any = make_model(hybrid, None, 0)
-        made = {i: m for i, m in _layers(student).items() if i in layers}
-        learned = sum(p.numel() for p in learners(student, made, "whole" if settings.steps_of("whole") else "distill"))
-        every = sum(p.numel() for p in student.parameters())
+        new_layers = {i: m for i, m in _layers(student).items() if i in layers}
+        trained = sum(
+            p.numel() for p in learners(student, new_layers, "whole" if settings.steps_of("whole") else "distill")
+        )
+        total = sum(p.numel() for p in student.parameters())
         teacher = sum(p.numel() for p in make_model(config, None, 0).parameters())
-    state = every * _FLOAT + learned * (_FLOAT + STATE_BYTES[settings.optimizer.name]) + teacher * element
+    state = total * _FLOAT + trained * (_FLOAT + STATE_BYTES[settings.optimizer.name]) + teacher * element
     if element == 2:
-        state += 2 * every  # autocast's copy
-    return Estimate(every, state, found.activations, "", found.available)
+        state += 2 * total  # copy of the weights that autocast makes
+    return Estimate(total, state, found.activations, "", found.available)
 
 
 def _layers(student: Any) -> dict[int, Any]:

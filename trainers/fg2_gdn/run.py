@@ -1,7 +1,8 @@
-"""A conversion from a model and a text to an artifact for the pass `fg2_gdn`.
+"""A complete conversion run: from a model and a text to an artifact for the pass `fg2_gdn`.
 
-While it runs, tokens, metrics, checkpoints and what each stage learned stand in ``FOLDER.training``. `FOLDER` appears
-when all is done.
+:func:`convert` implements `effpass train fg2-gdn`. An artifact is a folder with data that was learned for a pass
+(:mod:`effpass.core.artifact`). During the run, tokens, metrics, checkpoints and the results of the stages are in
+``FOLDER.training``, from which the run can be resumed. `FOLDER` is created when the run is complete.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from effpass.trainers.run_folder import METRICS, RUN, check_places, cut_metrics,
 
 __all__ = ["convert"]
 
-# What may differ between a run and its resumption.
+# Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
 _SHOWN = ("loss", "loss_", "eval_")
 
@@ -58,23 +59,25 @@ def convert(
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Learn layers of linear attention from the attention that they replace.
+    """Train layers of linear attention to replace attention layers of a model.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        data: a text, or JSON lines.
-        folder: where the artifact goes; must not exist.
-        settings: of the conversion.
-        validation: a text whose loss is reported, of the whole model and of the hybrid after each stage.
-        resume: go on from what stands in ``FOLDER.training``.
-        say: gets lines for people.
+        source: model, as `effpass.load_model` accepts it.
+        data: text file or JSON lines file with training data.
+        folder: folder for the artifact; must not exist.
+        settings: settings of the conversion.
+        validation: text file or JSON lines file on which the losses of the whole model and of the hybrid after each
+            stage are reported; None for none.
+        resume: whether to resume the run in ``FOLDER.training``.
+        say: function that receives messages for the user.
 
     Returns:
-        `folder`: an artifact for `fg2_gdn`, with ``training.json``, ``metrics.jsonl`` and ``loss.png``.
+        `folder`, which holds an artifact for `fg2_gdn`, ``training.json``, ``metrics.jsonl`` and ``loss.png``.
 
     Raises:
-        EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
-        ModelError: the model can't be read, or has no attention that could be replaced.
+        EffpassError: if the settings or the data are invalid, the device has too little memory, or an output exists
+            already.
+        ModelError: if the model can't be read, or has no attention that can be replaced.
     """
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
@@ -130,6 +133,7 @@ def convert(
 def _prepare(
     work: Path, run: dict[str, Any], data: Path, validation: Path | None, tokenizer: Any, settings: Settings
 ) -> None:
+    """Tokenize the data and record the run in the folder `work`, which is removed again if that fails."""
     try:
         for path, name in ((data, "data"), (validation, "validation")):
             if path is not None:
@@ -138,12 +142,12 @@ def _prepare(
                 read_text(work / name, rows, settings.sequence_length, path)
         write_text(work / RUN, json.dumps(run, indent=2))
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # nothing was learned
+        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
         raise
 
 
 class _Run:
-    """The stages of one run, each of which is there already or is made."""
+    """Stages of a run; a stage whose result exists in the folder of the run is not repeated."""
 
     def __init__(
         self,
@@ -160,7 +164,7 @@ class _Run:
         self.corpus: Corpus = read_text(work / "data", settings.batch, settings.sequence_length, "data")
 
     def stage(self, stage: Stage) -> None:
-        """Train the student in place, or read what was learned before."""
+        """Train the student in place, or load the result of the stage."""
         learned, s = self.work / f"{stage}.safetensors", self.settings
         if learned.exists():
             self._read(learned)
@@ -182,7 +186,7 @@ class _Run:
         self._write(learned, whole=stage == "whole")
 
     def rest(self) -> dict[str, torch.Tensor]:
-        """The student's parameters beside those of its new layers."""
+        """Return the parameters of the student outside of its new layers."""
         own = {id(p) for layer in self.layers.values() for p in layer.parameters()}
         dtype = getattr(torch, self.settings.dtype)
         return {name: p.detach().to(dtype) for name, p in self.student.named_parameters() if id(p) not in own}
@@ -207,14 +211,15 @@ class _Run:
         self.student.eval()
 
     def _evaluate(self, recorder: OffsetRecorder, step: int, name: str, model: Any) -> None:
-        """Record the loss of a model on the validation text, where there is one."""
+        """Record the loss of a model on the validation text, if there is one."""
         if not (self.work / "validation").exists():
             return
         length, device = self.settings.sequence_length, next(model.parameters()).device
         tokens = torch.from_numpy(read_text(self.work / "validation", 1, length, "validation").training.astype("int64"))
         rows = tokens[: len(tokens) // length * length].view(-1, length)
         batches = [part.to(device) for part in rows.split(self.settings.batch)]
-        batches = [part for part in batches if len(part) == len(batches[0])]  # equal ones, whose mean is that of tokens
+        # Only batches of equal size, so that the mean over batches is the mean over tokens.
+        batches = [part for part in batches if len(part) == len(batches[0])]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             recorder.write(step, {f"eval_loss_{name}": mean_loss(model, batches)})
 
@@ -227,7 +232,7 @@ def _publish(
     rest: dict[str, torch.Tensor],
     record: dict[str, Any],
 ) -> None:
-    """Write the folder beside its place, then give it its name."""
+    """Write the output folder atomically, and remove the working folder."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         lines = read_metrics(work / METRICS)
@@ -239,8 +244,8 @@ def _publish(
         }
         losses = {key: value for key, value in final.items() if key.startswith("eval_")}
         metrics = losses | {key.replace("loss", "perplexity"): math.exp(value) for key, value in losses.items()}
-        told = {key: record[key] for key in ("model", "data", "settings", "state_bytes")}
-        make_artifact(temporary, original, layers, rest=rest, provenance=told, metrics=metrics)
+        provenance = {key: record[key] for key in ("model", "data", "settings", "state_bytes")}
+        make_artifact(temporary, original, layers, rest=rest, provenance=provenance, metrics=metrics)
         shutil.copyfile(work / METRICS, temporary / METRICS)
         plot_losses(lines, temporary / "loss.png")
         (temporary / "training.json").write_text(json.dumps(record, indent=1) + "\n")

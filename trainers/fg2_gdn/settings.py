@@ -1,4 +1,4 @@
-"""What a conversion is told."""
+"""Settings of a conversion to linear attention."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True)
 class Settings:
-    """A conversion.
+    """Settings of a conversion, which has three stages.
 
-    Three stages, one after the other. *align*: each new layer learns what the attention that it replaces makes of its
-    inputs in the whole model. *distill*: the new layers learn the model's logits, in the hybrid. *whole*: all of the
-    hybrid does.
+    In *align*, each new layer learns to compute the output of the attention that it replaces from the same inputs in
+    the whole model. In *distill*, the new layers learn the logits of the whole model as layers of the hybrid, the model
+    with the new layers in place. In *whole*, all parameters of the hybrid do.
 
     Attributes:
-        optimizer: which, and its rates; of the new layers.
-        mode: form of the layers.
-        layers: which are replaced; None for `share` of them, evenly spread.
-        share: of the layers, where `layers` is None.
-        steps: of all stages together.
-        align: share of the steps.
-        whole: share of the steps, the last ones.
-        whole_rate: learning rate of that stage, as a share of the optimiser's.
-        distillation: the loss of the stages after *align*.
-        batch: rows of a step.
-        accumulate: micro-batches of it.
-        sequence_length: tokens of a row.
-        warmup: steps of linear growth of the rate, in each stage.
+        optimizer: optimizer of the new layers, with its learning rate.
+        mode: form of the new layers.
+        layers: indices of the layers to replace; None for `share` of them, evenly spread.
+        share: share of the layers to replace if `layers` is None.
+        steps: total number of optimizer steps of all stages.
+        align: share of the steps for the stage *align*.
+        whole: share of the steps for the stage *whole*.
+        whole_rate: learning rate of the stage *whole*, relative to that of `optimizer`.
+        distillation: loss of the stages after *align*.
+        batch: number of sequences per optimizer step.
+        accumulate: number of micro-batches per optimizer step.
+        sequence_length: number of tokens per sequence.
+        warmup: number of steps of linear learning rate warm-up in each stage.
         conv_kernel_size, gate_rank, beta_rank, lower_bound: see
             :class:`~effpass.runtime.linear_attention.settings.GatedDeltaSettings`.
-        dtype: of computation; what learns is float32 either way.
-        seed: of new weights and of the order of the data.
-        log_every, save_every: steps; 0 for no checkpoints.
+        dtype: dtype of computation; trained parameters are float32 in either case.
+        seed: seed of the new weights and of the order of the data.
+        log_every, save_every: number of steps between log lines and between checkpoints; 0 for no checkpoints.
     """
 
     optimizer: OptimizerConfig
@@ -89,10 +89,10 @@ class Settings:
             raise EffpassError(f"batch: {self.batch} rows can't be cut into {self.accumulate} micro-batches")
 
     def steps_of(self, stage: Stage) -> int:
-        """How many of the steps are a stage's."""
+        """Return the number of steps of a stage."""
         align, whole = round(self.steps * self.align), round(self.steps * self.whole)
         return {"align": align, "distill": self.steps - align - whole, "whole": whole}[stage]
 
     def first_of(self, stage: Stage) -> int:
-        """How many steps come before a stage."""
+        """Return the number of steps before a stage."""
         return sum(self.steps_of(s) for s in STAGES[: STAGES.index(stage)])

@@ -1,4 +1,4 @@
-"""The stages of a conversion, on models in memory."""
+"""Runs a single stage of a conversion on models in memory; :mod:`.run` calls it for each stage."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["learners", "run_stage"]
 
 
 def learners(student: nn.Module, layers: Mapping[int, nn.Module], stage: Stage) -> list[nn.Parameter]:
-    """Let what learns in a stage require gradients, and nothing else.
+    """Make the parameters that a stage trains require gradients, and no others.
 
     Returns:
-        The parameters that learn.
+        The parameters to train.
     """
     student.requires_grad_(stage == "whole")
     for layer in layers.values():
@@ -46,18 +46,19 @@ def run_stage(
     checkpoint: Path | None = None,
     first_step: int = 0,
 ) -> None:
-    """Train in place.
+    """Train the student in place.
 
     Args:
-        stage: which.
-        student: the hybrid, float32.
-        layers: its new layers, by number.
-        teacher: the whole model; does not learn.
-        settings: of the conversion.
-        rows: of this stage.
-        folder: of checkpoints.
-        recorder: of metrics.
-        checkpoint, first_step: where to go on.
+        stage: stage to run.
+        student: hybrid in float32.
+        layers: new layers of the hybrid by layer index.
+        teacher: whole model, which is not trained.
+        settings: settings of the conversion.
+        rows: micro-batches of this stage.
+        folder: folder for checkpoints.
+        recorder: recorder of metrics.
+        checkpoint, first_step: checkpoint to resume from, and the number of steps of this stage that are done; None and
+            0 to start at the beginning.
     """
     torch.manual_seed(settings.seed)
     learners(student, layers, stage)
@@ -70,5 +71,5 @@ def run_stage(
     )  # fmt: skip
     with torch.autocast(args.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    student.config.use_cache = True  # the Trainer has set it to False
+    student.config.use_cache = True  # the Trainer sets it to False
     student.requires_grad_(True).eval()

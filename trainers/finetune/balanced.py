@@ -1,8 +1,9 @@
-"""Packed micro-batches that cost alike on all ranks, and the sparse attention and tuner of a supervised run.
+"""Packed micro-batches that take about equal time on all ranks, and sparse attention with a tuner for a supervised run.
 
-A step has the samples that it has without balancing: those that packing puts into its rows. They are shared out anew,
-over all processes and micro-batches, by what they are expected to cost; a micro-batch is one row, as long as its
-samples, and holds no more tokens than its rows did. So the loss of a step is the same up to its attention and rounding.
+A step has the same samples as without balancing, namely those that packing puts into its rows (a row is one sequence of
+packed samples). They are distributed anew over all processes and micro-batches by their predicted cost. A micro-batch
+is then a single row, as long as its samples, and holds at most as many tokens as the rows of a micro-batch without
+balancing. The loss of a step changes only by its attention and by rounding.
 """
 
 from __future__ import annotations
@@ -30,36 +31,40 @@ from effpass.trainers.finetune.settings import Sparse
 
 __all__ = ["LATENCY", "BalancedRows", "SparseRun", "load_tuner", "make_sparse", "save_tuner"]
 
-#: The run's latency table, beside its checkpoints: a resumed run plans by the same numbers.
+#: File with the latency table in the working folder, so that a resumed run plans with the same numbers.
 LATENCY = "latency.json"
 
-# Steps that a loader without workers plans ahead: accelerate's asks for the next micro-batch before it gives one.
+# Steps that a data loader without workers is ahead: accelerate's fetches the next micro-batch before it yields one.
 _AHEAD = 1
 
 
 class BalancedRows(PackedBatches):
-    """The run's micro-batches, in order; arguments are those of :class:`PackedBatches`, and :meth:`balance` follows."""
+    """Micro-batches of a balanced run, in order.
+
+    The arguments are those of :class:`PackedBatches`; :meth:`balance` must be called before the first micro-batch is
+    read.
+    """
 
     _table: LatencyTable
     _expected: Expected
 
     def balance(self, table: LatencyTable, expected: Expected) -> None:
-        """Say what samples cost, before the first micro-batch is read.
+        """Set the predictions of cost by which samples are distributed.
 
         Args:
-            table: the same on all processes.
-            expected: the tuner's.
+            table: latency table, the same on all processes.
+            expected: expected budgets, the object that the tuner updates.
         """
         self._table, self._expected = table, expected
         self._plans: dict[int, Shares] = {}
 
     @property
     def most_tokens(self) -> int:
-        """Of a micro-batch."""
+        """Maximum number of tokens per micro-batch."""
         return self.batch // (self.accumulate * self.world) * self.length
 
     def __getitem__(self, micro: int) -> dict[str, torch.Tensor]:
-        """Micro-batch number `micro` of this process: see :meth:`PackedBatches.__getitem__`, with B = 1."""
+        """Return micro-batch number `micro` of this process as :meth:`PackedBatches.__getitem__` does, with B = 1."""
         step, part = divmod(micro, self.accumulate)
         if step not in self._plans:
             self._plans = {step: self._plan(step)}
@@ -85,7 +90,8 @@ class BalancedRows(PackedBatches):
         found = share(costs, sizes.tolist(), self.world, self.accumulate, self.most_tokens)
         if found is not None:
             return [[[samples[n] for n in micro] for micro in rank] for rank in found]
-        # As they were packed: the last step may have fewer samples than micro-batches, and full rows fit in one way.
+        # Use the packed rows instead: the last step may have fewer samples than micro-batches, and full rows may not
+        # fit in any other way.
         rows = rows + [[]] * (self.batch - len(rows))
         parts = [[n for row in rows[first : first + each] for n in row] for first in range(0, self.batch, each)]
         return [[parts[part * self.world + rank] for part in range(self.accumulate)] for rank in range(self.world)]
@@ -93,11 +99,12 @@ class BalancedRows(PackedBatches):
 
 @dataclass(frozen=True)
 class SparseRun:
-    """
+    """Sparse attention of a run, and its balancing.
+
     Attributes:
-        routed: the model, attending sparsely.
-        table: None where nothing is balanced.
-        tuner: likewise.
+        routed: model with sparse attention.
+        table: latency table; None if the run is not balanced.
+        tuner: tuner of the budgets; None if the run is not balanced.
     """
 
     routed: RoutedModel
@@ -105,7 +112,7 @@ class SparseRun:
     tuner: SparsityTuner | None = None
 
     def close(self) -> None:
-        """Let the model attend as before."""
+        """Restore the model's own attention."""
         if self.tuner is not None:
             self.tuner.close()
         self.routed.undo()
@@ -120,20 +127,20 @@ def make_sparse(
     say: Callable[[str], None],
     processes: Processes = ALONE,
 ) -> SparseRun:
-    """Let the model attend sparsely and, where `how` says so, balance the batches.
+    """Install sparse attention in a model and, if `how` requests it, set up balancing.
 
     Args:
-        model: as it trains, on its device.
-        how: budget and balance.
-        batches: :class:`BalancedRows` where it is to be balanced.
-        dtype: of computation.
-        file: a latency table; None for that in the cache.
-        say: gets lines for people.
-        processes: who reads other data, and how many share a micro-batch.
+        model: model as it is trained, on its device.
+        how: settings of attention and balancing.
+        batches: micro-batches of the run; :class:`BalancedRows` if it is balanced.
+        dtype: dtype of computation.
+        file: latency table; None for the one in the cache.
+        say: function that receives messages for the user.
+        processes: which processes read different data, and which share micro-batches.
 
     Raises:
-        ModelError: the model can't attend sparsely.
-        EffpassError: `file` is no table.
+        ModelError: if the model does not support sparse attention.
+        EffpassError: if `file` is not a table.
     """
     tuning = how.tuning
     if not how.is_balanced:
@@ -159,15 +166,16 @@ def make_sparse(
 
 
 def save_tuner(tuner: SparsityTuner, folder: Path, rank: int) -> None:
-    """In a checkpoint, of each process; the folder is whole once the Trainer's state is in it."""
+    """Save the tuner's state of this process in a checkpoint, before the Trainer's state completes it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _name(rank)).write_text(json.dumps(tuner.state_dict()))
 
 
 def load_tuner(tuner: SparsityTuner, folder: Path, rank: int) -> None:
-    """
+    """Restore the tuner's state of this process from a checkpoint.
+
     Raises:
-        ArtifactError: the checkpoint has no state of this process.
+        ArtifactError: if the checkpoint has no such state.
     """
     path = folder / _name(rank)
     try:

@@ -1,9 +1,10 @@
-"""Reinforcement learning against a verifiable reward, by TRL's GRPOTrainer (arXiv 2402.03300).
+"""Reinforcement learning with a verifiable reward, on TRL's GRPOTrainer (GRPO, arXiv 2402.03300).
 
-A cycle: a group of completions is sampled for each of some prompts, and learned from in one or more optimiser steps.
-β of an AFA adapter stays the same within a cycle, there is no dropout, and the decode engine samples with the adapter
-as it is, activation and all: both sides of the policy ratio are of one function. A merged adapter, as a serving engine
-would run it, is another policy while β > 0.
+In each cycle a group of completions is sampled for each of several prompts, and the model is trained on them in one or
+more optimizer steps. Sampling and training must use the same policy, so that their probability ratio is meaningful.
+Therefore β of an AFA adapter (:mod:`effpass.trainers.afa_lora`) stays constant within a cycle, dropout is disabled, and
+the decode engine samples with the adapter and its activation in place. A merged adapter, as a serving engine would run
+it, is another policy while β > 0. :func:`reinforce` implements `effpass train grpo`.
 """
 
 from __future__ import annotations
@@ -48,24 +49,25 @@ __all__ = ["GrpoSettings", "reinforce"]
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """
+    """Settings of a GRPO run.
+
     Attributes:
-        method: what learns.
-        optimizer: which, and its rates.
-        schedule: of the learning rate.
-        steps: optimiser steps.
-        prompts: of a cycle.
-        group: completions of a prompt.
-        updates: optimiser steps of a cycle, each on its share of the completions.
-        accumulate: micro-batches of a step.
-        max_new_tokens: of a completion.
-        temperature: of sampling.
-        kl: weight of the divergence from the model before.
-        clip_ratio: ε of the policy ratio.
-        lora, anneal: of the adapter.
-        dtype: of computation.
-        seed: of adapter, order of prompts and sampling.
-        log_every, save_every: steps.
+        method: what is trained: all weights, a LoRA adapter, or an AFA adapter.
+        optimizer: optimizer with its learning rate.
+        schedule: learning rate schedule.
+        steps: number of optimizer steps.
+        prompts: number of prompts per cycle.
+        group: number of completions per prompt.
+        updates: number of optimizer steps per cycle, each on its share of the completions.
+        accumulate: number of micro-batches per optimizer step.
+        max_new_tokens: maximum number of tokens per completion.
+        temperature: sampling temperature.
+        kl: weight of the KL divergence from the initial model.
+        clip_ratio: clipping range ε of the policy ratio.
+        lora, anneal: settings of the adapter and of its annealing.
+        dtype: dtype of computation.
+        seed: seed of the adapter, of the order of prompts and of sampling.
+        log_every, save_every: number of steps between log lines and between checkpoints; 0 for no checkpoints.
     """
 
     optimizer: OptimizerConfig
@@ -118,7 +120,7 @@ class GrpoSettings:
 
     @property
     def micro_batch(self) -> int:
-        """Completions."""
+        """Number of completions per micro-batch."""
         return self.prompts * self.group // (self.updates * self.accumulate)
 
 
@@ -132,23 +134,25 @@ def reinforce(
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Fine-tune a model by the rewards of what it samples.
+    """Fine-tune a model with rewards for the completions that it samples.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        data: JSON lines with `prompt`, a text or a list of messages, and further fields for the reward.
-        reward: ``module:function``: see :func:`~effpass.trainers.finetune.reward.load_reward`.
-        folder: where the result goes; must not exist.
-        settings: of the run.
-        resume: go on from the last checkpoint in ``FOLDER.training``.
-        say: gets lines for people.
+        source: model, as `effpass.load_model` accepts it.
+        data: JSON lines file with a field `prompt`, a text or a list of messages, and further fields for the reward.
+        reward: name of the reward function, ``module:function``: see
+            :func:`~effpass.trainers.finetune.reward.load_reward`.
+        folder: output folder; must not exist.
+        settings: settings of the run.
+        resume: whether to resume from the last checkpoint in ``FOLDER.training``.
+        say: function that receives messages for the user.
 
     Returns:
-        `folder`, as :func:`effpass.trainers.finetune.run.tune` writes it; the metrics have rewards.
+        `folder` with the files that :func:`effpass.trainers.finetune.run.tune` writes; the metrics contain rewards.
 
     Raises:
-        EffpassError: trl is not installed; a fault of the settings, the data or a reward.
-        ModelError: the model can't be read or trained.
+        EffpassError: if trl is not installed, the settings or the data are invalid, the reward fails, the device has
+            too little memory, or the output exists already.
+        ModelError: if the model can't be read or trained.
     """
     if importlib.util.find_spec("trl") is None:
         raise EffpassError("GRPO runs on trl, which is not installed", hint="pip install 'effpass[grpo]'")
@@ -188,7 +192,7 @@ def reinforce(
     with explained(found, work, say, "start anew with a larger --accumulate, or fewer --prompts or --max-new-tokens"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trained.peft is not None and "ref" in trained.peft.peft_config:
-        trained.peft.delete_adapter("ref")  # TRL's copy of the adapter before, for the divergence
+        trained.peft.delete_adapter("ref")  # TRL's copy of the initial adapter, for the KL divergence
     publish(folder, work, trained, tokenizer, settings.dtype, {**run, "prompts": len(rows), "device": str(args.device)})
     say(f"saved {folder}")
     return folder
@@ -202,8 +206,8 @@ def _trainer(
     from transformers import PrinterCallback
     from trl import GRPOTrainer
 
-    class Reinforcer(AdapterTrainer, GRPOTrainer):  # a class of TRL's, which is there only now
-        """GRPOTrainer with checkpoints of what is trained."""
+    class Reinforcer(AdapterTrainer, GRPOTrainer):  # defined here because TRL is an optional dependency
+        """GRPOTrainer whose checkpoints hold the trained parameters."""
 
     optimizer = make_optimizer(settings.optimizer, trained.model)
     rates = LambdaLR(optimizer, rate(settings.schedule, settings.steps))
@@ -222,7 +226,10 @@ def _trainer(
 
 
 def _order(count: int, settings: GrpoSettings) -> list[int]:
-    """The prompts of the whole run, shuffled anew in each pass: TRL's sampler would begin anew when a run resumes."""
+    """Return the indices of the prompts of the whole run, shuffled anew in each pass.
+
+    The order is made here because TRL's sampler would start again when a run is resumed.
+    """
     wanted = settings.steps // settings.updates * settings.prompts
     passes = (np.random.default_rng((settings.seed, epoch)).permutation(count) for epoch in range(-(-wanted // count)))
     return np.concatenate([*passes])[:wanted].tolist()
@@ -256,12 +263,12 @@ def _arguments(settings: GrpoSettings, folder: Path) -> Any:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    args._n_gpu = min(1, args.n_gpu)  # or it would copy the model to every GPU that it sees
+    args._n_gpu = min(1, args.n_gpu)  # otherwise the Trainer copies the model to all visible GPUs (DataParallel)
     return args
 
 
 def _read_prompts(path: Path, tokenizer: Any, at_least: int) -> list[dict[str, Any]]:
-    """The rows of a file, all with the fields of the first."""
+    """Return the lines of a file, which must all have the same fields."""
     rows: list[dict[str, Any]] = []
     for line, row in read_lines(path):
         where = f"{path}:{line}"
@@ -290,7 +297,10 @@ def _read_prompts(path: Path, tokenizer: Any, at_least: int) -> list[dict[str, A
 def _estimate(
     config: Any, tokenizer: Any, rows: list[dict[str, Any]], settings: GrpoSettings, device: torch.device
 ) -> Estimate:
-    """What a step keeps for its backward pass, beside the keys and values of the completions: the engine holds them."""
+    """Estimate the memory of a run: what a step saves for its backward pass, and the KV cache of the completions.
+
+    The two are added, because the engine still holds the cache during training.
+    """
     texts = [
         r["prompt"]
         if isinstance(r["prompt"], str)
@@ -315,7 +325,7 @@ def _estimate(
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     cache = 2 * text_config.num_hidden_layers * heads * size * (2 if bfloat16 else 4)
     cache *= settings.prompts * settings.group * length
-    if settings.kl and settings.method == "full":  # TRL's copy of the model before; an adapter is switched off instead
+    if settings.kl and settings.method == "full":  # TRL copies the initial model; with an adapter, only the adapter
         found = replace(found, state=found.state + 4 * found.parameters)
     if found.activations is None:
         return found

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning on packed rows, and the held-out loss."""
+"""Training loop of supervised fine-tuning on packed samples, and the loss on held-out samples.
+
+:mod:`.run` creates the trainer. Graded tokens are those whose prediction the loss counts (:mod:`.samples`), and a row
+is one sequence of packed samples (:mod:`.packing`).
+"""
 
 from __future__ import annotations
 
@@ -27,18 +31,18 @@ from effpass.trainers.run_folder import Recorder
 
 __all__ = ["HeldOut", "Tuner", "check_packing", "held_out_loss", "training_arguments"]
 
-# Largest share of a logit's size that one sample may move the next one's logits by: rounding of bfloat16.
+# Largest change of a logit by another sample in its row, relative to the largest logit; allows for bfloat16 rounding.
 _LEAK = 2e-2
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss of held-out samples.
+    """Loss on held-out samples.
 
     Attributes:
-        loss: negative log-likelihood in nats for a graded token.
-        error: its standard error, samples being what was drawn.
-        tokens: graded ones.
+        loss: mean negative log-likelihood per graded token, in nats.
+        error: standard error of the loss, with samples as the random units.
+        tokens: number of graded tokens.
     """
 
     loss: float
@@ -47,7 +51,10 @@ class HeldOut:
 
 
 def training_arguments(settings: Settings, steps: int, folder: Path) -> TrainingArguments:
-    """What the Trainer is told; making it starts the process group where torchrun started several processes."""
+    """Return the arguments of the Trainer.
+
+    Creating them starts the process group if torchrun started several processes.
+    """
     every = settings.evaluate_every
     return TrainingArguments(
         output_dir=str(folder),
@@ -57,13 +64,13 @@ def training_arguments(settings: Settings, steps: int, folder: Path) -> Training
         bf16=settings.dtype == "bfloat16",
         seed=settings.seed,
         logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at every micro-batch
+        logging_nan_inf_filter=False,  # the filter would synchronize with the device at every micro-batch
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
-        ignore_data_skip=True,  # our loader begins where the checkpoint ended
+        ignore_data_skip=True,  # the data loader already starts where the checkpoint ended
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
@@ -71,21 +78,21 @@ def training_arguments(settings: Settings, steps: int, folder: Path) -> Training
 
 
 class Tuner(AdapterTrainer, Loop):
-    """The loop.
+    """Trainer of supervised fine-tuning.
 
     Args:
-        trained: model and adapter.
-        settings: of the run.
-        args: of :func:`training_arguments`.
-        batches: of this process.
-        first_step: how many steps are done already.
-        recorder: of metrics.
-        validation: held-out samples; none is fine.
-        sparsity: moves the budgets of sparse attention; None leaves them.
-        processes: those that share micro-batches, if any.
+        trained: model with its adapter, if it has one.
+        settings: settings of the run.
+        args: arguments from :func:`training_arguments`.
+        batches: micro-batches of this process.
+        first_step: number of steps that are done already.
+        recorder: recorder of metrics.
+        validation: held-out samples; may be empty.
+        sparsity: tuner of the budgets of sparse attention; None to keep them fixed.
+        processes: which processes read different data, and which share micro-batches.
     """
 
-    most_workers = 0  # rows are put together in less time than it takes to queue a step
+    most_workers = 0  # making a micro-batch takes less time than launching a step
 
     def __init__(
         self,
@@ -109,12 +116,13 @@ class Tuner(AdapterTrainer, Loop):
             self.add_callback(callback)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """All micro-batches of a step, which the tuner plans by."""
+        """Return all micro-batches of a step, after the tuner has planned the step with them."""
         found = super().get_batch_samples(*args, **kwargs)
         if self.sparsity is not None and found[0]:
             documents = [documents_of(batch) for batch in found[0]]
             self.sparsity.begin_step(documents)
-            for batch, lengths in zip(found[0], documents, strict=True):  # attention need not look for them
+            # Given the document boundaries, attention does not have to search for them.
+            for batch, lengths in zip(found[0], documents, strict=True):
                 batch["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return [self.processes.part(batch) for batch in found[0]], *found[1:]
 
@@ -125,19 +133,19 @@ class Tuner(AdapterTrainer, Loop):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.sparsity is not None:  # of each process, before the state that makes the checkpoint whole
+        if self.sparsity is not None:  # on each process, before the Trainer's state completes the checkpoint
             save_tuner(self.sparsity, Path(output_dir), self.args.process_index)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """The mean over the step's graded tokens, plus the router's loss where the model has one."""
+        """Return this micro-batch's part of the mean over the graded tokens of a step, plus the router loss, if any."""
         weights, targets = inputs.pop("weights"), inputs.pop("targets")
         outputs = model(**inputs, use_cache=False, **self.asks_router)
-        # Processes are averaged, and what the parts of a micro-batch lose is added up.
+        # Gradients are averaged over processes, but the losses of the parts of a micro-batch must be added up.
         loss = (_token_losses(outputs.logits, targets) * weights).sum() * self.processes.sharing
         return self.with_balance(loss, outputs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out loss, with its standard error."""
+        """Return the held-out loss and its standard error; empty without held-out samples."""
         if not self.validation:
             return {}
         with self.compute_loss_context_manager():
@@ -149,13 +157,14 @@ class Tuner(AdapterTrainer, Loop):
 
 @torch.no_grad()
 def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches, processes: Processes = ALONE) -> HeldOut:
-    """Loss of `samples`, in rows and micro-batches as those of training.
+    """Return the loss on samples, in rows and micro-batches like those of training.
 
     Args:
-        model: in any mode; it is left in the one that it was in.
-        samples: held out.
-        like: packed or not, how long its rows are and how many go together; longer samples get rows of their own.
-        processes: those that share micro-batches, if any; the others do the same work.
+        model: model, which is left in its training or evaluation mode.
+        samples: held-out samples.
+        like: micro-batches of training, which determine packing, row length and rows per micro-batch. Rows are longer
+            if the longest sample requires it.
+        processes: which processes share micro-batches; the others do the same work.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -164,7 +173,7 @@ def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches, pr
     rows = pack(samples, order, length) if like.is_packed else [[number] for number in order]
     size = max(1, like.batch // (like.accumulate * like.world))
     sums, counts = [], []
-    # Compiled layers would be compiled once more for every shape that occurs here.
+    # Eager, because compiled layers would be recompiled for every shape.
     with torch.compiler.set_stance("force_eager"):
         for first in range(0, len(rows), size):
             part = [[samples[n] for n in row] for row in rows[first : first + size]]
@@ -187,9 +196,9 @@ def held_out_loss(model: Any, samples: Sequence[Sample], like: PackedBatches, pr
 
 @torch.no_grad()
 def check_packing(model: Any, dtype: torch.dtype) -> None:
-    """Raise ModelError when a sample in a row moves the logits of the one behind it.
+    """Raise ModelError if a packed sample changes the logits of the next sample in its row.
 
-    So it is where layers carry a state along the row, or attend by another way than transformers' masks.
+    This happens if layers carry a state along the row, or if attention does not use transformers' masks.
     """
     was_training, device = model.training, next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -209,6 +218,6 @@ def check_packing(model: Any, dtype: torch.dtype) -> None:
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of `targets`: float32 `[B, T]` of logits `[B, T, vocabulary]`."""
+    """Return the negative log-likelihood of `targets`, float32 `[B, T]`, from logits `[B, T, vocabulary]`."""
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape)

@@ -1,4 +1,4 @@
-"""The memory of a fine-tuning run."""
+"""Estimate of the device memory that a fine-tuning run needs; checked before the run starts."""
 
 from __future__ import annotations
 
@@ -38,26 +38,31 @@ def estimate(
     sparse: Sparse | None = None,
     sharing: int = 1,
 ) -> Estimate:
-    """The memory on one device.
+    """Estimate the memory on one device.
 
     Args:
-        rows, length: of a micro-batch.
-        bfloat16: of computation, and of frozen weights.
-        sparse: attention that has lists of blocks instead of masks.
-        sharing: devices that share the micro-batch.
+        model_config: transformers config of the model.
+        method: what is trained: all weights or an adapter.
+        lora: settings of the adapter.
+        optimizer: name of the optimizer.
+        rows, length: number of sequences per micro-batch, and of tokens per sequence.
+        bfloat16: whether computation is in bfloat16, and frozen weights too.
+        device: device of the run.
+        sparse: settings of sparse attention, which saves lists of blocks instead of masks; None for the model's own.
+        sharing: number of devices that share a micro-batch.
     """
     activations = None
     with torch.device("meta"), no_init_weights():
         model = make_model(copy.deepcopy(model_config), None, 0)
         model.tie_weights()  # type: ignore[operator]
-        every = sum(p.numel() for p in model.parameters())
+        total = sum(p.numel() for p in model.parameters())
         if method != "full":
             if bfloat16:
                 model.to(torch.bfloat16)
             add_lora(model, lora)
     with FakeTensorMode(), SHAPES:
         _pretend(model)
-        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         use_causal_attention(model)
         set_experts(model)
         shape = (rows, length) if sharing == 1 else (1, -(-rows * length // sharing))
@@ -66,9 +71,10 @@ def estimate(
         def forward(_: Any) -> tuple[Tensor, Tensor]:
             return model(input_ids=ids, use_cache=False).logits, ids
 
-        # As in the run, see Trained.under_autocast; and an operator may have shapes that depend on data.
+        # Casts are disabled as in the run (Trained.under_autocast). Operators with data-dependent shapes raise errors.
         with disable_input_dtype_casting(model, bfloat16), suppress(RuntimeError, NotImplementedError):
-            # Which tokens of a packed row attend: a bool, and what each layer's attention makes and keeps of it.
+            # Masks of packed rows: a boolean one, and one in the dtype of computation that the attention of each layer
+            # makes of it and saves.
             text = model_config.get_text_config(decoder=True)
             masks = rows * length * length * (1 + text.num_hidden_layers * (2 if bfloat16 else _FLOAT))
             if sparse is not None:
@@ -76,16 +82,16 @@ def estimate(
                 blocks = -(-min(sparse.most, rows * length) // sparse.block)
                 masks = text.num_hidden_layers * groups // sharing * rows * length * blocks * _INDEX
             activations = kept_bytes(model, forward, bfloat16=bfloat16) + masks
-    state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + (every if method != "full" else 0) * (
+    state = trained * (2 * _FLOAT + STATE_BYTES[optimizer]) + (total if method != "full" else 0) * (
         2 if bfloat16 else _FLOAT
     )
     if bfloat16:
-        state += 2 * learned  # autocast's copy
-    return Estimate(every if method == "full" else every + learned, state, activations, "", available(device))
+        state += 2 * trained  # copy of the weights that autocast makes
+    return Estimate(total if method == "full" else total + trained, state, activations, "", available(device))
 
 
 def host_line(found: Estimate, device: torch.device) -> str:
-    """What the host needs while the checkpoint is read, for people."""
+    """Return a message about the host memory that reading the checkpoint needs."""
     if device.type == "cpu":
         return "the device is the host"
     free = available_memory()
@@ -95,7 +101,10 @@ def host_line(found: Estimate, device: torch.device) -> str:
 
 
 def _pretend(model: nn.Module) -> None:
-    """Put fake tensors, which pretend to be on a device, in the place of meta tensors: PEFT can't make fake ones."""
+    """Replace meta tensors by fake tensors, which pretend to be on a device.
+
+    PEFT can't create adapters on fake tensors, so that the model is made of meta tensors first.
+    """
     known: dict[int, Any] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):

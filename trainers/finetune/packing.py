@@ -1,9 +1,11 @@
-"""Micro-batches of packed samples, as a pure function of their number: a resumed run reads what the whole run reads.
+"""Micro-batches of packed samples as a pure function of their index: a resumed run reads the same data as a whole one.
 
-Samples are shuffled anew in each epoch and put into rows, each into the first open row with room. Positions start at 0
-in every sample; transformers sees from them that a row holds several, and lets none attend to another.
+Samples are shuffled in each epoch and packed into rows, each into the first open row with room. A row is one sequence
+of the model. Positions start at 0 in every sample of a row, from which transformers recognizes the samples and keeps
+them from attending to each other.
 
-Each graded token weighs the same in an optimiser step, however the step is cut into rows, micro-batches and processes.
+Every graded token, one whose prediction the loss counts, has the same weight in an optimizer step, however the step is
+divided into rows, micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ from effpass.trainers.finetune.samples import Sample
 
 __all__ = ["PackedBatches", "check_lengths", "make_rows", "pack"]
 
-# Rows that are open at a time: the order of samples stays random, and rows get full.
+# Maximum number of open rows: few enough to keep the order of samples random, and enough to fill rows well.
 _OPEN = 64
-_ROUND = 64  # unpacked rows are padded to a multiple of it
+_ROUND = 64  # unpacked rows are padded to a multiple of this number of tokens
 
 
 def check_lengths(samples: Sequence[Sample], length: int, path: object, most: int) -> None:
-    """Raise EffpassError for samples longer than `length` tokens; a row can have `most`."""
+    """Raise EffpassError if samples are longer than `length` tokens.
+
+    Args:
+        samples: samples of the file.
+        length: number of tokens per row.
+        path: file of the samples, for the message.
+        most: maximum number of tokens per row that the model allows, for the hint.
+    """
     longest = max(samples, key=lambda sample: len(sample.tokens))
     count = sum(len(sample.tokens) > length for sample in samples)
     if count:
@@ -39,7 +48,7 @@ def check_lengths(samples: Sequence[Sample], length: int, path: object, most: in
 
 
 def pack(samples: Sequence[Sample], order: Sequence[int], length: int) -> list[list[int]]:
-    """Rows of at most `length` tokens: for each the numbers of its samples."""
+    """Pack samples into rows of at most `length` tokens, and return the indices of the samples of each row."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # row, tokens left
     for number in order:
@@ -60,26 +69,26 @@ def pack(samples: Sequence[Sample], order: Sequence[int], length: int) -> list[l
 
 
 class PackedBatches(Dataset[dict[str, torch.Tensor]]):
-    """The run's micro-batches, in order.
+    """Micro-batches of a run, in order.
 
     Args:
-        samples: all.
-        length: tokens T of a row.
-        batch: rows of an optimiser step, over all processes.
-        accumulate: micro-batches that a process runs for one step.
-        steps: optimiser steps; None for those of `epochs`.
-        epochs: passes over the samples, where `steps` is None. The last step then has what is left.
-        seed: of the order.
-        is_packed: several samples in a row; else one, padded.
-        pad: token that fills rows.
-        rank, world: this process, and how many there are.
+        samples: all samples.
+        length: number of tokens T per row.
+        batch: number of rows per optimizer step, over all processes.
+        accumulate: number of micro-batches per process and step.
+        steps: number of optimizer steps; None to train for `epochs`.
+        epochs: number of passes over the samples if `steps` is None; the last step then has the remaining rows.
+        seed: seed of the order.
+        is_packed: whether a row holds several samples; otherwise it holds one and padding.
+        pad: token id that fills rows.
+        rank, world: index of this process among those that read different data, and their number.
 
     Attributes:
-        steps: optimiser steps.
-        passes: how often they read the samples.
+        steps: number of optimizer steps.
+        passes: number of passes over the samples, which may be fractional.
 
     Raises:
-        EffpassError: a batch can't be shared out.
+        EffpassError: if a batch can't be divided among the processes and micro-batches.
     """
 
     def __init__(
@@ -118,17 +127,17 @@ class PackedBatches(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def filling(self) -> float:
-        """Share of the rows' places that hold tokens."""
+        """Share of the positions in the rows that hold tokens of samples."""
         rows = self.rows[: self.steps * self.batch]
         return sum(len(self.samples[n].tokens) for row in rows for n in row) / (len(rows) * self.length)
 
     def __getitem__(self, micro: int) -> dict[str, torch.Tensor]:
-        """Micro-batch number `micro` of this process.
+        """Return micro-batch number `micro` of this process.
 
         Returns:
-            ``input_ids``, ``position_ids`` int64 `[B, T]`; ``weights`` float32 `[B, T]` of predicting each token from
-            those before, 1 for a graded one, over all graded tokens of the step, times the micro-batches that are
-            averaged.
+            ``input_ids`` and ``position_ids``, int64 `[B, T]`; ``weights``, float32 `[B, T]`, the weight in the loss of
+            predicting each token from those before it. The weight of a graded token is the number of micro-batches that
+            are averaged, divided by the number of graded tokens in the step; that of other tokens is 0.
         """
         step, part = divmod(micro, self.accumulate)
         rows = self.rows[step * self.batch : (step + 1) * self.batch]
@@ -148,11 +157,16 @@ class PackedBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def make_rows(rows: Sequence[Sequence[Sample]], length: int, pad: int) -> dict[str, torch.Tensor]:
-    """Samples side by side in rows, with padding behind that counts its positions anew.
+    """Concatenate samples to rows, followed by padding whose positions start at 0 as well.
+
+    Args:
+        rows: samples of each row.
+        length: number of tokens T per row.
+        pad: token id of the padding.
 
     Returns:
-        ``input_ids``, ``position_ids`` int64 `[B, T]`; ``graded`` bool `[B, T]`; ``sample`` int64 `[B, T]`, which of
-        all samples a token belongs to, counted over the rows, padding to the first of them.
+        ``input_ids`` and ``position_ids``, int64 `[B, T]`; ``graded``, bool `[B, T]`; ``sample``, int64 `[B, T]`, the
+        index of the sample that each token belongs to, counted over all rows, and 0 for padding.
     """
     ids = np.full((len(rows), length), pad, dtype=np.int64)
     positions = np.zeros((len(rows), length), dtype=np.int64)

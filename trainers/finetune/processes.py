@@ -1,7 +1,8 @@
-"""Which processes of a run read other data, and which share every micro-batch.
+"""Arrangement of the processes of a run: which read different data, and which share every micro-batch.
 
-Process r of P, with S that share: the r mod S-th part of what r // S reads. Neighbours share, since they exchange
-every layer's attention.
+Of P processes, S consecutive ones share their micro-batches by context parallelism: process r computes part r mod S of
+the micro-batches that group r // S reads. Consecutive processes share, because they exchange data in the attention of
+every layer.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ __all__ = ["ALONE", "Processes"]
 
 @dataclass(frozen=True)
 class Processes:
-    """
+    """Place of this process in the arrangement.
+
     Attributes:
-        rank: of this process among those that read other data.
-        world: how many these are.
-        sharing: S.
-        context: those that share this process's micro-batches; None where S is 1.
-        data: process group of those that read other data; None for all processes.
+        rank: index of its group among the groups that read different data.
+        world: number of these groups.
+        sharing: number of processes S that share a micro-batch.
+        context: mesh of the processes that share micro-batches with this one; None if S is 1.
+        data: process group of the processes that read different data; None for all processes.
     """
 
     rank: int = 0
@@ -41,16 +43,16 @@ class Processes:
 
     @classmethod
     def of(cls, args: TrainingArguments, sharing: int, config: Any) -> Processes:
-        """All of the run, which begins; a collective call where `sharing` is more than 1.
+        """Arrange all processes of a run; a collective call if `sharing` is more than 1.
 
         Args:
-            args: of the Trainer.
-            sharing: S.
-            config: of the model.
+            args: arguments of the Trainer.
+            sharing: number of processes S that share a micro-batch.
+            config: transformers config of the model.
 
         Raises:
-            EffpassError: the processes are no multiple of S.
-            ModelError: S processes can't share the model's key-value heads.
+            EffpassError: if the number of processes is not a multiple of S.
+            ModelError: if the KV heads of the model can't be divided among S processes.
         """
         if sharing == 1:
             return cls(args.process_index, args.world_size)
@@ -67,10 +69,11 @@ class Processes:
         return cls(rank, shape[0], sharing, mesh["context"], mesh["data"].get_group())
 
     def part(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """This process's part of a micro-batch `[B, T]`, all of it where nothing is shared.
+        """Return this process's part of a micro-batch `[B, T]`, or all of it if micro-batches are not shared.
 
-        All but ``input_ids`` and ``position_ids`` is about the prediction of a token from those before; it is moved to
-        the token before, and so are ``targets``, the tokens themselves. What is about no token is 0.
+        Tensors other than ``input_ids`` and ``position_ids`` refer to the prediction of a token from those before it.
+        They are shifted to the token before, and so are the token ids, which become ``targets``. Values without a token
+        to refer to are 0.
         """
         rows = {name: value for name, value in batch.items() if value.shape == batch["input_ids"].shape}
         others = {name: value for name, value in batch.items() if name not in rows}
@@ -80,7 +83,7 @@ class Processes:
         return whole if self.context is None else shard(whole, self.context)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of what the parts of a micro-batch have, in place."""
+        """Sum a tensor over the parts of a micro-batch, in place, and return it."""
         if self.context is not None:
             torch.distributed.all_reduce(x, group=self.context.get_group())
         return x

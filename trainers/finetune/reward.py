@@ -1,4 +1,4 @@
-"""A reward that the user wrote, called by name and checked."""
+"""User-defined reward functions for GRPO, loaded by name and checked."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Reward = Callable[..., list[float]]
 
 
 def load_reward(name: str) -> Reward:
-    """The function ``module:function``; modules in the working folder are found as well.
+    """Return the reward function ``module:function``; modules in the working directory are found as well.
 
-    It is called as ``f(prompts=…, completions=…, FIELD=…)`` with a list for each of its parameters: the prompts, what
-    was sampled (texts; of conversations lists of messages), and any field of the data. It returns one number for each
-    completion.
+    The function is called as ``f(prompts=…, completions=…, FIELD=…)`` with a list for each of its parameters: the
+    prompts, the sampled completions (texts, or lists of messages for conversations), and any field of the data. It
+    returns one number per completion.
 
     Returns:
-        The function as TRL calls it. It takes what it does not know, and raises an :class:`EffpassError` for rewards
-        that are not finite numbers, or not as many as there are completions.
+        The function in the form that TRL calls. It drops arguments that the user's function does not have, and raises
+        an :class:`EffpassError` if the rewards are not finite or their number is not that of the completions.
 
     Raises:
-        EffpassError: no such module or function.
+        EffpassError: if the module or the function does not exist.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
@@ -95,5 +95,5 @@ def _checked(function: Callable[..., Any], name: str) -> Reward:
     return reward
 
 
-# What TRL passes beside the data's fields.
+# Arguments that TRL passes in addition to the fields of the data.
 _TRL = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}

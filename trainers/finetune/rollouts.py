@@ -1,7 +1,8 @@
-"""Completions of a model while it learns, sampled by the decode engine.
+"""Sampling of completions from a model during reinforcement learning, on the decode engine.
 
-The engine, and on a GPU the CUDA graph of its step, read weights where they lie: what an optimiser writes in place is
-in the next completion, and so is β of an AFA adapter, which is a tensor. Nothing is merged, and nothing is copied.
+The engine, and on a GPU the CUDA graph of its decode step, read the weights of the model in place. An optimizer writes
+weights in place, so that the next completion uses them, and the same holds for β of an AFA adapter, which is a tensor.
+Nothing is merged or copied.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ __all__ = ["use_engine"]
 
 
 def use_engine(model: Any) -> str | None:
-    """Let `generate` of this instance run on the decode engine, without dropout.
+    """Make `generate` of this model instance run on the decode engine, in evaluation mode.
 
     Args:
-        model: a transformers causal LM, adapters in place.
+        model: transformers causal LM, with adapters in place.
 
     Returns:
-        Why the engine can't run it, None where it can; transformers' own `generate` stays then.
+        None, or the reason why the engine can't run the model, which then keeps transformers' `generate`.
     """
     try:
         attach(model)
@@ -35,7 +36,7 @@ def use_engine(model: Any) -> str | None:
         was_training, experts = self.training, self.config._experts_implementation
         self.eval()
         if has_experts:
-            self.set_experts_implementation("grouped_mm")  # the engine knows what to record in its place
+            self.set_experts_implementation("grouped_mm")  # the engine replaces it while it records a CUDA graph
         try:
             return on_engine(*args, **kwargs)
         finally:

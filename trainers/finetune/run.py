@@ -1,6 +1,8 @@
-"""A supervised run from a model and a file of samples to a folder.
+"""A complete supervised run: from a model and a file of samples to a checkpoint or an adapter.
 
-While it runs, its checkpoints and metrics stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+:func:`tune` implements `effpass train sft` and `effpass train afa-lora`; other training runs use its parts. During the
+run, checkpoints and metrics are in ``FOLDER.training``, from which it can be resumed. `FOLDER` is created when the run
+is complete.
 """
 
 from __future__ import annotations
@@ -49,9 +51,9 @@ from effpass.trainers.run_folder import (
 
 __all__ = ["begin", "check_plots", "check_same", "explained", "learned_line", "load", "publish", "read_model", "tune"]
 
-# What may differ between a run and its resumption; the micro-batches of a step move its gradient by rounding alone.
+# Settings that may differ between a run and its resumption. The number of micro-batches changes only the rounding.
 _FREE = ("accumulate", "log_every", "evaluate_every", "save_every")
-# Metrics that people see.
+# Metrics that are reported to the user.
 _SHOWN = ("loss", "eval_", "anneal", "balance_imbalance", "balance_bubble", "balance_budget", "balance_coverage")
 
 
@@ -69,22 +71,24 @@ def tune(
     """Fine-tune a model on samples.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        data: JSON lines: see :mod:`effpass.trainers.finetune.samples`.
-        folder: where the result goes; must not exist.
-        settings: of the run.
-        validation: held-out samples, of the same forms.
-        latencies: a latency table, for balance, instead of that in the cache.
-        resume: go on from the last checkpoint in ``FOLDER.training``.
-        say: gets lines for people, in the first process only.
+        source: model, as `effpass.load_model` accepts it.
+        data: JSON lines file: see :mod:`effpass.trainers.finetune.samples`.
+        folder: output folder; must not exist.
+        settings: settings of the run.
+        validation: file of held-out samples in the same forms; None for none.
+        latencies: latency table for a balanced run; None for the one in the cache.
+        resume: whether to resume from the last checkpoint in ``FOLDER.training``.
+        say: function that receives messages for the user, called in the first process only.
 
     Returns:
-        `folder`: a stock checkpoint with its tokenizer, or a stock PEFT adapter; beside it ``training.json`` (settings,
-        hash of the data, final losses), ``metrics.jsonl``, ``loss.png`` and, of a balanced run, ``balance.png``.
+        `folder`, which holds a transformers checkpoint with its tokenizer, or a PEFT adapter, and ``training.json``
+        (settings, hash of the data, final losses), ``metrics.jsonl``, ``loss.png`` and, for a balanced run,
+        ``balance.png``.
 
     Raises:
-        EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
-        ModelError: the model can't be read or trained.
+        EffpassError: if the settings or the data are invalid, the device has too little memory, or the output exists
+            already.
+        ModelError: if the model can't be read or trained.
     """
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
@@ -185,7 +189,7 @@ def tune(
 
 
 def read_model(source: str) -> tuple[Any, Any]:
-    """Config and tokenizer of a model that can be trained; no weights are read."""
+    """Return config and tokenizer of a model that can be trained, without reading its weights."""
     config, tokenizer = read_source(source)
     check_trainable(config, source)
     if tokenizer is None:
@@ -194,7 +198,7 @@ def read_model(source: str) -> tuple[Any, Any]:
 
 
 def load(source: str, settings: Any, schedule: Any, device: torch.device) -> Trained:
-    """The model with the adapter that `settings` name, on `device`."""
+    """Return the model on `device`, with the adapter that `settings` specify."""
     frozen = settings.method != "full"
     model = load_model(source, dtype=settings.dtype if frozen else "float32").model.to(device)
     torch.manual_seed(settings.seed)
@@ -202,12 +206,13 @@ def load(source: str, settings: Any, schedule: Any, device: torch.device) -> Tra
 
 
 def check_plots() -> None:
+    """Raise EffpassError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise EffpassError("loss plots need matplotlib, which is not installed", hint="pip install 'effpass[train]'")
 
 
 def check_same(run: dict[str, Any], work: Path) -> None:
-    """Raise EffpassError when the run in `work` began with other settings or data."""
+    """Raise EffpassError if the run in `work` began with other settings or data."""
     before = json.loads((work / RUN).read_text())
     old, new = _flat(before), _flat(json.loads(json.dumps(run)))
     changed = [
@@ -223,7 +228,7 @@ def check_same(run: dict[str, Any], work: Path) -> None:
 
 
 def begin(work: Path, run: dict[str, Any], first_step: int, *, resume: bool) -> None:
-    """Make the folder of a run, or cut its metrics to what its checkpoint knows."""
+    """Create the folder of a run, or remove the metrics after the checkpoint from which it is resumed."""
     if not resume:
         (work / "checkpoints").mkdir(parents=True)
         write_text(work / RUN, json.dumps(run, indent=2))
@@ -231,12 +236,12 @@ def begin(work: Path, run: dict[str, Any], first_step: int, *, resume: bool) -> 
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The token that fills rows; no loss counts it, and nothing attends to it."""
+    """Return the id of the token that fills rows; the loss does not count it, and no sample attends to it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def learned_line(trained: Trained) -> str:
-    """What learns and what does not, for people."""
+    """Return a message about which share of the parameters is trained."""
     parameters = list(trained.model.named_parameters())
     learned = sum(p.numel() for _, p in parameters if p.requires_grad)
     line = f"{learned / 1e6:.3f} M of {sum(p.numel() for _, p in parameters) / 1e6:.3f} M parameters learn"
@@ -246,7 +251,14 @@ def learned_line(trained: Trained) -> str:
 
 @contextmanager
 def explained(found: Estimate, work: Path, say: Callable[[str], None], hint: str) -> Iterator[None]:
-    """A run inside that is stopped, or runs out of memory, says how to go on; `hint` is for the latter."""
+    """Turn an interruption or a lack of memory inside this context into a message that says how to continue.
+
+    Args:
+        found: memory estimate of the run.
+        work: working folder of the run.
+        say: function that receives messages for the user.
+        hint: hint for a lack of memory.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -261,16 +273,16 @@ def explained(found: Estimate, work: Path, say: Callable[[str], None], hint: str
 
 
 def publish(folder: Path, work: Path, trained: Trained, tokenizer: Any, dtype: str, facts: dict[str, Any]) -> None:
-    """Write the result beside its place, then give it its name."""
+    """Write the output folder atomically, and remove the working folder."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         result = trained.finish()
         if trained.peft is None:
-            result.config.use_cache = True  # the Trainer has set it to False
+            result.config.use_cache = True  # the Trainer sets it to False
             result.to(getattr(torch, dtype))
             tokenizer.save_pretrained(temporary)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT looks for the base model's config, to tell resized embeddings
+            warnings.simplefilter("ignore")  # PEFT warns if it finds no config to compare the embeddings' size with
             result.save_pretrained(temporary)
         shutil.copyfile(work / METRICS, temporary / METRICS)
         lines = read_metrics(work / METRICS)

@@ -1,13 +1,14 @@
-"""JSON lines to tokens, with what is graded: completions and the assistant's turns, or the whole of a plain text.
+"""Tokenized samples from a JSON lines file, with a marker for the graded tokens, whose predictions the loss counts.
 
-A line is one of::
+A line has one of these forms::
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
-A prompt and each piece of a completion are tokenised apart, so that a prompt has the tokens that it has when the model
-is used. Further fields are left alone.
+Completions and the assistant's turns are graded, or the whole of a plain text. Prompts and completions are tokenized
+separately, and so are the turns of a conversation, so that a prompt has the same tokens as during generation. Other
+fields are ignored.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ _FORMS = ("messages", "prompt", "text")
 
 @dataclass(frozen=True)
 class Sample:
-    """One line's tokens.
+    """Tokens of one line.
 
     Attributes:
-        tokens: int32 `[T]`.
-        graded: bool `[T]`: the loss counts the prediction of this token from those before.
-        line: of the file, from 1.
+        tokens: token ids, int32 `[T]`.
+        graded: bool `[T]`, whether the loss counts the prediction of this token from the tokens before it.
+        line: line number in the file, counted from 1.
     """
 
     tokens: np.ndarray
@@ -44,11 +45,11 @@ class Sample:
 
 
 def read_samples(path: Path, tokenizer: Any) -> list[Sample]:
-    """All lines of a file as samples, in their order.
+    """Return all lines of a file as samples, in order.
 
     Raises:
-        EffpassError: a line is no object of one of the forms; names file, line and field.
-        ModelError: the tokenizer has no chat template, where messages need one, or no end-of-text token.
+        EffpassError: if a line does not have one of the forms; the message names file, line and field.
+        ModelError: if the tokenizer has no end-of-text token, or has no chat template although there are messages.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token, by which a completion ends")
@@ -56,10 +57,10 @@ def read_samples(path: Path, tokenizer: Any) -> list[Sample]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not empty.
+    """Yield line number and object of each line that is not empty.
 
     Raises:
-        EffpassError: not a file, not UTF-8, not JSON objects, or no line at all.
+        EffpassError: if the file can't be read, is not UTF-8, has a line that is not a JSON object, or has no lines.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -84,6 +85,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def file_hash(path: Path) -> str:
+    """Return the SHA-256 hash of a file in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -103,19 +105,19 @@ def _sample(row: dict[str, Any], where: str, line: int, tokenizer: Any) -> Sampl
         pieces, ends = [(prompt, False, True), (completion, True, False)], True
     else:
         pieces = [(text, graded, False) for text, graded in _turns(row["messages"], where, tokenizer)]
-        ends = False  # the template ends a turn in its own way
+        ends = False  # the chat template marks the end of a turn
     tokens: list[int] = []
     graded: list[bool] = []
     for text, counts, special in pieces:
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         while special and ids and ids[-1] == tokenizer.eos_token_id:
-            ids = ids[:-1]  # some tokenizers end every text; only a whole sample ends here
+            ids = ids[:-1]  # some tokenizers append the token to every text, and only a complete sample gets one here
         tokens += ids
         graded += [counts] * len(ids)
     if ends:
         tokens.append(tokenizer.eos_token_id)
         graded.append(True)
-    graded[0] = False  # nothing stands before it
+    graded[0] = False  # there are no tokens before it to predict it from
     if not any(graded):
         raise EffpassError(f"{where}: no token to learn from", hint="a completion, or a text of several tokens")
     return Sample(np.array(tokens, dtype=np.int32), np.array(graded), line)
@@ -132,7 +134,7 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def check_messages(messages: Any, where: str) -> None:
-    """Raise EffpassError unless `messages` is a list of messages with role and content."""
+    """Raise EffpassError unless `messages` is a non-empty list of messages with role and content."""
     if not isinstance(messages, list) or not messages:
         raise EffpassError(f"{where}: got {messages!r:.60}, expected a list of messages")
     for i, message in enumerate(messages):
@@ -145,7 +147,7 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def _turns(messages: Any, where: str, tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Texts of a conversation as the chat template renders it, in order, and whether the assistant says them."""
+    """Yield the pieces of a conversation as the chat template renders it, and whether each is the assistant's."""
     check_messages(messages, f"{where}: messages")
     if not any(message["role"] == "assistant" for message in messages):
         raise EffpassError(f"{where}: messages: none is the assistant's, so there is nothing to learn from")

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is told."""
+"""Settings of a supervised fine-tuning run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["RATES", "Anneal", "Method", "Settings", "Sparse"]
 
 Method = Literal["full", "lora", "afa-lora"]
 
-# Keys of a block that kernels have.
+# Block sizes in keys that the kernels support.
 _BLOCKS = (32, 64, 128, 256, 512)
 
-# Learning rates where none is given. MONA's and Muon's updates are scaled so that AdamW's rates carry over.
+# Default learning rates by method. Updates of MONA and Muon are scaled such that the rates of AdamW suit them.
 RATES = {"full": 2e-5, "lora": 2e-4, "afa-lora": 2e-4}
 
 
 @dataclass(frozen=True)
 class Anneal:
-    """The activation of an AFA adapter and when it goes: see :class:`AnnealSchedule`."""
+    """Activation and annealing of an AFA adapter: see :class:`AnnealSchedule`."""
 
     activation: str = "relu"
     start: float = 0.0
@@ -35,21 +35,23 @@ class Anneal:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise EffpassError(f"unknown activation {self.activation!r}{did_you_mean(self.activation, ACTIVATIONS)}")
-        self.schedule(1000)  # refuses what no run can have, however long
+        self.schedule(1000)  # raises for values that are invalid in runs of any length
 
     def schedule(self, steps: int, hold: int = 1) -> AnnealSchedule:
+        """Return the schedule of β for a run of `steps` optimizer steps."""
         return AnnealSchedule(steps, self.start, self.end, self.kind, hold)
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """Attention to blocks that tokens choose: see :mod:`effpass.lowering.ops.routed_attention`.
+    """Sparse attention to blocks of keys that each token chooses: see :mod:`effpass.lowering.ops.routed_attention`.
 
     Attributes:
-        budget: keys that a token attends to, rounded up to whole blocks.
-        block: keys of a block.
-        is_balanced: budgets move, and samples are shared out, so that processes do not wait for each other.
-        anchor, p: of :class:`~effpass.trainers.balance.tuning.Tuning`.
+        budget: number of keys that a token attends to, rounded up to whole blocks.
+        block: number of keys per block.
+        is_balanced: whether budgets change and samples are redistributed such that processes do not wait for each
+            other.
+        anchor, p: see :class:`~effpass.trainers.balance.tuning.Tuning`.
     """
 
     budget: int = 8192
@@ -65,40 +67,40 @@ class Sparse:
 
     @property
     def most(self) -> int:
-        """Keys of the largest budget."""
+        """Largest budget in keys."""
         return self.tuning.budgets[-1] if self.is_balanced else self.tuning.default
 
     @property
     def tuning(self) -> Tuning:
-        """Gradients are added up once a step, and there the processes wait for each other."""
+        """Rules of the tuning; processes wait for each other once per step, when gradients are reduced."""
         default = -(-self.budget // self.block) * self.block
         return Tuning(budgets_around(self.budget, self.block), default, self.anchor, self.p, waits="step")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A supervised run.
+    """Settings of a supervised run.
 
     Attributes:
-        method: what learns: all weights, a LoRA adapter, or an AFA adapter.
-        optimizer: which, and its rates.
-        schedule: of the learning rate.
-        steps: optimiser steps; None for those of `epochs`.
-        epochs: passes over the data, where `steps` is None.
-        batch: rows of an optimiser step, over all processes.
-        accumulate: micro-batches that a process runs for one step.
-        sequence_length: tokens of a row; None for those of the longest sample, in steps of 64.
-        is_packed: several samples in a row.
-        lora: of the adapter.
-        anneal: of an AFA adapter.
-        dtype: of computation. What learns is float32 either way; frozen weights, and a fully tuned model when it is
-            saved, are of this type.
-        compile: compile each decoder layer with Inductor.
-        sparse: attention that is sparse; None for the model's own.
-        context: processes that share each micro-batch, with sparse attention.
-        seed: of the adapter, dropout and the order of the data.
-        log_every, evaluate_every, save_every: steps; 0 for evaluations at the beginning and the end alone, and for no
-            checkpoints.
+        method: what is trained: all weights, a LoRA adapter, or an AFA adapter (:mod:`effpass.trainers.afa_lora`).
+        optimizer: optimizer with its learning rate.
+        schedule: learning rate schedule.
+        steps: number of optimizer steps; None to train for `epochs`.
+        epochs: number of passes over the data if `steps` is None.
+        batch: number of rows per optimizer step, over all processes; a row is one sequence of packed samples.
+        accumulate: number of micro-batches per process and step.
+        sequence_length: number of tokens per row; None for that of the longest sample, rounded up to a multiple of 64.
+        is_packed: whether a row holds several samples.
+        lora: settings of the adapter.
+        anneal: activation and annealing of an AFA adapter.
+        dtype: dtype of computation, of frozen weights, and of a fully fine-tuned model when it is saved. Trained
+            parameters are float32 in either case.
+        compile: whether to compile each decoder layer with Inductor.
+        sparse: settings of sparse attention; None for the model's own attention.
+        context: number of processes that share each micro-batch; more than 1 requires sparse attention.
+        seed: seed of the adapter, of dropout and of the order of the data.
+        log_every, evaluate_every, save_every: number of steps between log lines, evaluations and checkpoints. With 0
+            there are evaluations only at the beginning and the end, and no checkpoints.
     """
 
     optimizer: OptimizerConfig

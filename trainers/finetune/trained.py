@@ -1,4 +1,4 @@
-"""What a run trains: the model with its adapter, and the checkpoints of exactly that."""
+"""What a fine-tuning run trains, a model with or without an adapter, and checkpoints of the trained parameters."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _WEIGHTS, _ANNEAL = "trained.safetensors", "anneal.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """
+    """A model that is trained, with its adapter.
+
     Attributes:
-        model: what is called: the transformers model, adapters in place.
-        peft: the `PeftModel` around it; None for full fine-tuning.
-        afa: the annealed activation; None where there is none.
+        model: model that is called: the transformers model, with adapters in place.
+        peft: `PeftModel` around it; None for full fine-tuning.
+        afa: annealed activation; None if there is none.
     """
 
     model: Any
@@ -37,16 +38,20 @@ class Trained:
     afa: AfaLora | None = None
 
     def under_autocast(self) -> AbstractContextManager[None]:
-        """For all that runs under autocast: PEFT would cast an adapter's input to float32, and autocast back again."""
+        """Context manager for everything that runs under autocast: it disables PEFT's casts of adapter inputs.
+
+        PEFT would cast the inputs to float32, and autocast would cast them back.
+        """
         from peft.helpers import disable_input_dtype_casting
 
         return disable_input_dtype_casting(self.model)
 
     def callbacks(self) -> list[TrainerCallback]:
+        """Return the callbacks that the Trainer needs, such as the one that updates β."""
         return [] if self.afa is None else [self.afa.callback()]
 
     def finish(self) -> Any:
-        """What is saved: the model, or a stock `PeftModel`; the activation of an AFA adapter is gone."""
+        """Return what is saved: the model, or a standard `PeftModel` without the activation of an AFA adapter."""
         if self.afa is not None:
             self.afa.finish()
         return self.model if self.peft is None else self.peft
@@ -55,10 +60,14 @@ class Trained:
 def make_trained(
     model: Any, method: Method, lora: LoraSettings, anneal: Anneal, schedule: AnnealSchedule | None
 ) -> Trained:
-    """Freeze `model`, put the method's adapter beside its layers, in place.
+    """Prepare `model` for training, in place: for an adapter, freeze it and add the adapter to its layers.
 
     Args:
-        schedule: of β, for `afa-lora`.
+        model: transformers model.
+        method: what is trained: all weights or an adapter.
+        lora: settings of the adapter.
+        anneal: activation of an AFA adapter.
+        schedule: schedule of β for `afa-lora`; None for other methods.
     """
     if method == "full":
         model.requires_grad_(True)
@@ -71,7 +80,7 @@ def make_trained(
 
 
 def check_trainable(config: Any, name: str) -> None:
-    """Raise ModelError for a checkpoint of quantised weights, before they are read."""
+    """Raise ModelError for a checkpoint with quantized weights, before the weights are read."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
@@ -83,10 +92,12 @@ def check_trainable(config: Any, name: str) -> None:
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer that moves and logs β, and whose checkpoints hold what is trained, under its names in memory.
+    """Trainer that logs β of an AFA adapter and saves only the trained parameters in checkpoints.
+
+    The parameters have the same names there as in memory.
 
     Attributes:
-        trained: set by the subclass before training.
+        trained: model and adapter; subclasses set it before training.
     """
 
     trained: Trained

@@ -1,5 +1,6 @@
 """Pretraining of causal language models: `effpass train lm`.
 
-transformers' Trainer and accelerate run the loop. What stands here: the config, packed text, synthetic tasks, the
-choice of optimiser, the memory estimate, and a folder that holds everything the run was made of.
+transformers' Trainer and accelerate run the training loop. This package adds the config, packed text, synthetic tasks
+and rendered pictures as data, the choice of the optimizer, a memory estimate, and an output folder that records
+everything the run was made of.
 """

@@ -1,11 +1,11 @@
-"""Micro-batches as a pure function of their number: however a run is cut or interrupted, it reads the same data.
+"""Micro-batches as a pure function of their index: a run reads the same data however it is divided or interrupted.
 
-Which source a sequence comes from is drawn once for the whole run. A sequence is then the source's next: of text by the
-corpus's own order, of a task or of pictures by a generator seeded with the sequence's number.
+The source of every sequence is drawn once for the whole run. A sequence is then the next one of its source: for text by
+the order of the corpus, and for tasks and pictures from a random generator that is seeded with the sequence's number.
 
-Each token has a *weight* in the loss, and the weights of a sequence sum to 1, so that a sequence of a task, with few
-graded tokens, counts as much as one of text, where every token is graded. The loss of a batch is the mean over its
-sequences, which makes it the same however the batch is cut.
+Every token has a *weight* in the loss, and the weights of a sequence sum to 1. A sequence of a task, in which few
+tokens are graded (count in the loss), therefore counts as much as one of text, in which all are. The loss of a batch is
+the mean over its sequences, which does not depend on how the batch is divided.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from effpass.trainers.lm.tokenizer import END, PAD, byte_ids
 
 __all__ = ["MicroBatches", "evaluation_batches", "most_pictures", "source_names"]
 
-# Questions about one context in training.
+# Maximum number of questions about one context in training.
 _QUESTIONS = 32
-# Tokens of each source in an evaluation, within 8 to 64 sequences.
+# Number of tokens of each source in an evaluation, if these are 8 to 64 sequences.
 _EVALUATION_TOKENS = 1 << 18
 _EVALUATION_KEY = 1
 
 
 def source_names(config: Config) -> list[str]:
-    """A name for each source: of the task, of the pictures, or `text`, with a number where there are several."""
+    """Return a name for each source: that of its task or pictures, or `text`; equal names are numbered."""
     plain = [source.task or source.pictures or "text" for source in config.data]
     return [name if plain.count(name) == 1 else f"{name}{plain[:i].count(name) + 1}" for i, name in enumerate(plain)]
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Tokens `[T]`, their weights float32 `[T]`, and the pictures uint8 `[H, W, 3]` that stand among them."""
+    """Token ids `[T]`, their weights, float32 `[T]`, and the pictures, uint8 `[H, W, 3]`, that stand among them."""
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -50,17 +50,18 @@ class _Sequence:
 
 
 class MicroBatches(Dataset[dict[str, torch.Tensor]]):
-    """The run's micro-batches, in order.
+    """Micro-batches of a run, in order.
 
     Args:
-        config: of the run.
-        corpora: source number → its text.
-        rank: this process.
-        world: processes; each runs its share of every step's batch.
-        pictures: how the model takes pictures; needed where a source has any.
+        config: config of the run.
+        corpora: text of each source, by the index of the source.
+        rank: index of this process.
+        world: number of processes, each of which runs its share of the batch of every step.
+        pictures: how the model reads pictures; required if a source has pictures.
 
     Raises:
-        EffpassError: a batch can't be shared out, or a text is shorter than a sequence.
+        EffpassError: if a batch can't be divided among processes and micro-batches, or if a text is shorter than a
+            sequence.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
         self.rank, self.world = rank, world
         for stage in config.stages:
             _check(stage, corpora, world)
-        # A stage's sequences: their source, and their number among the source's sequences in the stage.
+        # For each sequence of a stage: its source, and its number among the sequences of that source in the stage.
         self._sources, self._numbers = [], []
         for index in range(len(config.stages)):
             drawn = _drawn_sources(config, index)
@@ -91,7 +92,7 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
         return self.config.steps * self.config.accumulate
 
     def stage_of(self, step: int) -> tuple[int, int]:
-        """The stage that an optimiser step belongs to, and the step's number in it."""
+        """Return the stage of an optimizer step, and the number of the step in that stage."""
         for index, stage in enumerate(self.config.stages):
             if step < stage.steps:
                 return index, step
@@ -99,11 +100,12 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
         raise IndexError(step)
 
     def __getitem__(self, micro: int) -> dict[str, torch.Tensor]:
-        """Micro-batch number `micro` of this process.
+        """Return micro-batch number `micro` of this process.
 
         Returns:
-            ``input_ids`` int64 `[B, T]`; ``weights`` float32 `[B, T]`, of predicting each token from those before;
-            ``source`` int64 `[B]`; ``pixels`` uint8 `[N, H, W, 3]` of the pictures in their order, where there are any.
+            ``input_ids``, int64 `[B, T]`; ``weights``, float32 `[B, T]`, the weight of predicting each token from those
+            before it; ``source``, int64 `[B]`; and, if there are pictures, ``pixels``, uint8 `[N, H, W, 3]`, in their
+            order.
         """
         step, part = divmod(micro, self.config.accumulate)
         index, step = self.stage_of(step)
@@ -128,7 +130,7 @@ class MicroBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def most_pictures(config: Config, index: int, world: int, pictures: PictureInput | None) -> int:
-    """The pictures of the micro-batch in stage `index` that has most of them."""
+    """Return the largest number of pictures in a micro-batch of stage `index`."""
     if pictures is None:
         return 0
     stage = config.stages[index]
@@ -140,7 +142,7 @@ def most_pictures(config: Config, index: int, world: int, pictures: PictureInput
 def evaluation_batches(
     config: Config, corpora: dict[int, Corpus], stage: Stage, pictures: PictureInput | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Held-out sequences of each source, with one source in a batch; one question about each context or picture."""
+    """Yield held-out sequences of each source, one source per batch, with one question per context or picture."""
     length = stage.sequence_length
     size = max(1, stage.batch // stage.accumulate)
     count = min(64, max(8, _EVALUATION_TOKENS // length))
@@ -161,6 +163,7 @@ def evaluation_batches(
 
 
 def _check(stage: Stage, corpora: dict[int, Corpus], world: int) -> None:
+    """Raise EffpassError if the batches or sequences of a stage can't be formed."""
     if stage.batch % (stage.accumulate * world):
         raise EffpassError(
             f"a batch of {stage.batch} sequences can't be shared by {world} processes with {stage.accumulate}"
@@ -178,7 +181,7 @@ def _check(stage: Stage, corpora: dict[int, Corpus], world: int) -> None:
 
 
 def _drawn_sources(config: Config, index: int) -> np.ndarray:
-    """The source of each sequence of a stage: int16 `[steps * batch]`."""
+    """Return the source of each sequence of a stage: int16 `[steps * batch]`."""
     weights = np.array([source.weight for source in config.data])
     count = config.stages[index].steps * config.stages[index].batch
     rng = np.random.default_rng((config.seed, index))
@@ -186,6 +189,7 @@ def _drawn_sources(config: Config, index: int) -> np.ndarray:
 
 
 def _graded_whole(tokens: np.ndarray) -> _Sequence:
+    """Return a sequence in which all tokens but the first have equal weight."""
     weights = np.full(len(tokens), 1 / (len(tokens) - 1), dtype=np.float32)
     weights[0] = 0
     return _Sequence(tokens, weights)
@@ -194,10 +198,10 @@ def _graded_whole(tokens: np.ndarray) -> _Sequence:
 def _task_sequence(
     source: Source, rng: np.random.Generator, length: int, *, questions: int = _QUESTIONS, is_packed: bool = True
 ) -> _Sequence:
-    """Examples of a task, each with an end token behind, that fill `length` tokens.
+    """Return a sequence of `length` tokens that consists of examples of a task, each followed by an end token.
 
-    One example of the whole length, or as often several of all lengths: short ones are learned first, and have more
-    answers to learn from.
+    If packed, a sequence holds one example of the full length or, equally often, several of random lengths. Short
+    examples are learned earlier and have more answers to learn from.
     """
     assert source.task is not None
     least = shortest(source.task, source.options) + 1
@@ -225,17 +229,21 @@ def _task_sequence(
 
 
 def _pictures_of(length: int, pictures: PictureInput) -> int:
-    """How many pictures a sequence of `length` tokens holds: as many as have room for their text."""
+    """Return the number of pictures that fit into a sequence of `length` tokens with their text."""
     return length // (pictures.tokens + ROOM)
 
 
 def _picture_sequence(
     kind: str, rng: np.random.Generator, length: int, pictures: PictureInput, *, questions: int | None = None
 ) -> _Sequence:
-    """Pictures in equal shares of `length` tokens, each with its questions behind, as many as fit, and padding.
+    """Return a sequence of `length` tokens in equal parts, each with a picture, its questions and padding.
 
     Args:
-        questions: at most so many, about one picture; None for all that fit, about as many pictures as fit.
+        kind: kind of the questions.
+        rng: generator whose state determines the pictures.
+        length: number of tokens.
+        pictures: how the model reads pictures.
+        questions: maximum number of questions about a single picture; None for as many pictures and questions as fit.
     """
     count = _pictures_of(length, pictures) if questions is None else 1
     tokens = np.full(length, PAD, dtype=np.uint16)

@@ -1,4 +1,4 @@
-"""The config of a pretraining run: strict YAML, validated whole before work starts.
+"""Config of a pretraining run: strict YAML, which is validated completely before work starts.
 
 ::
 
@@ -29,15 +29,17 @@ __all__ = ["Config", "OptimizerConfig", "Schedule", "Source", "Stage", "load_con
 
 @dataclass(frozen=True)
 class Source:
-    """Where sequences come from: text files, a synthetic task, or rendered pictures.
+    """Source of sequences: text files, a synthetic task, or rendered pictures.
 
     Attributes:
-        text: file patterns, relative to the config's folder; `$NAME` stands for an environment variable, and `$STDLIB`
-            for the folder of the running interpreter's standard library. A `.jsonl` file holds one document a line.
+        text: file patterns, relative to the folder of the config. `$NAME` stands for an environment variable, and
+            `$STDLIB` for the folder of the running interpreter's standard library. A `.jsonl` file holds one document
+            per line.
         task: name of a task in `effpass.trainers.lm.tasks`.
-        pictures: what is asked of pictures, a name in `effpass.trainers.lm.pictures`; for models that read pictures.
-        weight: share of the sequences, relative to the other sources'.
-        options: of the task.
+        pictures: kind of questions about pictures, a name in `effpass.trainers.lm.pictures`; for models that read
+            pictures.
+        weight: share of the sequences, relative to the other sources.
+        options: options of the task.
     """
 
     text: list[str] | None = None
@@ -57,13 +59,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run with one sequence length; most steps are short, the last ones long.
+    """Part of a run with a fixed sequence length; typically, most steps are short and the last ones are long.
 
     Attributes:
-        steps: optimiser steps.
-        sequence_length: tokens T of a sequence.
-        batch: sequences of an optimiser step, over all processes.
-        accumulate: micro-batches that a process runs for one step; all stages have the same number.
+        steps: number of optimizer steps.
+        sequence_length: number of tokens T per sequence.
+        batch: number of sequences per optimizer step, over all processes.
+        accumulate: number of micro-batches per process and step; the same in all stages.
     """
 
     steps: int
@@ -83,14 +85,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """
+    """Settings of the optimizer.
+
     Attributes:
-        name: `mona` and `muon` orthogonalise the update of hidden matrices and leave the rest to AdamW.
-        lr: the largest learning rate; scaled so that AdamW's rates carry over to the others.
-        weight_decay: decoupled; none on vectors.
-        betas: AdamW's.
-        clip: largest norm of the gradient; 0 for no clipping.
-        options: further arguments of the optimiser's constructor.
+        name: name of the optimizer; `mona` and `muon` orthogonalize the updates of hidden matrices and use AdamW for
+            other parameters.
+        lr: peak learning rate; updates of `mona` and `muon` are scaled such that the rates of AdamW suit them.
+        weight_decay: decoupled weight decay, which is not applied to vectors.
+        betas: coefficients of AdamW.
+        clip: maximum norm of the gradient; 0 for no clipping.
+        options: further arguments of the optimizer's constructor.
     """
 
     lr: float
@@ -112,13 +116,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over the steps of all stages.
+    """Learning rate schedule over the steps of all stages.
 
     Attributes:
-        warmup: steps of linear growth from 0.
-        kind: `cosine`; `wsd` (constant, then linear decay); `constant`.
-        final: the last rate as a share of `lr`.
-        decay: with `wsd`, the share of the steps that decay.
+        warmup: number of steps of linear growth from 0.
+        kind: `cosine`; `wsd` (constant, followed by linear decay); `constant`.
+        final: final learning rate relative to `lr`.
+        decay: with `wsd`, the share of the steps in which the rate decays.
     """
 
     warmup: int = 100
@@ -136,24 +140,26 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Config:
-    """A run.
+    """Config of a pretraining run.
 
     Attributes:
-        model: a transformers config with its `model_type`, or `{from: FOLDER}` to go on from a checkpoint's weights.
-        data: the sources.
-        stages: run one after the other.
-        optimizer: which, and its rates.
-        version: of this format.
+        model: transformers config with its `model_type`, or `{from: FOLDER}` to continue with the weights of a
+            checkpoint.
+        data: sources of the sequences.
+        stages: stages of the run, in order.
+        optimizer: optimizer with its learning rate.
+        version: version of the config format.
         tokenizer: `bytes`, or a folder with a tokenizer.
-        held_out: share of the text that is kept for evaluation.
-        schedule: of the learning rate.
-        dtype: of computation and of the saved model; master weights and optimiser state are float32.
-        compile: compile each decoder layer with Inductor.
-        fsdp: shard the model over the processes that torchrun started (FSDP2); otherwise each holds a copy (DDP).
-        seed: of weights, order of the text and tasks.
-        log_every: steps between two lines of metrics.
-        evaluate_every: steps between evaluations; 0 for one at the end.
-        save_every: steps between checkpoints, a multiple of `log_every`; 0 for none.
+        held_out: share of the text that is held out for evaluation.
+        schedule: learning rate schedule.
+        dtype: dtype of computation and of the saved model; master weights and optimizer state are float32.
+        compile: whether to compile each decoder layer with Inductor.
+        fsdp: whether to shard the model over the processes that torchrun started (FSDP2); otherwise each has a copy
+            (DDP).
+        seed: seed of the weights, of the order of the text and of the tasks.
+        log_every: number of steps between two lines of metrics.
+        evaluate_every: number of steps between evaluations; 0 for a single one at the end.
+        save_every: number of steps between checkpoints, a multiple of `log_every`; 0 for no checkpoints.
     """
 
     model: dict[str, Any]
@@ -191,20 +197,21 @@ class Config:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of all stages."""
+        """Number of optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property
     def accumulate(self) -> int:
+        """Number of micro-batches per process and step."""
         return self.stages[0].accumulate
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Read a config file.
+    """Read and validate a config file.
 
     Raises:
-        RecipeError: not readable as YAML.
-        EffpassError: names every fault with its path, ``"c.yaml: optimizer.lrr: unknown option, did you mean 'lr'?"``.
+        RecipeError: if the file is not readable as YAML.
+        EffpassError: if the config is invalid. The message names every fault with its path, such as ``optimizer.lrr``.
     """
     path = Path(path).expanduser()
     with open(path, "rb") as file:
@@ -215,7 +222,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     config, faults = read_options(Config, given, base=path.absolute().parent, where=str(path))
     faults += [] if config is None else _more_faults(config, str(path))
     if faults:
-        # A fault of the file's own keys reads "c.yaml.stepps"; recipes write "c.yaml: stepps".
+        # read_options names a top-level key "c.yaml.stepps"; recipes write "c.yaml: stepps".
         faults = [fault.replace(f"{path}.", f"{path}: ", 1) for fault in faults]
         raise EffpassError(
             faults[0] if len(faults) == 1 else "\n  ".join([f"{path}: {len(faults)} faults", *faults]),
@@ -225,7 +232,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def _more_faults(config: Config, where: str) -> list[str]:
-    """Faults that need tables from other modules."""
+    """Return the faults whose detection needs tables of other modules."""
     from effpass.trainers.lm.optimizers import option_faults
     from effpass.trainers.lm.pictures import PICTURES
     from effpass.trainers.lm.tasks import TASKS, shortest, task_faults
@@ -257,7 +264,7 @@ def _more_faults(config: Config, where: str) -> list[str]:
 
 
 def _resolved(config: Config, base: Path) -> Config:
-    """The config with the paths of model and tokenizer absolute."""
+    """Return the config with absolute paths of model and tokenizer."""
     from dataclasses import replace
 
     def absolute(text: str) -> str:

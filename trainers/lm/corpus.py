@@ -1,7 +1,7 @@
-"""Text as one long array of tokens: documents one after the other, each with an end token behind.
+"""Text of a source as one array of tokens: documents one after the other, each followed by an end token.
 
-The array is cut into blocks, of which a share drawn by the seed is held out; the rest is cut into sequences anew for
-each stage and each pass over the text, from another starting point and in another order.
+The array is cut into blocks, a share of which is drawn with the seed and held out. The rest is cut into sequences, with
+another offset and in another order for each stage and each pass over the text.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _BLOCK = 16384
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of a source.
+    """A text file of a source.
 
     Attributes:
-        path: of the file.
-        name: the path as the config has it: relative to the config, or with its variable.
-        sha256: of its bytes.
-        bytes: its size.
+        path: path of the file.
+        name: path as in the config: relative to the config, or with its variable.
+        sha256: SHA-256 hash of the content.
+        bytes: size of the file.
     """
 
     path: str
@@ -50,20 +50,20 @@ class Corpus:
     """Tokens of a source, on disk.
 
     Attributes:
-        training: uint16 or uint32 `[N]`.
-        held_out: the same kind, `[M]`.
+        training: training tokens, uint16 or uint32 `[N]`.
+        held_out: held-out tokens of the same dtype, `[M]`.
     """
 
     training: np.ndarray
     held_out: np.ndarray
 
     def sequence(self, index: int, length: int, key: tuple[int, ...]) -> np.ndarray:
-        """The `index`-th training sequence `[length]`; passes over the text follow one another.
+        """Return training sequence number `index`, `[length]`; passes over the text follow each other.
 
         Args:
-            index: counts from 0, without end.
-            length: tokens; the corpus has at least as many.
-            key: numbers that the order is a function of.
+            index: number of the sequence, counted from 0 without limit.
+            length: number of tokens; at most that of the corpus.
+            key: numbers that determine the order.
         """
         around, place = divmod(index, len(self.training) // length)
         start = int(_cut((*key, around), len(self.training), length)[place])
@@ -71,15 +71,15 @@ class Corpus:
 
 
 def find_files(patterns: list[str], base: Path, where: str) -> list[TextFile]:
-    """The files of a text source, sorted by path, each once.
+    """Return the files of a text source, sorted by path and without duplicates.
 
     Args:
-        patterns: a source's `text`.
-        base: folder of the config, which relative patterns start from.
-        where: the source, for messages.
+        patterns: file patterns, as in :attr:`.config.Source.text`.
+        base: folder of the config, to which patterns are relative.
+        where: name of the source, for messages.
 
     Raises:
-        EffpassError: a variable is not set, or a pattern finds no file.
+        EffpassError: if a variable is not set, or if a pattern matches no file.
     """
     variables = {"STDLIB": sysconfig.get_path("stdlib"), **os.environ}
     found: dict[str, str] = {}
@@ -101,13 +101,18 @@ def find_files(patterns: list[str], base: Path, where: str) -> list[TextFile]:
 
 
 def write_corpus(folder: Path, files: list[TextFile], tokenizer: Any, held_out: float, seed: int, where: str) -> None:
-    """Tokenize `files` into ``training.npy`` and ``held_out.npy`` in `folder`.
+    """Tokenize files into ``training.npy`` and ``held_out.npy`` in `folder`.
 
     Args:
-        tokenizer: None for bytes.
+        folder: folder to write.
+        files: files to tokenize.
+        tokenizer: tokenizer; None for bytes.
+        held_out: share of the tokens to hold out.
+        seed: seed of the choice of held-out blocks.
+        where: name of the source, for messages.
 
     Raises:
-        EffpassError: a file is not UTF-8, or too little is left to hold out.
+        EffpassError: if a file is not UTF-8, or if there are too few tokens to hold out a share.
     """
     dtype = np.uint16 if tokenizer is None or len(tokenizer) <= 1 << 16 else np.uint32
     end = END if tokenizer is None else tokenizer.eos_token_id
@@ -132,11 +137,12 @@ def write_corpus(folder: Path, files: list[TextFile], tokenizer: Any, held_out: 
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """What :func:`write_corpus` wrote, mapped into memory."""
+    """Return the corpus that :func:`write_corpus` wrote, memory-mapped."""
     return Corpus(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("training", "held_out")))
 
 
 def _split(tokens: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return training and held-out tokens."""
     blocks = len(tokens) // _BLOCK
     wanted = min(max(1, round(blocks * share)), blocks - 1) if share else 0
     if wanted < 1:
@@ -149,13 +155,14 @@ def _split(tokens: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.
 
 @lru_cache(maxsize=8)
 def _cut(key: tuple[int, ...], tokens: int, length: int) -> np.ndarray:
-    """Where the sequences of one pass over the text begin, in the order they are read: int64 `[tokens // length]`."""
+    """Return where the sequences of one pass over the text start, in reading order: int64 `[tokens // length]`."""
     rng = np.random.default_rng(key)
     count = tokens // length
     return rng.integers(tokens - count * length + 1) + rng.permutation(count) * length
 
 
 def _documents(path: str) -> Iterator[str]:
+    """Yield the documents of a file: a text is one, and each line of a JSON lines file is one, made of its strings."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -177,6 +184,7 @@ def _describe(path: str, name: str) -> TextFile:
 
 
 def _public_name(pattern: str, path: str, base: Path, variables: dict[str, str]) -> str:
+    """Return the path of a file as the config spells it, without the value of a variable."""
     if not pattern.startswith("$"):
         return path if os.path.isabs(pattern) else os.path.relpath(path, base)
     name = pattern[1:].partition("/")[0].strip("{}")

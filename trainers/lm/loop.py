@@ -1,4 +1,4 @@
-"""transformers' Trainer with our data, loss, optimisers and metrics."""
+"""Training loop of a pretraining run: transformers' Trainer with the run's data, loss, optimizer and metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ __all__ = ["Pretrainer", "training_arguments"]
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
-    """What the Trainer is told; making it starts the process group where torchrun started several processes."""
+    """Return the arguments of the Trainer.
+
+    Creating them starts the process group if torchrun started several processes.
+    """
     every = config.evaluate_every
     return TrainingArguments(
         output_dir=str(folder),
@@ -33,14 +36,14 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
         bf16=config.dtype == "bfloat16",
         seed=config.seed,
         logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at every micro-batch
+        logging_nan_inf_filter=False,  # the filter would synchronize with the device at every micro-batch
         eval_strategy="steps" if every else "no",
         eval_steps=every or None,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=2,
-        ignore_data_skip=True,  # our loader begins where the checkpoint ended
-        fsdp=config.fsdp or None,  # type: ignore[arg-type]  # its annotation is that of the older, textual option
+        ignore_data_skip=True,  # the data loader already starts where the checkpoint ended
+        fsdp=config.fsdp or None,  # type: ignore[arg-type]  # the annotation is that of the older option, a string
         fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if config.fsdp else None,
         report_to="none",
         disable_tqdm=True,
@@ -49,16 +52,16 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
 
 
 class Pretrainer(Loop):
-    """The loop.
+    """Trainer of a pretraining run.
 
     Args:
-        config: of the run.
-        model: in float32.
-        args: of :func:`training_arguments`.
+        config: config of the run.
+        model: model in float32.
+        args: arguments from :func:`training_arguments`.
         batches: micro-batches of this process.
-        first_step: how many steps are done already.
-        metrics: JSON-lines file that the first process appends to.
-        say: gets a line for people now and then, in the first process.
+        first_step: number of steps that are done already.
+        metrics: JSON lines file to which the first process appends metrics.
+        say: function that receives messages for the user, called in the first process only.
     """
 
     def __init__(
@@ -76,18 +79,18 @@ class Pretrainer(Loop):
         self.run_config = config
         self.batches = batches
         self.names = source_names(config)
-        self._losses = torch.zeros(2, len(self.names), device=args.device)  # sums and counts, since the last line
+        self._losses = torch.zeros(2, len(self.names), device=args.device)  # sums and counts since the last log line
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.args.device.type == "cpu":  # accelerate shards on GPUs alone
+        if self.args.fsdp and self.args.device.type == "cpu":  # accelerate itself shards on GPUs only
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, but of every kind of model: some are saved under other names than they have in memory."""
+        """Load the weights of any architecture; some save weights under other names than in memory."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -101,7 +104,7 @@ class Pretrainer(Loop):
         mine.load_state_dict(saved.state_dict())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        """The mean over sequences of each sequence's weighted loss, plus the router's where the model has one."""
+        """Return the mean of the weighted losses of the sequences, plus the router loss, if the model has one."""
         outputs = model(**model_inputs(inputs), use_cache=False, **self.asks_router)
         losses = _sequence_losses(outputs.logits, inputs)
         self._losses.index_add_(1, inputs["source"], torch.stack([losses.detach(), torch.ones_like(losses)]))
@@ -115,13 +118,13 @@ class Pretrainer(Loop):
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Held-out loss of each source, nats for a graded token; of tasks and pictures the share of right answers."""
+        """Return the held-out loss of each source in nats per graded token, and the accuracy of tasks and pictures."""
         model, config = self.model, self.run_config
         assert model is not None
         stage = config.stages[self.batches.stage_of(max(0, min(self.state.global_step, config.steps) - 1))[0]]
         sums = torch.zeros(3, len(self.names), device=self.args.device)
         model.eval()
-        # Compiled layers would be compiled once more for every shape that occurs here.
+        # Eager, because compiled layers would be recompiled for every shape.
         with torch.no_grad(), self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
             for batch in evaluation_batches(config, self.batches.corpora, stage, self.batches.pictures):
                 batch = self._prepare_inputs(batch)
@@ -148,7 +151,7 @@ class Pretrainer(Loop):
 
 
 def _sequence_losses(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The weighted loss of each sequence: float32 `[B]` of logits `[B, T, vocab]`."""
+    """Return the weighted loss of each sequence, float32 `[B]`, from logits `[B, T, vocabulary]`."""
     ids, weights = batch["input_ids"][:, 1:], batch["weights"][:, 1:]
     losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), ids.flatten(), reduction="none")
     return (losses.view_as(weights) * weights).sum(1)

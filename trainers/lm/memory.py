@@ -1,4 +1,4 @@
-"""The memory of a pretraining run."""
+"""Estimate of the device memory that a pretraining run needs; checked before the run starts."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ _FLOAT = 4
 def estimate(
     config: Config, model_config: object, device: torch.device, world: int, pictures: PictureInput | None = None
 ) -> Estimate:
-    """The memory of a run on one of `world` devices.
+    """Estimate the memory of a run on one of `world` devices.
 
     Args:
-        pictures: how the model takes pictures; None where it takes none.
+        config: config of the run.
+        model_config: transformers config of the model.
+        device: device of this process.
+        world: number of devices.
+        pictures: how the model reads pictures; None if it does not.
     """
     shards = world if config.fsdp else 1
     activations, stage = None, 0
     with FakeTensorMode(), SHAPES:
-        with no_init_weights():  # a vision tower's weights are drawn again where they fall outside of a range
+        with no_init_weights():  # initializing a vision tower depends on drawn values, which fake tensors don't have
             model: Any = make_model(model_config, None, 0)
         model.tie_weights()
         parameters = sum(p.numel() for p in model.parameters())
         use_causal_attention(model, text_only=pictures is not None)
         set_experts(model)
-        with suppress(RuntimeError, NotImplementedError):  # an operator whose shapes depend on data
+        with suppress(RuntimeError, NotImplementedError):  # raised by operators with data-dependent shapes
             activations, stage = max((_kept(config, model, i, world, pictures), i) for i in range(len(config.stages)))
     state = parameters * (2 * _FLOAT + STATE_BYTES[config.optimizer.name]) // shards
     if config.dtype == "bfloat16":
-        state += 2 * parameters  # autocast's copy of the weights
+        state += 2 * parameters  # copy of the weights that autocast makes
     return Estimate(parameters, state, activations, f"stages[{stage}]", available(device))
 
 
 def _kept(config: Config, model: Any, index: int, world: int, pictures: PictureInput | None) -> int:
-    """Bytes that autograd keeps in a stage, and those that the backward pass begins with."""
+    """Count the bytes that autograd saves in a stage, and those of the gradients that start the backward pass."""
     stage = config.stages[index]
     rows = max(1, stage.batch // (stage.accumulate * world))
     ids = torch.zeros(rows, stage.sequence_length, dtype=torch.long)
@@ -66,7 +70,10 @@ def _kept(config: Config, model: Any, index: int, world: int, pictures: PictureI
 
 
 def _with_pictures(model: Any, batch: dict[str, Tensor], keep: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What LLaVA's forward does before its language model, less its check of the tokens' values, which aren't there."""
+    """Compute the inputs of LLaVA's language model as its forward does.
+
+    The check of the token values is left out, since fake tensors have none.
+    """
     inputs = model_inputs(batch)
     features = torch.cat(model.get_image_features(keep(inputs["pixel_values"])).pooler_output)
     embeddings = model.get_input_embeddings()(inputs["input_ids"])

@@ -1,4 +1,7 @@
-"""The model of a run: a new one from a transformers config, or a checkpoint's weights."""
+"""Model of a pretraining run: a new one from a transformers config, or one with the weights of a checkpoint.
+
+The other trainers use :func:`make_model` and :func:`set_experts` as well, for example for memory estimates.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +28,22 @@ __all__ = [
 
 _EXPERTS = "effpass_autocast"
 
-# Keys that models read and not every config class lists.
+# Config keys that models read although not every config class lists them.
 _READ_BY_MODELS = ("head_dim", "vision_use_head")
 
 
 def model_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:
-    """The transformers config, with vocabulary, special tokens and positions of the run where `given` leaves them out.
+    """Return the transformers config, completed with the vocabulary, special tokens and positions that the run needs.
 
     Args:
-        given: the config's `model`.
-        tokenizer: of the run.
-        longest: tokens of the longest sequence.
+        given: section `model` of the run's config; its own values are kept.
+        tokenizer: tokenizer of the run.
+        longest: number of tokens of the longest sequence.
 
     Raises:
-        EffpassError: an unknown `model_type` or key, a vocabulary smaller than the tokenizer's, too few positions.
-        ModelError: the checkpoint can't be read.
+        EffpassError: if `model_type` or a key is unknown, the vocabulary is smaller than that of the tokenizer, or
+            there are too few positions.
+        ModelError: if the checkpoint can't be read.
     """
     from transformers import AutoConfig
 
@@ -63,22 +67,22 @@ def model_config(given: dict[str, Any], tokenizer: Any, longest: int) -> Any:
 
 
 def reads_pictures(config: Any) -> bool:
-    """Whether a transformers config is of the one kind of model that is trained on pictures: LLaVA's."""
+    """Return whether a transformers config is of the only architecture that is trained on pictures, LLaVA."""
     return config.model_type == "llava"
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes the model of a config."""
+    """Return the class of transformers that creates the model of a config."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
 
 
 def make_model(config: Any, source: str | None, seed: int) -> nn.Module:
-    """The model in float32, with new weights drawn by `seed` or those of the checkpoint `source`.
+    """Return the model in float32, with new weights drawn with `seed` or with the weights of the checkpoint `source`.
 
     Raises:
-        ModelError: the architecture has no causal language model, or the checkpoint is not one of it.
+        ModelError: if the architecture has no causal language model, or if the checkpoint does not fit it.
     """
     torch.manual_seed(seed)
     auto = auto_class(config)
@@ -92,31 +96,32 @@ def make_model(config: Any, source: str | None, seed: int) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a transformers model."""
+    """Yield the repeated blocks of a transformers model."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     yield from (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each repeated block, those of the language model once for each stage."""
+    """Compile each repeated block; blocks of the language model are compiled once for each stage of the run."""
     vision = set(model.model.vision_tower.modules()) if reads_pictures(model.config) else set()
     for layer in decoder_layers(model):
         if layer in vision:
-            # The number of pictures varies. Hooks that pick hidden states stay outside: compiled, they do nothing.
+            # Dynamic shapes, since the number of pictures varies. Only the forward is compiled, because the hooks that
+            # record hidden states have no effect when compiled.
             layer.forward = torch.compile(layer.forward)
         else:
             layer.compile(dynamic=False)
 
 
 def set_experts(model: Any) -> None:
-    """Let stacked experts follow autocast: their grouped products would run in float32, many times slower."""
+    """Make stacked experts follow autocast; otherwise their grouped products run in float32, many times slower."""
     ExpertsInterface.register(_EXPERTS, _autocast_experts)
     model.set_experts_implementation(_EXPERTS)
 
 
 def _autocast_experts(module: nn.Module, *args: Any) -> Tensor:
-    """What a model's experts call, with float32 weights or, once cast, with autocast's."""
+    """Experts implementation that casts float32 weights to the dtype of autocast before the grouped products."""
     device = args[0].device.type
     dtype = torch.get_autocast_dtype(device)
     weights = dict(module.named_parameters())
@@ -137,7 +142,7 @@ def _new_config(given: dict[str, Any], tokenizer: Any, longest: int, place: str 
     config_class = CONFIG_MAPPING[kind]
     known = {*config_class().to_dict(), *getattr(config_class, "attribute_map", {}), "model_type", *_READ_BY_MODELS}
     unknown = [name for name in given if name not in known]
-    if unknown:  # transformers would keep it as an attribute that nothing reads
+    if unknown:  # transformers would silently store it as an attribute that nothing reads
         raise EffpassError(f"{place}.{unknown[0]}: unknown key of {kind}{_close(unknown[0], known)}")
     defaults = {
         "vocab_size": len(tokenizer),
@@ -158,7 +163,7 @@ def _new_config(given: dict[str, Any], tokenizer: Any, longest: int, place: str 
 
 
 def _parts(given: dict[str, Any], tokenizer: Any, longest: int) -> dict[str, Any]:
-    """The configs of a vision-language model's parts, and what of its own follows from them."""
+    """Return the configs of a vision-language model's parts, and the keys of its own config that follow from them."""
     for name in ("text_config", "vision_config"):
         if not isinstance(given.get(name), dict):
             raise EffpassError(f"model.{name}: got {given.get(name)!r}, expected a mapping with its model_type")

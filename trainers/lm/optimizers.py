@@ -1,4 +1,4 @@
-"""The optimisers that a config names, and the learning rate over the steps."""
+"""Optimizers that a config can name, and the learning rate schedule; used by all trainers."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from effpass.trainers.lm.config import OptimizerConfig, Schedule
 
 __all__ = ["STATE_BYTES", "make_optimizer", "option_faults", "rate"]
 
-# Bytes of state for each parameter, of matrices: AdamW keeps two moments, Muon one buffer, MONA two.
+# Bytes of optimizer state per parameter of a matrix: AdamW keeps two moments, Muon one buffer, MONA two.
 STATE_BYTES = {"adamw": 8, "muon": 4, "mona": 8}
 
 _TAKEN = ("self", "params", "lr", "weight_decay", "betas", "replicas")
 
 
 def option_faults(config: OptimizerConfig) -> list[str]:
-    """What is wrong with `config.options`; empty when nothing is."""
+    """Return what is wrong with `config.options`; empty if they are valid."""
     parameters = inspect.signature(_constructor(config.name).__init__).parameters
     known = [name for name in parameters if name not in _TAKEN]
     return [f"{name}: unknown option{did_you_mean(name, known)}" for name in config.options if name not in known]
 
 
 def make_optimizer(config: OptimizerConfig, model: nn.Module, replicas: Any = None) -> Optimizer:
-    """The optimiser of `model`'s parameters.
+    """Return the optimizer of the parameters of a model.
 
     Args:
-        config: which.
-        model: as it is trained.
-        replicas: process group whose ranks hold equal copies of the model and share MONA's work; None for one process,
-            and for a sharded model.
+        config: settings of the optimizer.
+        model: model as it is trained.
+        replicas: process group whose ranks hold equal copies of the model and share MONA's work; None for a single
+            process or a sharded model.
 
     Raises:
-        EffpassError: the constructor refuses an option.
+        EffpassError: if the constructor of the optimizer raises an error.
     """
     matrices, vectors = _split(model)
     try:
@@ -58,7 +58,7 @@ def make_optimizer(config: OptimizerConfig, model: nn.Module, replicas: Any = No
 
 
 def rate(schedule: Schedule, steps: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each of `steps` steps, counted from 0."""
+    """Return the factor of the learning rate as a function of the step, counted from 0, in a run of `steps` steps."""
 
     def factor(step: int) -> float:
         if step < schedule.warmup:
@@ -76,13 +76,13 @@ def rate(schedule: Schedule, steps: int) -> Callable[[int], float]:
 
 
 class _MuonWithAdamW(Optimizer):
-    """`torch.optim.Muon` for hidden matrices and AdamW for the rest, as one optimiser.
+    """`torch.optim.Muon` for hidden matrices and AdamW for the other parameters, as one optimizer.
 
-    The parameter groups are the two optimisers' own, so that a scheduler sets the rates of both.
+    The parameter groups are those of the two optimizers, so that a scheduler sets the learning rates of both.
     """
 
     def __init__(self, config: OptimizerConfig, matrices: list[nn.Parameter], others: list[nn.Parameter]) -> None:
-        options = {"adjust_lr_fn": "match_rms_adamw", **config.options}  # AdamW's rates carry over
+        options = {"adjust_lr_fn": "match_rms_adamw", **config.options}  # makes the rates of AdamW suitable
         muon = _constructor("muon")(matrices, lr=config.lr, weight_decay=config.weight_decay, **options)
         groups = [
             {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -94,6 +94,7 @@ class _MuonWithAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
+        """Use the parameter groups of the two optimizers, which loading a state replaces."""
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     @torch.no_grad()
@@ -126,13 +127,13 @@ def _constructor(name: str) -> Any:
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with two and more dimensions, and the others."""
+    """Return the parameters with two or more dimensions, and the others."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     return [p for p in wanted if p.ndim > 1], [p for p in wanted if p.ndim < 2]
 
 
 def _hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices that MONA would take, and all others: embeddings, head, routers, norms, stacked experts."""
+    """Return the matrices that MONA orthogonalizes, and the rest: embeddings, head, routers, norms, stacked experts."""
     from effpass.trainers.mona import choose
 
     inner = {id(c.parameter) for c in choose(model) if c.algorithm == "mona" and c.parameter.ndim == 2}

@@ -1,13 +1,14 @@
-"""Rendered pictures with captions and questions: what a vision-language model reads, with answers that are known.
+"""Rendered pictures with questions and known answers, as training data for vision-language models.
 
-A picture is a grid of cells with shapes, digits and words of three letters in some of them, each of one colour, at a
-random place of its cell and of random size. An example is a picture and questions about it::
+A picture is a grid of cells, some of which contain a shape, a digit or a word of three letters. Each has a single
+colour, a random position in its cell, and a random size. An example is a picture and questions about it::
 
     [picture] What colour is the star? red<end>What colour is the moon? cyan<end>
               └────── question ───────┘└answer┘
 
-Only answers are graded, and the end token behind each. Chance is how often the best guess is right that does not see
-the picture. Everything is a function of the generator's state.
+Only the answers and the end token after each answer are graded, that is, count in the loss. The chance level of a
+question is the accuracy of the best guess without seeing the picture. All data is determined by the state of the random
+generator.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from effpass.trainers.lm.pictures_drawing import COLOURS, SHAPES, draw, shape_ma
 
 __all__ = ["MIN_SIZE", "PICTURES", "ROOM", "Picture", "make_picture"]
 
-# Bytes that the longest caption takes with its question and the end token, and more than any other one pair.
+# Number of bytes of the longest caption with its question and end token; all other pairs are shorter.
 ROOM = 224
-# Pixels of the smallest picture whose words can be read.
+# Smallest size in pixels of a picture in which words can be read.
 MIN_SIZE = 56
 
 _NAMES = list(COLOURS)
@@ -40,12 +41,12 @@ _MOST_COUNTED = 8
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with questions.
+    """A picture with questions.
 
     Attributes:
-        pixels: uint8 `[size, size, 3]`, RGB.
-        pairs: (question, answer) in ASCII; each answer ends where an end token belongs.
-        chance: of the first question, 0 to 1; 0 for a caption.
+        pixels: RGB values, uint8 `[size, size, 3]`.
+        pairs: questions and answers in ASCII; an end token belongs after each answer.
+        chance: chance level of the first question, from 0 to 1; 0 for a caption.
     """
 
     pixels: np.ndarray
@@ -55,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Thing:
-    """What stands in a cell: a shape, or `text`; `scale` is the share of the cell that it fills."""
+    """Content of a cell: a shape, or a text if `text` is not empty; it fills the share `scale` of the cell's side."""
 
     shape: str
     colour: str
@@ -66,12 +67,12 @@ class _Thing:
 
 
 def make_picture(kind: str, rng: np.random.Generator, size: int) -> Picture:
-    """A picture of `size` x `size` pixels with all questions of `kind` that it has an answer to.
+    """Return a picture with `size` x `size` pixels and all questions of a kind that it answers.
 
     Args:
-        kind: key of :data:`PICTURES`.
-        rng: what the picture is a function of.
-        size: pixels, at least :data:`MIN_SIZE`.
+        kind: kind of questions, a key of :data:`PICTURES`.
+        rng: generator whose state determines the picture.
+        size: side length in pixels, at least :data:`MIN_SIZE`.
     """
     grid, things, pairs, chance = PICTURES[kind](rng)
     return Picture(_render(rng, size, grid, things), [(q.encode(), a.encode()) for q, a in pairs], chance)
@@ -83,21 +84,21 @@ _Scene = tuple[int, list[_Thing], list[tuple[str, str]], float]
 
 
 def thing(rng: np.random.Generator) -> _Scene:
-    """What the only thing is: a shape with its colour, a digit or a word; small, or as large as the picture."""
+    """Ask what the only object is: a shape with its colour, a digit or a word; small, or as large as the picture."""
     grid, drawn = int(rng.integers(1, 4)), rng.random()
     ((row, column),) = _cells(rng, grid, 1)
     if drawn < 0.7:
         shown = _shape(rng, row, column)
-        told = f"a {shown.colour} {shown.shape}"
+        answer = f"a {shown.colour} {shown.shape}"
     else:
         kind = "digit" if drawn < 0.85 else "word"
         shown = _text(rng, row, column, kind, _colour(rng))
-        told = f"the {kind} {shown.text} in {shown.colour}"
-    return grid, [shown], [("What is this?", f" {told}")], 0.7 / (len(_NAMES) * len(SHAPES))
+        answer = f"the {kind} {shown.text} in {shown.colour}"
+    return grid, [shown], [("What is this?", f" {answer}")], 0.7 / (len(_NAMES) * len(SHAPES))
 
 
 def caption(rng: np.random.Generator) -> _Scene:
-    """All there is, row by row: colour, kind, size and place of shapes, digits and words."""
+    """Ask for a description of all objects, row by row: colour, kind and position, and of shapes the size."""
     cells = _cells(rng, 3, int(rng.integers(1, 5)))
     things, phrases = [], []
     for row, column in cells:
@@ -111,12 +112,12 @@ def caption(rng: np.random.Generator) -> _Scene:
             thing = _text(rng, row, column, kind, _colour(rng))
             phrases.append(f"the {kind} {thing.text} in {thing.colour} {place}")
         things.append(thing)
-    told = " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
-    return 3, things, [("Describe the picture.", f" {told}.")], 0.0
+    answer = " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
+    return 3, things, [("Describe the picture.", f" {answer}.")], 0.0
 
 
 def count(rng: np.random.Generator) -> _Scene:
-    """How many shapes of a kind there are, of any colour: 1 to 8."""
+    """Ask how many shapes of a kind there are, of any colour: 1 to 8."""
     shapes = rng.permutation(SHAPES)[: rng.integers(2, 5)]
     numbers = [int(rng.integers(1, _MOST_COUNTED + 1))]
     for _ in shapes[1:]:
@@ -132,7 +133,7 @@ def count(rng: np.random.Generator) -> _Scene:
 
 
 def colour(rng: np.random.Generator) -> _Scene:
-    """The colour of the one shape of its kind."""
+    """Ask for the colour of a shape; all shapes are of different kinds."""
     cells = _cells(rng, 3, int(rng.integers(2, 7)))
     shapes = rng.permutation(SHAPES)
     things = [_shape(rng, *cell, str(shape)) for cell, shape in zip(cells, shapes, strict=False)]
@@ -142,7 +143,7 @@ def colour(rng: np.random.Generator) -> _Scene:
 
 
 def left(rng: np.random.Generator) -> _Scene:
-    """Colour and kind of what stands directly to the left of a shape that is told by both."""
+    """Ask for colour and kind of the shape directly to the left of another one, which is named by colour and kind."""
     row, column = rng.integers(3), rng.integers(2)
     cells = {(int(row), int(column)), (int(row), int(column) + 1)}  # at least one pair of neighbours
     cells |= set(_cells(rng, 3, int(rng.integers(1, 7))))
@@ -160,12 +161,12 @@ def left(rng: np.random.Generator) -> _Scene:
 
 
 def digit(rng: np.random.Generator) -> _Scene:
-    """Which digit has a colour, among digits of other colours and shapes of any."""
+    """Ask which digit has a colour, among digits of other colours, and shapes of any colour."""
     return _texts(rng, "digit", 8, "Which digit is {}?", 1 / 10)
 
 
 def word(rng: np.random.Generator) -> _Scene:
-    """The three letters of the word of a colour, among words of other colours and shapes of any."""
+    """Ask for the three letters of the word in a colour, among words of other colours, and shapes of any colour."""
     return _texts(rng, "word", 6, "What is the {} word?", float(len(_LETTERS)) ** -_WORD)
 
 
@@ -201,7 +202,7 @@ def _texts(rng: np.random.Generator, kind: str, most: int, question: str, chance
 def _shape(
     rng: np.random.Generator, row: int, column: int, shape: str = "", colour: str = "", scale: float = 0.0
 ) -> _Thing:
-    """A shape with what is not given drawn."""
+    """Return a shape; properties that are not given are drawn at random."""
     shape = shape or SHAPES[rng.integers(len(SHAPES))]
     return _Thing(shape, colour or _colour(rng), row, column, scale or rng.uniform(0.6, 0.95))
 
@@ -216,7 +217,7 @@ def _colour(rng: np.random.Generator) -> str:
 
 
 def _cells(rng: np.random.Generator, grid: int, count: int) -> list[tuple[int, int]]:
-    """Different cells, row by row."""
+    """Return different random cells, row by row."""
     return [divmod(int(cell), grid) for cell in np.sort(rng.permutation(grid * grid)[:count])]
 
 
@@ -225,11 +226,11 @@ def _plural(shape: str) -> str:
 
 
 def _render(rng: np.random.Generator, size: int, grid: int, things: list[_Thing]) -> np.ndarray:
-    """The picture: things on a dark or a light ground, each at a random place of its cell."""
+    """Render the picture: objects on a dark or a light background, each at a random position in its cell."""
     ground = rng.integers(0, 50) + (200 if rng.random() < 0.5 else 0)
     pixels = np.full((size, size, 3), ground, dtype=np.uint8)
     cell = size / grid
-    shades = rng.integers(-10, 11, size=(len(things), 3))  # no two reds are the same
+    shades = rng.integers(-10, 11, size=(len(things), 3))  # variation, so that a colour has no fixed RGB value
     places = rng.random((len(things), 2))
     for thing, shade, place in zip(things, shades, places, strict=True):
         room = int(cell * thing.scale)

@@ -1,4 +1,4 @@
-"""Shapes and letters as masks of pixels, and the colours that they are filled with."""
+"""Shapes and text as masks of pixels, and their colours, from which :mod:`.pictures` renders its pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "moon")
 
-# Five by seven pixels a character, one empty column between two.
+# Characters have five by seven pixels, with an empty column between two of them.
 _WIDTH, _HEIGHT = 5, 7
 _FONT = {
     "ABCDEFGHI": """
@@ -64,9 +64,9 @@ _FONT = {
 
 @lru_cache(maxsize=4096)
 def shape_mask(shape: str, size: int) -> np.ndarray:
-    """The pixels of one of :data:`SHAPES`: bool `[size, size]`."""
+    """Return the mask of one of :data:`SHAPES`: bool `[size, size]`."""
     line = (np.arange(size) + 0.5) * 2 / size - 1
-    x, y = line[None, :], line[:, None]  # from -1 at the left and the top to 1
+    x, y = line[None, :], line[:, None]  # from -1 at the left and top to 1 at the right and bottom
     radius, larger = np.hypot(x, y), np.maximum(abs(x), abs(y))
     if shape == "circle":
         return radius <= 1
@@ -82,14 +82,14 @@ def shape_mask(shape: str, size: int) -> np.ndarray:
         return (radius <= 1) & (radius >= 0.55)
     if shape == "moon":
         return (radius <= 1) & (np.hypot(x - 0.5, y) >= 0.8)
-    # A star: five points, between which the edge is a line in polar coordinates.
+    # Star: the radius changes linearly with the angle between its five points.
     turn = abs((np.arctan2(x, -y) * 5 / (2 * np.pi) + 0.5) % 1 - 0.5) * 2
     return radius <= 1 - 0.6 * turn
 
 
 @lru_cache(maxsize=8192)
 def text_mask(text: str, scale: int) -> np.ndarray:
-    """The pixels of capital letters and digits: bool `[7 * scale, (6 * len(text) - 1) * scale]`."""
+    """Return the mask of capital letters and digits: bool `[7 * scale, (6 * len(text) - 1) * scale]`."""
     glyphs = _glyphs()
     mask = np.zeros((_HEIGHT, (_WIDTH + 1) * len(text) - 1), dtype=bool)
     for i, character in enumerate(text):
@@ -98,12 +98,12 @@ def text_mask(text: str, scale: int) -> np.ndarray:
 
 
 def text_scale(text: str, room: int) -> int:
-    """The largest scale at which `text` fits in a square of `room` pixels; at least 1."""
+    """Return the largest scale with which `text` fits into a square of `room` pixels; at least 1."""
     return max(1, room // max(_HEIGHT, (_WIDTH + 1) * len(text) - 1))
 
 
 def draw(pixels: np.ndarray, mask: np.ndarray, colour: np.ndarray, top: int, left: int) -> None:
-    """Fill `mask` with `colour` uint8 `[3]` in `pixels` uint8 `[H, W, 3]`, where it lies in them."""
+    """Fill a mask with a colour, uint8 `[3]`, in `pixels`, uint8 `[H, W, 3]`, clipped at the right and bottom."""
     place = pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
     place[mask[: place.shape[0], : place.shape[1]]] = colour
 

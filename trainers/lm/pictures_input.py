@@ -1,4 +1,4 @@
-"""How pictures enter a model: their size, the tokens that stand for one, normalisation, and the processor."""
+"""Input of pictures to a vision-language model: size, placeholder tokens, normalization, and the saved processor."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from effpass.trainers.lm.pictures import MIN_SIZE, ROOM
 
 __all__ = ["PictureInput", "check_pictures", "make_processor", "model_inputs", "picture_input"]
 
-# Pixels from 0 to 255 become numbers from -1 to 1, as SigLIP has them.
+# Pixel values from 0 to 255 are normalized to values from -1 to 1, as in SigLIP.
 _MEAN = _STD = 0.5
 
 
 @dataclass(frozen=True)
 class PictureInput:
-    """What a vision-language model makes of a picture.
+    """Input format of pictures.
 
     Attributes:
-        size: pixels of a side.
-        patch: pixels of a patch's side.
-        tokens: that stand for one picture in `input_ids`.
-        token: that token's id.
+        size: side length of a picture in pixels.
+        patch: side length of a patch in pixels.
+        tokens: number of placeholder tokens per picture in `input_ids`.
+        token: id of the placeholder token.
     """
 
     size: int
@@ -37,10 +37,10 @@ class PictureInput:
 
 
 def picture_input(architecture: Any) -> PictureInput | None:
-    """The same of a transformers config; None where the model reads text alone.
+    """Return the input format of pictures for a transformers config; None if the model reads text only.
 
     Raises:
-        ModelError: the model takes more or fewer tokens for a picture than its config says.
+        ModelError: if the number of tokens that the model makes of a picture is not the one in its config.
     """
     if not reads_pictures(architecture):
         return None
@@ -59,7 +59,7 @@ def picture_input(architecture: Any) -> PictureInput | None:
 
 
 def check_pictures(config: Config, pictures: PictureInput | None) -> None:
-    """Raise an :class:`EffpassError` where a source of pictures can't be used with this model or these stages."""
+    """Raise an :class:`EffpassError` if a source of pictures can't be used with this model or these stages."""
     for number, source in enumerate(config.data):
         if source.pictures is None:
             continue
@@ -88,10 +88,14 @@ def check_pictures(config: Config, pictures: PictureInput | None) -> None:
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch as arguments of the model: `input_ids`, and float32 `pixel_values` `[N, 3, H, W]` where it has any.
+    """Return the arguments of the model for a micro-batch.
 
     Args:
-        batch: `input_ids`, and perhaps `pixels` uint8 `[N, H, W, 3]`, which take a quarter of the way to the device.
+        batch: `input_ids` and optionally `pixels`, uint8 `[N, H, W, 3]`. Pixels are copied to the device in this form,
+            which has a quarter of the size.
+
+    Returns:
+        `input_ids` and, if there are pictures, `pixel_values`, float32 `[N, 3, H, W]`.
     """
     inputs = {"input_ids": batch["input_ids"]}
     if "pixels" in batch:
@@ -100,7 +104,10 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def make_processor(pictures: PictureInput, architecture: Any, tokenizer: Any) -> Any:
-    """The stock processor that gives what training saw: ``processor(images=..., text="<image>...")``."""
+    """Return the transformers processor that prepares inputs as in training.
+
+    It is called as ``processor(images=..., text="<image>...")``.
+    """
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

@@ -1,4 +1,4 @@
-"""Loss curves as a picture."""
+"""Plot of the loss curves of a training run, used by all trainers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ __all__ = ["plot_losses"]
 
 
 def plot_losses(lines: list[dict[str, float]], path: Path) -> None:
-    """Draw every training and held-out loss, every accuracy and reward, over the steps.
+    """Plot all training and held-out losses, accuracies and rewards over the steps.
 
     Args:
-        lines: of the metrics file.
-        path: a PNG.
+        lines: lines of the metrics file.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
-"""A pretraining run from its config to a folder that holds everything it was made of.
+"""A complete pretraining run: from a config to a folder that records everything the run was made of.
 
-While it runs, its checkpoints, metrics and tokens stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+:func:`train` implements `effpass train lm`. During the run, checkpoints, metrics and tokens are in ``FOLDER.training``,
+from which it can be resumed. `FOLDER` is created when the run is complete.
 """
 
 from __future__ import annotations
@@ -39,20 +40,22 @@ __all__ = ["train"]
 
 
 def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Pretrain as the config at `path` says.
+    """Pretrain a model according to the config at `path`.
 
     Args:
-        path: the config.
-        folder: where the model goes; must not exist.
-        resume: go on from the last checkpoint in ``FOLDER.training``.
-        say: gets lines for people, in the first process only.
+        path: config file.
+        folder: output folder; must not exist.
+        resume: whether to resume from the last checkpoint in ``FOLDER.training``.
+        say: function that receives messages for the user, called in the first process only.
 
     Returns:
-        `folder`: a stock checkpoint with its tokenizer or processor, ``training.yaml`` (the config), ``training.json``
-        (seed, files with their hashes, curves, final losses, hash of the weights), ``metrics.jsonl`` and ``loss.png``.
+        `folder`: a transformers checkpoint with its tokenizer or processor, ``training.yaml`` (the config),
+        ``training.json`` (seed, files with their hashes, curves, final losses, hash of the weights), ``metrics.jsonl``
+        and ``loss.png``.
 
     Raises:
-        EffpassError: a fault of the config or its data, no room on the device, something in the way of the output.
+        EffpassError: if the config or its data are invalid, the device has too little memory, or the output exists
+            already.
     """
     work = folder.with_name(f"{folder.name}.training")
     config = load_config(path)
@@ -103,7 +106,7 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
             f"no memory left on {args.device} at step {trainer.state.global_step}; estimated: {found}",
             hint="raise 'accumulate', or lower 'batch'; the last checkpoint stays",
         ) from error
-    if not config.evaluate_every:  # the Trainer evaluates after the last step too
+    if not config.evaluate_every:  # otherwise the Trainer has evaluated after the last step
         trainer.evaluate()
     state = _gathered(trainer.accelerator.unwrap_model(trainer.model))
     if args.process_index == 0:
@@ -118,7 +121,7 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
 
 
 def _check_same(run: dict[str, Any], work: Path) -> None:
-    """Raise when config or data are not those that the run began with."""
+    """Raise EffpassError if config or data differ from those that the run began with."""
     before = json.loads((work / RUN).read_text())
     changed = [key for key in run["config"] if before["config"].get(key) != run["config"][key]]
     if changed:
@@ -136,15 +139,16 @@ def _check_same(run: dict[str, Any], work: Path) -> None:
 
 
 def _prepare(work: Path, run: dict[str, Any], config: Config, files: dict[int, list[TextFile]], tokenizer: Any) -> None:
+    """Tokenize the text and record the run in the folder `work`, which is removed again if that fails."""
     try:
         for i, found in files.items():
-            words = None if config.tokenizer == "bytes" else tokenizer
-            write_corpus(work / "data" / str(i), found, words, config.held_out, config.seed, f"data[{i}]")
+            text_tokenizer = None if config.tokenizer == "bytes" else tokenizer
+            write_corpus(work / "data" / str(i), found, text_tokenizer, config.held_out, config.seed, f"data[{i}]")
         MicroBatches(config, {i: read_corpus(work / "data" / str(i)) for i in files})
         (work / "checkpoints").mkdir(parents=True)
         write_text(work / RUN, json.dumps(run, indent=2))
     except EffpassError:
-        shutil.rmtree(work, ignore_errors=True)  # nothing was trained
+        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
         raise
 
 
@@ -152,6 +156,7 @@ def _prepare(work: Path, run: dict[str, Any], config: Config, files: dict[int, l
 
 
 def _record(config: Config, files: dict[int, list[TextFile]], corpora: dict[int, Corpus], args: Any) -> dict[str, Any]:
+    """Return what ``training.json`` says about the run, without weights and metrics."""
     names = source_names(config)
     data = []
     for i, source in enumerate(config.data):
@@ -191,10 +196,10 @@ def _publish(
     config: Config,
     record: dict[str, Any],
 ) -> None:
-    """Write the folder beside its place, then give it its name."""
+    """Write the output folder atomically, and remove the working folder."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        architecture.use_cache = True  # the Trainer has set it to False
+        architecture.use_cache = True  # the Trainer sets it to False
         model = make_model(architecture, None, 0)
         _load(model, state)
         model.to(getattr(torch, config.dtype))
@@ -218,12 +223,13 @@ def _publish(
 
 
 def _gathered(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights on the host, put together from all processes where they are sharded; called by all of them."""
+    """Return the weights on the host, gathered from all processes if they are sharded; a collective call."""
     state = model.state_dict()
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in state.items()}
 
 
 def _load(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load `state` into `model`, where only tied weights may be missing."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
         n for n, _ in model.named_parameters()
@@ -233,6 +239,6 @@ def _load(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    """What has to stay the same for a run to go on; where it logs and evaluates may change."""
+    """Return the settings that a resumed run must not change; those of logging, evaluation and saving are left out."""
     free = ("log_every", "evaluate_every", "save_every", "version")
     return json.loads(json.dumps({key: value for key, value in asdict(config).items() if key not in free}))

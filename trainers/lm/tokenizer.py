@@ -1,4 +1,4 @@
-"""The tokenizer of a run: one token per byte, or a folder's."""
+"""Tokenizer of a run: one token per byte, or the tokenizer in a folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from effpass.core.errors import ModelError
 
 __all__ = ["END", "PAD", "PICTURE", "SPECIAL", "byte_ids", "byte_tokenizer", "load_tokenizer"]
 
-# Bytes are tokens 0 to 255, in their own order; these follow.
+# Byte b is token b, from 0 to 255; these tokens follow.
 PICTURE = "<image>"
 SPECIAL = ("<end>", "<pad>", PICTURE)
 END, PAD = 256, 257
 
 
 def byte_tokenizer() -> Any:
-    """A stock `PreTrainedTokenizerFast` of 259 tokens: byte b is token b, then :data:`SPECIAL`."""
+    """Return a standard `PreTrainedTokenizerFast` with 259 tokens: the 256 bytes, followed by :data:`SPECIAL`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -37,15 +37,15 @@ def byte_tokenizer() -> Any:
 
 
 def byte_ids(text: bytes) -> np.ndarray:
-    """What :func:`byte_tokenizer` gives for `text`: uint16 `[len(text)]`."""
+    """Return the ids that :func:`byte_tokenizer` gives for `text`: uint16 `[len(text)]`."""
     return np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer `bytes`, or that of a folder.
+    """Return the tokenizer `bytes`, or the tokenizer in a folder.
 
     Raises:
-        ModelError: the folder has none, or it knows no end of text.
+        ModelError: if the folder has no tokenizer, or if the tokenizer has no end-of-text token.
     """
     if name == "bytes":
         return byte_tokenizer()
@@ -65,7 +65,7 @@ def load_tokenizer(name: str) -> Any:
 
 @cache
 def _letters() -> dict[int, str]:
-    """Byte → the printable letter that stands for it in byte-level BPE vocabularies."""
+    """Return, for each byte, the printable character that stands for it in byte-level BPE vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,4 +1,8 @@
-"""MONA: Muon with Nesterov-like acceleration (arXiv 2605.26842). Needs torch alone."""
+"""MONA: Muon with a Nesterov-like acceleration (arXiv 2605.26842), as a PyTorch optimizer that depends on torch only.
+
+:class:`MONA` orthogonalizes the updates of matrices with :class:`NewtonSchulz` and uses AdamW for all other parameters.
+:func:`choose` decides which parameters are which, and a :class:`Layout` says which matrices a parameter holds.
+"""
 
 from __future__ import annotations
 

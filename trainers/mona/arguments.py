@@ -1,4 +1,4 @@
-"""What an optimiser's arguments may be; each refusal names the value."""
+"""Validation of the optimizer's arguments; each error message names the invalid value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAN_POLICIES = ("raise", "skip")
 
 
 def check_nan_policy(nan_policy: str, capturable: bool) -> None:
-    """Raise EffpassError for an unknown policy, or one that would wait for the device in a captured step."""
+    """Raise EffpassError if the policy is unknown, or if it would wait for the device in a captured step."""
     if nan_policy not in NAN_POLICIES:
         raise EffpassError(f"unknown nan_policy {nan_policy!r}{did_you_mean(nan_policy, NAN_POLICIES)}")
     if capturable and nan_policy == "raise":
@@ -27,7 +27,7 @@ def check_nan_policy(nan_policy: str, capturable: bool) -> None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise EffpassError for a hyper-parameter out of range."""
+    """Raise EffpassError if a hyper-parameter of a parameter group is out of range."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise EffpassError(f"lr is a tensor of {lr.numel()} elements", hint="one element")
@@ -54,7 +54,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_parameter(name: str, parameter: Any) -> None:
-    """Raise ModelError for what is no real floating-point tensor."""
+    """Raise ModelError unless a parameter is a real floating-point tensor."""
     if not isinstance(parameter, Tensor):
         raise ModelError(f"{name} is a {type(parameter).__name__}, not a tensor", hint="MONA(model), or its parameters")
     if not parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""Orthogonalise many matrices with few products: equal shapes side by side in one batch."""
+"""Orthogonalization and update of many matrices with few operations: matrices of equal shape form one batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCALES = ("rms_matched", "spectral")
 
 @dataclass(frozen=True)
 class Piece:
-    """A block of a parameter beside its orthogonalised update O and the factor s of its matrices' shape."""
+    """Block of a parameter with its orthogonalized update O, and the factor s for the shape of its matrices."""
 
     parameter: Tensor
     update: Tensor
@@ -28,10 +28,11 @@ class Piece:
 
 
 def scale_of(kind: str, m: int, n: int) -> float:
-    """Factor s on the learning rate of an m × n matrix.
+    """Return the factor s on the learning rate for an m × n matrix.
 
-    ``rms_matched``: 0.2·√max(m, n), which gives the update the root mean square that AdamW's updates have (arXiv
-    2502.16982), so that learning rates carry over. ``spectral``: √max(1, m/n), m the output dimension.
+    ``rms_matched`` is 0.2·√max(m, n), with which the root mean square of the update equals that of AdamW's updates
+    (arXiv 2502.16982), so that learning rates of AdamW can be used. ``spectral`` is √max(1, m/n), where m is the output
+    dimension.
     """
     if kind == "rms_matched":
         return 0.2 * math.sqrt(max(m, n))
@@ -47,7 +48,15 @@ def orthogonalize(
     newton_schulz: NewtonSchulz,
     scale: str,
 ) -> list[Piece]:
-    """Orthogonalised `updates`, each of its parameter's shape and cut into its `parts`."""
+    """Return the orthogonalized updates of the parts of each parameter.
+
+    Args:
+        parameters: parameters.
+        updates: update of each parameter, in its shape.
+        parts: parts of each parameter.
+        newton_schulz: orthogonalization.
+        scale: kind of the factor s, see :func:`scale_of`.
+    """
     batches: dict[tuple[int, int, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
     for parameter, update, own in zip(parameters, updates, parts, strict=True):
         for part in own:
@@ -68,7 +77,10 @@ def orthogonalize(
 
 
 def apply_update(pieces: Sequence[Piece], lr: float | Tensor, weight_decay: float, cautious: bool) -> None:
-    """W ← (1 − ηλ) W − η s O; where `cautious`, the decay only touches entries whose sign is that of O (2510.12402)."""
+    """Update parameters: W ← (1 − ηλ) W − η s O.
+
+    If `cautious`, only entries whose sign is that of O are decayed (2510.12402).
+    """
     by_scale: dict[float, list[Piece]] = {}
     for piece in pieces:
         by_scale.setdefault(piece.scale, []).append(piece)

@@ -1,4 +1,4 @@
-"""Loading a state: is it MONA's and these parameters', and each buffer in its own dtype."""
+"""Loading of an optimizer state: check that it belongs to MONA and its parameters, and restoration of buffer dtypes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEYS = {"mona": "momentum", "adamw": "exp_avg"}
 
 
 def check(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Raise ArtifactError unless `state_dict` is a MONA state of parameters in these groups; nothing is changed."""
+    """Raise ArtifactError unless `state_dict` is a state of MONA for the parameters in these groups."""
     if not {"state", "param_groups"} <= set(state_dict):
         raise ArtifactError(f"no state of an optimiser: keys {sorted(map(str, state_dict))}")
     saved = state_dict["param_groups"]
@@ -54,7 +54,13 @@ def restore_dtypes(
     state_dict: dict[str, Any],
     dtypes: Callable[[Tensor], tuple[torch.dtype, torch.dtype]],
 ) -> None:
-    """torch casts every buffer to its parameter's dtype when it loads; give MONA's back the bits that were saved."""
+    """Restore MONA's buffers in their own dtypes; when loading, torch casts them to the dtypes of the parameters.
+
+    Args:
+        optimizer: optimizer that has loaded `state_dict`.
+        state_dict: state that was saved.
+        dtypes: function that returns the dtypes of momentum and acceleration of a parameter.
+    """
     for own, group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         if own["algorithm"] != "mona":
             continue

@@ -1,10 +1,10 @@
 """Coefficients (a, b, c) of the Newton-Schulz steps  σ ← aσ + bσ³ + cσ⁵.
 
-A composition of such odd quintics drives every singular value σ ∈ (0, 1] towards 1. Two families:
+A composition of such odd quintics moves every singular value σ ∈ (0, 1] towards 1. There are two families:
 
-* ``muon``: one triple, repeated; steep at zero, and it does not converge: σ ends in 0.68 … 1.21.
-* ``polar_express``: each step is the best quintic for the interval that the steps before it left (Amsel et al.,
-  arXiv 2505.16932). Computed here by the Remez exchange, so any number of steps can be asked for.
+* ``muon``: one triple for all steps; steep at zero, but not convergent: σ ends in 0.68 … 1.21.
+* ``polar_express``: the quintic of each step is optimal for the interval that the preceding steps leave (Amsel et al.,
+  arXiv 2505.16932). It is computed here with the Remez exchange algorithm, for any number of steps.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ Coefficients = tuple[tuple[float, float, float], ...]
 
 MUON = (3.4445, -4.7750, 2.0315)
 
-# Below this σ the composition is still rising: noise, not signal, in a matrix normalised to Frobenius norm 1.
+# Lower end of the interval that is mapped to 1. Smaller σ are regarded as noise in a matrix of Frobenius norm 1.
 LOWER = 1e-3
-# The interval of a step never starts below this share of its upper end. Without it the first steps are so steep that
-# half precision overshoots.
+# Minimum ratio of the lower to the upper end of a step's interval. Without it, the first steps are so steep that half
+# precision overshoots.
 CUSHION = 0.02
-# All steps but the last aim this factor below, so that σ rounded up past the interval stays inside it.
+# All steps but the last divide their argument by this factor, so that σ stays inside the interval when rounded up.
 SAFETY = 1.02
 
 
 def coefficients(name: str | Sequence[Sequence[float]], steps: int) -> Coefficients:
-    """The triples of `steps` steps.
+    """Return the triples of `steps` steps.
 
     Args:
         name: ``"polar_express"``, ``"muon"``, or the triples themselves, one per step.
-        steps: number of steps; ignored for triples that are given.
+        steps: number of steps; ignored if triples are given.
 
     Raises:
-        EffpassError: unknown name, no steps, or triples that are not three finite numbers each.
+        EffpassError: if the name is unknown, there are no steps, or a given triple does not consist of three finite
+            numbers.
     """
     if not isinstance(name, str):
         given = tuple(tuple(float(x) for x in triple) for triple in name)
@@ -60,12 +61,19 @@ def coefficients(name: str | Sequence[Sequence[float]], steps: int) -> Coefficie
 
 @cache
 def polar_express(steps: int, lower: float = LOWER, cushion: float = CUSHION, safety: float = SAFETY) -> Coefficients:
-    """`steps` quintics whose composition maps [lower, 1] as close to 1 as possible (arXiv 2505.16932, theorem 3.1)."""
+    """Return quintics whose composition maps [lower, 1] as close to 1 as possible (arXiv 2505.16932, theorem 3.1).
+
+    Args:
+        steps: number of quintics.
+        lower: lower end of the interval.
+        cushion: minimum ratio of the lower to the upper end of the interval of a step.
+        safety: factor by which all steps but the last divide their argument.
+    """
     found = []
     low, high = lower, 1.0
     for step in range(steps):
         a, b, c = _best_quintic(max(low, cushion * high), high)
-        # With the cushion the interval was cut below: centre the image of the whole one on 1.
+        # The cushion may have shortened the interval; center the image of the whole interval on 1.
         centre = 2 / (_value(a, b, c, low) + _value(a, b, c, high))
         a, b, c = a * centre, b * centre, c * centre
         if step < steps - 1:
@@ -81,8 +89,8 @@ def _value(a: float, b: float, c: float, x: float) -> float:
 
 
 def _best_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """The odd quintic nearest to 1 on [low, high] in the maximum norm: its error equioscillates at four points."""
-    if 1 - low / high < 1e-5:  # all but converged, where the exchange is ill-conditioned: the Padé step
+    """Return the odd quintic closest to 1 on [low, high] in the maximum norm; its error equioscillates at 4 points."""
+    if 1 - low / high < 1e-5:  # almost converged: the exchange is ill-conditioned, so the Padé step is used
         return 1.875 / high, -1.25 / high**3, 0.375 / high**5
     inner = [0.75 * low + 0.25 * high, 0.25 * low + 0.75 * high]
     error = 0.0
@@ -101,7 +109,7 @@ def _best_quintic(low: float, high: float) -> tuple[float, float, float]:
 
 
 def band(triples: Coefficients, lower: float = LOWER, upper: float = 1.0) -> tuple[float, float]:
-    """Smallest and largest image of σ ∈ [lower, upper]: where the singular values of an update lie."""
+    """Return the smallest and the largest image of σ ∈ [lower, upper]: the range of an update's singular values."""
     sigma = torch.logspace(torch.log10(torch.tensor(lower)).item(), 0, 20001, dtype=torch.float64) * upper
     for a, b, c in triples:
         sigma = sigma * (a + sigma**2 * (b + sigma**2 * c))

@@ -1,4 +1,4 @@
-"""The table of an optimiser's choices."""
+"""Table of the optimizer's choices, which :meth:`.optimizer.MONA.describe` returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ def describe(
     parts: Mapping[Tensor, tuple[Part, ...]],
     dtypes: Callable[[Tensor], tuple[torch.dtype, torch.dtype]],
 ) -> str:
-    """One line for parameters that differ in their numbers only, and the bytes of state."""
+    """Return a table in which parameters whose names differ only in numbers share a line, and the size of the state.
+
+    Args:
+        groups: parameter groups of the optimizer.
+        choices: choice of each parameter.
+        parts: parts of each parameter that MONA optimizes.
+        dtypes: function that returns the dtypes of momentum and acceleration of a parameter.
+    """
     lines: dict[tuple[str, ...], int] = {}
     size = {"mona": 0, "adamw": 0}
     weights = 0

@@ -1,9 +1,10 @@
-"""Orthogonalise matrices that are cut or repeated over processes: each one once, on one process.
+"""Orthogonalization of matrices that are sharded or replicated over processes: each matrix once, on a single process.
 
-For each shape there are two exchanges of all its matrices at once. The pieces of a matrix go to its owner, which
-orthogonalises the whole, and the pieces of the result go to all who hold them. Owners are chosen so that work is even.
-The exchanges of all shapes are under way while the first products run. Everybody computes the same routes from the
-placements alone, so nothing else is sent. It needs the same parameters to have gradients on every process.
+There are two exchanges per shape, for all matrices of that shape at once. The pieces of a matrix are sent to its owner,
+which orthogonalizes the whole matrix, and the pieces of the result are sent to all processes that hold them. Owners are
+chosen such that the work is evenly distributed. The exchanges of all shapes are in progress while the first products
+are computed. Every process computes the same routes from the placements, so that no other communication is needed. The
+same parameters must have gradients on every process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ __all__ = ["Exchange", "agree"]
 
 @dataclass(frozen=True)
 class Transfer:
-    """A piece of one matrix: `parameter` by number, the block, the matrix's own block and its slot at the owner."""
+    """Piece of a matrix that is sent to another process.
+
+    Attributes:
+        parameter: index of the parameter.
+        block: block of the piece in the coordinates of the parameter.
+        matrix: block of the matrix in the same coordinates.
+        slot: index of the matrix at its owner.
+    """
 
     parameter: int
     block: Box
@@ -36,10 +44,16 @@ class Transfer:
 
 @dataclass
 class Route:
-    """What this process sends to and gets from each rank of `group`, for all matrices of m × n.
+    """Pieces that this process exchanges with each rank of a group, for all matrices of one shape.
 
-    `parts[r]`: pieces of ours that rank r orthogonalises. `owned[r]`: pieces that rank r sends for ours. Results go to
-    every holder: `results[r]` are the pieces of our matrices that rank r holds, `held[r]` those of ours that r owns.
+    Attributes:
+        group: process group.
+        m, n: size of the matrices.
+        slots: number of matrices that this process owns.
+        parts: for each rank, the pieces that this process sends to it because that rank owns their matrices.
+        owned: for each rank, the pieces of the matrices owned by this process that the rank sends.
+        results: for each rank, the pieces of the matrices owned by this process that the rank holds.
+        held: for each rank, the pieces held by this process whose matrices the rank owns.
     """
 
     group: Any
@@ -53,7 +67,7 @@ class Route:
 
 
 class Exchange:
-    """Routes, kept for the parameters they were made for."""
+    """Orthogonalization over processes; routes are computed once for each set of parameters."""
 
     def __init__(self) -> None:
         self._routes: dict[Any, tuple[list[Route], list[Box]]] = {}
@@ -67,7 +81,7 @@ class Exchange:
         scale: str,
         replicas: Any,
     ) -> list[Piece]:
-        """As `batches.orthogonalize`, of local `updates`; a collective call."""
+        """Return what :func:`.batches.orthogonalize` does, from the local parts of the updates; a collective call."""
         found = []
         for kind in dict.fromkeys((update.dtype, update.device) for update in updates):
             own = [i for i, update in enumerate(updates) if (update.dtype, update.device) == kind]
@@ -120,7 +134,15 @@ class Exchange:
 def _start(
     pieces: list[list[Tensor]], expected: list[list[Transfer]], dtype: torch.dtype, device: torch.device, group: Any
 ) -> tuple[list[Tensor], Any]:
-    """Begin an exchange: the tensors that will have been received, in order, once the second value was called."""
+    """Start an exchange; return the tensors to receive, in order, and a function that waits until they are received.
+
+    Args:
+        pieces: tensors to send to each rank.
+        expected: transfers from each rank.
+        dtype: dtype of the sent tensors.
+        device: device of the tensors.
+        group: process group.
+    """
     flat = [piece.reshape(-1).to(dtype) for to in pieces for piece in to]
     sent = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
     sizes = [t.block.numel for side in expected for t in side]
@@ -134,7 +156,7 @@ def _start(
         async_op=True,
     )
 
-    def wait(handle: Any = handle, sent: Tensor = sent) -> None:  # `sent` lives until the exchange is over
+    def wait(handle: Any = handle, sent: Tensor = sent) -> None:  # keeps `sent` alive until the exchange is complete
         handle.wait()
 
     return list(got.split(sizes)) if sizes else [], wait
@@ -143,7 +165,10 @@ def _start(
 def _routes(
     parameters: Sequence[Tensor], parts: Sequence[Sequence[Part]], replicas: Any
 ) -> tuple[list[Route], list[Box]]:
-    """Routes of all matrices, the same on all processes up to who is who; and our block of each parameter."""
+    """Return the routes of all matrices as seen from this process, and its block of each parameter.
+
+    All processes agree on owners and senders.
+    """
     found: dict[Any, Route] = {}
     loads: dict[Any, list[float]] = {}
     mine = []
@@ -165,8 +190,9 @@ def _routes(
 
 
 def _add(route: Route, number: int, matrix: Box, boxes: list[Box], load: list[float], me: int) -> None:
+    """Choose the owner of a matrix, and add its pieces to a route."""
     overlaps = [box.overlap(matrix) for box in boxes]
-    # Who has all of it need not be sent anything; of those, or else of all, the least loaded.
+    # A rank that holds the whole matrix needs no pieces. The owner is the least loaded of these ranks, or of all ranks.
     whole = [rank for rank, overlap in enumerate(overlaps) if overlap == matrix]
     owner = min(whole or range(len(boxes)), key=lambda rank: (load[rank], rank))
     load[owner] += route.m * route.n * min(route.m, route.n)
@@ -191,7 +217,7 @@ def _add(route: Route, number: int, matrix: Box, boxes: list[Box], load: list[fl
 
 
 def agree(flags: dict[torch.device, Tensor], parameters: Sequence[Any], replicas: Any) -> Tensor | None:
-    """All flags on all processes, where parameters are spread over any; None where there is no flag."""
+    """Combine the flags of all devices, and of all processes that share parameters; None if there is no flag."""
     found = None
     for flag in flags.values():
         found = flag if found is None else found & flag.to(found.device)

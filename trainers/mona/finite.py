@@ -1,4 +1,4 @@
-"""Is every gradient finite, on every process: asked before anything is written."""
+"""Check that every gradient on every process is finite, before a step writes anything."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ __all__ = ["all_finite", "asked", "not_finite"]
 def all_finite(
     plans: Iterable[Plan], others: Sequence[Tensor], everything: Sequence[Tensor], replicas: object
 ) -> Tensor | None:
-    """One bool on a device, the same on all processes that share parameters; None where there is no gradient.
+    """Return whether all gradients are finite, as a bool on a device; processes that share parameters get the same.
 
     Args:
-        plans: parameters whose gradients the kernels read.
-        others: the other parameters with a gradient.
-        everything: all of both.
+        plans: plans of the parameters whose gradients the kernels read.
+        others: other parameters with a gradient.
+        everything: all parameters with a gradient.
+        replicas: process group of replicated plain parameters; None without replicas.
+
+    Returns:
+        The flag, or None if there is no gradient.
     """
     flags: dict[torch.device, Tensor] = {}
     for plan in plans:
@@ -31,14 +35,17 @@ def all_finite(
     for kind in dict.fromkeys((grad.device, grad.dtype) for grad in grads):
         filled = [grad for grad in grads if (grad.device, grad.dtype) == kind and grad.numel()]
         if filled:
-            # The largest magnitude and not the 2-norm, which overflows before its elements do.
+            # The maximum norm, because the 2-norm of finite elements may overflow.
             largest = torch.stack(torch._foreach_norm(filled, float("inf"))).isfinite().all()
             flags[kind[0]] = flags[kind[0]] & largest if kind[0] in flags else largest
     return agree(flags, everything, replicas)
 
 
 def asked(finite: Tensor) -> Callable[[], bool]:
-    """Send for the answer now, and wait for it when the result is called: not for what is queued in between."""
+    """Start copying the flag to the host, and return a function that waits for the copy and returns the flag.
+
+    The wait does not include work that was queued in the meantime.
+    """
     if not finite.is_cuda:
         return lambda: bool(finite)
     answer = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -53,7 +60,7 @@ def asked(finite: Tensor) -> Callable[[], bool]:
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Names of the parameters whose gradients here are not finite, for a message."""
+    """Return the names of parameters whose gradients on this process are not finite, for a message."""
     bad = [name for name, parameter in named if not bool(local(parameter.grad).isfinite().all())]
     shown = bad[:3] or ["a shard on another process"]
     return ", ".join(shown) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")

@@ -1,7 +1,7 @@
-"""The step on a GPU with Triton: a few launches and the products for all equal matrices of a group.
+"""The step of MONA on a GPU with Triton: a few kernel launches and matrix products for all equal matrices of a group.
 
-It computes what `update` and `batches` compute. A parameter takes this road when its gradient, buffers and matrices lie
-in memory as they are read: contiguous, aligned, in float32 or half precision.
+It computes the same as :mod:`.update` and :mod:`.batches`. It supports parameters whose gradient, buffers and matrices
+are contiguous and aligned in memory, in float32 or half precision.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter and its buffers; `average` is None where α = 0."""
+    """Parameter with its buffers; `average` is None if α = 0."""
 
     parameter: Tensor
     momentum: Tensor
@@ -34,12 +34,12 @@ class Member:
     parts: tuple[Part, ...]
 
     def rows(self) -> tuple[Tensor | None, ...]:
-        """Gradient, momentum, average, parameter: the rows of the kernels' table."""
+        """Return gradient, momentum, average and parameter, in the order of the rows of the kernels' table."""
         return self.parameter.grad, self.momentum, self.average, self.parameter
 
 
 def supported(member: Member, newton_schulz: NewtonSchulz) -> bool:
-    """Whether the kernels take this parameter, as its gradient is now."""
+    """Return whether the kernels support this parameter with its current gradient."""
     if not member.parameter.is_cuda or newton_schulz.form == "torch" or not _has_triton():
         return False
     tensors = [tensor for tensor in member.rows() if tensor is not None]
@@ -58,24 +58,32 @@ def _has_triton() -> bool:
 
 @dataclass
 class Bucket:
-    """Equal matrices of equal dtypes on one device; `table` holds the addresses of the last step, [4, N] there."""
+    """Equal matrices with equal dtypes on one device.
+
+    Attributes:
+        m, n: size of a matrix.
+        dtypes: dtypes of gradient, momentum, average and parameter; None for an average that is not kept.
+        device: device of the matrices.
+        numbers: for each matrix, the index of its member.
+        elements: for each matrix, the offset of its first element in its member.
+        table: addresses of the matrices in the last step, int64 [4, N] on the device; None before the first upload.
+    """
 
     m: int
     n: int
     dtypes: tuple[torch.dtype | None, ...]
     device: torch.device
-    # Each matrix's member by number, and its offset in that one.
     numbers: list[int] = field(default_factory=list)
     elements: list[int] = field(default_factory=list)
     table: Tensor | None = None
 
 
 class Upload:
-    """The tables of all buckets on one device, which go there in one copy.
+    """Upload of the tables of all buckets on one device, in a single copy.
 
     Args:
-        buckets: on one device.
-        members: of the plan.
+        buckets: buckets on one device.
+        members: number of members of the plan.
     """
 
     def __init__(self, buckets: Sequence[Bucket], members: int) -> None:
@@ -88,10 +96,14 @@ class Upload:
                 places.append(row * members + numbers)
                 offsets.append(elements * (0 if dtype is None else dtype.itemsize))
         self.places, self.offsets = torch.cat(places), torch.cat(offsets)
-        self.host: Tensor | None = None  # pinned, and read again by each replay of a captured copy
+        self.host: Tensor | None = None  # pinned; kept because each replay of a captured copy reads it again
 
     def __call__(self, addresses: Tensor) -> None:
-        """Upload; `addresses` int64 [4 · members], those of a row one after the other."""
+        """Upload the tables.
+
+        Args:
+            addresses: addresses of the tensors, int64 [4 · members], one row of the table after the other.
+        """
         self.host = (addresses[self.places] + self.offsets).pin_memory()
         tables = self.host.to(self.device, non_blocking=True)
         for bucket, table in zip(self.buckets, tables.split([4 * len(b.numbers) for b in self.buckets]), strict=True):
@@ -105,7 +117,7 @@ def _on(lr: float | Tensor, device: torch.device) -> Tensor:
 
 
 class Plan:
-    """Which matrices of `members` go together. It stays valid while dtypes, sizes and alignment do."""
+    """Buckets of the matrices of `members`; a plan is valid as long as dtypes, sizes and alignment do not change."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
@@ -124,13 +136,13 @@ class Plan:
             Upload([bucket for bucket in self.buckets if bucket.device == device], len(self.members))
             for device in dict.fromkeys(bucket.device for bucket in self.buckets)
         ]
-        # All but the gradients; for an average that is not kept, and not read, the parameter stands in.
+        # All tensors but the gradients. The parameter fills the row of an average that is not kept; it is not read.
         rows = [(m.momentum, m.parameter if m.average is None else m.average, m.parameter) for m in self.members]
         self._kept = [tensor for row in zip(*rows, strict=True) for tensor in row]
         self._pointers: list[int] = []
 
     def upload(self) -> None:
-        """Bring the tables to the devices; before every step, since gradients move."""
+        """Copy the tables to the devices if an address has changed; called in every step, since gradients may move."""
         pointers = [member.parameter.grad.data_ptr() for member in self.members]  # type: ignore[union-attr]
         pointers += map(Tensor.data_ptr, self._kept)
         if pointers != self._pointers:
@@ -140,7 +152,7 @@ class Plan:
                 upload(addresses)
 
     def check_finite(self, flags: dict[torch.device, Tensor]) -> None:
-        """Set the flag of a device to false where a gradient there is not finite."""
+        """Set the flag of a device to false if a gradient on it is not finite."""
         from effpass.lowering.kernels import mona
 
         for bucket in self.buckets:
@@ -151,7 +163,7 @@ class Plan:
             mona.finite(bucket.table, bucket.dtypes[0], bucket.m * bucket.n, flags[bucket.device])
 
     def step(self, group: dict[str, Any], newton_schulz: NewtonSchulz, finite: Tensor) -> None:
-        """One step with the hyper-parameters of `group`; nothing is written where `finite` is false."""
+        """Take one step with the hyper-parameters of `group`; nothing is written if `finite` is false."""
         from effpass.lowering.kernels import mona
 
         rates = {upload.device: _on(group["lr"], upload.device) for upload in self._uploads}
@@ -163,7 +175,7 @@ class Plan:
             assert momentum is not None
             assert parameter is not None
             work = newton_schulz.dtype or torch.float16
-            # bfloat16 until the norm is known: it has the range, and one rounding of the input drowns in its noise.
+            # bfloat16 before normalization: it has the range, and one rounding is small compared to the input's noise.
             held = torch.bfloat16 if work == torch.float16 else work
             x = torch.empty((table.shape[1], bucket.m, bucket.n), dtype=held, device=bucket.device)
             squared_norm = mona.advance(

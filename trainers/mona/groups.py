@@ -1,7 +1,7 @@
-"""Which parameter gets MONA and which AdamW, read off the module tree.
+"""Choice of MONA or AdamW for each parameter, read from the module tree.
 
-MONA is for matrices between hidden activations. AdamW keeps what is no such matrix: embeddings, output heads, routers,
-vectors (norms, biases) and depthwise convolutions.
+MONA is for matrices between hidden activations. AdamW is used for everything else: embeddings, output heads, routers,
+vectors (norms and biases) and depthwise convolutions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from effpass.trainers.mona.layout import Layout
 __all__ = ["Choice", "Override", "choose", "choose_named", "output_heads", "routers"]
 
 ADAMW, MONA = "adamw", "mona"
-# What an override may say: an algorithm, or a layout for MONA.
+# Value of an override: the name of an algorithm, or a layout for MONA.
 Override = str | Layout
 
 _HEADS = ("lm_head", "score", "classifier", "embed_out", "unembed")
@@ -28,7 +28,7 @@ _ROUTERS = ("gate", "router")
 
 @dataclass(frozen=True)
 class Choice:
-    """Algorithm and layout of one parameter, and why."""
+    """Algorithm and layout of a parameter, and the reason for the choice."""
 
     name: str
     parameter: Tensor
@@ -38,14 +38,15 @@ class Choice:
 
 
 def choose(model: nn.Module, overrides: Mapping[str, Override] | None = None) -> list[Choice]:
-    """A choice for each parameter of `model` that requires a gradient; a tied parameter is chosen once.
+    """Return a choice for each parameter of `model` that requires a gradient; a tied parameter has one choice.
 
     Args:
-        overrides: pattern of names (``*`` and ``?``) → ``"mona"``, ``"adamw"`` or a :class:`Layout`; the first pattern
-            that fits counts.
+        model: model whose parameters are optimized.
+        overrides: ``"mona"``, ``"adamw"`` or a :class:`Layout` for parameters whose names match a pattern (``*`` and
+            ``?``); the first matching pattern is used.
 
     Raises:
-        ModelError: an override that fits no parameter, or is none of the three.
+        ModelError: if an override matches no parameter or has another value, or if a layout does not fit its parameter.
     """
     owners = {
         f"{path}.{name}" if path else name: (path, module)
@@ -64,7 +65,10 @@ def choose(model: nn.Module, overrides: Mapping[str, Override] | None = None) ->
 
 
 def choose_named(named: Iterable[tuple[str, Tensor]], overrides: Mapping[str, Override] | None = None) -> list[Choice]:
-    """As `choose`, where only names are known: heads and embeddings go by their names, three dimensions are experts."""
+    """Return choices as :func:`choose` does, for parameters of which only names are known.
+
+    Heads, embeddings and routers are recognized by name, and parameters with three dimensions are stacks of experts.
+    """
     found = []
     for name, parameter in named:
         words = name.split(".")
@@ -122,8 +126,8 @@ def _by_module(
 
 
 def _fused(parameter: Tensor, leaf: str, kind: str, config: object) -> Layout | None:
-    """Layout of a projection whose parts lie one after the other, where the model's config confirms their sizes."""
-    dim = 1 if kind == "Conv1D" else 0  # GPT-2's Conv1D keeps [input, output]
+    """Return the layout of a fused projection if the model's config confirms the sizes of its parts; otherwise None."""
+    dim = 1 if kind == "Conv1D" else 0  # GPT-2's Conv1D stores [input, output]
     if parameter.ndim != 2 or config is None:
         return None
     width = parameter.shape[dim]
@@ -143,7 +147,11 @@ def _fused(parameter: Tensor, leaf: str, kind: str, config: object) -> Layout | 
 
 
 def output_heads(model: nn.Module) -> set[int]:
-    """Ids of weights that give logits: what the model says, or linears of an embedding's shape outside its layers."""
+    """Return the ids of weights that compute logits.
+
+    These are linear layers named like heads, and the output embeddings that the model reports. If it can't report any,
+    they are linear layers outside of numbered layers whose weight has the shape of an embedding.
+    """
     named = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = {id(module.weight) for path, module in named.items() if path.rpartition(".")[2] in _HEADS}
     ask = getattr(model, "get_output_embeddings", None)
@@ -156,7 +164,7 @@ def output_heads(model: nn.Module) -> set[int]:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """Paths of modules that choose experts: classes named so, and a `gate` or `router` beside `experts`."""
+    """Return the paths of modules that choose experts: classes named so, and a `gate` or `router` beside `experts`."""
     found = set()
     for path, module in model.named_modules():
         if type(module).__name__.endswith(("Router", "TopkRouter", "TopKRouter")):

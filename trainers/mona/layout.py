@@ -1,4 +1,7 @@
-"""Which matrices a parameter holds: one, a stack of experts, parts of a fused projection, heads, a convolution."""
+"""Layout of a parameter: the matrices that it holds.
+
+A parameter is a single matrix, a stack of experts, a fused projection of several parts, heads, or a convolution.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ __all__ = ["Layout", "Part"]
 
 @dataclass(frozen=True)
 class Part:
-    """A block of a parameter that is a batch of equal matrices.
+    """Block of a parameter that is a batch of equal matrices.
 
     Attributes:
-        start, size: the block along dimension `dim` of the parameter.
-        matrices: (B, M, N): the block, reshaped.
+        dim: dimension along which the block is cut from the parameter.
+        start, size: position and size of the block along `dim`.
+        matrices: shape (B, M, N) of the block as a batch of matrices.
     """
 
     dim: int
@@ -28,19 +32,19 @@ class Part:
     matrices: tuple[int, int, int]
 
     def take(self, tensor: Tensor) -> Tensor:
-        """[B, M, N] of the block; a view where memory allows."""
+        """Return the block of `tensor` as [B, M, N]; a view if the memory layout allows it."""
         return tensor.narrow(self.dim, self.start, self.size).reshape(self.matrices)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter of two or more dimensions is cut into matrices.
+    """Division of a parameter with two or more dimensions into matrices.
 
     Args:
-        split: sizes of the parts of a fused projection along `dim`; () where there is one part.
-        dim: dimension of `split`, counted in the parameter.
-        heads: number of heads that share the output dimension of each part, each a matrix of its own.
-        convolution: the first dimension is the output, all others together are the input.
+        split: sizes of the parts of a fused projection along `dim`; () for a single part.
+        dim: dimension of the parameter that `split` refers to.
+        heads: number of heads into which the output dimension of each part is divided; each head is a matrix.
+        convolution: whether the first dimension is the output and all others together are the input.
     """
 
     split: tuple[int, ...] = ()
@@ -49,10 +53,14 @@ class Layout:
     convolution: bool = False
 
     def parts(self, shape: Sequence[int], name: str = "a parameter") -> list[Part]:
-        """The parts of a parameter of this shape.
+        """Return the parts of a parameter of this shape.
+
+        Args:
+            shape: shape of the parameter.
+            name: name of the parameter, for messages.
 
         Raises:
-            ModelError: the layout does not fit the shape.
+            ModelError: if the layout does not fit the shape.
         """
         shape = tuple(shape)
         if len(shape) < 2 or (len(shape) > 3 and not self.convolution):

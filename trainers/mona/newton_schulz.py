@@ -1,14 +1,14 @@
-"""Newton-Schulz: the nearest semi-orthogonal matrix to each of a batch, by matrix products alone.
+"""Newton-Schulz iteration: the nearest semi-orthogonal matrix to each matrix of a batch, by matrix products only.
 
-With X = U Σ Vᵀ, ‖X‖_F = 1, and odd quintics f_k of the chosen coefficients, the result is U f_K(… f_1(Σ)) Vᵀ ≈ U Vᵀ.
-Two forms compute the same:
+With X = U Σ Vᵀ, ‖X‖_F = 1, and odd quintics f_k with the chosen coefficients (:mod:`.coefficients`), the result is U
+f_K(… f_1(Σ)) Vᵀ ≈ U Vᵀ. Two forms compute the same result:
 
 * standard:  A = XXᵀ,  X ← (aI + bA + cA²) X                          per step
 * gram:      G = XXᵀ,  P = aI + bG + cG²,  Q ← PQ,  G ← P²G           per step;  X ← QX once, and at one restart
 
-G has the short side M, so elongated matrices (N > M) cost the Gram form little more than their products with X:
-6M²N + 14M³ against 15M²N + 5M³ for five steps. Rounding makes the small eigenvalues of G negative in time, and the
-quintics blow those up; a restart from X after the second step clears them.
+G has the size of the short side M, so that for elongated matrices (N > M) the Gram form costs little more than its
+products with X: 6M²N + 14M³ operations against 15M²N + 5M³ for five steps. Rounding eventually makes small eigenvalues
+of G negative, which the quintics amplify; a restart from X after the second step removes them.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ __all__ = ["FORMS", "NewtonSchulz"]
 
 FORMS = ("auto", "standard", "gram", "torch")
 
-# N / M from which on the Gram form has fewer operations even where nothing exploits symmetry: 8N + 28M < 20N + 10M.
+# Ratio N / M above which the Gram form has fewer operations even if symmetry is not exploited: 8N + 28M < 20N + 10M.
 ELONGATED = 1.5
 RESTART = 2
-# Elements of one batch: bounds the memory of the intermediate products.
+# Maximum number of elements per batch, which limits the memory of intermediate products.
 CHUNK = 2**28
 
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """How matrices are orthogonalised.
+    """Settings and computation of the orthogonalization.
 
     Args:
         coefficients: ``"polar_express"``, ``"muon"`` or triples, see :mod:`effpass.trainers.mona.coefficients`.
-        steps: number of steps, for named coefficients.
-        form: ``"standard"``, ``"gram"``, ``"auto"`` (gram where the long side is at least 1.5 times the short one), or
-            ``"torch"``: the standard form in the order of operations, and so with the rounding, of torch.optim.Muon.
-        dtype: of the products; default float16 on accelerators, float32 on CPUs, float64 for float64 parameters. All
-            that is multiplied lies below 2¹⁰, so bfloat16's range is not needed, and float16 has three more bits.
-        eps: smallest norm that is divided by, so that a matrix of zeros stays zero.
+        steps: number of steps; used with named coefficients only.
+        form: ``"standard"``, ``"gram"``, ``"auto"`` (gram if the long side is at least 1.5 times the short one), or
+            ``"torch"``: the standard form with the order of operations, and thus the rounding, of torch.optim.Muon.
+        dtype: dtype of the products; None for float16 on accelerators, float32 on CPUs, and float64 for float64
+            parameters. All factors are below 2¹⁰, so that the range of bfloat16 is not needed, and float16 has three
+            more bits.
+        eps: lower limit of the norm by which a matrix is divided, so that a matrix of zeros stays zero.
     """
 
     coefficients: str | Sequence[Sequence[float]] = "polar_express"
@@ -63,7 +64,7 @@ class NewtonSchulz:
             raise EffpassError(f"Newton-Schulz dtype {self.dtype} is not a floating-point type")
 
     def work_dtype(self, like: Tensor) -> torch.dtype:
-        """The dtype in which matrices of `like`'s device and dtype are multiplied."""
+        """Return the dtype of the products for matrices with the device and dtype of `like`."""
         if self.dtype is not None:
             return self.dtype
         if like.dtype == torch.float64:
@@ -71,20 +72,20 @@ class NewtonSchulz:
         return torch.float32 if like.device.type == "cpu" else torch.float16
 
     def is_gram(self, m: int, n: int) -> bool:
-        """Whether matrices of m × n take the Gram form."""
+        """Return whether matrices of size m × n use the Gram form."""
         if self.form == "auto":
             return max(m, n) >= ELONGATED * min(m, n) and len(self.triples) > RESTART
         return self.form == "gram"
 
     def __call__(self, x: Tensor, squared_norm: Tensor | None = None) -> Tensor:
-        """Orthogonalise.
+        """Orthogonalize a batch of matrices.
 
         Args:
-            x: [B, M, N], any dtype.
-            squared_norm: [B], ‖x_i‖_F² where the caller has it already.
+            x: matrices [B, M, N] of any dtype.
+            squared_norm: squared Frobenius norms ‖x_i‖_F² [B] if they are known already; None to compute them.
 
         Returns:
-            [B, M, N] in the work dtype; singular values inside ``band(triples)`` up to rounding.
+            Matrices [B, M, N] in the work dtype, with singular values inside ``band(triples)`` up to rounding.
         """
         results = [result for _, result in self.parts(x, squared_norm)]
         if not results:
@@ -92,7 +93,10 @@ class NewtonSchulz:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def parts(self, x: Tensor, squared_norm: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The result piece by piece, (index of its first matrix, [b, M, N]): what bounds the memory of the products."""
+        """Yield the result in pieces, each with the index of its first matrix and matrices [b, M, N].
+
+        Working on pieces limits the memory of intermediate products.
+        """
         dtype = self.work_dtype(x)
         iterate = self._gram if self.is_gram(*x.shape[-2:]) else self._standard
         iterate = self._torch_order if self.form == "torch" else iterate
@@ -107,7 +111,7 @@ class NewtonSchulz:
 
             normalize(x, squared_norm, out := torch.empty_like(x, dtype=dtype), self.eps)
             return out
-        x = x.float() if dtype == torch.float16 else x.to(dtype)  # float16 has not the range for what is not normalised
+        x = x.float() if dtype == torch.float16 else x.to(dtype)  # float16 has no range for values before normalization
         if squared_norm is None:
             norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         else:
@@ -138,7 +142,7 @@ class NewtonSchulz:
         return torch.bmm(x, q) if tall else torch.bmm(q, x)
 
     def _torch_order(self, x: Tensor) -> Tensor:
-        """Operation for operation as torch.optim.Muon rounds."""
+        """Compute the standard form with the order of operations, and the rounding, of torch.optim.Muon."""
         tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
         for a, b, c in self.triples:

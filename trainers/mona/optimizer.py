@@ -1,4 +1,7 @@
-"""MONA, the optimiser: Muon's orthogonalised momentum with an acceleration term, and AdamW for what is no matrix."""
+"""The MONA optimizer: Muon's orthogonalized momentum with an acceleration term for matrices, and AdamW for the rest.
+
+Matrices that the Triton kernels support take their step in :mod:`.fused`, and all others in :mod:`.plain`.
+"""
 
 from __future__ import annotations
 
@@ -27,38 +30,43 @@ __all__ = ["MONA"]
 
 
 class MONA(torch.optim.Optimizer):
-    """MONA (arXiv 2605.26842) for matrices, AdamW for the rest.
+    """MONA (arXiv 2605.26842) for matrices, and AdamW for all other parameters.
 
-    Give it the model: ``MONA(model, lr=3e-4)`` reads off the module tree which parameter is which, and
-    ``print(optimizer.describe())`` shows the choice. Learning rates are AdamW's.
+    Given a model, ``MONA(model, lr=3e-4)`` chooses the algorithm of each parameter from the module tree, and
+    ``print(optimizer.describe())`` shows the choices. Learning rates are those of AdamW.
 
     Args:
-        params: an ``nn.Module``; or ``named_parameters()``; or parameters, where two and more dimensions mean matrices;
-            or groups, dicts whose ``"algorithm"`` is ``"mona"`` or ``"adamw"`` (by shape where it is missing) and
-            whose other keys override the arguments below.
-        lr: η, a float or a tensor of one element.
-        weight_decay: λ, decoupled: W shrinks by 1 − ηλ a step. From a module, vectors get none.
-        momentum: μ.
-        nesterov: look ahead of the momentum, as torch.optim.Muon does by default.
-        beta_a: β_a of the acceleration, 0.975 to 0.99.
-        alpha: α; None is −1 / (2(1 − β_a)). 0 is Muon, without the extra buffer.
-        form: ``"exact"``, one extra buffer; ``"paper"``, the two of the paper's algorithm 1, the same up to rounding.
-        cautious: decay only entries whose sign is that of their update.
-        scale: ``"rms_matched"`` (learning rates of AdamW) or ``"spectral"`` (torch.optim.Muon's default).
+        params: an ``nn.Module``; or ``named_parameters()``; or parameters, of which those with two or more dimensions
+            are matrices; or groups, dicts whose ``"algorithm"`` is ``"mona"`` or ``"adamw"`` (chosen by shape if
+            missing) and whose other keys override the arguments below.
+        lr: learning rate η, a float or a tensor with one element.
+        weight_decay: decoupled weight decay λ: W is multiplied by 1 − ηλ in each step. If `params` is a module, it is
+            not applied to vectors.
+        momentum: decay μ of the momentum.
+        nesterov: whether to look ahead of the momentum, as torch.optim.Muon does by default.
+        beta_a: decay β_a of the acceleration, 0.975 to 0.99.
+        alpha: weight α of the acceleration; None for −1 / (2(1 − β_a)). With 0 the optimizer is Muon and keeps no extra
+            buffer.
+        form: ``"exact"`` with one extra buffer, or ``"paper"`` with the two of algorithm 1 of the paper; they are equal
+            up to rounding.
+        cautious: whether to decay only entries whose sign is that of their update.
+        scale: ``"rms_matched"`` (for learning rates of AdamW) or ``"spectral"`` (the default of torch.optim.Muon).
         newton_schulz: a :class:`NewtonSchulz`, or the name of its coefficients.
-        momentum_dtype: of the momentum; None is float32, float64 for float64 parameters.
-        acceleration_dtype: of the extra buffers; None is bfloat16, or as the momentum where that is float64.
-        betas, eps: of AdamW.
-        nan_policy: what a gradient that is not finite does: ``"raise"`` an error before anything is written, or
-            ``"skip"`` the whole step, on all processes. `skipped` counts them.
-        capturable: no synchronisation with the host, so that `step` can be captured in a CUDA graph; needs ``"skip"``.
-        overrides: patterns of parameter names → ``"mona"``, ``"adamw"`` or a :class:`Layout`.
-        replicas: process group whose ranks hold equal copies of all plain parameters (DDP): each matrix is then
-            orthogonalised on one of them. DTensors (FSDP2, tensor and expert parallel) say themselves where they are.
+        momentum_dtype: dtype of the momentum; None for float32, or float64 for float64 parameters.
+        acceleration_dtype: dtype of the extra buffers; None for bfloat16, or the dtype of the momentum for float64
+            parameters.
+        betas, eps: hyper-parameters of AdamW.
+        nan_policy: reaction to a gradient that is not finite: ``"raise"`` an error before anything is written, or
+            ``"skip"`` the whole step on all processes. `skipped` counts skipped steps.
+        capturable: whether `step` avoids synchronization with the host, so that a CUDA graph can capture it; requires
+            ``"skip"``.
+        overrides: ``"mona"``, ``"adamw"`` or a :class:`Layout` for parameters whose names match a pattern.
+        replicas: process group whose ranks hold equal copies of all plain parameters (DDP); each matrix is then
+            orthogonalized on one of them. DTensors (FSDP2, tensor and expert parallelism) have placements of their own.
 
     Raises:
-        EffpassError: an argument out of range, or a gradient that is not finite.
-        ModelError: parameters of a kind that can't be optimised.
+        EffpassError: if an argument is out of range, or a gradient is not finite.
+        ModelError: if a parameter can't be optimized.
     """
 
     def __init__(
@@ -124,7 +132,7 @@ class MONA(torch.optim.Optimizer):
         return [group for group in kinds.values() if "params" in group]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; without ``"algorithm"`` it becomes up to two, one for each."""
+        """Add a parameter group; without ``"algorithm"`` it is divided into up to two groups, one per algorithm."""
         group = {**self.defaults, **param_group}
         given = group.pop("params")
         members = [given] if isinstance(given, Tensor) else list(given)
@@ -151,13 +159,13 @@ class MONA(torch.optim.Optimizer):
                 self._parts[tensor] = tuple(choice.layout.parts(tensor.shape, name))
 
     def describe(self) -> str:
-        """A table: which parameters get MONA and which AdamW, how they are cut, why, and the size of the state."""
+        """Return a table of the parameters with algorithm, matrices and reason, and the size of the optimizer state."""
         return describe(self.param_groups, self._choices, self._parts, self._state_dtypes)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def _state_dtypes(self, parameter: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Of momentum and acceleration."""
+        """Return the dtypes of momentum and acceleration."""
         double = parameter.dtype == torch.float64
         momentum = self.momentum_dtype or (torch.float64 if double else torch.float32)
         return momentum, self.acceleration_dtype or (momentum if double else torch.bfloat16)
@@ -178,10 +186,10 @@ class MONA(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load; buffers keep their own dtypes, whatever the parameters'.
+        """Load a state; buffers keep their own dtypes, which may differ from those of the parameters.
 
         Raises:
-            ArtifactError: a state of another optimiser, or of other parameters.
+            ArtifactError: if the state belongs to another optimizer or to other parameters.
         """
         checkpoint.check(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
@@ -207,9 +215,10 @@ class MONA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of all parameters that have a gradient; the others and their buffers stay as they are.
+        """Take a step with all parameters that have a gradient; other parameters and their buffers stay unchanged.
 
-        Gradients are taken as they are now: accumulated, averaged, clipped. The acceleration is their difference.
+        Gradients are used as they are: accumulated, averaged, clipped. The acceleration is computed from their
+        differences.
         """
         loss = None
         if closure is not None:
@@ -224,7 +233,7 @@ class MONA(torch.optim.Optimizer):
         others = [p for (_, own), plan in zip(work, plans, strict=True) for p in (own if plan is None else plan[1])]
         finite = all_finite([plan[0] for plan in plans if plan is not None], others, parameters, self.replicas)
         is_finite = None if self.capturable or finite is None else asked(finite)
-        # The kernels look at the flag themselves: they are queued before the host waits for it, behind the backward.
+        # The kernels read the flag on the device, so that they can be launched before the host waits for it.
         for (group, _), plan in zip(work, plans, strict=True):
             if plan is not None and finite is not None:
                 plan[0].step(group, self.newton_schulz, finite)
@@ -250,9 +259,9 @@ class MONA(torch.optim.Optimizer):
         return loss
 
     def _plan(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[fused.Plan, list[Tensor]]:
-        """What the kernels take, tables on the device, and the parameters that they don't."""
+        """Return the uploaded plan of the parameters that the kernels support, and the other parameters."""
         compiling = torch.compiler.is_compiling()
-        # What a plan rests on, as plain lists: comparing them is what a step costs where nothing has changed.
+        # Everything that a plan depends on, as plain lists, which are fast to compare when nothing has changed.
         grads = [parameter.grad for parameter in parameters]
         signature = (
             group["form"], group["alpha"] == 0, compiling,

@@ -1,4 +1,7 @@
-"""The step in torch's own operations: what the kernels mean, and every device, every placement, and torch.compile."""
+"""The step of MONA in torch operations: it defines what the kernels compute, and runs wherever they do not.
+
+It is used on CPUs, for layouts and placements that :mod:`.fused` does not support, and under torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ __all__ = ["Member", "extra_buffers", "step"]
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter, its state, its layout and, of the whole parameter, its parts."""
+    """Parameter with its state, its layout, and the parts of the whole (unsharded) parameter."""
 
     parameter: Tensor
     state: dict[str, Tensor]
@@ -30,7 +33,7 @@ class Member:
 
 
 def extra_buffers(group: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the buffers beside the momentum that the group's form of the acceleration keeps."""
+    """Return the names of the buffers that the group's form of the acceleration keeps in addition to the momentum."""
     if group["alpha"] == 0:
         return ()
     return ("average",) if group["form"] == "exact" else ("acceleration", "previous_grad")
@@ -44,7 +47,16 @@ def step(
     replicas: Any,
     finite: Tensor | None,
 ) -> None:
-    """One step with the hyper-parameters of `group`; nothing is written where `finite`, one bool, is false."""
+    """Take one step with the hyper-parameters of `group`.
+
+    Args:
+        members: parameters of the step.
+        group: parameter group with the hyper-parameters.
+        newton_schulz: orthogonalization.
+        exchange: orthogonalization of matrices that are distributed over processes.
+        replicas: process group of replicated plain parameters; None without replicas.
+        finite: bool without dimensions; if it is false, nothing changes. None to take the step unconditionally.
+    """
     written = [local(t) for member in members for t in (member.parameter, *member.state.values())]
     before = [tensor.clone() for tensor in written] if finite is not None else []
     momenta = [local(member.state["momentum"]) for member in members]

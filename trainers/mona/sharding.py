@@ -1,4 +1,7 @@
-"""Where the pieces of a parameter lie: boxes in its own coordinates, for plain tensors, replicas and DTensors."""
+"""Positions of the pieces of a parameter, as boxes in its coordinates, for plain tensors, replicas and DTensors.
+
+:mod:`.distributed` computes from them which pieces of a matrix the processes exchange.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ __all__ = ["Box", "boxes_of_ranks", "is_shared", "local", "local_grad", "matrix_
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular block: offset and size along each dimension."""
+    """Rectangular block of a tensor: offset and size along each dimension."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
@@ -29,7 +32,7 @@ class Box:
         return math.prod(self.size)
 
     def overlap(self, other: Box) -> Box | None:
-        """The common block; None where there is none."""
+        """Return the intersection of two blocks; None if it is empty."""
         low = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         high = tuple(
             min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
@@ -38,18 +41,18 @@ class Box:
         return Box(low, size) if min(size) > 0 else None
 
     def within(self, outer: Box) -> tuple[slice, ...]:
-        """Slices of this block in a tensor that holds `outer`."""
+        """Return the slices of this block in a tensor that holds the block `outer`."""
         return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, outer.offset, self.size, strict=True))
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of `tensor` that this process holds."""
+    """Return the part of `tensor` that this process holds."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def local_grad(parameter: Any) -> Tensor:
-    """The gradient of what this process holds, placed as the parameter is."""
+    """Return the gradient of the part that this process holds, with the placements of the parameter."""
     grad = parameter.grad
     placements = getattr(parameter, "placements", None)
     if placements is not None and grad.placements != placements:
@@ -58,7 +61,10 @@ def local_grad(parameter: Any) -> Tensor:
 
 
 def is_shared(parameter: Any, layout: Layout, replicas: Any) -> bool:
-    """Whether its matrices are cut or repeated over processes. A stack of whole experts on each process is neither."""
+    """Return whether matrices of a parameter are sharded or replicated over processes.
+
+    A stack of experts of which each process holds whole experts is neither.
+    """
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return replicas is not None and dist.get_world_size(replicas) > 1
@@ -70,7 +76,7 @@ def is_shared(parameter: Any, layout: Layout, replicas: Any) -> bool:
 
 
 def process_group(parameter: Any, replicas: Any) -> Any:
-    """The processes over which a shared parameter is spread."""
+    """Return the group of the processes over which a shared parameter is distributed."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return replicas
@@ -82,7 +88,7 @@ def process_group(parameter: Any, replicas: Any) -> Any:
 
 
 def boxes_of_ranks(parameter: Any, group: Any) -> list[Box]:
-    """For each rank of `group`, the block of `parameter` that it holds."""
+    """Return the block of `parameter` that each rank of `group` holds."""
     whole = Box((0,) * parameter.ndim, tuple(parameter.shape))
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
@@ -109,7 +115,7 @@ def _shard(whole: Box, coordinate: Sequence[int], mesh_shape: Sequence[int], pla
             continue
         if placement.is_partial():
             raise ModelError(f"a parameter placed as {placement} has no values to optimise")
-        # FSDP over tensor parallelism cuts what the mesh dimensions to its right have cut already.
+        # With FSDP over tensor parallelism, FSDP shards what mesh dimensions to its right have sharded already.
         (strided if "Strided" in type(placement).__name__ else plain).append((dim, placement.dim))
     for dim, axis in [*plain, *reversed(strided)]:
         share = -(-size[axis] // mesh_shape[dim])
@@ -120,7 +126,7 @@ def _shard(whole: Box, coordinate: Sequence[int], mesh_shape: Sequence[int], pla
 
 
 def matrix_boxes(shape: Sequence[int], part: Part) -> list[Box]:
-    """The block of each matrix of `part`, in the parameter's coordinates."""
+    """Return the block of each matrix of `part`, in the coordinates of the parameter."""
     block = [*shape]
     block[part.dim] = part.size
     base = [0] * len(block)

@@ -1,6 +1,9 @@
-"""Structured pruning: which units of a model stay, learned or scored, and the training of what is left.
+"""Structured pruning: choose the units of a model to keep, cut the others, and train the pruned model.
 
-`effpass train prune`. :mod:`~effpass.trainers.pruning.minimax` learns masks and sizes together with the weights;
-:mod:`~effpass.trainers.pruning.scores` has the methods that look at a model once. All of them cut every layer alike, so
-that the result is an ordinary checkpoint, and share the loss, the loop and the recovery.
+This package implements `effpass train prune`. A *unit* is a part of a layer that can be removed, such as a KV group or
+a feed-forward channel (:mod:`effpass.passes.weights.prunable_units`). :mod:`~effpass.trainers.pruning.minimax` learns
+masks on the units and the sizes of the pruned model together with the weights;
+:mod:`~effpass.trainers.pruning.scores` has methods that score the units of a given model once. All methods keep the
+same number of units in every layer, so that the result is an ordinary checkpoint, and they share the loss, the training
+loop and the recovery, which is the training after the cut.
 """

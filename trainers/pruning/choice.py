@@ -1,4 +1,4 @@
-"""Which units stay, by a method's scores: the best of each set, as many of every layer."""
+"""Choice of the units to keep from their scores: those with the highest scores, the same number in every layer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,21 @@ __all__ = ["best_layers", "best_units", "keep_indices", "layer_count", "score_un
 
 
 def score_units(method: str, model: Any, units: Mapping[str, Units], calibration: Calibration) -> dict[str, Tensor]:
-    """Scores `[L, R, N]` of each family, by a file of :mod:`effpass.trainers.pruning.scores`."""
+    """Compute scores `[L, R, N]` of each family with the module `method` of :mod:`effpass.trainers.pruning.scores`."""
     return importlib.import_module(f"effpass.trainers.pruning.scores.{method}").scores(model, units, calibration)
 
 
 def best_units(
     scores: Mapping[str, Tensor], units: Mapping[str, Units], shapes: Shapes, sizes: Mapping[str, int]
 ) -> dict[str, dict[int, Tensor]]:
-    """Kept units `[R, n]`, by family and layer."""
+    """Return the indices `[R, n]` of the units with the highest scores, for each family and layer.
+
+    Args:
+        scores: scores `[L, R, N]` of each family.
+        units: units of the model, by family.
+        shapes: possible sizes of the pruned model.
+        sizes: sizes of the pruned model.
+    """
     found = {}
     for family, owned in units.items():
         best = scores[family].topk(shapes.count(owned, sizes), dim=-1).indices.sort(-1).values.cpu()
@@ -42,10 +49,10 @@ def best_units(
 
 
 def layer_count(cost: Cost, layers: int, keep: float) -> int:
-    """How many of so many layers stay.
+    """Return the number of layers that keeps a share `keep` of the cost of all `layers`.
 
     Raises:
-        EffpassError: no number of layers costs what is to be kept; says the nearest.
+        EffpassError: no number of layers has this cost; the message has the nearest possible share.
     """
     count = min(range(1, layers), key=lambda n: abs(cost.depth_share(n, layers) - keep), default=layers)
     share = cost.depth_share(count, layers)
@@ -58,11 +65,11 @@ def layer_count(cost: Cost, layers: int, keep: float) -> int:
 
 
 def best_layers(model: Any, units: Mapping[str, Units], calibration: Calibration, count: int) -> list[int]:
-    """The `count` layers that matter most."""
+    """Return the ascending indices of the `count` layers with the highest scores."""
     return layer_scores(model, units, calibration).topk(count).indices.sort().values.tolist()
 
 
-# How far from what is asked for whole layers may be: half of one in sixteen.
+# Maximum deviation of the kept share when whole layers are removed: half a layer out of sixteen.
 _TOLERANCE = 0.032
 
 
@@ -73,12 +80,14 @@ def keep_indices(
     layers: list[int] | None = None,
     **described: dict[str, Any],
 ) -> KeepIndices:
-    """The choice as an artifact for `model`, checked as a reader will.
+    """Create and validate a keep-index artifact for `model` in memory.
 
     Args:
-        kept: units `[R, n]`.
-        layers: kept layers, where whole layers go.
-        described: the artifact's `provenance` and `metrics`.
+        model: model to prune.
+        units: units of the model, by family.
+        kept: family → layer index → kept units `[R, n]`; None if whole layers are removed.
+        layers: indices of the kept layers; None if no whole layers are removed.
+        described: `provenance` and `metrics` of the artifact.
     """
     tensors = {} if layers is None else {"layers": torch.tensor(layers, dtype=torch.int64)}
     for family, of_layers in (kept or {}).items():
@@ -87,7 +96,7 @@ def keep_indices(
     for part, whole in (("query_heads", "kv_groups"), ("expert_channels", "experts")):
         for name in [name for name in tensors if name.endswith(part)]:
             owner = name.replace(part, whole)
-            if owner in tensors:  # of the kept groups and experts alone
+            if owner in tensors:  # only those of the kept groups and experts
                 tensors[name] = tensors[name][tensors[owner]]
     sizes = asdict(Dimensions.of(model.config))
     artifact = Artifact(PASS, VERSION, sizes, Fingerprint.of(model), tensors=tensors, **described)
@@ -95,7 +104,7 @@ def keep_indices(
 
 
 def _stored(units: Units, index: Tensor) -> Tensor:
-    """As :mod:`effpass.passes.weights.prunable_units` shapes it."""
-    if units.family == "experts":  # of all groups of the router, one after the other
+    """Convert kept units `[R, n]` to the shape that :mod:`effpass.passes.weights.prunable_units` defines."""
+    if units.family == "experts":  # indices over all groups of the router
         return (index + torch.arange(units.rows)[:, None] * units.count).flatten()
     return index if units.family in ("query_heads", "expert_channels") else index[0]

@@ -1,4 +1,9 @@
-"""What a model costs with fewer units, as a share of what it costs with all."""
+"""Cost of a model as a function of the shares of its units that are kept, relative to the cost with all units.
+
+The learner and the choice of shapes use it to meet a budget. The cost is a sum of terms, each of which is proportional
+to the kept shares of some families of units; :func:`parameter_cost` counts parameters, and
+:mod:`effpass.trainers.pruning.step_cost` counts bytes or time of a decode step.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,8 @@ class Term:
     """A part of the cost that is proportional to the kept shares of some families.
 
     Attributes:
-        amount: with all units.
-        sizes: the families, by the names of their sizes.
+        amount: value of the term with all units.
+        sizes: names of the families.
     """
 
     amount: float
@@ -30,12 +35,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Cost:
-    """A sum of terms.
+    """Cost as a sum of terms.
 
     Attributes:
-        unit: what is counted, ``"parameters"``.
-        terms: see there.
-        outside: how much of it is not in the decoder's layers.
+        unit: name of what is counted, such as ``"parameters"``.
+        terms: the terms.
+        outside: part of the cost that lies outside the decoder layers.
     """
 
     unit: str
@@ -43,27 +48,27 @@ class Cost:
     outside: float = 0.0
 
     def share(self, kept: Mapping[str, float]) -> float:
-        """What is left of the cost where of each family a share `kept` stays (all, where it is not named)."""
+        """Return the relative cost if a share `kept` of each family is kept; families not named are kept whole."""
         left = sum(t.amount * prod(kept.get(size, 1.0) for size in t.sizes) for t in self.terms)
         return left / sum(t.amount for t in self.terms)
 
     def depth_share(self, kept: int, layers: int) -> float:
-        """What is left of the cost where `kept` of so many layers stay."""
+        """Return the relative cost if `kept` of `layers` layers are kept."""
         total = sum(t.amount for t in self.terms)
         return (self.outside + (total - self.outside) * kept / layers) / total
 
     def slope(self, kept: Mapping[str, float], size: str) -> float:
-        """Cost, as a share of the whole, of all units of a family, the others being as they are."""
+        """Return the relative cost of all units of the family `size`, given the `kept` shares of the other families."""
         return self.share({**kept, size: 1.0}) - self.share({**kept, size: 0.0})
 
 
 def terms_of(module: str, units: Mapping[str, Units]) -> tuple[str, ...]:
-    """The sizes that a module of a layer shrinks with, ``"self_attn.o_proj"``."""
+    """Return the families whose kept shares scale the size of a module, such as ``"self_attn.o_proj"``."""
     found: tuple[str, ...] = ()
     if module.startswith(("self_attn", "attn")):
         if module.endswith(("q_proj", "q_b_proj", "o_proj", "c_proj", "qkv_proj", "c_attn")):
             found = ("kv_groups", "query_heads")
-        elif module.endswith(("k_proj", "v_proj", "kv_b_proj", "attn")):  # what stands around attention as well
+        elif module.endswith(("k_proj", "v_proj", "kv_b_proj", "attn")):  # also kernels around attention
             found = ("kv_groups",)
     elif module.startswith("mlp.experts"):
         found = ("experts", "expert_channels")
@@ -78,12 +83,12 @@ def terms_of(module: str, units: Mapping[str, Units]) -> tuple[str, ...]:
 
 
 def parameter_cost(model: Any, units: Mapping[str, Units]) -> Cost:
-    """Parameters of the decoder's layers; embeddings and head, which nothing is dropped from, are left out."""
+    """Return the cost in parameters of the decoder layers. Embeddings and LM head are not pruned and not counted."""
     amounts: dict[tuple[str, ...], float] = {}
     for name, parameter in model.named_parameters():
         parts = split_name(name)
         if parts is not None:
-            is_bias = parameter.ndim == 1 and parts[1].endswith(_READERS)  # of outputs, which stay
+            is_bias = parameter.ndim == 1 and parts[1].endswith(_READERS)  # a bias of outputs, which are not pruned
             sizes = () if is_bias else terms_of(parts[1], units)
             amounts[sizes] = amounts.get(sizes, 0) + parameter.numel()
     return Cost("parameters", _terms(amounts))

@@ -1,4 +1,7 @@
-"""Rows of tokens, as a function of their number: a resumed run reads what the whole run reads."""
+"""Training data of a pruning run: fixed-length sequences of tokens, determined by their index and a seed.
+
+A resumed run therefore reads the same data as an uninterrupted one. A *row* is one sequence of a batch.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,23 @@ from effpass.trainers.lm.corpus import Corpus, TextFile, read_corpus, write_corp
 
 __all__ = ["Rows", "read_text", "tokenize"]
 
-# Calibration reads other rows than training, as long as the text has that many.
+# Key of the order of calibration data, which differs from that of training data.
 _CALIBRATION = 1
 
 
 def tokenize(path: Path, tokenizer: Any, folder: Path) -> None:
-    """Write the tokens of a file to `folder`: plain text is one document, of JSON lines each is one, all its strings.
+    """Tokenize a file and write the tokens to `folder`.
+
+    A plain text file is one document. In a JSON lines file, each line is one document, made of all its strings.
+
+    Args:
+        path: text file, or JSON lines file with the suffix ``.jsonl``.
+        tokenizer: tokenizer of the model.
+        folder: folder to write.
 
     Raises:
-        EffpassError: not a file, not UTF-8, or a line without text; names file and line.
+        EffpassError: `path` is not a file, is not UTF-8, or has a line without text (the message names file and line),
+            or the tokenizer has no end-of-text token.
     """
     if not path.is_file():
         raise EffpassError(f"{path}: no such file", hint="a text, or JSON lines with a text in each")
@@ -42,10 +53,16 @@ def tokenize(path: Path, tokenizer: Any, folder: Path) -> None:
 
 
 def read_text(folder: Path, batch: int, length: int, path: object) -> Corpus:
-    """What :func:`tokenize` wrote.
+    """Read the tokens that :func:`tokenize` has written.
+
+    Args:
+        folder: folder written by :func:`tokenize`.
+        batch: minimum number of sequences that the tokens must suffice for.
+        length: number of tokens per sequence.
+        path: original file, for error messages.
 
     Raises:
-        EffpassError: fewer tokens than a batch takes.
+        EffpassError: there are fewer tokens than one batch needs.
     """
     corpus = read_corpus(folder)
     if len(corpus.training) < batch * length:
@@ -57,14 +74,15 @@ def read_text(folder: Path, batch: int, length: int, path: object) -> Corpus:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Micro-batches of a run, in order.
+    """Dataset of the micro-batches of a training loop, in order.
 
     Args:
         corpus: tokens.
-        batch, accumulate, length: rows of a step, micro-batches of it, tokens of a row.
-        steps: of the run.
-        seed: of the order.
-        first: steps of earlier runs, whose rows are not read again.
+        batch, accumulate, length: number of sequences per optimizer step, number of micro-batches per step, and number
+            of tokens per sequence.
+        steps: number of optimizer steps of the loop.
+        seed: seed of the order.
+        first: number of steps of earlier loops, whose data is skipped.
     """
 
     def __init__(
@@ -77,12 +95,12 @@ class Rows(Dataset[dict[str, Tensor]]):
         return self.steps * self.accumulate
 
     def __getitem__(self, micro: int) -> dict[str, Tensor]:
-        """``input_ids`` int64 `[B, T]`."""
+        """Return a micro-batch, ``input_ids`` int64 `[B, T]`."""
         start = (self.first * self.accumulate + micro) * self.size
         return {"input_ids": _rows(self.corpus, start, self.size, self.length, (self.seed,))}
 
     def calibration(self, count: int) -> list[Tensor]:
-        """`count` micro-batches `[B, T]` in an order of their own."""
+        """Return `count` micro-batches `[B, T]` of calibration data, in an order different from that of training."""
         key = (self.seed, _CALIBRATION)
         return [_rows(self.corpus, i * self.size, self.size, self.length, key) for i in range(count)]
 

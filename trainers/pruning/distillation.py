@@ -1,9 +1,10 @@
-"""The loss: how far the pruned model is from the whole one, in logits and hidden states, and the task's own.
+"""Distillation loss between the whole model (teacher) and the pruned model (student), used before and after the cut.
 
-    L = task · CE(data) + KL(teacher ‖ student) + hidden · mean over layers of ‖h_s − h_t‖² / ‖h_t‖²
+    L = task · CE(data) + logits · KL(teacher ‖ student) + hidden · mean over layers of ‖h_s − h_t‖² / ‖h_t‖²
 
-Logits of a large vocabulary are the largest tensor of a step. They are computed for some tokens at a time, from the
-last hidden states, and again in the backward pass.
+CE is the cross entropy of the data, and h_s and h_t are the hidden states of student and teacher. With a large
+vocabulary, logits are the largest tensor of a step. They are therefore computed from the last hidden states for a few
+tokens at a time, and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from effpass.core.errors import EffpassError, ModelError
 
 __all__ = ["PIECE", "Distillation", "check_head", "hidden_states", "make_head"]
 
-# Logits of a piece, in elements.
+# Maximum number of logits that are computed at once.
 PIECE = 1 << 24
 
 Head = Callable[[Tensor], Tensor]
@@ -29,12 +30,12 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weights of the loss's parts.
+    """Weights of the terms of the loss.
 
     Attributes:
-        task: of the cross entropy of the data.
-        logits: of the divergence from the teacher, mean over tokens.
-        hidden: of the relative squared distance of the hidden states, mean over layers.
+        task: weight of the cross entropy of the data.
+        logits: weight of the KL divergence from the teacher, a mean over tokens.
+        hidden: weight of the relative squared distance between hidden states, a mean over layers.
     """
 
     task: float = 0.5
@@ -49,14 +50,17 @@ class Distillation:
             raise EffpassError("both the task and the logits have weight 0", hint="give one of them a weight")
 
     def loss(self, student: Any, teacher: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """
+        """Compute the loss of a micro-batch.
+
         Args:
-            student: learns.
-            teacher: does not; the same depth where `hidden` is not 0.
-            ids: int64 `[B, T]`.
+            student: model that is trained.
+            teacher: whole model, which gets no gradients. If its depth differs from that of the student, the term
+                `hidden` is left out.
+            ids: token ids, int64 `[B, T]`.
 
         Returns:
-            The loss, and its parts without gradients, in nats a token (`task`, `logits`) and as a share (`hidden`).
+            The loss, and its unweighted terms without gradients: `task` and `logits` in nats per token, `hidden` as a
+            relative squared distance.
         """
         with torch.no_grad():
             theirs = hidden_states(teacher, ids)
@@ -73,12 +77,12 @@ class Distillation:
 
 
 def hidden_states(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings, what each layer gives, and in the last place what the head reads: `[B, T, D]` each."""
+    """Return the embeddings and the output of each layer, `[B, T, D]` each; the last one is the input of the head."""
     return model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
 
 
 def make_head(model: Any) -> Head:
-    """What turns the last hidden states into logits."""
+    """Return a function that computes logits from the last hidden states."""
     output = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap is None:
@@ -88,7 +92,7 @@ def make_head(model: Any) -> Head:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Raise ModelError where logits are more than :func:`make_head` makes of the last hidden states."""
+    """Raise a :class:`ModelError` if the model's logits differ from those that :func:`make_head` computes."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     made = make_head(model)(out.hidden_states[-1])
@@ -97,7 +101,7 @@ def check_head(model: Any) -> None:
 
 
 def _over_tokens(ours: Head, theirs: Head, student: Tensor, teacher: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy and divergence, means over the tokens that have one before."""
+    """Return the cross entropy and the KL divergence, as means over all tokens except the first of each sequence."""
 
     def piece(h: Tensor, g: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         found = ours(h).float().log_softmax(-1)
@@ -121,4 +125,5 @@ def _over_tokens(ours: Head, theirs: Head, student: Tensor, teacher: Tensor, ids
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Relative squared distance."""
     return (ours.float() - theirs.float()).square().mean() / theirs.float().square().mean()

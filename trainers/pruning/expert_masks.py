@@ -1,4 +1,10 @@
-"""Masks inside a mixture of experts."""
+"""Masks on the units of a mixture of experts.
+
+:class:`~effpass.trainers.pruning.masks.Masks` uses them for the families `experts` and `expert_channels`. The logarithm
+of an expert's mask is added to its logit in the router, and the masks of channels scale the inputs of `down_proj`.
+
+Shapes: E experts, D hidden size, F intermediate size of an expert, R sets of N units.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +21,26 @@ from effpass.core.errors import ModelError
 
 __all__ = ["mask_experts"]
 
-# Logits of experts that are never chosen, and the least mask above 0: e^-30 is lost in a sum with 1.
+# Offset of the logits of experts that are never chosen, and lower bound of masks above 0. The latter is e^-30, which
+# vanishes when it is added to 1.
 _NEVER, _LEAST = -1e4, 1e-13
 _BIAS = "e_score_correction_bias"
 
 
 def mask_experts(model: nn.Module, reader: str, family: str, attribute: str) -> Callable[[], None]:
-    """Let a stack of experts compute with the mask `[R, N]` that stands in its `attribute`.
+    """Make stacked experts compute with the mask `[R, N]` stored in one of their attributes.
+
+    Args:
+        model: model with the experts.
+        reader: name of the module that holds the stacked experts.
+        family: family of units that the mask belongs to.
+        attribute: name of the attribute of this module that holds the mask.
 
     Returns:
-        What takes the mask away.
+        A function that removes the mask.
 
     Raises:
-        ModelError: a router that chooses in another way.
+        ModelError: the router is of an unsupported kind.
     """
     experts: Any = model.get_submodule(reader)
     if family == "expert_channels":
@@ -53,7 +66,7 @@ def mask_experts(model: nn.Module, reader: str, family: str, attribute: str) -> 
 
 
 class _Scaled(nn.Module):
-    """`down_proj` `[E, D, F]`, its inputs multiplied by the masks `[E, F]`."""
+    """Parametrization of `down_proj` `[E, D, F]` that multiplies its inputs by the masks `[E, F]`."""
 
     def __init__(self, experts: Any, attribute: str) -> None:
         super().__init__()
@@ -64,9 +77,10 @@ class _Scaled(nn.Module):
 
 
 class _Router:
-    """A router's forward with log masks on its logits.
+    """Forward pass of a router with the logarithm of the masks added to its logits.
 
-    What comes after the logits is the router's own code, called on the shifted logits with an identity for its weight.
+    The computation after the logits is the original code of the router: it is called with the shifted logits as inputs
+    and an identity matrix as its weight.
     """
 
     def __init__(self, gate: Any, experts: Any, attribute: str) -> None:
@@ -89,6 +103,7 @@ class _Router:
 
 @torch.no_grad()
 def _check_router(gate: Any, original: Any, experts: Any, attribute: str) -> None:
+    """Check that with all masks 1 the replaced forward pass of a router equals the original one."""
     width = gate.weight.shape[1]
     x = torch.linspace(-1, 1, 8 * width, device=gate.weight.device).view(8, width).sin().to(gate.weight.dtype)
     mask = getattr(experts, attribute)

@@ -1,4 +1,8 @@
-"""The loop before the cut, with masks, and after it, without."""
+"""Training loop of a pruning run: before the cut with masks on the student, after the cut without.
+
+:mod:`effpass.trainers.pruning.stages` runs it for both. The loop is a transformers `Trainer` whose loss distils the
+teacher (:mod:`effpass.trainers.pruning.distillation`) and whose checkpoints include the state of the mask learner.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ _TENSORS, _PLAIN = "masks.safetensors", "masks.json"
 
 
 def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArguments:
-    """What the Trainer is told."""
+    """Return the arguments of the Trainer for `steps` optimizer steps with checkpoints in `folder`."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -35,12 +39,12 @@ def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArgum
         bf16=settings.dtype == "bfloat16",
         seed=settings.seed,
         logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,  # it waits for the device at every micro-batch
+        logging_nan_inf_filter=False,  # the filter would synchronise with the device at every micro-batch
         eval_strategy="no",
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
-        ignore_data_skip=True,  # our loader begins where the checkpoint ended
+        ignore_data_skip=True,  # the data loader already starts where the checkpoint ended
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
@@ -48,7 +52,7 @@ def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArgum
 
 
 class OffsetRecorder(Recorder):
-    """Counts the steps of a second loop on from those of the first."""
+    """Recorder that continues the step numbers of a first loop in a second one; `first` is the number of its steps."""
 
     def __init__(self, first: int, *args: Any) -> None:
         super().__init__(*args)
@@ -59,21 +63,21 @@ class OffsetRecorder(Recorder):
 
 
 class Distiller(AdapterTrainer, Loop):
-    """Trains a student by a teacher, and masks on the student where there are any.
+    """Trainer of a student by distillation from a teacher, and of the masks on the student if there are any.
 
     Args:
-        trained: the student and its adapter.
+        trained: student with its adapter, if it has one.
         teacher: the whole model.
-        distillation: the loss.
-        args: of :func:`training_arguments`.
-        rows: micro-batches.
-        first_step: how many steps are done already.
-        optimizer, schedule: of the weights.
-        recorder: of metrics.
-        learner: of masks; attached to the student.
+        distillation: loss.
+        args: arguments from :func:`training_arguments`.
+        rows: dataset of micro-batches.
+        first_step: number of steps done before.
+        optimizer, schedule: optimizer and learning rate schedule of the weights.
+        recorder: recorder of metrics.
+        learner: learner of masks that are attached to the student; None to train without masks.
     """
 
-    most_workers = 0  # rows are cut in less time than it takes to queue a step
+    most_workers = 0  # making a micro-batch takes less time than launching a step
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class Distiller(AdapterTrainer, Loop):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         if self.learner is not None:
             self.learner.masks.refresh()
-        with self.accelerator.autocast():  # heads too: accelerate wraps the model's own forward alone
+        with self.accelerator.autocast():  # for the heads: accelerate wraps only the forward of the model
             loss, parts = self.distillation.loss(model, self.teacher, inputs["input_ids"])
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
@@ -107,7 +111,7 @@ class Distiller(AdapterTrainer, Loop):
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer; then the model's forward is its own again, without autocast and casts to float32."""
+        """Train as the Trainer does, then restore the model's original forward, without autocast and float32 casts."""
         done = super().train(*args, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return done
@@ -136,7 +140,7 @@ class Distiller(AdapterTrainer, Loop):
 
 
 class _Learn(TrainerCallback):
-    """Masks, sizes and multipliers move after the weights, before the gradients go."""
+    """Calls the learner after the optimizer step and before the gradients are cleared."""
 
     def __init__(self, learner: Minimax) -> None:
         self.learner = learner
@@ -147,7 +151,7 @@ class _Learn(TrainerCallback):
 
 @torch.no_grad()
 def mean_loss(model: Any, batches: Sequence[Tensor]) -> float:
-    """Cross entropy of a token, in nats, over batches of ids `[B, T]`."""
+    """Return the mean cross entropy in nats per token over batches of token ids `[B, T]`."""
     was_training = model.training
     model.eval()
     losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for ids in batches]

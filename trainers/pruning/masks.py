@@ -1,13 +1,16 @@
-"""Masks on the units of a model: one number for each, which what the unit says is multiplied by.
+"""Masks on the units of a model: one factor per unit, by which the output of the unit is multiplied.
 
     effective = τ · soft + (1 − τ) · hard
 
-`soft` is learned, in [0, 1]. `hard` is 1 for the units that are to stay and 0 for the others. τ is 1 while masks are
-learned, and falls to 0 while the model closes; at 0 the model computes what the cut one will. Gradients pass straight
-through to `soft`, also where the effective mask is 0.
+`soft` is learned, in [0, 1]; `hard` is 1 for the units to keep and 0 for the others. The softness τ is 1 while masks
+are learned and falls to 0 while the learner closes the model (:mod:`effpass.trainers.pruning.minimax`). With τ = 0 the
+model computes the same outputs as the cut model. The gradient of `soft` is that of the effective mask
+(straight-through estimator), also for units whose effective mask is 0.
 
-A head's or a channel's mask multiplies the inputs of the layer that reads it; an expert's shifts the router's logit by
-its logarithm, so that at 0 the expert is never chosen.
+The mask of a head or channel multiplies the inputs of the linear layer that reads it. The mask of an expert adds its
+logarithm to the logit of the router, so that an expert with mask 0 is never chosen.
+
+Shapes: L layers, R sets of units per layer, N units per set.
 """
 
 from __future__ import annotations
@@ -28,16 +31,17 @@ _MASK = "effpass_mask"
 
 
 class Masks:
-    """
-    Attributes:
-        units: by family.
-        soft: float32 `[L, R, N]`, by family; the gradients of the last steps are its `grad`.
-        hard: the same shape, 0 or 1.
-        softness: τ.
+    """Masks of all units of a model.
 
     Args:
-        model: on its device, its adapters in place.
-        units: of it.
+        model: model on its final device, with its adapters attached.
+        units: units of the model, by family.
+
+    Attributes:
+        units: units of the model, by family.
+        soft: learned masks, float32 `[L, R, N]`, by family. Their `grad` accumulates the gradients of backward passes.
+        hard: masks of 0 and 1, of the same shape, by family.
+        softness: softness τ.
     """
 
     def __init__(self, model: nn.Module, units: Mapping[str, Units]) -> None:
@@ -49,7 +53,7 @@ class Masks:
         self.softness = 1.0
 
     def effective(self, family: str) -> Tensor:
-        """`[L, R, N]`, with the straight-through gradient."""
+        """Return the effective masks `[L, R, N]` of a family, with the straight-through gradient."""
         soft = self.soft[family]
         value = self.softness * soft.detach() + (1 - self.softness) * self.hard[family]
         return soft + (value - soft).detach()
@@ -69,7 +73,7 @@ class Masks:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within, the model computes with the effective masks."""
+        """Context manager under which the model computes with the effective masks."""
         with ExitStack() as undo:
             undo.callback(self._forget)
             self.refresh()
@@ -78,7 +82,7 @@ class Masks:
                     module: Any = self.model.get_submodule(reader)
                     if not units.width:
                         undo.callback(mask_experts(self.model, reader, units.family, f"{_MASK}_{units.family}"))
-                    elif units.family != "query_heads" or "kv_groups" not in self.units:  # else one product has both
+                    elif units.family != "query_heads" or "kv_groups" not in self.units:  # else one hook has both
                         undo.callback(module.register_forward_pre_hook(_multiply).remove)
             yield
 

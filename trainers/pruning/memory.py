@@ -1,4 +1,4 @@
-"""The memory of a pruning run."""
+"""Estimate of the device memory that a pruning run needs; checked before the run starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from effpass.trainers.pruning.units import find_units
 __all__ = ["estimate"]
 
 _FLOAT = 4
-# Logits of a piece, float32: logarithms and gradients of the student's, the teacher's, and what their losses need.
+# Number of float32 tensors of the size of the logits that are computed at once: log-probabilities and gradients of the
+# student, those of the teacher, and intermediate values of the losses.
 _PIECES = 6
-# A vocabulary so small that a step's logits, which are computed in pieces here, count as nothing.
+# Vocabulary size with which the memory of the logits of a step is negligible. Fine-tuning, whose estimate is used here,
+# computes all logits of a step at once, and pruning computes them in pieces.
 _FEW = 8
 
 
 def estimate(config: Any, settings: Settings, device: torch.device) -> Estimate:
-    """The memory on the device before the cut, where it is largest."""
+    """Estimate the device memory before the cut, where a run needs most."""
     rows, length = settings.batch // settings.accumulate, settings.sequence_length
     element = 2 if settings.dtype == "bfloat16" else _FLOAT
     text = copy.deepcopy(config).get_text_config(decoder=True)
@@ -42,7 +44,7 @@ def estimate(config: Any, settings: Settings, device: torch.device) -> Estimate:
         state += missing * (2 * _FLOAT + STATE_BYTES[settings.optimizer.name] + (element if element == 2 else 0))
     else:
         state += missing * element
-    activations = None if found.activations is None else found.activations
+    activations = found.activations
     if activations is not None:
         tokens, layers = rows * length, text.num_hidden_layers
         activations += _PIECES * _FLOAT * min(PIECE, tokens * config.get_text_config(decoder=True).vocab_size)
@@ -59,7 +61,7 @@ def _parameters(config: Any) -> int:
 
 
 def _masked_inputs(config: Any, settings: Settings) -> list[int]:
-    """Sizes of the values that masks multiply, which are kept once more."""
+    """Return the sizes per token of the values that masks multiply, which are stored once more for backward."""
     with torch.device("meta"), no_init_weights():
         model = make_model(copy.deepcopy(config), None, 0)
     units = find_units(model, settings.units).values()

@@ -1,24 +1,29 @@
-"""Masks and sizes learned together: a minimax problem over masks, kept sizes and multipliers.
+"""Joint learning of masks, sizes and weights: a minimax problem over masks, sizes and Lagrange multipliers.
 
     min over θ, m, s   max over y, z ≥ 0     L(θ, m) + Σ_l y_l ‖m_l‖²_{s} + z (R(s) − budget)
 
-θ are the weights, m the masks, and s the number of units that go, one number for each family and the same in every
-layer. ‖m_l‖²_{s} adds up the squares of the s units of layer l that matter least, the last of them in part where s is
-no whole number: it is 0 when their masks are. R is the cost of what is left.
+L is the loss, θ are the weights, and m the masks of the units, in [0, 1]. s is the number of units to remove: one
+number for each family of units, the same in every layer. ‖m_l‖²_{s} is the sum of m² over the s least important units
+of layer l, the last of them in proportion if s is not an integer; it is 0 when their masks are 0. y_l is its
+multiplier. R is the cost of the units that remain, and z the multiplier of the budget.
 
-MaskPrune (arXiv 2502.14008) states the ingredients: masks and sizes learned together, proximal steps, the straight-
-through estimator. The problem above is UVC's (arXiv 2203.08243, same author) with masks in the place of weights and one
-s for all layers. How the players move is a choice made here; a step is
+MaskPrune (arXiv 2502.14008) proposes the ingredients: masks and sizes learned together, proximal steps, the
+straight-through estimator. The problem above is that of UVC (arXiv 2203.08243, same author) with masks instead of
+weights and one s for all layers. The update rules are a choice of this module. A step is:
 
-    order   units by a m², a being the running mean of (∂L/∂m)²; to second order and up to a factor common to all units,
-            what dropping one adds to the loss
-    masks   m ← m − η ∂L/∂m / rms, then m / (1 + 2 η y w), w being the share of the unit that goes (proximal step)
-    sizes   s ← s + η_s (Z − p) / (Z + p), where p is a of the unit between those that go and stay, over what it costs
-    y       ← y + η_y (mean of m² over the units that go)
-    z       ← z exp(η_z (R − budget)); it stands still while s can't follow (anti-windup), and Z = z exp(g (R − budget))
+    order   units by a m², where a is the running mean of (∂L/∂m)²; this estimates, to second order and up to a factor
+            common to all units, by how much removing a unit increases the loss
+    masks   m ← m − η ∂L/∂m / rms, then m ← m / (1 + 2 η y w) (proximal step), where w in [0, 1] is 1 for a unit that is
+            to be removed
+    sizes   s ← s + η_s (Z − p) / (Z + p), where the price p is a / cost of the unit on the border between removed and
+            kept ones
+    y       y ← y + η_y (mean of m² over the units to be removed)
+    z       z ← z exp(η_z (R − budget)), unchanged while s can't follow (anti-windup);  Z = z exp(g (R − budget))
 
-z begins as the price at which the units as they are would meet the budget. At the end the model closes: s is rounded to
-a shape, and the masks go over into 0 and 1.
+z starts at the price at which the units, as first measured, would meet the budget. In the last phase of a run the model
+*closes*: s is rounded to a valid shape, and the masks move gradually to 0 and 1.
+
+Shapes: L layers, R sets of units per layer, N units per set (:mod:`effpass.trainers.pruning.units`).
 """
 
 from __future__ import annotations
@@ -39,28 +44,29 @@ from effpass.trainers.pruning.shapes import Shapes
 __all__ = ["Minimax", "Rates"]
 
 
-# y at the start: a mask that goes is at a tenth after some 12 % of the steps.
+# Initial y. With it, the mask of a unit to be removed has fallen to 0.1 after some 12 % of the steps.
 _FIRST = 10.0
-# The least m that counts: a unit that went comes back where it matters a hundred times as much as one that stays.
+# Lower bound of m in the order of units. With it, a removed unit returns if it is a hundred times as important as a
+# kept one.
 _LEAST = 0.1
-# A push of the sizes, of at most 1, from which on they are on their way, and the multipliers wait for them.
+# Magnitude of (Z − p) / (Z + p), which is at most 1, from which the sizes count as moving; z waits until they settle.
 _FAST = 0.5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How the players move. Rates are for the whole run: what a player covers in a step is its rate over the steps.
+    """Rates of the update rules. Rates refer to the whole run; a step uses the rate divided by the number of steps.
 
     Attributes:
-        warmup: share of the steps in which importance is measured and nothing moves.
+        warmup: share of the steps in which importance is measured, and masks, sizes and multipliers are not updated.
         closing: share of the steps after which the model closes.
         frozen: share of the steps after which the kept units are fixed and the masks are 0 and 1.
-        masks: η.
-        sizes: η_s, in shares of a family.
-        multipliers: η_y.
-        budget: η_z.
-        gain: g.
-        memory: share of the steps that the running mean of squared gradients looks back.
+        masks: rate η of the masks.
+        sizes: rate η_s of the sizes, as a share of the units of a family.
+        multipliers: rate η_y of the multipliers y.
+        budget: rate η_z of the multiplier z.
+        gain: gain g of the proportional term in Z.
+        memory: time constant of the running mean of squared gradients, as a share of the steps.
     """
 
     warmup: float = 0.1
@@ -82,23 +88,25 @@ class Rates:
 
 
 class Minimax:
-    """The players.
+    """Learner of masks, sizes and multipliers; see the module docstring for the problem and its symbols.
 
-    Attributes:
-        removed: s over N, by family.
-        multipliers: y, `[L]` by family.
-        pressure: z, of the whole budget and of each family that has one of its own.
-        importance: a, `[L, R, N]` by family.
-        sizes: kept units of a set, once the model closes.
+    The training loop calls :meth:`step` after each backward pass, and :meth:`kept` at the end of the run.
 
     Args:
-        masks: attached to the model.
-        cost: R.
-        shapes: what sizes a model can have.
-        keep: the budget.
-        keep_of: budgets of single families, as shares of their units.
-        steps: of the run.
-        rates: see there.
+        masks: masks that are attached to the model.
+        cost: cost R.
+        shapes: possible sizes of the pruned model.
+        keep: budget, as a share of the cost of the whole model.
+        steps: number of steps of the run.
+        keep_of: budgets of single families, as shares of their units; None for no such budgets.
+        rates: rates of the update rules; None for the defaults.
+
+    Attributes:
+        removed: s / N of each family.
+        multipliers: y of each family, `[L]`.
+        pressure: z of the whole budget (under the name ``""``), and of each family with a budget of its own.
+        importance: a of each family, `[L, R, N]`.
+        sizes: number of kept units per set of each family; empty until the model closes.
     """
 
     def __init__(
@@ -125,7 +133,7 @@ class Minimax:
 
     @torch.no_grad()
     def step(self) -> None:
-        """After a backward pass: move everybody once."""
+        """Update masks, sizes and multipliers once, from the gradients of the last backward pass."""
         self.step_count += 1
         done = self.step_count / self.steps
         self._measure()
@@ -146,6 +154,7 @@ class Minimax:
             soft.grad = None
 
     def _measure(self) -> None:
+        """Update the running mean of squared gradients."""
         decay = 1 - 1 / max(2.0, min(self.step_count, self.rates.memory * self.steps))
         for family, soft in self.masks.soft.items():
             if soft.grad is None:
@@ -173,7 +182,7 @@ class Minimax:
         excess |= {size: kept[size] - budget for size, budget in self.keep_of.items()}
         if not self.pressure:
             self.pressure = dict.fromkeys(excess, self._level())
-        pushes = []  # of the sizes that can move
+        pushes = []  # of the sizes that are not at a bound
         for size in self.removed:
             price = self._price(size, kept)
             pressure = self._pressed("", excess) + (self._pressed(size, excess) if size in self.keep_of else 0.0)
@@ -191,13 +200,13 @@ class Minimax:
             self.pressure[name] *= math.exp(self.rates.budget / self.steps * over)
 
     def _price(self, size: str, kept: Mapping[str, float]) -> float:
-        """Of the units between those that go and stay: a mean over a fiftieth of them."""
+        """Return the price p on the border between removed and kept units, as a mean over a fiftieth of all units."""
         prices = self.prices(size, kept)
         around, at = len(prices) // 100, min(int(self.gone(size)), len(prices) - 1)
         return float(prices[max(0, at - around) : at + around + 1].mean())
 
     def _level(self) -> float:
-        """The price at which dropping all that is cheaper would meet the budget."""
+        """Return the price for which removing all cheaper units would meet the budget."""
         kept = dict.fromkeys(self.removed, 1.0)
         prices = {size: self.prices(size, kept) for size in self.removed}
         low, high = -70.0, 70.0  # logarithms
@@ -209,43 +218,44 @@ class Minimax:
         return math.exp(high)
 
     def _pressed(self, name: str, excess: Mapping[str, float]) -> float:
+        """Return Z."""
         return self.pressure[name] * math.exp(self.rates.gain * excess[name])
 
-    # -- what they look at ------------------------------------------------------------------------------------------
+    # -- measures of the units --------------------------------------------------------------------------------------
 
     def order(self, family: str) -> Tensor:
-        """The units of each set from the one that matters least: positions `[L, R, N]`."""
+        """Return the indices of the units of each set in ascending order of a m², `[L, R, N]`."""
         key = self.importance[family] * self.masks.soft[family].clamp(min=_LEAST).square()
         return self.sets(key).argsort(-1)
 
     def sets(self, values: Tensor) -> Tensor:
-        """Values `[L, R, N]`, the last dimension being one set that as many go of as of any other."""
+        """Group values `[L, R, N]` so that each set along the last dimension loses the same number of units."""
         return values
 
     def gone(self, family: str) -> float:
-        """How many units of a set go."""
+        """Return the number of units of each set to remove."""
         units = self.masks.units[family]
         if self.sizes:
             return units.count - self.shapes.count(units, self.sizes)
         return self.removed[units.size] * units.count
 
     def _going(self, family: str) -> Tensor:
-        """The share of each unit that goes: 1 for those that matter least, `[L, R, N]`."""
+        """Return w, the share of each unit that is to be removed: 1 for the least important ones, `[L, R, N]`."""
         order, shape = self.order(family), self.importance[family].shape
         ranks = torch.arange(order.shape[-1], dtype=torch.float32, device=order.device)
         share = (self.gone(family) * order.shape[-1] / shape[-1] - ranks).clamp(0, 1)
         return torch.zeros_like(order, dtype=torch.float32).scatter_(-1, order, share.expand(order.shape)).view(shape)
 
     def residual(self, family: str) -> Tensor:
-        """The mean of m² over the units that go, `[L]`."""
+        """Return the mean of m² over the units to be removed, `[L]`."""
         share = self._going(family)
         total = share.sum((1, 2))
         return (share * self.masks.soft[family].square()).sum((1, 2)) / total.clamp(min=1e-9)
 
     def prices(self, size: str, kept: Mapping[str, float]) -> Tensor:
-        """What units matter, over the share of the cost that they are, from those that go first: `[N]`.
+        """Return the importance of units divided by their share of the cost, in the order of removal, `[N]`.
 
-        Place n is that of the n-th units of all sets of all layers together.
+        Entry n is for the n-th units of all sets in all layers together, since sizes are the same in every layer.
         """
         worth = torch.zeros(self.masks.units[size].count)
         for family, units in self.masks.units.items():
@@ -265,10 +275,10 @@ class Minimax:
             self.masks.hard[family] = 1 - self._going(family)
 
     def kept(self) -> dict[str, dict[int, Tensor]]:
-        """Kept units, by family and layer, once the model has closed.
+        """Return the kept units by family and layer, at the end of the run.
 
         Raises:
-            EffpassError: it has not, or a mask of a unit that goes is not 0.
+            EffpassError: the run has not ended, or the mask of a removed unit is not 0.
         """
         if self.step_count < self.steps or not self.sizes:
             raise EffpassError(f"the masks are learned for {self.step_count} of {self.steps} steps")
@@ -282,11 +292,11 @@ class Minimax:
             found[family] = dict(zip(units.readers, indices.unbind(), strict=True))
         return found
 
-    # -- keeping ----------------------------------------------------------------------------------------------------
+    # -- metrics and checkpoints ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """What a run logs: sizes, multipliers and how far the constraints are from being met."""
+        """Return the values to log: sizes, cost, multipliers, and by how much the constraints are violated."""
         kept = {u.size: 1 - self.gone(f) / u.count for f, u in self.masks.units.items() if u.size == f}
         found = {f"kept_{size}": share for size, share in kept.items()}
         found |= {"cost": self.cost.share(kept), "softness": self.masks.softness}
@@ -299,7 +309,7 @@ class Minimax:
         return found
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values that a run goes on from."""
+        """Return the tensors and the plain values from which a run can be resumed."""
         tensors = {}
         for family in self.masks.units:
             tensors[f"soft.{family}"] = self.masks.soft[family].detach()

@@ -1,4 +1,4 @@
-"""A pruning run as a picture: losses, kept shares, multipliers, and how far the masks are from 0 and 1."""
+"""Plots of a pruning run: losses, kept shares, multipliers, and the distance of the masks from 0 and 1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["plot_kept", "plot_run"]
 
-# Beginnings of the metrics that a panel shows, its label, and its scale.
+# For each panel: prefixes of the metrics that it shows, its label, and its scale.
 _PANELS = (
     (("loss",), "loss, and its parts", "log"),
     (("eval_loss_",), "validation, nats a token", "linear"),
@@ -20,11 +20,11 @@ _PANELS = (
 
 
 def plot_run(lines: list[dict[str, float]], path: Path) -> None:
-    """Draw all that was logged over the steps.
+    """Plot all logged metrics over the steps.
 
     Args:
-        lines: of the metrics file.
-        path: a PNG.
+        lines: lines of the metrics file.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -49,12 +49,12 @@ def plot_run(lines: list[dict[str, float]], path: Path) -> None:
 
 
 def plot_kept(kept: Mapping[str, Mapping[int, Tensor]], counts: Mapping[str, int], path: Path) -> None:
-    """Draw which units stay: a row of pixels for each set of each layer, dark where a unit goes.
+    """Draw which units are kept: one row of pixels for each set of each layer, black for removed units.
 
     Args:
-        kept: `[n]` or `[R, n]`, by family and layer.
-        counts: units of a set.
-        path: a PNG.
+        kept: indices of the kept units, `[n]` or `[R, n]`, by family and layer.
+        counts: number of units per set, by family.
+        path: PNG file to write.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg

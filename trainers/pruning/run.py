@@ -1,7 +1,9 @@
-"""A pruning run from a model and a text to a keep-index artifact, and to a smaller checkpoint.
+"""A complete pruning run: from a model and a text to a keep-index artifact and a smaller checkpoint.
 
-While it runs, everything stands in ``FOLDER.training``: tokens, metrics and checkpoints of the loop before the cut;
-then the choice and the cut weights; then checkpoints of the loop after it. `FOLDER` appears when all is done.
+:func:`prune` implements `effpass train prune`. During the run all files are in ``FOLDER.training``: first the tokens,
+metrics and checkpoints of the training before the cut, then the choice of units and the cut weights, then the
+checkpoints of the training after the cut. An interrupted run can be resumed from them. `FOLDER` is created when the run
+is complete.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from effpass.trainers.run_folder import METRICS, RUN, check_places, cut_metrics,
 
 __all__ = ["prune"]
 
-# What may differ between a run and its resumption.
+# Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
-_SAVED = "model_folder"  # where the checkpoint goes, once it is about to
+_SAVED = "model_folder"  # file with the path of the checkpoint, written just before the checkpoint
 _SHOWN = ("loss", "cost", "kept_", "eval_", "anneal")
 _LEARNING, _RECOVERY, _KEEP, _CUT = "learning", "recovery", "keep", "cut"
 
@@ -59,24 +61,25 @@ def prune(
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Find out which units of a model stay, and train what is left.
+    """Choose the units of a model to keep, and train the pruned model.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        data: a text, or JSON lines.
-        folder: where the artifact goes; must not exist.
-        settings: of the run.
-        save_model: where the smaller checkpoint goes; without one nothing is trained after the cut.
-        validation: a text whose loss is reported.
-        resume: go on from what stands in ``FOLDER.training``.
-        say: gets lines for people.
+        source: model, as `effpass.load_model` accepts it.
+        data: text file or JSON lines file with training data.
+        folder: folder for the artifact; must not exist.
+        settings: settings of the run.
+        save_model: folder for the smaller checkpoint; None to write none and to skip the training after the cut.
+        validation: text file or JSON lines file on which losses are reported; None to report no losses.
+        resume: whether to resume the run in ``FOLDER.training``.
+        say: function that receives messages for the user.
 
     Returns:
-        `folder`: a keep-index artifact, with ``training.json``, ``metrics.jsonl``, ``loss.png`` and ``kept.png``.
+        `folder`, which holds a keep-index artifact, ``training.json``, ``metrics.jsonl``, ``loss.png`` and
+        ``kept.png``.
 
     Raises:
-        EffpassError: a fault of the settings or the data, no shape that costs what is to be kept, no room on the
-            device, something in the way of the output.
+        EffpassError: the settings or the data are invalid, no shape has the requested cost, the device has too little
+            memory, or an output exists already.
         ModelError: the model can't be read or pruned.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -117,7 +120,7 @@ def prune(
     if model is not None:
         assert save_model is not None
         if not is_saved:
-            write_text(saved, str(save_model))  # what stands there from now on is this run's, and whole
+            write_text(saved, str(save_model))  # from now on, an existing checkpoint is a complete one of this run
             save_pruned(model.to(getattr(torch, settings.dtype)), save_model, tokenizer)
         say(f"saved {save_model}")
     _publish(folder, work, keep, problem, {**run, "device": str(device), **state.facts(keep)})
@@ -128,6 +131,7 @@ def prune(
 def _prepare(
     work: Path, run: dict[str, Any], data: Path, validation: Path | None, tokenizer: Any, settings: Settings
 ) -> None:
+    """Tokenize the data and record the run in the folder `work`, which is removed again if that fails."""
     try:
         for path, name in ((data, "data"), (validation, "validation")):
             if path is not None:
@@ -136,12 +140,12 @@ def _prepare(
                 read_text(work / name, rows, settings.sequence_length, path)
         write_text(work / RUN, json.dumps(run, indent=2))
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # nothing was learned
+        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
         raise
 
 
 class _Run:
-    """The stages of one run, each of which is there already or is made."""
+    """Stages of a run; a stage whose result exists in the folder of the run is not repeated."""
 
     def __init__(
         self,
@@ -162,7 +166,7 @@ class _Run:
         self.recovers = recovers
 
     def learned(self) -> KeepIndices:
-        """What stays; the cut weights stand in the run's folder afterwards, where they are wanted."""
+        """Return the choice of units, and write the cut weights to the folder of the run if recovery follows."""
         if (self.work / _KEEP).exists():
             return KeepIndices.load(self.work / _KEEP)
         s = self.settings
@@ -192,13 +196,13 @@ class _Run:
         if self.recovers:
             shutil.rmtree(self.work / _CUT, ignore_errors=True)
             save_pruned(student, self.work / _CUT)
-        learned.keep.artifact.save(self.work / _KEEP)  # last: whoever finds it finds the weights
+        learned.keep.artifact.save(self.work / _KEEP)  # written last, so that the weights exist if it does
         del student
         gc.collect()
         return learned.keep
 
     def recovered(self, keep: KeepIndices) -> Any:
-        """The cut model, trained."""
+        """Train the cut model after the cut and return it."""
         s = self.settings
         first = s.learning_steps
         rows = Rows(self.corpus, s.batch, s.accumulate, s.sequence_length, s.recovery_steps, s.seed, first)
@@ -216,14 +220,14 @@ class _Run:
         return model
 
     def facts(self, keep: KeepIndices) -> dict[str, Any]:
-        """What the record of the run says of its result."""
+        """Return the description of the result for ``training.json``."""
         return {"cost": self.problem.cost.unit, "kept": _told(self.problem, keep)}
 
     def _recorder(self, first: int) -> OffsetRecorder:
         return OffsetRecorder(first, self.work / METRICS, self.steps, self.say, _SHOWN)
 
     def _evaluate(self, recorder: OffsetRecorder, step: int, name: str, model: Any) -> None:
-        """Record the loss of a model on the validation text, where there is one, and once: a killed run may have."""
+        """Record the loss on the validation text, if there is one and an interrupted run has not recorded it yet."""
         key, metrics = f"eval_loss_{name}", self.work / METRICS
         is_known = metrics.exists() and any(key in line for line in read_metrics(metrics))
         if is_known or not (self.work / "validation").exists():
@@ -232,12 +236,13 @@ class _Run:
         tokens = torch.from_numpy(read_text(self.work / "validation", 1, length, "validation").training.astype("int64"))
         rows = tokens[: len(tokens) // length * length].view(-1, length)
         batches: list[Tensor] = [part.to(self.device) for part in rows.split(self.settings.batch)]
-        batches = [part for part in batches if len(part) == len(batches[0])]  # equal ones, whose mean is that of tokens
+        batches = [part for part in batches if len(part) == len(batches[0])]  # equal sizes: mean over tokens
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
             recorder.write(step, {key: mean_loss(model, batches)})
 
 
 def _told(problem: Problem, keep: KeepIndices) -> str:
+    """Describe what is kept."""
     if keep.layers:
         return f"{len(keep.layers)} of {keep.before.num_hidden_layers} layers"
     sizes = {u.size: _size(problem, u.family, keep) for u in problem.units.values() if u.size == u.family}
@@ -252,7 +257,7 @@ def _size(problem: Problem, family: str, keep: KeepIndices) -> int:
 
 
 def _publish(folder: Path, work: Path, keep: KeepIndices, problem: Problem, record: dict[str, Any]) -> None:
-    """Write the folder beside its place, then give it its name."""
+    """Write the artifact, metrics and plots to a temporary folder, and rename it to `folder`."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         lines = read_metrics(work / METRICS) if (work / METRICS).exists() else []

@@ -1,4 +1,4 @@
-"""What a pruning run is told."""
+"""Settings of a pruning run."""
 
 from __future__ import annotations
 
@@ -19,38 +19,41 @@ Costs = Literal["parameters", "bytes", "latency"]
 CHOOSERS: tuple[Choosers, ...] = ("minimax", "taylor", "activation", "magnitude", "random", "depth")
 COSTS: tuple[Costs, ...] = ("parameters", "bytes", "latency")
 
-# Learning rates where none is given.
+# Default learning rates by method.
 RATES = {"full": 1e-4, "lora": 1e-3, "afa-lora": 1e-3}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A pruning run.
+    """Settings of a pruning run.
 
     Attributes:
-        optimizer: of the weights, and its rates.
-        keep: share of the cost that stays.
-        keep_of: shares of single families' units, where they are asked for.
-        choose: what says which units stay.
-        units: families that are pruned; none for all that the model has, but for query heads.
-        cost: what `keep` is a share of: parameters of the decoder's layers, bytes that a decode step reads, or its
-            predicted time.
-        cost_batch, cost_context: sequences and positions of that step.
-        multiple: of kept channels; None for the shapes' own choice.
-        devices: that share a layer by tensor parallelism.
-        method: what learns while masks do: all weights or a LoRA adapter.
-        recovery: what learns afterwards: the same, or an annealed adapter.
-        recovery_lr: its largest learning rate; None for that of `optimizer`.
-        lora, anneal: of the adapters.
-        distillation: of the loss, before and after the cut.
-        steps: optimiser steps before and after the cut together.
-        learning: share of them that masks are learned for; 0 for other choosers.
-        batch, accumulate, sequence_length: rows of an optimiser step, micro-batches of it, tokens of a row.
-        calibration: batches that the other choosers look at.
-        warmup: steps of linear growth of the learning rate, before and after the cut.
-        dtype: of computation, of frozen weights, and of the model that is saved.
-        seed: of adapters, masks' order of data, and random units.
-        log_every, save_every: steps; 0 for no checkpoints.
+        optimizer: optimizer of the weights, with its learning rate.
+        keep: share of the cost to keep.
+        keep_of: for single families, the share of their units to keep.
+        choose: method that chooses the units to keep: `minimax` learns masks, `depth` removes whole layers, and the
+            others score units once (:mod:`effpass.trainers.pruning.scores`).
+        units: families of units to prune; empty for all that the model has, except query heads.
+        cost: what `keep` is a share of: the parameters of the decoder layers, the bytes that a decode step reads, or
+            the predicted time of a decode step.
+        cost_batch, cost_context: batch size and context length in positions of this decode step.
+        multiple: number of which kept channels are a multiple; None for the default of
+            :class:`~effpass.trainers.pruning.shapes.Shapes`.
+        devices: number of devices that share a layer by tensor parallelism.
+        method: what is trained while masks are learned: all weights or a LoRA adapter.
+        recovery: what is trained after the cut: all weights, a LoRA adapter, or an adapter with an annealed activation.
+        recovery_lr: peak learning rate after the cut; None for that of `optimizer`.
+        lora, anneal: settings of the adapters and of the annealing.
+        distillation: weights of the loss, before and after the cut.
+        steps: total number of optimizer steps before and after the cut.
+        learning: share of these steps in which masks are learned; used by `minimax` only.
+        batch, accumulate, sequence_length: number of sequences per optimizer step, number of micro-batches per step,
+            and number of tokens per sequence.
+        calibration: number of micro-batches that the other methods use as calibration data.
+        warmup: number of steps of linear learning rate warm-up, both before and after the cut.
+        dtype: dtype of computation, of frozen weights, and of the saved model.
+        seed: seed of adapters, of the order of the data, and of random scores.
+        log_every, save_every: number of steps between log lines and between checkpoints; 0 for no checkpoints.
     """
 
     optimizer: OptimizerConfig
@@ -110,7 +113,7 @@ class Settings:
 
     @property
     def learning_steps(self) -> int:
-        """Steps before the cut."""
+        """Number of optimizer steps before the cut."""
         return round(self.learning * self.steps) if self.choose == "minimax" else 0
 
     @property

@@ -1,4 +1,9 @@
-"""The sizes that a pruned model can have: what its config accepts, what kernels like, and what devices can share."""
+"""Shapes that a pruned model can have.
+
+A shape is the number of kept units per set of each family (:mod:`effpass.trainers.pruning.units`), the same in every
+layer. It must be accepted by the model's config, suit the tile sizes of kernels, and be divisible among the devices of
+tensor parallelism. :meth:`Shapes.nearest` finds the shape that meets a budget.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +21,32 @@ from effpass.trainers.pruning.units import Units
 
 __all__ = ["Shapes"]
 
-# How far a shape's cost may be from the one that was asked for.
+# Maximum deviation of the cost of a shape from the requested one.
 _TOLERANCE = 0.02
-# What a deviation of the cost weighs, squared, against deviations of the families' shares.
+# Weight of the squared deviation of the cost, relative to the squared deviations of the shares of families.
 _EXACTNESS = 200.0
-# Candidates of a family but the finest, the nearest to what is wanted.
+# Number of candidates, those nearest to the wanted size, for each family except the one with the most possible sizes.
 _CANDIDATES = 9
 
 
 class Shapes:
-    """
-    Attributes:
-        counts: units of a set, by size.
-        allowed: how many of them may stay, ascending; by size.
+    """Possible sizes of each family of units of a model.
 
     Args:
-        config: of the model.
-        units: of the model.
-        multiple: kept channels are a multiple of it; None for 128 where there are 16 times as many channels, else for
-            64, and of a smaller power of two for narrower layers.
-        devices: that share a layer by tensor parallelism: heads and channels are divisible by it.
+        config: transformers config of the model.
+        units: units of the model, by family.
+        multiple: divisor of the number of kept channels; all channels may be kept in any case. None: 128, or 64, where
+            it divides the number of channels and is at most a sixteenth of it; otherwise the largest power of two, up
+            to 64, that is at most a sixteenth (at least 8 with more than 16 channels).
+        devices: number of devices that share a layer by tensor parallelism; the numbers of KV groups and of channels
+            are divisible by it.
+
+    Attributes:
+        counts: number of units per set, by family.
+        allowed: possible numbers of kept units per set, ascending, by family.
 
     Raises:
-        EffpassError: nothing is left that may go, or no number of units can be shared by the devices.
+        EffpassError: no units can be removed, or the devices can't share any number of units of a family.
     """
 
     def __init__(self, config: Any, units: Mapping[str, Units], multiple: int | None = None, devices: int = 1) -> None:
@@ -69,27 +77,30 @@ class Shapes:
             )
 
     def most(self, size: str) -> float:
-        """The largest share of a family that may go."""
+        """Return the largest share of a family that may be removed."""
         return 1 - self.allowed[size][0] / self.counts[size]
 
     def count(self, units: Units, sizes: Mapping[str, int]) -> int:
-        """Kept units of a set, where `sizes` are chosen."""
+        """Return the number of kept units per set of a family, for given `sizes`."""
         return units.count * sizes[units.size] // self.counts[units.size]
 
     def share(self, sizes: Mapping[str, int]) -> dict[str, float]:
+        """Return the kept share of each family for given `sizes`."""
         return {size: number / self.counts[size] for size, number in sizes.items()}
 
     def nearest(
         self, cost: Cost, keep: float, wanted: Mapping[str, float], keep_of: Mapping[str, float] | None = None
     ) -> dict[str, int]:
-        """The sizes that cost `keep`, as near as can be to the wanted shares.
+        """Return the sizes with relative cost `keep` that are nearest to the wanted shares.
 
         Args:
-            wanted: share of each family's units.
-            keep_of: shares that are asked for of single families: the nearest possible ones.
+            cost: cost of the model.
+            keep: relative cost to meet.
+            wanted: wanted share of the units of each family.
+            keep_of: for single families, the share to use instead; the nearest possible size is taken.
 
         Raises:
-            EffpassError: no sizes cost that; says the nearest.
+            EffpassError: no sizes have this cost; the message has the nearest ones.
         """
         found: list[tuple[float, float, dict[str, int]]] = []
         wanted = {**wanted, **(keep_of or {})}
@@ -103,7 +114,7 @@ class Shapes:
             counts = {size: most if size in free else 1 for size in self.allowed if size != finest} | {finest: None}
             for numbers in itertools.product(*(by_distance[size][: counts[size]] for size in self.allowed)):
                 sizes = dict(zip(self.allowed, numbers, strict=True))
-                if sizes != self.counts and self._accepts(sizes):  # something goes
+                if sizes != self.counts and self._accepts(sizes):  # something is removed
                     shares = self.share(sizes)
                     far = sum((shares[size] - wanted[size]) ** 2 for size in free)
                     found.append((abs(cost.share(shares) - keep), far, sizes))
@@ -125,7 +136,7 @@ class Shapes:
         )
 
     def _accepts(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a config with so many groups, and query heads of each, can be made."""
+        """Whether the config accepts these numbers of KV groups and of query heads per group."""
         before = self._before
         heads = sizes.get("kv_groups", before.num_key_value_heads), sizes.get("query_heads", before.heads_per_group)
         if heads not in self._heads:
@@ -134,7 +145,7 @@ class Shapes:
             try:
                 write_sizes(smaller, after)
                 type(smaller).from_dict(smaller.to_dict())
-            except Exception:  # whatever a config class does not accept
+            except Exception:  # a config class may raise any exception for sizes that it rejects
                 self._heads[heads] = False
             else:
                 self._heads[heads] = True
@@ -145,4 +156,5 @@ def _multiple(count: int) -> int:
     for step in (128, 64):
         if count >= 16 * step and count % step == 0:
             return step
-    return max(8 if count > 16 else 1, 2 ** int(math.log2(max(1, count // 16))))  # 16 bytes of 16-bit numbers
+    finest = 8 if count > 16 else 1  # 8 numbers of 16 bits are 16 bytes
+    return max(finest, min(64, 2 ** int(math.log2(max(1, count // 16)))))

@@ -1,4 +1,8 @@
-"""The stages of a run, on models in memory: what stays, the cut, and recovery."""
+"""Stages of a pruning run, on models in memory: choosing the units to keep, the cut, and recovery.
+
+:mod:`effpass.trainers.pruning.run` calls the stages in this order, and reads and writes the files. The *teacher* is the
+whole model, and the *student* is the copy that is pruned.
+"""
 
 from __future__ import annotations
 
@@ -38,23 +42,30 @@ Kept = Mapping[str, Mapping[int, Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be cut from a model, and what that saves."""
+    """Units of a model that can be pruned, the cost they account for, and the possible shapes.
+
+    Attributes:
+        units: units of the model, by family.
+        cost: cost of the model as a function of its sizes.
+        shapes: possible sizes of the pruned model.
+    """
 
     units: dict[str, Units]
     cost: Cost
     shapes: Shapes
 
     def even(self, settings: Settings) -> dict[str, int]:
-        """The sizes when every family keeps the same share, as near as shapes allow."""
+        """Return the sizes at which every family keeps the same share, as closely as the shapes allow."""
         wanted = dict.fromkeys(self.shapes.allowed, settings.keep) | settings.keep_of
         return self.shapes.nearest(self.cost, settings.keep, wanted, settings.keep_of)
 
 
 def state_problem(model: Any, settings: Settings) -> Problem:
-    """
+    """Determine what can be pruned from `model`, and check that a shape with the requested cost exists.
+
     Raises:
-        EffpassError: no shape costs what is to be kept; says the nearest.
-        ModelError: the model has no such units.
+        EffpassError: no shape has the requested cost; the message has the nearest one.
+        ModelError: the model has no units of a requested family.
     """
     units = find_units(model, settings.units)
     if settings.cost == "parameters":
@@ -77,10 +88,11 @@ def state_problem(model: Any, settings: Settings) -> Problem:
 
 @dataclass(frozen=True)
 class Learned:
-    """
+    """Choice of the units to keep.
+
     Attributes:
-        keep: the choice, as an artifact for the whole model.
-        kept: the same as masks see it; None where whole layers go.
+        keep: the choice as a keep-index artifact for the whole model.
+        kept: the choice as indices `[R, n]` by family and layer, as masks use it; None if whole layers are removed.
     """
 
     keep: KeepIndices
@@ -88,7 +100,7 @@ class Learned:
 
 
 def choose(model: Any, problem: Problem, settings: Settings, rows: Rows) -> Learned:
-    """By scores of the model as it is."""
+    """Choose the units or layers to keep by scoring the given model on calibration data."""
     device = next(model.parameters()).device
     batches = [ids.to(device) for ids in rows.calibration(settings.calibration)]
     calibration = Calibration(batches, settings.seed)
@@ -115,16 +127,22 @@ def learn(
     first_step: int = 0,
     make: Callable[..., Minimax] = Minimax,
 ) -> tuple[Any, Learned]:
-    """Masks, sizes and weights together.
+    """Learn masks, sizes and weights together.
 
     Args:
-        student: a copy of `teacher`; trained in place.
-        folder: of checkpoints.
-        checkpoint, first_step: where to go on.
-        make: the learner; others than :class:`Minimax` are for comparisons.
+        student: copy of `teacher`, which is trained in place.
+        teacher: the whole model.
+        problem: units, cost and shapes.
+        settings: settings of the run.
+        rows: training data.
+        folder: folder for checkpoints.
+        recorder: recorder of metrics.
+        checkpoint: checkpoint from which to resume; None to start anew.
+        first_step: number of steps done before.
+        make: class of the learner; classes other than :class:`Minimax` serve for comparisons.
 
     Returns:
-        The student with its adapter merged, whole still, and what is to stay of it.
+        The student with its adapter merged and nothing cut yet, and the choice of the units to keep.
     """
     torch.manual_seed(settings.seed)
     trained = make_trained(student, settings.method, settings.lora, settings.anneal, None)
@@ -145,18 +163,23 @@ def learn(
 
 # -- the cut ----------------------------------------------------------------------------------------------------------
 
-# Of logits, in shares of the largest: what other orders of sums do to them.
+# Maximum deviation of logits that a different summation order may cause, relative to the largest logit.
 _ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
-    """Slice `model`, in place, and compare it with what it was under masks of 0 and 1.
+    """Cut `model` in place, and compare its logits with those before the cut under masks of 0 and 1.
+
+    If whole layers are removed, nothing is compared.
 
     Args:
-        ids: `[B, T]`, what the two are compared on.
+        model: model to cut.
+        problem: units of the model.
+        learned: choice of the units to keep.
+        ids: token ids `[B, T]` on which the logits are compared.
 
     Raises:
-        EffpassError: they don't agree.
+        EffpassError: the logits differ by more than rounding explains.
     """
     model.eval()
     if learned.kept is None:
@@ -175,7 +198,7 @@ def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
 
 
 def hard_masks(model: Any, problem: Problem, learned: Learned) -> Masks:
-    """Masks of 0 and 1, under which `model` computes what the cut one does."""
+    """Create masks of 0 and 1 with which `model` computes the same outputs as the cut model."""
     assert learned.kept is not None
     masks = Masks(model, problem.units)
     masks.softness = 0.0
@@ -199,11 +222,17 @@ def recover(
     checkpoint: Path | None = None,
     first_step: int = 0,
 ) -> Any:
-    """Train the cut model, with an adapter that is merged at the end where `settings.recovery` is one.
+    """Train the cut model to recover its quality. An adapter, if `settings.recovery` is one, is merged at the end.
 
     Args:
-        model: cut; trained in place.
-        folder, checkpoint, first_step: as for :func:`learn`.
+        model: cut model, which is trained in place.
+        teacher: the whole model.
+        settings: settings of the run.
+        rows: training data.
+        folder, recorder, checkpoint, first_step: as for :func:`learn`.
+
+    Returns:
+        The trained model without adapters.
     """
     steps = settings.recovery_steps
     schedule = settings.anneal.schedule(steps) if settings.recovery == "afa-lora" else None
@@ -223,7 +252,7 @@ def recover(
 
 
 def _merged(trained: Trained) -> nn.Module:
-    """The model without adapters, able to generate again."""
+    """Return the model with its adapters merged, ready for generation."""
     model = trained.model
     if trained.afa is not None:
         model = trained.afa.merge()
@@ -242,6 +271,6 @@ def _under_autocast(trained: Trained, settings: Settings) -> AbstractContextMana
 
 @contextmanager
 def _computing(settings: Settings, device: torch.device) -> Iterator[None]:
-    """In the type that training computes in."""
+    """Context manager under which the model computes in the same dtype as in training."""
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         yield

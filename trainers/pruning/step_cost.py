@@ -1,9 +1,9 @@
-"""Bytes and predicted time of a decode step, and how they fall with the units: counted by the cost model.
+"""Bytes read or predicted time of a decode step, as a function of the units that are kept.
 
-A step of the model is traced once, with all units (:mod:`effpass.core.inspection`). Each of its kernels belongs to a
-module; what it reads, computes and takes is proportional to the kept shares of the module's units. A kernel's latency
-stays. Experts that no token chooses are not read: where a step chooses fewer than there are, their number saves
-nothing.
+A decode step of the model with all units is traced once (:mod:`effpass.core.inspection`). Each of its kernels belongs
+to a module, and the bytes and the time of a kernel are taken as proportional to the kept shares of the units of that
+module; the constant latency of a kernel remains. Experts that no token is routed to are not read. If the tokens of a
+step are routed to fewer experts than there are, removing experts therefore saves nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ __all__ = ["step_cost"]
 def step_cost(
     model: Any, units: Mapping[str, Units], unit: Literal["bytes", "latency"], batch: int, context: int
 ) -> Cost:
-    """Of a decode step of `batch` sequences over `context` positions.
+    """Return the cost of a decode step of `batch` sequences with a context of `context` positions.
 
     Args:
-        unit: `bytes` of weights and cache that are read, or `latency`, the predicted time on the model's device.
+        model: model with all its units.
+        units: units of the model, by family.
+        unit: ``"bytes"`` for the bytes of weights and KV cache that a step reads, ``"latency"`` for its predicted time
+            on the model's device.
+        batch: batch size.
+        context: number of positions in the KV cache.
     """
     at = ceilings(*device_and_dtype(model))
     few = "experts" in units and batch * model.config.get_text_config().num_experts_per_tok < _experts(units["experts"])
-    is_latent = bool(Dimensions.of(model.config).latent_dim)  # the cache is the latents', whatever reads them
+    is_latent = bool(Dimensions.of(model.config).latent_dim)  # the cache holds latents, of fixed size
     amounts: dict[tuple[str, ...], float] = {}
     outside = 0.0
     for part in decode_parts(model, at, batch, context):
@@ -40,7 +45,7 @@ def step_cost(
             sizes = tuple(size for size in sizes if size != "experts")
         cache = () if is_latent else tuple(size for size in sizes if size == "kv_groups")
         latency = at.latency[part.kind]
-        cut = sizes if part.kind == "matmul" else ()  # norms keep their weights
+        cut = sizes if part.kind == "matmul" else ()  # the weights of norms are not pruned
         read = [(cut, float(part.weight_bytes)), (cache, float(part.cache_bytes))]
         for key, amount in read if unit == "bytes" else [((), latency), (sizes, part.seconds - latency)]:
             amounts[key] = amounts.get(key, 0.0) + amount
@@ -54,9 +59,9 @@ def _experts(units: Units) -> int:
 
 
 def _module(part: Part) -> str:
-    """Inside the layer, ``"self_attn.o_proj"``; empty for kernels outside of layers."""
+    """Return the module of a kernel inside its layer, as ``"self_attn.o_proj"``; empty for kernels outside layers."""
     if part.layer is None:
         return ""
     name = part.name.removeprefix(f"{part.layer[0]}.*").lstrip(".")
-    # Attention and what stands around it read the cache of their groups.
+    # Attention kernels read the KV cache, whose size depends on the KV groups, as that of k_proj does.
     return "self_attn.k_proj" if part.kind == "attention" else name

@@ -1,4 +1,8 @@
-"""The units of a model that can be dropped, as masks see them: `[L, R, N]`, N units in each of R sets of L layers."""
+"""The prunable units of a model in the layout of masks and scores: `[L, R, N]`, N units in each of R sets of L layers.
+
+A layer has several sets of units in families whose units are chosen separately in each part of the layer, the same
+number in each, such as the query heads of each KV group (:mod:`effpass.passes.weights.prunable_units`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from effpass.passes.weights.prunable_units import FAMILIES, Dimensions, layers_w
 
 __all__ = ["Units", "find_units"]
 
-# Families whose sizes a config ties: the shared experts are a multiple of an expert wide.
+# Families whose sizes the config ties: the shared experts are a fixed multiple of an expert wide.
 _TIED = {"shared_channels": "expert_channels"}
 
 
@@ -23,11 +27,11 @@ class Units:
     """The units of one family.
 
     Attributes:
-        family: its name.
-        readers: layer → the module whose inputs the units are, or that holds the experts.
-        rows: R sets of a layer that are chosen from separately.
-        count: N units of a set.
-        width: inputs of the reader that a unit takes; 0 where the reader is a stack of experts.
+        family: name of the family.
+        readers: layer index → name of the module whose inputs the units are, or which holds the experts.
+        rows: number R of sets of units per layer.
+        count: number N of units per set.
+        width: number of inputs of the reader per unit; 0 if the reader is a stack of experts.
     """
 
     family: str
@@ -42,24 +46,24 @@ class Units:
 
     @property
     def size(self) -> str:
-        """The family whose kept share this one has."""
+        """Name of the family whose kept share this family shares; usually its own."""
         return _TIED.get(self.family, self.family)
 
     def expanded(self, values: Tensor) -> Tensor:
-        """Values of a layer's units `[R, N]` for each input of the reader."""
+        """Repeat values `[R, N]` of the units of a layer for each input of the reader."""
         return values.flatten().repeat_interleave(self.width)
 
 
 def find_units(model: Any, families: Sequence[str] = ()) -> dict[str, Units]:
-    """The units of a model, by family.
+    """Return the prunable units of a model, by family.
 
     Args:
-        model: a transformers causal LM.
-        families: which; none for all but query heads.
+        model: transformers causal LM.
+        families: families to return; empty for all that the model has, except query heads.
 
     Raises:
-        EffpassError: an unknown family.
-        ModelError: the model has none of a family, or can't lose any, or its heads make no groups.
+        EffpassError: a family is unknown.
+        ModelError: the model has no prunable units of a family, or its query heads can't be divided into KV groups.
     """
     d = Dimensions.of(model.config)
     check_groups(d)
@@ -85,7 +89,7 @@ def find_units(model: Any, families: Sequence[str] = ()) -> dict[str, Units]:
 
 
 def _all(d: Dimensions, parameters: dict[str, nn.Parameter]) -> list[str]:
-    """All families that the model can lose units of, but for query heads."""
+    """Return all families except query heads, and without KV groups if the heads of the model can't be pruned."""
     wanted = [family for family in FAMILIES if family != "query_heads"]
     try:
         check_heads(wanted, d, parameters)

@@ -1,7 +1,9 @@
-"""Ways to say how much each unit matters, measured once before a cut: one file each.
+"""Methods that score the importance of units once, before the cut; one module per method.
 
-A method is a function `scores(model, units, calibration)` that gives float32 `[L, R, N]` for each family, larger for
-what matters more. :mod:`~effpass.trainers.pruning.scores.depth` scores whole layers instead.
+A method is a function `scores(model, units, calibration)`. Its arguments are the model, its units by family
+(:mod:`effpass.trainers.pruning.units`) and the calibration data. It returns for each family float32 scores `[L, R, N]`
+(L layers, R sets of units per layer, N units per set); a higher score means a more important unit.
+:mod:`~effpass.trainers.pruning.scores.depth` scores whole layers instead.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ __all__ = ["Calibration"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method may look at.
+    """Data that a method may use.
 
     Attributes:
-        batches: token ids `[B, T]` each, on the model's device.
-        seed: for methods that draw.
+        batches: batches of token ids `[B, T]`, on the model's device.
+        seed: seed of methods that draw random numbers.
     """
 
     batches: Sequence[Tensor]

@@ -1,9 +1,11 @@
-"""Activation-weighted magnitude (Wanda's measure, arXiv 2306.11695, over whole units):
+"""Activation-weighted magnitude: the measure of Wanda (arXiv 2306.11695), summed over whole units.
 
-    score = √ Σ over the unit's inputs of  (mean x²) · ‖column of the reader‖²
+    score = √ Σ_i (Σ x_i²) · ‖W_i‖²
 
-which is the size of what the unit adds to the residual stream, were its inputs uncorrelated. An expert's inputs are
-weighted by how often and how strongly the router chooses it.
+i runs over the inputs of the unit in its reader, the linear layer whose inputs the units are; x_i² is summed over the
+tokens of the calibration data, and W_i is the column of the reader's weight for input i. Up to a common factor, this is
+the norm of the unit's contribution to the residual stream if its inputs are uncorrelated. The inputs of an expert are
+those of the tokens that are routed to it, multiplied by the routing weights.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["scores"]
 
 @torch.no_grad()
 def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> dict[str, Tensor]:
-    """See :mod:`effpass.trainers.pruning.scores`."""
+    """Return the scores of all units; see :mod:`effpass.trainers.pruning.scores`."""
     readers = {reader: found for found in units.values() for reader in found.readers.values()}
     sums: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -53,12 +55,13 @@ def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> 
 
 
 def _linear(module: Any, args: tuple[Tensor, ...], sums: dict[str, Tensor], reader: str) -> None:
+    """Add the squares of the inputs of a linear layer, summed over tokens."""
     squares = args[0].float().square().flatten(0, -2).sum(0)
     sums[reader] = sums.get(reader, 0) + squares
 
 
 def _experts(module: Any, args: tuple[Tensor, ...], sums: dict[str, Tensor], reader: str) -> None:
-    """Squares of the experts' inner activations `[E, F]`, times the router's weights."""
+    """Add the squares of the inner activations of experts times the routing weights, summed over tokens, `[E, F]`."""
     hidden, chosen, weights = args
     found = torch.zeros(module.down_proj.shape[0], module.down_proj.shape[2], device=hidden.device)
     for expert in chosen.unique().tolist():

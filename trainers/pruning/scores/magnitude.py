@@ -1,4 +1,4 @@
-"""‖W_in‖ · ‖W_out‖ of each unit: no data is looked at (:mod:`effpass.passes.weights.magnitude`)."""
+"""Magnitude ‖W_in‖ · ‖W_out‖ of the weights of a unit, without data (:mod:`effpass.passes.weights.magnitude`)."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ __all__ = ["scores"]
 
 
 def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> dict[str, Tensor]:
-    """See :mod:`effpass.trainers.pruning.scores`."""
+    """Return the scores of all units; see :mod:`effpass.trainers.pruning.scores`."""
     return {family: torch.stack(list(magnitudes(model, family).values())) for family in units}

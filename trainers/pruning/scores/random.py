@@ -1,4 +1,4 @@
-"""Units in a random order: what any method has to be better than."""
+"""Random scores, as a baseline for the other methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["scores"]
 
 
 def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> dict[str, Tensor]:
-    """Drawn by the calibration's seed, the same on every device."""
+    """Draw the scores of all units with the calibration's seed; they are the same on every device."""
     generator = torch.Generator().manual_seed(calibration.seed)
     device = next(model.parameters()).device
     return {family: torch.rand(found.shape, generator=generator).to(device) for family, found in units.items()}

@@ -1,8 +1,9 @@
-"""First-order Taylor scores (LLM-Pruner, arXiv 2305.11627; Molchanov et al., arXiv 1906.10771):
+"""First-order Taylor scores (LLM-Pruner, arXiv 2305.11627; Molchanov et al., arXiv 1906.10771).
 
-    score = mean over batches of (∂L/∂m)² at m = 1,    ∂L/∂m = Σ over the unit of weight · gradient
+    score = mean over batches of (∂L/∂m)² at m = 1,    ∂L/∂m = Σ over the weights of the unit of weight · gradient
 
-L is the cross entropy of the data. The root of a score is the size of the first-order change when the unit goes.
+L is the cross entropy of the data and m the mask of the unit. The square root of a score is the magnitude of the change
+of L, to first order, when the unit is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["mask_gradients", "scores"]
 
 
 def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> dict[str, Tensor]:
-    """See :mod:`effpass.trainers.pruning.scores`."""
+    """Return the scores of all units; see :mod:`effpass.trainers.pruning.scores`."""
     found: dict[str, Tensor] = {}
     for gradients in mask_gradients(model, units, calibration):
         for family, gradient in gradients.items():
@@ -29,7 +30,7 @@ def scores(model: Any, units: Mapping[str, Units], calibration: Calibration) -> 
 
 
 def mask_gradients(model: Any, units: Mapping[str, Units], calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """Gradients of the cross entropy with respect to masks that are all 1, for each batch."""
+    """Yield for each batch the gradients `[L, R, N]` of the cross entropy with respect to masks that are all 1."""
     masks = Masks(model, units)
     learned = [p for p in model.parameters() if p.requires_grad]
     for parameter in learned:
