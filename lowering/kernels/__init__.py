@@ -1,1 +1,1 @@
-"""Triton kernels: providers for the operators."""
+"""Triton kernels of the `effpass::` operators; each module implements operators of :mod:`effpass.lowering.ops`."""

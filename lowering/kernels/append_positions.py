@@ -1,4 +1,9 @@
-"""Kernel of `append_positions` for one token a row: a decode step has one of these and some hundred others."""
+"""Triton kernel of `effpass::append_positions` for one new token per sequence, as in a decode step.
+
+    positions[b, filled] ← new[b];  start ← filled;  filled ← filled + 1
+
+A single program of one warp handles the whole batch, one element per sequence. All tensors are int32.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,12 @@ __all__ = ["append_positions", "supported"]
 
 
 def supported(positions: Tensor, new: Tensor) -> bool:
-    """Whether there is a kernel: one token in each of up to 1024 rows."""
+    """Return whether the kernel applies: one token for each of up to 1024 sequences, slots contiguous."""
     return new.shape[1] == 1 and new.shape[0] <= 1024 and positions.stride(1) == 1
 
 
 def append_positions(positions: Tensor, start: Tensor, filled: Tensor, new: Tensor) -> None:
-    """`effpass::append_positions` where :func:`supported`."""
+    """Run `effpass::append_positions` on tensors that are :func:`supported`."""
     rows, device = new.shape[0], new.device
     _append[(1,)](
         positions, start, filled, new, rows, positions.stride(0), new.stride(0),

@@ -1,10 +1,14 @@
-"""Kernels of `page_write` and `fetch_blocks`.
+"""Triton kernels of `effpass::page_write` and `effpass::fetch_blocks` (:mod:`effpass.lowering.ops.block_pool`).
 
-    plan   one program a head: which blocks are missing, which pages go
-    copy   a few programs: the missing blocks, from host memory through the bus
+    write    one program per sequence and KV head: stores a token on the host and, if its block has one, in the page
+    plan     one program per sequence and KV head: finds wanted blocks without a page and the pages to evict for them
+    copy     a few programs: copy these blocks from host memory over the bus into the pages
+    arrive   one program: measures how long the main stream waits for the copies
 
-A program of `copy` has 32 KiB under way before it stores any of it. What a bus of 50 GB/s and 3 us holds is 150 KiB, so
-that some two dozen programs fill it, and leave most of the device to what computes beside them.
+`write` casts keys and values to the dtype of the pool; the other kernels do no floating-point arithmetic.
+
+A program of `copy` has 32 KiB of loads in flight before it stores any of them. A bus with 50 GB/s and a latency of 3 us
+holds 150 KiB, so that two dozen programs fill it and leave most of the device to computation that runs concurrently.
 """
 
 from __future__ import annotations
@@ -20,12 +24,12 @@ from effpass.lowering.kernels.launch import launch_options, overlaps
 
 __all__ = ["arrive", "copy_blocks", "fetch_blocks", "page_write"]
 
-_PROGRAMS = 24  # that copy
-_CHUNK = 32768  # bytes under way in one
+_PROGRAMS = 24  # programs that copy
+_CHUNK = 32768  # bytes in flight per program
 
 
 def page_write(key: Tensor, value: Tensor, start: Tensor, host: Tensor, pages: Tensor, block_table: Tensor) -> None:
-    """`effpass::page_write`."""
+    """Run `effpass::page_write`; keys and values are copied if their last dimension is not contiguous."""
     (batch, groups, _, key_size), value_size = key.shape, value.shape[-1]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     _write[(batch * groups,)](
@@ -39,7 +43,7 @@ def fetch_blocks(
     chosen: Tensor, filled: Tensor, host: Tensor, pages: Tensor, block_table: Tensor, owner: Tensor, age: Tensor,
     clock: Tensor, moves: Tensor, moved: Tensor, counts: Tensor, entry: int,
 ) -> None:  # fmt: skip
-    """`effpass::fetch_blocks`, on the current stream."""
+    """Run `effpass::fetch_blocks` on the current stream: plan, then copy."""
     (batch, groups, blocks, block, _), entries, slots = host.shape, chosen.shape[2], owner.shape[2]
     widest = max(entries, slots)
     _plan[(batch * groups,)](
@@ -52,7 +56,14 @@ def fetch_blocks(
 
 
 def copy_blocks(host: Tensor, pages: Tensor, moves: Tensor, moved: Tensor) -> None:
-    """Copy the blocks of `moves` int32 [B, G, M, 2], of each head the first `moved`, into their pages."""
+    """Copy blocks from host memory into pages.
+
+    Args:
+        host: [B, G, N, block, W], read.
+        pages: [B G C, block, W], written.
+        moves: int32 [B, G, M, 2], block and page of each copy.
+        moved: int32 [B, G], number of entries of `moves` in use.
+    """
     batch, groups, blocks, block, width = host.shape
     heads, size, places = batch * groups, block * width, moves.shape[2]
     of_heads = min(heads, _PROGRAMS)
@@ -64,7 +75,12 @@ def copy_blocks(host: Tensor, pages: Tensor, moves: Tensor, moved: Tensor) -> No
 
 
 def arrive(times: Tensor, waits: bool) -> None:
-    """One of two streams is about to meet the other; see :func:`effpass.lowering.ops.block_pool.join`."""
+    """Record that one of two streams has reached the point where they join.
+
+    Args:
+        times: int64 [3], written; see :func:`effpass.lowering.ops.block_pool.join`.
+        waits: whether this is the stream that waits for the other one.
+    """
     _arrive[(1,)](times, WAITS=waits, **launch_options(times.device, 1) | _no_overlap(times.device))
 
 
@@ -128,7 +144,7 @@ def _plan(
     of_after = tl.load(block_table + after, mask=after < blocks, other=first_page)
     asks = (of_after < 0).to(tl.int32)
 
-    # What is wanted is as young as this step; the others go by age.
+    # Wanted pages get the age of this step and are not evicted; the other pages are evicted in the order of their age.
     tl.store(age + page - first_page, tl.zeros([ALL], tl.int32) + now, mask=is_new & (page >= 0))
     tl.store(age + of_after - first_page, now, mask=(after < blocks) & (of_after >= 0))
     tl.debug_barrier()

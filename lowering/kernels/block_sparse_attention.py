@@ -1,9 +1,17 @@
-"""Attention of tiles of queries over listed blocks of keys, and the choice of these blocks from their weights.
+"""Triton kernels of block-sparse prompt attention: choice of blocks per tile of queries, and attention over them.
 
-FlashAttention's forward pass (https://arxiv.org/abs/2307.08691) with one level of indirection: the blocks that every
-query of a tile sees whole stand first in its list and need no mask. Tiles with the longest lists start first. From
-compute capability 9.0 on whole blocks are read by the tensor memory accelerator, which takes the addresses of rows off
-the threads.
+`_select` chooses the blocks of each tile from their pooled weights, with one program per tile, KV head and sequence
+(`effpass::choose_key_blocks`). `_attend` computes
+
+    out[i] = softmax attention of query i over the visible keys of the blocks in its tile's list
+
+with one program per tile of up to `block_q` queries, query head and sequence (`effpass::block_sparse_attention`). It is
+the forward pass of FlashAttention (https://arxiv.org/abs/2307.08691) with one level of indirection: the *whole* blocks,
+all of whose keys every query of the tile sees, come first in the list and need no mask; with a softcap, all blocks
+take the masked path. The last tiles, which usually have the longest lists, start first. From compute capability 9.0 on,
+whole blocks are read by the tensor memory accelerator if sizes and strides permit, which relieves the threads of
+computing addresses. Scores, softmax statistics and weighted sums are float32; weights are rounded to the dtype of the
+values, and the output to that of the query.
 """
 
 from __future__ import annotations
@@ -21,11 +29,19 @@ from effpass.lowering.kernels.running_softmax import update
 
 __all__ = ["MOST_BLOCKS", "Tiling", "block_sparse_attention", "selected", "supported", "tiling"]
 
-MOST_BLOCKS = MOST  # that one program chooses among
+MOST_BLOCKS = MOST  # maximum number of blocks that one program chooses among
 
 
 class Tiling(NamedTuple):
-    """Queries of a program, slots that it reads at once, its warps, buffers for slots, and how rows are read."""
+    """Tile sizes and launch configuration of the attention kernel.
+
+    Attributes:
+        block_m: queries per program, a divisor of `block_q`.
+        block_n: slots that a program reads at once, a divisor of `block_k`.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline, which buffer keys and values.
+        has_descriptors: whether whole blocks are read by the tensor memory accelerator if possible.
+    """
 
     block_m: int
     block_n: int
@@ -35,7 +51,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(widest: int, block_q: int, block_k: int) -> Tiling:
-    """The tiling for heads of `widest` bytes."""
+    """Return the tiling for heads of up to `widest` bytes."""
     if widest > 256:
         return Tiling(block_q, min(block_k, 32), 8 if block_q == 128 else 4, 2)
     if block_q == 64 or block_k == 64:
@@ -44,7 +60,7 @@ def tiling(widest: int, block_q: int, block_k: int) -> Tiling:
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor, block_k: int, scale: float) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, H, T, K]: head sizes from 16 to 256, one dtype, positive scale."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == values.dtype == query.dtype
@@ -61,7 +77,22 @@ def selected(
     w: Tensor, spans: object, first: int, block_k: int, sink: int, recent: int, density: float, threshold: float,
     places: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Lists and counts as of `effpass::choose_key_blocks`, from weights float32 [B, G, tiles, N], -1 where not seen."""
+    """Choose blocks from the pooled weights of some tiles, as `effpass::choose_key_blocks`.
+
+    Args:
+        w: float32 [B, G, tiles, N], pooled weights; -1 for blocks that are not visible.
+        spans: :class:`~effpass.lowering.ops.block_sparse_attention.Spans` of all blocks and tiles.
+        first: index of the first tile of `w`.
+        block_k: slots per block.
+        sink: number of blocks at the start of the sequence that are always chosen.
+        recent: number of blocks before a tile that are always chosen.
+        density: share of the visible blocks that a tile attends to.
+        threshold: share of the pooled weight to hold instead; 0 to use `density`.
+        places: capacity of a list.
+
+    Returns:
+        Lists int32 [B, G, tiles, places], and counts int32 [B, G, tiles, 2] of whole and of all chosen blocks.
+    """
     batch, groups, tiles, blocks = w.shape
     lists = torch.empty((batch, groups, tiles, places), dtype=torch.int32, device=w.device)
     counts = torch.empty((batch, groups, tiles, 2), dtype=torch.int32, device=w.device)
@@ -79,7 +110,7 @@ def block_sparse_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lists: Tensor,
     counts: Tensor, scale: float, softcap: float, block_q: int, block_k: int, how: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
-    """`effpass::block_sparse_attention` where :func:`supported`; `how` in place of :func:`tiling`."""
+    """Run `effpass::block_sparse_attention` on tensors that are :func:`supported`; `how` overrides :func:`tiling`."""
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     key_positions, query_positions = (
@@ -125,7 +156,7 @@ def _select(
     of_high = tl.load(high + b * blocks + n, mask=inside, other=-1)
     of_least = tl.load(least + b * blocks + n, mask=inside, other=-1)
     from_here = tl.load(earliest + b * tiles + first + tile)
-    # No sum here may overflow: a tile of padding begins at the largest number.
+    # Written so that nothing overflows: for a tile of padding, `from_here` is the largest int32.
     forced = (of_high >= from_here - near) | (tl.cumsum(seen.to(tl.int32), 0) <= SINK)
     key = tl.where(seen, tl.where(forced, FORCED, in_order(weight)), NEVER)
     there = tl.sum(seen.to(tl.int32), 0)
@@ -133,7 +164,7 @@ def _select(
         wanted = tl.sum(tl.where(seen, weight, 0.0), 0) * threshold
         low = tl.min(tl.where(seen, key, 2147483647), 0)
         end = tl.max(key, 0) + 1
-        # What reaches `low` weighs enough, what reaches `end` does not.
+        # Invariant: blocks with keys ≥ `low` hold the wanted weight, blocks with keys ≥ `end` do not.
         while low + 1 < end:
             middle = (low >> 1) + (end >> 1) + (low & end & 1)
             enough = tl.sum(tl.where(key >= middle, weight, 0.0), 0) >= wanted
@@ -176,7 +207,7 @@ def _whole(
             k = tl.load(at_k) if KEY == BLOCK_K else tl.load(at_k, mask=(dk < KEY)[:, None], other=0)
             v = tl.load(at_v) if VALUE == BLOCK_V else tl.load(at_v, mask=(dv < VALUE)[None, :], other=0)
         score = tl.dot(q, k, input_precision="ieee")
-        # The scale is above 0, so that it may stand behind the maximum, and in front of it is one multiply-add.
+        # As scale > 0, it can be applied after the maximum, and `score * factor - higher` is one fused multiply-add.
         higher = tl.maximum(best, tl.max(score, 1) * factor)
         weight = tl.exp2(score * factor - higher[:, None])
         fade = tl.exp2(best - higher)
@@ -247,7 +278,7 @@ def _attend(
         q, masked, end, lists, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots,
         scale, softcap, SOFTCAP, KEY, VALUE, BLOCK, BLOCK_N, BLOCK_K, BLOCK_V,
     )  # fmt: skip
-    # Padding sees nothing; a row that saw nothing has a total of 0.
+    # Padding must see nothing, but whole blocks are not masked. A query that saw nothing has a total of 0.
     total = tl.where(of_queries >= 0, total, 0)
     value = tl.where((total > 0)[:, None], sum_v / tl.where(total > 0, total, 1)[:, None], 0)
     to = ((b * tokens + token) * HEADS + head)[:, None] * VALUE + dv[None, :]

@@ -1,8 +1,12 @@
-"""Attention of one token over chosen slots: the last launch of `two_level_attention`.
+"""Attention of one token over chosen slots of a cache: the last kernel launch of `effpass::two_level_attention`.
 
-Each program of a head finds out what is chosen, writes its share of it down in order, and attends to that share with
-a running softmax; the last one to finish merges all. Over latents (MLA) there is one key for many query heads, and what
-programs leave to be merged is as large as what they read: there the query heads are shared out too.
+    out = Σ_{s in S} softmax_s(c(scale · q · k_s)) v_s      over the set S of chosen slots
+
+Several programs share each KV head. Every one of them determines S, writes its share of the list in ascending order and
+attends to that share with an online softmax; the last one to finish merges the partial results. Over latents (MLA), one
+key serves many query heads, and the partial results are as large as the keys that a program reads; there the query
+heads are distributed over programs too. Scores, statistics and partial sums are float32; weights are rounded to the
+dtype of the values, and the output to that of the query.
 """
 
 from __future__ import annotations
@@ -39,14 +43,20 @@ __all__ = [
     "unit_of",
 ]
 
-# What a program chooses among: blocks; tokens of the blocks of a list; tokens of a list.
+# What a program chooses among: all blocks, the tokens of chosen blocks, or a list of tokens.
 BLOCKS, TOKENS, LISTED = (tl.constexpr(i) for i in range(3))
 
-_REGISTERS = 65536  # of a multiprocessor
+_REGISTERS = 65536  # per multiprocessor
 
 
 class Programs(NamedTuple):
-    """How many programs stand on a multiprocessor where there are heads for all, and warps of one, there and alone."""
+    """Occupancy of a multiprocessor by the programs of a launch.
+
+    Attributes:
+        together: programs per multiprocessor if there are enough heads.
+        num_warps: warps of a program that shares its multiprocessor.
+        alone: warps of a program that has a multiprocessor to itself.
+    """
 
     together: int
     num_warps: int
@@ -57,15 +67,15 @@ class Programs(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How the three launches of a step are cut.
+    """Tile sizes and occupancy of the three launches of a step.
 
     Attributes:
-        scored: bytes of statistics that a program reads at once.
-        scoring: warps that score blocks, for each multiprocessor.
-        choose: programs that choose blocks.
-        attend: programs that choose tokens and attend.
-        whole: bytes of keys and values that a program reads at once, where that is all it reads.
-        tile: bytes that it reads at once where it is not.
+        scored: bytes of block statistics that a program reads at once.
+        scoring: warps per multiprocessor that score blocks.
+        choose: occupancy of the launch that chooses blocks.
+        attend: occupancy of the launch that chooses tokens and attends.
+        whole: maximum bytes of keys and values that a program reads as a single tile if they are its whole share.
+        tile: bytes of keys and values per tile otherwise.
     """
 
     scored: int = 16 << 10
@@ -80,7 +90,7 @@ TILING = Tiling()
 
 
 def beside(programs: int, device: torch.device, num_warps: int, num_stages: int = 1) -> dict[str, Any]:
-    """`launch_options` with so few registers a thread that `programs` stand on a multiprocessor."""
+    """Return launch options that limit the registers per thread so that `programs` fit on a multiprocessor."""
     options = launch_options(device, num_warps, num_stages)
     if options and programs > 1:
         options["maxnreg"] = _REGISTERS // (32 * num_warps * programs) // 8 * 8
@@ -88,19 +98,19 @@ def beside(programs: int, device: torch.device, num_warps: int, num_stages: int 
 
 
 def grid_of(count: int) -> tuple[int, int]:
-    """Rows and columns, powers of two, of `count` that are chosen among: each row stands in one warp."""
+    """Return rows and columns, powers of two, of a tile for `count` candidates; each row lies in one warp."""
     whole = triton.next_power_of_2(max(count, 16))
     columns = min(64, whole)
     return whole // columns, columns
 
 
 def unit_of(blocks: int) -> int:
-    """What kernels count `blocks` in: where they know that rows are aligned they read four numbers at once."""
+    """Return the unit in which kernels receive the number of blocks; 4 tells them that four can be loaded at once."""
     return 4 if blocks % 4 == 0 else 1
 
 
 def is_latent(keys: Tensor, values: Tensor) -> bool:
-    """Whether values are the first channels of the keys."""
+    """Return whether `values` is a view of the first channels of `keys`, as in MLA, of a supported size."""
     return (
         values.data_ptr() == keys.data_ptr()
         and values.stride() == keys.stride()
@@ -110,7 +120,11 @@ def is_latent(keys: Tensor, values: Tensor) -> bool:
 
 
 def fits(query: Tensor, keys: Tensor, values: Tensor, groups: int) -> bool:
-    """Whether there is a kernel for `query` [B, H, 1, K]: one type, heads up to 256, or latents of up to 512 + 128."""
+    """Return whether the kernel supports `query` [B, H, 1, K].
+
+    All tensors must have one dtype. Head sizes are from 16 to 256, with up to 32 query heads per KV head; latents may
+    have up to 512 + 128 channels.
+    """
     (_, heads, _, key_size), value_size = query.shape, values.shape[-1]
     is_small = key_size <= 256 and value_size <= 256 and heads // groups <= 32
     return (
@@ -131,18 +145,21 @@ def attend_chosen(
     block: int, sink: int, recent: int, is_pipelined: bool,
     kind: tl.constexpr, candidates: int, limit: int, how: Tiling,
 ) -> Tensor:  # fmt: skip
-    """[B, 1, H, V] of `query` [B, H, 1, K] with contiguous last dimension.
+    """Choose slots and attend to them. Arguments not listed are those of `effpass::two_level_attention`.
 
     Args:
-        query: and what follows as in `effpass::two_level_attention`, up to `chosen_tokens`.
-        of_scores: float32 [B G, candidates], of tokens.
-        places: int32 [B G, candidates], their slots where `kind` is LISTED.
-        seen: int32 [B, G, N], where blocks are chosen; so are `scores`.
-        scores: float32 [B, G, 2, N].
-        kind: what is chosen among.
-        candidates: how many there are.
-        limit: how many blocks or tokens are chosen; chosen_blocks or chosen_tokens have that many places.
-        how: programs and warps.
+        query: [B, H, 1, K] with the last dimension contiguous.
+        of_scores: float32 [B G, candidates], scores of tokens; None if `kind` is BLOCKS.
+        places: int32 [B G, candidates], slots of these tokens if `kind` is LISTED; otherwise None.
+        seen: int32 [B, G, N], read if `kind` is BLOCKS.
+        scores: float32 [B, G, 2, N], scores of blocks, read if `kind` is BLOCKS.
+        kind: BLOCKS, TOKENS or LISTED.
+        candidates: number of blocks or tokens to choose among.
+        limit: maximum number of blocks or tokens to choose, the size of `chosen_blocks` or `chosen_tokens`.
+        how: tile sizes and occupancy.
+
+    Returns:
+        [B, 1, H, V].
     """
     (batch, heads, _, key_size), value_size = query.shape, values.shape[-1]
     groups = keys.shape[1] if block_table is None else block_table.shape[1]
@@ -151,7 +168,7 @@ def attend_chosen(
     latent, unit = is_latent(keys, values), block if kind is BLOCKS else 1
     row_bytes = (key_size if latent else key_size + value_size) * query.element_size()
     all_rows, columns = grid_of(candidates)
-    if kind is TOKENS:  # a row is a block
+    if kind is TOKENS:  # each row holds the tokens of one block
         all_rows, columns = triton.next_power_of_2(chosen_blocks.shape[2]), block
     rows, splits, programs = shares(
         heads // groups, limit * unit, row_bytes, value_size, batch * groups, multiprocessors(device),
@@ -184,7 +201,7 @@ def attend_chosen(
         LIVE=live, BLOCK_N=block_n, BLOCK_K=block_v if latent else max(16, triton.next_power_of_2(key_size)),
         BLOCK_REST=max(16, triton.next_power_of_2(key_size - value_size)) if latent else 16, BLOCK_V=block_v,
         BLOCK_S=max(1, min(32, 8192 // (live * block_v))),
-        # Slots come from a list, and pages from a table by them: 7 stages are two or three tiles under way.
+        # Loads depend on each other (slots, then their pages, then keys): 7 stages keep two or three tiles in flight.
         **beside(programs, device, how.attend.warps(programs), 1 if is_whole else 7),
     )  # fmt: skip
     return out
@@ -194,11 +211,23 @@ def attend_chosen(
 def shares(
     repeat: int, reads: int, row_bytes: int, value_size: int, heads: int, processors: int, resident: int
 ) -> tuple[int, int, int]:
-    """Query heads of a program, programs that share the keys of a head, and programs of a multiprocessor.
+    """Choose how the work on one KV head is distributed, by the bytes that the slowest program reads.
 
-    A program reads `reads / splits` rows, and the last one `splits` parts of float32: their sum is made small, with all
-    programs at once on the device where that is possible. Where there are many heads, `resident` programs stand on a
-    multiprocessor, which reads for one of them while it computes for the other.
+    A program reads `reads / splits` keys with their values, and the last one also `splits` partial results in float32.
+    The sum is minimized, with all programs on the device at once if possible. If there are many heads, `resident`
+    programs share a multiprocessor, which then loads for one of them while it computes for another.
+
+    Args:
+        repeat: query heads per KV head.
+        reads: number of keys chosen per KV head.
+        row_bytes: bytes of a key and its value.
+        value_size: size V of a value.
+        heads: KV heads of all sequences.
+        processors: number of multiprocessors.
+        resident: programs per multiprocessor if there are many heads.
+
+    Returns:
+        Query heads per program, programs that share the keys of a KV head, and programs per multiprocessor.
     """
     most = 32 if value_size > 256 else 64
     best: tuple[float, int, int, int] | None = None
@@ -211,7 +240,7 @@ def shares(
             splits = min(splits, triton.cdiv(reads, 64))
             waves = triton.cdiv(programs * splits, at_once)
             merged = 0 if splits == 1 else splits * rows * value_size * 4
-            again = programs * reads * row_bytes / processors * 0.25  # of all programs together, out of a cache
+            again = programs * reads * row_bytes / processors * 0.25  # reads by all programs together, out of a cache
             cost = max(waves * reads * row_bytes / splits, again) + merged
             if best is None or cost < best[0]:
                 best = (cost, rows, splits, together)
@@ -266,7 +295,7 @@ def _attend(
 ):  # fmt: skip
     split, part = tl.program_id(0), tl.program_id(1)
     blocks *= UNIT
-    head = part // PARTS_OF  # the key-value head of a row
+    head = part // PARTS_OF  # index of the KV head among those of all sequences
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
     r, dk, dv, span = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
     live = r < REPEAT
@@ -282,11 +311,11 @@ def _attend(
     place = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if KIND == BLOCKS:
         there, forced = forced_blocks(place, end, head, seen, blocks, BLOCK, SINK, RECENT)
-    if PDL:  # the launches in front have waited for the query
+    if PDL:  # preceding launches have waited for the query, so it could be read above
         gdc_wait()
         gdc_launch_dependents()
 
-    # What is chosen, and of it this program's share, from `begin` to `stop`.
+    # Choose, and write this program's share of the list, entries `begin` to `stop`.
     if KIND == BLOCKS:
         key = block_keys(place, there, forced, end, head, seen, scores, blocks, BLOCK, PIPELINED)
         chosen_list = chosen_blocks + head * LIMIT
@@ -337,7 +366,7 @@ def _attend(
                 page = tl.load(block_table + head * blocks + slot // BLOCK, mask=reach, other=0).to(tl.int64)
                 of_k = keys + (page * keys_b + slot % BLOCK * keys_s)
                 of_v = values + (page * values_b + slot % BLOCK * values_s)
-                if host is not None:  # through the bus
+                if host is not None:  # blocks without a page are read over the bus
                     far = host + (head.to(tl.int64) * blocks * BLOCK + slot) * HOST
                     of_k = tl.where(page >= 0, of_k, far)
                     of_v = tl.where(page >= 0, of_v, far if LATENT else far + KEY)

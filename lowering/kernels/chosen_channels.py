@@ -1,8 +1,12 @@
-"""Kernels of `chosen_channels` and `largest_channels`: two products of a few rows, bound by reading the weights chosen.
+"""Triton kernels of `effpass::chosen_channels` and `effpass::largest_channels`, bound by reading the chosen weights.
 
-The first product gives the chosen channels of the hidden state, side by side; the second splits the sum over them, so
-that there are programs for a whole GPU, and the parts are added in their order. A channel is a row in both weights,
-which are the tall operand of a tensor core's product; tokens are padded to 16, 32 or 64. The choice is one program's.
+    h_tc = a_tc (w_up,c · x_t)        out_t = Σ_c h_tc w_down,c        over the M chosen channels c
+
+`_up` computes h [T, M], with one program per 32 channels and tile of tokens. `_down` splits the sum over channels so
+that programs fill the GPU; each program computes a partial sum of some output features, and the partial sums are added
+in order by PyTorch. A channel is a contiguous row of both weights, which are the tall operand of the tensor cores;
+tokens are padded to 16, 32 or 64. Products and partial sums accumulate in float32 without TF32; w_up · x, h and the
+output are rounded to the dtype of x. `_largest` chooses channels in a single program.
 """
 
 from __future__ import annotations
@@ -20,12 +24,12 @@ __all__ = ["chosen_channels", "largest_channels", "searches", "supported"]
 
 
 def searches(energy: Tensor) -> bool:
-    """Whether there is a kernel of `largest_channels`: up to 16384 of float32."""
+    """Return whether the kernel of `largest_channels` applies: up to 16384 contiguous channels in float32."""
     return energy.dtype == torch.float32 and energy.is_contiguous() and energy.shape[0] <= MOST
 
 
 def largest_channels(energy: Tensor, count: int) -> Tensor:
-    """`effpass::largest_channels` where :func:`searches`."""
+    """Run `effpass::largest_channels` on an `energy` for which :func:`searches` is true."""
     chosen = torch.empty(count, dtype=torch.int32, device=energy.device)
     channels = energy.shape[0]
     _largest[(1,)](
@@ -36,7 +40,7 @@ def largest_channels(energy: Tensor, count: int) -> Tensor:
 
 
 def supported(x: Tensor, active: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether there is a kernel: one dtype, channels as rows in memory, widths in 16 bytes."""
+    """Return whether the kernels apply: one dtype, channels contiguous, hidden size a multiple of 16 bytes."""
     same = (x, active, up, down)
     return (
         x.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -49,7 +53,7 @@ def supported(x: Tensor, active: Tensor, up: Tensor, down: Tensor) -> bool:
 
 
 def chosen_channels(x: Tensor, active: Tensor, up: Tensor, down: Tensor, channels: Tensor) -> Tensor:
-    """`effpass::chosen_channels` where :func:`supported`."""
+    """Run `effpass::chosen_channels` on tensors that are :func:`supported`."""
     x, active = x.contiguous(), active.contiguous()
     (tokens, width), count, device = x.shape, channels.shape[0], x.device
     if count == 0:

@@ -1,12 +1,14 @@
-"""Attention of few tokens over a long cache: kernels of `cached_attention` and `rope_cached_attention`.
+"""Attention of few tokens over a long cache: Triton kernels of `cached_attention` and `rope_cached_attention`.
 
-Flash-decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html): the slots of one key-value head are shared out
-to several programs in tiles, in turn; each keeps a running softmax, and the last to finish merges them in their order,
-so that the result does not depend on which one it was. The tokens' query heads of one group are the rows of one tile:
-keys are read once for all of them.
+The equation is that of :mod:`effpass.lowering.ops.cached_attention`, computed by flash-decoding
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The slots of each KV head are cut into tiles, which several
+programs process in turn with an online softmax. The last program to finish merges the partial results in their order,
+so that the output does not depend on which one was last. The rows of a tile are the tokens times the query heads that
+share the KV head, so that keys are read once for all of them. Scores, statistics and partial sums are float32; weights
+are rounded to the dtype of the values, and the output to that of the query.
 
-In `rope_cached_attention` the new tokens are one more tile. Whoever owns it norms, rotates, writes and attends to them,
-and nobody reads a slot that this launch writes.
+In `rope_cached_attention` the new tokens form one more tile. The program that owns it applies norms and rotation, in
+float32, writes keys and values to the cache and attends to them. No program reads a slot that this launch writes.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from effpass.lowering.kernels.running_softmax import update
 
 __all__ = ["MOST_ROWS", "cached_attention", "rope_cached_attention", "supported"]
 
-MOST_ROWS = 64
+MOST_ROWS = 64  # maximum number of tokens times query heads per KV head
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: up to 64 rows a group, heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, H, T, K]: T · H / G up to 64, head sizes 16 to 256, one dtype."""
     (_, heads, tokens, key_size), groups = query.shape, keys.shape[1]
     return (
         0 < tokens * (heads // groups) <= MOST_ROWS
@@ -50,7 +52,7 @@ def cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """`effpass::cached_attention` where :func:`supported`."""
+    """Run `effpass::cached_attention` on tensors that are :func:`supported`."""
     query = _last_contiguous(query).transpose(1, 2)
     return _launch(
         query, None, None, None, None, None, None, 0.0, 0.0, keys, values, key_positions, query_positions, filled,
@@ -77,7 +79,7 @@ def rope_cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """`effpass::rope_cached_attention` where :func:`supported`."""
+    """Run `effpass::rope_cached_attention` on tensors that are :func:`supported`."""
     return _launch(
         _last_contiguous(query), _last_contiguous(key), _last_contiguous(value), cos.contiguous(), sin.contiguous(),
         query_norm, key_norm, norm_eps, norm_offset, keys, values, key_positions, query_positions, start, scale, window,
@@ -145,13 +147,13 @@ def _launch(
 def tile_shape(
     rows: int, tokens: int, key_size: int, value_size: int, element_size: int, heads: int, device: torch.device
 ) -> dict[str, int]:
-    """Tile of one program. Keys and values of two tiles stay in registers, which bounds the slots of one."""
+    """Return the tile sizes. The keys and values of two tiles are held in registers, which bounds their slots."""
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
     live = triton.next_power_of_2(rows)
     block_n, num_warps = 64 if widest <= 256 else 32 if widest <= 512 else 16, 4 if rows <= 16 else 8
     if widest <= 128 and rows <= 16 and 2 * heads > multiprocessors(device):
-        block_n, num_warps = 256, 8  # heads enough, and small: no parts to merge
+        block_n, num_warps = 256, 8  # many small heads fill the device without splits, so nothing is merged
     return {
         "BLOCK_R": max(16, live),
         "LIVE": live,
@@ -165,7 +167,7 @@ def tile_shape(
 
 
 def split_count(heads: int, tiles: int, num_warps: int, device: torch.device) -> int:
-    """Programs a key-value head: with 8 warps one runs on each multiprocessor, with 4 two; all at once."""
+    """Return the programs per KV head so that all run at once: two per multiprocessor with 4 warps, one with 8."""
     return max(1, min(multiprocessors(device) * 8 // num_warps // heads, tiles))
 
 
@@ -286,7 +288,7 @@ def _attend(
         total = tl.zeros([BLOCK_R], tl.float32)
         sum_v = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
         for tile in range(split, tiles, active):
-            # The next tile, and the positions of the one after it, are on their way while this one is used.
+            # Load the next tile, and the positions of the one after it, while this one is processed.
             slot = (tile + active) * BLOCK_N + span
             reach = slot < end
             if WINDOW:
@@ -308,7 +310,7 @@ def _attend(
                 WINDOW,
             )  # fmt: skip
             k, v, of_keys, of_next = next_k, next_v, of_next, of_after
-        if key is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+        if key is not None:  # noqa: SIM102  (resolved when the kernel is compiled)
             if owner:
                 tl.store(keys + place[:, None] * keys_s + dk[None, :], new_k, mask=new[:, None] & (dk < KEY)[None, :])
                 tl.store(
@@ -355,7 +357,7 @@ def _merge(
     tl.store(parts + (split * count + rows[:, None]) * VALUE + dv[None, :], sum_v, mask=inside)
     tl.store(sums + split * 2 * count + rows, best, mask=live)
     tl.store(sums + (split * 2 + 1) * count + rows, total, mask=live)
-    tl.debug_barrier()  # the counter speaks for the stores of all threads
+    tl.debug_barrier()  # the counter must be incremented after the stores of all threads
     if tl.atomic_add(done + head, 1, sem="acq_rel") == active - 1:
         tl.store(done + head, 0)
         r, s = tl.arange(0, LIVE), tl.arange(0, BLOCK_S)

@@ -1,10 +1,12 @@
-"""Who sends what to whom: kernels of `effpass::expert_parallel`.
+"""Triton kernels for the routing of `effpass::expert_parallel`: destination and order of the rows and pairs to send.
 
-They do what :mod:`effpass.lowering.ops.expert_parallel_routes` says, in few launches and without a sort.
-Tokens, or pairs, are cut into blocks. A launch leaves what each block has of everything, and the next one finds the
-place of its block by adding up the blocks in front of it, so that the order is that of a stable sort.
+They compute what :mod:`effpass.lowering.ops.expert_parallel_routes` defines, where rows (tokens sent to a rank) and
+pairs (a token with one of its experts) are explained, in few launches and without a sort. Tokens or pairs are cut into
+at most 64 blocks, with one program per block, or per block and rank. One launch counts what each block holds; the next
+one finds the offset of its block as the sum of the counts of the blocks before it, so that the order is that of a
+stable sort. All arithmetic is on integers; router weights travel as the bits of float32.
 
-Shapes: T tokens, k experts a token, W ranks, L experts a rank, R rows, P pairs, N stages, B blocks.
+Shapes: T tokens, k experts per token, W ranks, L experts per rank, R rows, P pairs, N stages, B blocks.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from effpass.lowering.ops.expert_parallel_routes import Departures, Pairs, Plan,
 
 __all__ = ["arrivals", "departures", "summarise"]
 
-_MOST_BLOCKS = 64  # that a program adds up at once
+_MOST_BLOCKS = 64  # maximum number of blocks, whose counts a program adds up at once
 
 
 @dataclass(frozen=True)
 class _Counted(Summary):
-    """Attributes:
-    blocks: int32 [B, 3, W·L], the counts of each block of tokens.
+    """A summary with the counts of each block of tokens.
+
+    Attributes:
+        blocks: int32 [B, 3, W·L], `counts` by block.
     """
 
     blocks: Tensor
@@ -40,7 +44,7 @@ def _block(items: int, least: int) -> int:
 
 
 def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
-    """As `expert_parallel_routes.summarise`; `first` and `last` are int32."""
+    """Same as `expert_parallel_routes.summarise`, except that `first` and `last` are int32."""
     (tokens, each), device = experts.shape, experts.device
     block = _block(tokens, 32)
     blocks = triton.cdiv(tokens, block)
@@ -55,7 +59,10 @@ def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
 
 
 def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, first_token: int = 0) -> Departures:
-    """As `expert_parallel_routes.departures`; `back` holds anything where a token has no row at a rank."""
+    """Same as `expert_parallel_routes.departures`, except that `back` is undefined where a token has no row on a rank.
+
+    `summary` must come from :func:`summarise`. Weights are sent as float32.
+    """
     assert isinstance(summary, _Counted)
     (tokens, ranks), each, device = summary.first.shape, experts.shape[1], experts.device
     rows = torch.empty(plan.rows_sent, dtype=torch.int32, device=device)
@@ -78,7 +85,7 @@ def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, f
 
 
 def arrivals(words: Tensor, plan: Plan) -> Pairs:
-    """As `expert_parallel_routes.arrivals`."""
+    """Same as `expert_parallel_routes.arrivals`."""
     pairs, rows, device = words.shape[0], plan.rows_got, words.device
     block = _block(pairs, 128)
     blocks = triton.cdiv(pairs, block)

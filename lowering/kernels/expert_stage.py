@@ -1,8 +1,10 @@
-"""The experts of one stage, and sums of rows: kernels of `effpass::expert_parallel`.
+"""Triton kernels for one stage of `effpass::expert_parallel`: experts on the received rows, and the sums that return.
 
-They do what :mod:`effpass.lowering.ops.expert_parallel_stage` says. The products are those of `effpass::moe_ffn`; which
-kernel computes them is chosen by the load of each stage, which the host knows, so that one product an expert waits for
-nobody here.
+They compute what :mod:`effpass.lowering.ops.expert_parallel_stage` defines. The matrix products are those of
+`effpass::moe_ffn` (:mod:`effpass.lowering.kernels.moe_grouped` and :mod:`effpass.lowering.kernels.moe_library`). The
+kernel is chosen by the load of each stage, which is known on the host, so that even one product per expert does not
+wait for the device. `_sums` adds the weighted outputs of each row's pairs in float32, in their order, with one program
+per row and up to 1024 columns, and rounds once.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ __all__ = ["compute", "sums", "total"]
 def compute(
     x: Tensor, column: int, pairs: Pairs, plan: Plan, stage: int, experts: Experts, outputs: Tensor, kernel: str
 ) -> None:
-    """As `expert_parallel_stage.compute`, by `kernel` of
-    :data:`~effpass.lowering.ops.expert_parallel_cost.STAGE_KERNELS`."""
+    """Same as `expert_parallel_stage.compute`, with one of several kernels.
+
+    `kernel` is a name of :data:`~effpass.lowering.ops.expert_parallel_cost.STAGE_KERNELS`.
+    """
     first, last = stage * plan.size, (stage + 1) * plan.size
     bounds = [0, *plan.ends][first : last + 1]
     count = bounds[-1] - bounds[0]
@@ -46,7 +50,7 @@ def compute(
 
 
 def sums(outputs: Tensor, pairs: Pairs, rows: slice, each: int) -> Tensor:
-    """As `expert_parallel_stage.sums`."""
+    """Same as `expert_parallel_stage.sums`."""
     count, width = rows.stop - rows.start, outputs.shape[1]
     out = outputs.new_empty(count, width)
     if count:
@@ -59,7 +63,7 @@ def sums(outputs: Tensor, pairs: Pairs, rows: slice, each: int) -> Tensor:
 
 
 def total(regained: Tensor, summary: Summary, back: Tensor, local: int) -> Tensor:
-    """As `expert_parallel_stage.total`."""
+    """Same as `expert_parallel_stage.total`."""
     out = regained.new_empty(back.shape[0], regained.shape[1])
     if back.shape[0]:
         ones = torch.ones(back.shape, dtype=torch.float32, device=back.device)

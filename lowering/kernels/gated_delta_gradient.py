@@ -1,8 +1,10 @@
-"""Gradients of the gated delta rule's inputs, from those of ζ and of the states; one launch for all chunks.
+"""Triton kernel for the gradients of the gated delta rule's inputs, from those of ζ and of the states; for all chunks.
 
-One program takes a chunk of a value head, and computes q̂, κ, g and their decays again. Tiles are transposed, [BK, C]:
-the C × C gradients of L and P, which every block of channels is multiplied with, then lie in shared memory. dS is the
-gradient of the state after the chunk. Names as in :mod:`effpass.lowering.ops.gated_delta_rule_chunks`.
+One program handles one chunk of a value head and recomputes q̂, κ, g and the decays. Names are those of
+:mod:`effpass.lowering.ops.gated_delta_rule_chunks`; dS is the gradient of the state after the chunk. Tiles are
+transposed, [BK, C], so that the C × C gradients of L and P, with which every block of channels is multiplied, lie in
+shared memory. Operands of products are rounded to the dtype of q; products and sums accumulate in float32. Gradients of
+A_log and dt_bias are written per chunk, and the launcher adds them up.
 """
 
 from __future__ import annotations
@@ -95,10 +97,10 @@ def gradient(
     DTYPE: tl.constexpr = changes.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
     here = tl.program_id(0).to(tl.int64)
-    if RANGE == "mild only":  # noqa: SIM102  (known when it is compiled)
+    if RANGE == "mild only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) != 0:
             return
-    if RANGE == "steep only":  # noqa: SIM102  (known when it is compiled)
+    if RANGE == "steep only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) == 0:
             return
     r, rk, rv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
@@ -239,7 +241,7 @@ def gradient(
             of_beta += tl.sum(key * d_key, 0)
             strong = erase[None, :]
         else:
-            logits = tile(beta, beta_t, rows, first, K, BK, True)  # again, since registers are short
+            logits = tile(beta, beta_t, rows, first, K, BK, True)  # loaded again, to save registers
             strong = root(logits, LOGITS)
             of_strength = key * d_key
             if not HAS_WRITE:

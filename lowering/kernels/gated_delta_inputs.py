@@ -1,17 +1,24 @@
-"""Tiles that the kernels of the gated delta rule begin with: where a chunk lies, q̂ and κ, decays, products under them.
+"""Building blocks of the gated delta rule's Triton kernels: location of a chunk, q̂ and κ, gates and decays.
 
-A chunk is C = 64 tokens, a tile C × BK channels of one value head. Names as in
-:mod:`effpass.lowering.ops.gated_delta_rule_chunks`; g and all exponents are of base 2. Every exponent is a sum of some
-tokens' g, and computed as a product of g with a matrix of zeros and ones (:func:`table`): scans take three times the
-registers, and differences of long sums lose digits. g is rounded to float16 for it, the same in all of them, so that
-what is computed is exact for gates that differ in the twelfth bit.
+A chunk is C = 64 tokens, and a tile is C × BK channels of one value head, in float32. Names are those of
+:mod:`effpass.lowering.ops.gated_delta_rule_chunks`; g and all exponents are to base 2 here.
 
-Pairs of tokens in different halves of a chunk decay to and from its middle, both by exponents ≤ 0. Pairs in one half
-decay to and from the middle of that half: one factor has an exponent above 0, which is safe as long as no 16 tokens
-decay by more than e^−80. In a chunk where some do, a steep one, the middles of 32, 16, 8, 4 and 2 tokens do what that
-of 64 does. RANGE says which chunks a launch takes: all, of which none is steep ("mild") or any may be ("steep"), or one
-kind and not the other ("mild only", "steep only"): a program that can do both has registers for neither, and with
-products of matrices in the two arms of an `if` Triton 3.6 gives wrong results on sm_90.
+With one gate per head, exponents are differences of the running sum of g. With a gate per channel, every exponent is a
+sum of g over some tokens, computed as the product of a matrix of zeros and ones (:func:`table`) with g, because scans
+take three times the registers, and differences of long sums lose digits. For this product g is rounded to float16,
+identically in all exponents, so that results are exact for gates that differ from the given ones in the twelfth bit.
+For float32 inputs g is split into two such pieces.
+
+A pair of tokens in different halves of a chunk decays to and from the middle of the chunk, both with exponents ≤ 0. A
+pair within one half decays to and from the middle of that half; one of the two factors then has an exponent above 0,
+which is safe as long as no aligned group of 16 tokens decays below e^−80. A chunk in which one does is *steep*, the
+others are *mild*. In a steep chunk, a pair within a half uses the middle of the block of 32, 16, 8, 4 or 2 tokens whose
+halves separate it, as a pair in different halves of the chunk uses the middle of all 64.
+
+The constant RANGE tells which chunks a launch handles: all, none of which is steep ("mild") or any of which may be
+("steep"), or only one of both kinds ("mild only", "steep only"). Two launches are used because a program that handles
+both kinds has registers for neither, and because Triton 3.6 gives wrong results on sm_90 if both arms of an `if`
+contain matrix products.
 """
 
 from __future__ import annotations
@@ -31,14 +38,14 @@ __all__ = ["LOWEST", "C", "table"]
 C = tl.constexpr(64)
 BLOCK = tl.constexpr(16)
 LOG2_E = tl.constexpr(1 / math.log(2))
-LOWEST = tl.constexpr(-80.0)  # e^80 and its products with anything that is e^-80 stay in float32's and bfloat16's range
+LOWEST = tl.constexpr(-80.0)  # e^80, and its products with factors down to e^-80, fit into float32 and bfloat16
 _LOWEST_BASE_2 = tl.constexpr(-80.0 / math.log(2))
-_LEAST = tl.constexpr(-1000.0)  # 2^-1000 is 0, and 64 times this is in float16's range
-_SIXTY_FOUR = tl.constexpr(64.0)  # so that weak gates are no denormal numbers
+_LEAST = tl.constexpr(-1000.0)  # 2^-1000 rounds to 0, and 64 times this number is in the range of float16
+_SIXTY_FOUR = tl.constexpr(64.0)  # factor that keeps weak gates from becoming denormal in float16
 _EPSILON = tl.constexpr(EPSILON)
 _SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
 
-# The matrices of the table: pairs across the middle of 2, 4, ... 64 tokens are 0 to 5.
+# Indices of the matrices in the table. Matrices 0 to 5 are for pairs across the middle of 2, 4, ... 64 tokens.
 HALVES = tl.constexpr(5)
 UPTO = tl.constexpr(6)
 BEYOND = tl.constexpr(7)
@@ -47,10 +54,14 @@ MIDDLE = tl.constexpr(8)
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
-    """float16 [9, C, C]: which tokens' g an exponent of token i has, as ±1/64.
+    """Return the matrices that sum g over the tokens of an exponent, float16 [9, C, C] with entries 0 and ±1/64.
 
-    0 to 5: from the middle of 2 · 2^level tokens to i, or from i to it; 6: up to i; 7: beyond i; 8: from the middle of
-    i's half of the chunk to i, negative where i comes first.
+    Row i of a matrix selects the tokens of the exponent of token i:
+
+        level = 0 ... 5   between i and the middle of its block of 2 · 2^level tokens
+        6                 up to and including i
+        7                 after i
+        8                 between i and the middle of its half of the chunk, negated if i precedes the middle
     """
     i, j = torch.arange(C.value)[:, None], torch.arange(C.value)[None, :]
     upto = j <= i

@@ -1,7 +1,12 @@
-"""What the chunks of the gated delta rule compute without the state: Q̃, B̃, Ã, P and T = (I + L)⁻¹; one launch.
+"""Triton kernel for what the chunks of the gated delta rule compute without the state: Q̃, B̃, Ã, P and T.
 
-One program takes a chunk of a value head, channels in blocks. The products for L and P stay in registers: `near` of
-tokens in the same half of the chunk, `far` of a token in the later and one in the earlier half.
+    L_ij = Σ_d κ_id κ_jd e^(G_id − G_jd)  (j < i)    P_ij = Σ_d q̂_id κ_jd e^(G_id − G_jd)  (j ≤ i)    T = (I + L)⁻¹
+    B̃ = κ ⊙ e^G      Q̃ = q̂ ⊙ e^G      Ã = κ ⊙ e^(G_C − G)
+
+Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. One program handles one chunk of a value head,
+in blocks of BK channels. The sums over channels for L and P are float32 and stay in registers: `near` for pairs of
+tokens in the same half of the chunk, `far` for pairs in different halves. The decay of the whole chunk and √β are
+written in float32, everything else in the dtype of q.
 """
 
 from __future__ import annotations
@@ -97,7 +102,7 @@ def inside(
         tl.store(steep + here, is_steep)
         if is_steep != 0:
             return
-    if RANGE == "steep only":  # noqa: SIM102  (known when it is compiled)
+    if RANGE == "steep only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) == 0:
             return
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)

@@ -1,12 +1,19 @@
-"""The gated delta rule on a GPU: two launches forward, four backward, which compute the chunks again. Where gates are
-vectors without a bound, the launches over all chunks come twice: for chunks that decay steeply, and for the others.
+"""Launchers of the Triton kernels of `effpass::gated_delta_rule`: two launches forward, four backward.
 
-Forward: :mod:`~effpass.lowering.kernels.gated_delta_inside` takes all chunks at once,
-:mod:`~effpass.lowering.kernels.gated_delta_state` those of a sequence one after the other. Backward: both again, the
-second with the states kept; then the sequence in reverse, and
-:mod:`~effpass.lowering.kernels.gated_delta_gradient` all chunks at once. A token of a value head takes 8 (K = V: bytes
-per channel) in between and 18 in the backward pass; nothing is kept between the passes but the inputs. No tuning: sizes
-follow from K, V and how many sequences and heads there are.
+    forward:    inside (all chunks)  →  state_forward (the chunks of a sequence, one after another)
+    backward:   inside  →  state_forward, keeping states  →  state_backward (in reverse)  →  gradient (all chunks)
+
+The equations are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. `inside`
+(:mod:`~effpass.lowering.kernels.gated_delta_inside`) computes what does not depend on the states; `state_forward` and
+`state_backward` (:mod:`~effpass.lowering.kernels.gated_delta_state`) are the only sequential part; `gradient`
+(:mod:`~effpass.lowering.kernels.gated_delta_gradient`) computes the gradients of the inputs. If gates are vectors
+without a bound, the launches over all chunks occur twice: for chunks with steep decay, and for the others
+(:mod:`~effpass.lowering.kernels.gated_delta_inputs`).
+
+Only the inputs are kept between forward and backward pass. For K = V, the intermediate results take 8 bytes per token,
+value head and channel in the forward pass, and 18 in the backward pass. They are in the dtype of q; decays, √β and
+final states are float32, and the kernels accumulate in float32. There is no autotuning: tile sizes follow from K, V and
+the number of sequences and heads.
 """
 
 from __future__ import annotations
@@ -27,26 +34,26 @@ from effpass.lowering.ops.gated_delta_rule_inputs import Inputs, Settings
 
 __all__ = ["backward", "forward", "supported"]
 
-CHUNK = 64
-_LARGEST = 256  # channels of keys and values
+CHUNK = 64  # tokens per chunk
+_LARGEST = 256  # maximum number of channels of keys and of values
 
-# What a GPU may want otherwise.
-_BLOCK = 32  # channels of a tile of `inside`, of four warps; two programs a multiprocessor
-_COLUMNS = 64  # of the state that a program carries, four warps; less than 64 are no tile of wgmma
-_WIDE = 128  # columns, eight warps, where lanes alone fill the device
-_STAGES = 2  # chunks under way in `state_forward` and `state_backward`
-_GRADIENT_BLOCK = 32  # channels of keys of a tile of `gradient`: registers don't hold larger ones
-_GRADIENT_VALUES = 128  # channels of values, of eight warps
+# Tile sizes, which may need adjustment for other GPUs.
+_BLOCK = 32  # key channels per tile of `inside`, for four warps and two programs per multiprocessor
+_COLUMNS = 64  # state columns per program, for four warps; fewer than 64 do not fill a wgmma tile
+_WIDE = 128  # state columns per program, for eight warps, if sequences times heads alone fill the device
+_STAGES = 2  # chunks in flight in `state_forward` and `state_backward`
+_GRADIENT_BLOCK = 32  # key channels per tile of `gradient`; registers don't hold larger tiles
+_GRADIENT_VALUES = 128  # value channels per tile of `gradient`, for eight warps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supported(inputs: Inputs) -> bool:
-    """Whether the kernels take a call."""
+    """Return whether the kernels support the dtype and the head sizes of a call."""
     return inputs.q.dtype in _DTYPES and inputs.q.shape[3] <= _LARGEST and inputs.v.shape[3] <= _LARGEST
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """[B, T, ...] whose tokens lie at one distance across the batch, and channels side by side."""
+    """Return `x` [B, T, ...] with one token stride across the batch and contiguous channels; copied if necessary."""
     if x is None:
         return None
     is_even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
@@ -54,14 +61,24 @@ def _rows(x: Tensor | None) -> Tensor | None:
 
 
 class _Call(NamedTuple):
-    """What all launches of a call share."""
+    """What all launches of a call share.
+
+    Attributes:
+        inputs: tensors of the call, with strides that the kernels support.
+        settings: constants of the call.
+        chunks: number of chunks n, including empty ones.
+        sequences: number of sequences N.
+        places: int32 [n, 2], first token and number of tokens of each chunk; None if sequences are not packed.
+        first: int32 [N], first chunk of each sequence; None if sequences are not packed.
+        cu_seqlens: [N + 1], offsets of packed sequences; None if sequences are not packed.
+    """
 
     inputs: Inputs
     settings: Settings
     chunks: int
     sequences: int
-    places: Tensor | None  # int32 [n, 2]: first token and tokens of each chunk
-    first: Tensor | None  # int32 [N]: first chunk of each sequence
+    places: Tensor | None
+    first: Tensor | None
     cu_seqlens: Tensor | None
 
     @classmethod
@@ -71,7 +88,7 @@ class _Call(NamedTuple):
         tokens = inputs.q.shape[1]
         if cu_seqlens is None:
             return cls(inputs, settings, sequences * -(-tokens // CHUNK), sequences, None, None, None)
-        # As many as there can be; those over have no tokens. Nothing waits for the device to say.
+        # The maximum number of chunks, so that the host need not wait for the device; surplus chunks have no tokens.
         chunks = tokens // CHUNK + sequences
         lengths = cu_seqlens.diff()
         ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
@@ -85,23 +102,23 @@ class _Call(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """HV, K, V, and K and V as the workspace has them."""
+        """HV, K, V, and K and V as padded in the workspace."""
         (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
         return heads, key_size, value_size, _power(key_size), _power(value_size)
 
     @property
     def ranges(self) -> tuple[str, ...]:
-        """RANGE of each launch over all chunks."""
+        """The values of the constant RANGE, one for each launch over all chunks."""
         if self.inputs.gate.dim() == 3:
             return ("mild",)
         if self.inputs.q.dtype != torch.bfloat16:
-            return ("steep",)  # float16 does not hold e^80; mild chunks of float32 take too much shared memory
+            return ("steep",)  # the mild form needs e^80, which float16 lacks, and in float32 too much shared memory
         bound = self.settings.lower_bound
         is_mild = bound is not None and bound * CHUNK // 4 >= LOWEST.value
         return ("mild",) if is_mild else ("mild only", "steep only")
 
     def flags(self) -> dict[str, Any]:
-        """What the kernels over all chunks are compiled for, but for RANGE."""
+        """Return the compile-time constants of the kernels over all chunks, except for RANGE."""
         q, _, _, gate, beta, _, A_log, dt_bias = self.inputs
         settings, (heads, key_size, _, keys, _) = self.settings, self.sizes
         return {
@@ -113,7 +130,7 @@ class _Call(NamedTuple):
         }  # fmt: skip
 
     def steep(self) -> Tensor:
-        """Room for what `inside` says of each chunk, int8 [n, HV]."""
+        """Allocate int8 [n, HV], to which `inside` writes whether each chunk is steep."""
         return self.inputs.q.new_empty(self.chunks, self.sizes[0], dtype=torch.int8)
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -137,24 +154,36 @@ def _power(size: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32: six of bfloat16, whose transposes take no shared memory of their own."""
+    """Return the `input_precision` of float32 products: six bfloat16 products, which save shared memory."""
     if dtype != torch.float32:
         return "tf32"
     return "ieee" if triton.knobs.runtime.interpret else "bf16x6"
 
 
 class _Inside(NamedTuple):
-    q_in: Tensor  # [n, HV, C, KP], as k_in and k_out: Q̃, B̃ and Ã
+    """Outputs of `inside`; KP is K as padded in the workspace.
+
+    Attributes:
+        q_in: [n, HV, C, KP], Q̃.
+        k_in: [n, HV, C, KP], B̃.
+        k_out: [n, HV, C, KP], Ã.
+        scores: [n, HV, C, C], P.
+        inverses: [n, HV, C, C], T = (I + L)⁻¹.
+        decay: float32 [n, HV, KP], decay of the state over the chunk.
+        strengths: float32 [n, HV, C], √β if β is one number per head; otherwise unused.
+    """
+
+    q_in: Tensor
     k_in: Tensor
     k_out: Tensor
-    scores: Tensor  # [n, HV, C, C], as the inverses: P and T
+    scores: Tensor
     inverses: Tensor
-    decay: Tensor  # float32 [n, HV, KP]
-    strengths: Tensor  # √β, float32 [n, HV, C]; nothing where β is a vector
+    decay: Tensor
+    strengths: Tensor
 
 
 def _inside(call: _Call, steep: Tensor) -> _Inside:
-    """`steep` int8 [n, HV] is written where chunks of both kinds may be."""
+    """Launch `inside`. `steep` int8 [n, HV] is written if both mild and steep chunks may occur."""
     q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
     heads, _, _, keys, _ = call.sizes
     lead = (call.chunks, heads)
@@ -176,7 +205,7 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
 
 
 def _state_flags(call: _Call) -> dict[str, Any]:
-    """What the kernels over the chunks of a sequence are compiled for, with the columns that a program carries."""
+    """Return the compile-time constants of the sequential kernels, including BV, the state columns per program."""
     heads, key_size, value_size, keys, values = call.sizes
     is_large, lanes = keys > 128, call.sequences * heads
     if call.inputs.q.dtype == torch.float32:
@@ -193,7 +222,7 @@ def _state_flags(call: _Call) -> dict[str, Any]:
 
 
 def _grid(call: _Call, flags: dict[str, Any]) -> tuple[int]:
-    # In one dimension, the columns of a head side by side: the others take 65535 programs at most.
+    # One-dimensional, since the other dimensions are limited to 65535; programs of the same head are adjacent.
     return (call.sequences * call.sizes[0] * (call.sizes[4] // flags["BV"]),)
 
 
@@ -219,8 +248,11 @@ def _state_forward(
 def forward(
     inputs: Inputs, settings: Settings, state: Tensor | None, cu_seqlens: Tensor | None, sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, T, HV, V] and final state float32 [N, HV, K, V]; arguments checked before."""
-    if cu_seqlens is not None:  # once: a gradient is of the same list
+    """Return the output [B, T, HV, V] and the final state, float32 [N, HV, K, V].
+
+    Arguments must have been checked; only `cu_seqlens` is checked here, by an assertion on the device.
+    """
+    if cu_seqlens is not None:  # asserted only here, since the backward pass gets the same offsets
         is_rising = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == inputs.q.shape[1])
         torch._assert_async(is_rising, "effpass::gated_delta_rule: cu_seqlens does not rise from 0 to T")
     call = _Call.of(inputs, settings, cu_seqlens, sequences)
@@ -240,7 +272,10 @@ def backward(
     d_output: Tensor,
     d_final: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Gradients of the inputs, in their order, and of the initial state; arguments checked before."""
+    """Return the gradients of the inputs, in the order of their fields, and of the initial state.
+
+    Arguments must have been checked. The gradient of the initial state is float32; those of None inputs are None.
+    """
     call = _Call.of(inputs, settings, cu_seqlens, sequences)
     heads, key_size, value_size, keys, values = call.sizes
     q, _, v, gate, beta, write_beta, A_log, dt_bias = call.inputs
@@ -258,11 +293,11 @@ def backward(
         *_sequences(call, found.decay), tokens, heads, *_strides(out), HAS_FINAL=d_final is not None, **flags,
     )  # fmt: skip
     chunks = call.chunks
-    del found  # what lies between makes room for the gradients
+    del found  # free intermediate results before gradients are allocated
     d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
     d_v, d_gate, d_beta = (x.new_empty(x.shape) for x in (v, gate, beta))
     d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)
-    # A chunk without tokens writes nothing.
+    # Chunks without tokens write nothing, but their entries are part of the sums over chunks.
     blank = torch.zeros if call.places is not None else torch.empty
     of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)

@@ -1,7 +1,11 @@
-"""One token, or a few, of the gated delta rule on a GPU: one launch that reads and writes the state once.
+"""Triton kernel of `effpass::gated_delta_rule_step`: a few tokens in one launch that reads and writes the state once.
 
-One program takes BV columns of the state [K, V] of one value head of one sequence; columns need nothing of each other.
-Bytes bound it, 8 K V a head. A short batch is cut into narrow columns, so that all multiprocessors read.
+    S ← Diag(e^g) S      S ← S + κ (ζ − Sᵀ κ)ᵀ      o = Sᵀ q̂
+
+q̂, κ, ζ and g are those of :mod:`effpass.lowering.ops.gated_delta_rule_inputs`. One program handles BV columns of the
+state [K, V] of one value head of one sequence; columns are independent of each other. All arithmetic is in float32, and
+the output is rounded to the dtype of v. The kernel is bound by memory, 8 K V bytes per head. If the batch is small,
+columns are split further so that all multiprocessors take part.
 """
 
 from __future__ import annotations
@@ -80,20 +84,20 @@ def _step(
 
 
 def supported(inputs: Inputs, state: Tensor) -> bool:
-    """Whether the kernel takes a call."""
+    """Return whether the kernel supports the dtype and the head sizes of a call, with a contiguous state."""
     sizes = inputs.q.shape[3], inputs.v.shape[3]
     return inputs.q.dtype in _DTYPES and max(sizes) <= 256 and state.is_contiguous()
 
 
 def _in_place(x: Tensor | None) -> Tensor | None:
-    """Tokens at any strides whose channels lie side by side, and parameters in one piece."""
+    """Return `x` with contiguous channels, at any other strides, or a contiguous parameter; copied if necessary."""
     if x is None or x.dim() == 3 or (x.dim() == 4 and x.stride(3) == 1):
         return x
     return x.contiguous()
 
 
 def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
-    """Output [B, T, HV, V]; `state` is written; arguments checked before."""
+    """Return the output [B, T, HV, V] and update `state` in place. Arguments must have been checked."""
     tensors = Inputs(*(_in_place(x) for x in inputs))  # type: ignore[arg-type]
     q, _, v, gate, beta, write_beta, A_log, dt_bias = tensors
     (batch, tokens, heads, value_size), key_size = v.shape, q.shape[3]

@@ -1,8 +1,11 @@
-"""The passes over the chunks of a sequence, forward and backward: the only part of the gated delta rule in sequence.
+"""Triton kernels for the sequential part of the gated delta rule: forward and backward pass over a sequence's chunks.
 
-One program takes BV channels of the values of one value head of one sequence, and carries their columns of the state,
-transposed: Sᵀ [BV, K]. A product's left side is then what the product before left in registers, and nothing but loads
-goes through shared memory. Names as in :mod:`effpass.lowering.ops.gated_delta_rule_chunks`.
+    U = T (ζ − B̃ S₀)      O = Q̃ S₀ + P U      S_C = e^(G_C) ⊙ S₀ + Ãᵀ U              with T = (I + L)⁻¹
+
+Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. One program handles BV value channels of one
+value head of one sequence, and carries their columns of the state in float32. It holds the state transposed, as
+Sᵀ [BV, K], so that the left operand of each product is the result of the product before, still in registers, and shared
+memory only serves loads. Operands of products are rounded to the dtype of q; products accumulate in float32.
 """
 
 from __future__ import annotations

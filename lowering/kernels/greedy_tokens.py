@@ -1,7 +1,11 @@
-"""Kernel of `greedy_tokens`: programs find the best of a part of a row, the last one to finish does the rest.
+"""Triton kernel of `effpass::greedy_tokens`, in one launch.
 
-A logit and its index are one integer whose order is that of the logits, smaller indices first: the result does not
-depend on which program came when.
+    token[r] = argmax_v logits[r, v] if sequence r is unfinished, else pad
+
+Each program finds the best logit of a part of one sequence's logits; the last program to finish combines the parts of
+all sequences and does the bookkeeping. A logit, as float32, and its index form one int64 whose order is that of the
+logits, with smaller indices first among equals and NaN above all numbers; the result therefore does not depend on the
+order in which programs finish.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ _MOST_ROWS, _MOST_PARTS = 64, 128
 
 
 def supported(logits: Tensor) -> bool:
-    """Whether there is a kernel: up to 64 rows of a 16 or 32 bit type, each contiguous."""
+    """Return whether the kernel applies: up to 64 sequences, a 16-bit or 32-bit dtype, contiguous vocabulary."""
     return (
         0 < logits.shape[0] <= _MOST_ROWS
         and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -33,7 +37,7 @@ def greedy_tokens(
     logits: Tensor, ends: Tensor, pad: Tensor, tokens: Tensor, ids: Tensor, column: Tensor, unfinished: Tensor,
     goes_on: Tensor, lasted: Tensor,
 ) -> None:  # fmt: skip
-    """`effpass::greedy_tokens` where :func:`supported`."""
+    """Run `effpass::greedy_tokens` on tensors that are :func:`supported`."""
     (rows, vocabulary), device = logits.shape, logits.device
     size = max(2048, triton.next_power_of_2(triton.cdiv(vocabulary, _MOST_PARTS)))
     parts = triton.cdiv(vocabulary, size)
@@ -59,13 +63,13 @@ def _best(
     index = part * SIZE + tl.arange(0, SIZE)
     value = tl.load(logits + row.to(tl.int64) * stride_of_logits + index, mask=index < vocabulary, other=0)
     value = value.to(tl.float32)
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # one zero
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # make -0.0 and 0.0 equal
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(value != value, 0x7FFFFFFF, key)
     order = (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
     order = tl.where(index < vocabulary, order, -0x7FFFFFFFFFFFFFFF)
     tl.store(best + row * parts + part, tl.max(order, 0))
-    tl.debug_barrier()  # the counter speaks for the stores of all threads
+    tl.debug_barrier()  # the counter must be incremented after the stores of all threads
     if tl.atomic_add(done, 1, sem="acq_rel") == rows * parts - 1:
         tl.store(done, 0)
         of_row, of_part = tl.arange(0, ROWS), tl.arange(0, PARTS)

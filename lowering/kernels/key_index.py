@@ -1,7 +1,9 @@
-"""Kernel of `index_keys`: the statistics of blocks of keys, and the labels of their tokens in four bits a channel.
+"""Triton kernels of `effpass::index_keys`: statistics of blocks of keys, and labels of tokens in 4 bits per channel.
 
-The statistics of a block are made anew whenever one of its slots was written. What is made of a step's own token stands
-here too, for :mod:`effpass.lowering.kernels.two_level_attention`.
+The equations are those of :mod:`effpass.lowering.ops.two_level_attention_index`. `_index` runs one program per block
+that may hold a new key, KV head and sequence; it recomputes the whole block, in float32, and rounds statistics to the
+dtype of the index. `index_token`, which enters the key of a decode step, is part of the first launch of
+:mod:`effpass.lowering.kernels.two_level_attention`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ STATISTICS = {"min_max": 0, "mean": 1, "mean_std": 2}
 
 
 def indexable(keys: Tensor, channels: Tensor, labels: Tensor) -> bool:
-    """Whether the kernels keep the index of `keys`: one of the GPU's types, labels of at least 32 channels."""
+    """Return whether the kernels can index `keys`: a supported dtype, and labels of at least 32 channels or none."""
     return (
         keys.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.stride(-1) == 1
@@ -32,7 +34,7 @@ def index_keys(
     keys: Tensor, block_table: Tensor | None, key_positions: Tensor, start: Tensor, filled: Tensor, tokens: int,
     channels: Tensor, statistics: Tensor, seen: Tensor, labels: Tensor, ranges: Tensor, block: int, statistic: str,
 ) -> None:  # fmt: skip
-    """`effpass::index_keys` where :func:`indexable`."""
+    """Run `effpass::index_keys` on keys that are :func:`indexable`."""
     (batch, slots), (groups, of_label) = key_positions.shape, channels.shape
     blocks, touched = triton.cdiv(slots, block), tokens // block + 2
     _index[(min(touched, blocks), batch * groups)](
@@ -45,7 +47,7 @@ def index_keys(
 
 
 def strides(keys: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
-    """Of row, head and slot; with pages, of page and slot."""
+    """Return the strides of sequence, KV head and slot; with pages, those of page and slot, and 0 for the head."""
     return keys.stride()[:3] if block_table is None else (keys.stride(0), 0, keys.stride(1))  # type: ignore[return-value]
 
 
@@ -164,7 +166,7 @@ def index_token(
             _statistics(k, there, count, statistics + (head.to(tl.int64) * blocks + n) * width, c, KEY, STATISTIC)
             if part == 0:
                 tl.store(seen + head * blocks + n, count)
-    if HAS_LABELS:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+    if HAS_LABELS:  # noqa: SIM102  (resolved when the kernel is compiled)
         if part == 0:
             _labels(row, at, live, group, head, channels, labels, ranges, slots, CHANNELS, HALF)
 

@@ -1,7 +1,10 @@
-"""Scores of tokens by their labels: the second level of `two_level_attention`.
+"""Scores of tokens from their labels, the second level of `effpass::two_level_attention`; functions for Triton kernels.
 
-What the query heads of a group share is summed once, by the first launch of a step (`write_wanted`). Where their
-highest score counts instead, they are the columns of a matrix product.
+    t_s = Σ_h Σ_c q_hc (low_s + step_s · label_sc) = low_s Σ_c q_c + step_s Σ_c q_c label_sc      with q_c = Σ_h q_hc
+
+h runs over the query heads that share a KV head, and c over the channels of a label. The sums q_c are computed once, by
+the first launch of a step (`write_wanted`). If the maximum over the query heads is wanted instead of the sum, the heads
+are the columns of a matrix product. Scores are float32.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def label_scores(
         found = found * step[:, None] + low[:, None] * q_sum[None, :]
         return tl.max(tl.where((tl.arange(0, BLOCK_R) < REPEAT)[None, :], found, float("-inf")), 1)
     else:
-        # A code in the first bits of 1.0's mantissa is 1 + code / 16, which is cheaper than a conversion.
+        # A code placed in the top bits of the mantissa of 1.0 gives 1 + code / 16, without a costly conversion.
         first = (((code & 15).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
         other = (((code >> 4).to(tl.int32) << 19) | 0x3F800000).to(tl.float32, bitcast=True)
         found = tl.sum(first * q0[None, :] + other * q1[None, :], 1) - q_sum

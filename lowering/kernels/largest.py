@@ -1,11 +1,12 @@
-"""The largest of some thousand scores, inside one program: a search for what parts them from the others, and ranks.
+"""Selection of the largest among up to 16384 scores inside one program, by a search for their threshold, and ranks.
 
-What a search costs is its steps, each of which waits for a sum over the whole program. A step counts how many scores
-reach two numbers. The first two are where a normal distribution of the same mean and deviation has its quantile, the
-next are interpolated, and where a step has left more than a third, the two halve what is left, as bits, twice. Scores
-near a normal distribution take few steps, and where thousands are equal, both they and their places are halved. Scores
-are compared as integers in the order of float32, so that equal ones are equal, and of those the first are taken: the
-result is exact and always the same.
+The cost of the search is its number of steps, each of which waits for a reduction over the whole program. A step counts
+how many scores reach each of two candidate thresholds. The first candidates lie around the quantile that a normal
+distribution of the same mean and standard deviation would have; later ones are interpolated. After a step that leaves
+more than a third of the scores undecided, the candidates bisect the remaining interval twice, by its bits. Scores near
+a normal distribution thus take few steps, and where thousands of scores are equal, first the interval and then their
+places are bisected. Scores are compared as integers in the order of float32, which keeps equal scores equal, and among
+equal scores those at the lowest places are chosen: the result is exact and deterministic.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 
 __all__ = ["FORCED", "MOST", "NEVER", "choose", "cut", "in_order", "largest", "ranks", "write_ranked", "write_share"]
 
-MOST = 16384  # keys: two counts of them share one number
+MOST = 16384  # maximum number of keys: two counts of them are packed into one int32
 NEVER = tl.constexpr(-2147483648)  # below every score
 FORCED = tl.constexpr(2147483646)  # above every score
 
@@ -67,7 +68,7 @@ def cut(key, place, count, ALL: tl.constexpr):
     score = tl.where(regular, _score_of(each), 0.0)
     moments = tl.join(score, score * score)
     numbers = tl.join(regular.to(tl.float32), (each == FORCED).to(tl.float32))
-    moments, numbers = tl.split(tl.sum(tl.join(moments, numbers), 0))  # one sum of four
+    moments, numbers = tl.split(tl.sum(tl.join(moments, numbers), 0))  # one reduction for all four sums
     total, squares = tl.split(moments)
     number, forced = tl.split(numbers)
     n_high = forced.to(tl.int32)
@@ -77,7 +78,7 @@ def cut(key, place, count, ALL: tl.constexpr):
     deviation = tl.sqrt(tl.maximum(squares / tl.maximum(number, 1) - mean * mean, 0.0))
     center = mean + deviation * _quantile((count - n_high).to(tl.float32) / tl.maximum(number, 1))
     reach = 0.1 * deviation
-    # At least `count` reach `low`, fewer reach `high`.
+    # Invariant: at least `count` keys are ≥ `low`, and fewer than `count` are ≥ `high`.
     low = tl.where(count <= n_high, FORCED, NEVER + 1)
     high = tl.where(count <= n_high, FORCED + 1, FORCED)
     n_low = tl.where(count <= n_high, n_high, n_low)
@@ -85,7 +86,7 @@ def cut(key, place, count, ALL: tl.constexpr):
     shrank = True
     while (n_low != count) & (low + 1 < high):
         left = n_low - n_high
-        over = n_low - count  # of those that are left, how many are not chosen
+        over = n_low - count  # number of undecided keys that will not be chosen
         is_bounded = (low > NEVER + 1) & (high < FORCED)
         if (is_bounded == 0) & (reach > 0) & (reach < 4 * deviation):
             a, b = in_order(center - reach), in_order(center + reach)
@@ -93,7 +94,7 @@ def cut(key, place, count, ALL: tl.constexpr):
         elif is_bounded & shrank:
             first, share = _score_of(low), over.to(tl.float32) / left
             span = _score_of(high) - first
-            # A share of `left` scores is off by its deviation.
+            # The candidates are the estimate plus and minus 0.7 standard deviations of a share of `left` scores.
             off = 0.7 * tl.sqrt(tl.maximum(share * (1 - share) / left, 0.25 / (left.to(tl.float32) * left)))
             a, b = in_order(first + (share - off) * span), in_order(first + (share + off) * span)
         else:
@@ -108,7 +109,7 @@ def cut(key, place, count, ALL: tl.constexpr):
         high = tl.where(of_a < count, a, tl.where(of_b < count, b, high))
         n_high = tl.where(of_a < count, of_a, tl.where(of_b < count, of_b, n_high))
         shrank = 3 * (n_low - n_high) <= left
-    # Where more than `count` reach `low`, what is too many is equal, and `n_high` are above.
+    # If more than `count` keys are ≥ `low`, the surplus is among those equal to `low`; `n_high` keys are above it.
     nobody, bound = tl.minimum(count, 0) - 1, ALL
     while (n_low > count) & (nobody + 1 < bound):
         middle = (nobody + bound) // 2

@@ -1,10 +1,14 @@
-"""Dense attention of one token over the latents of MLA, whose values are the first channels of its keys.
+"""Dense attention of one token over the latents of MLA: a Triton kernel of `effpass::cached_attention`.
 
-A kernel of `cached_attention`: flash-decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html) turned round.
-The slots are the rows of both matrix products, and the query heads, which share one key, are their columns: so no row
-is filled up, and a tile of latents in shared memory serves for scores and for sums. From compute capability 9.0 on
-tiles are read by the tensor memory accelerator. What the programs leave is merged in a second launch, since there are
-many.
+The values are the first V channels of the keys. The kernel is flash-decoding
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html) with operands exchanged: slots are the rows of both matrix
+products, and the query heads, which share one key, are the columns. Rows are therefore never padded, and a tile of
+latents in shared memory serves both scores and weighted sums. From compute capability 9.0 on, full tiles are read by
+the tensor memory accelerator, if sizes and strides permit.
+
+`_latent` splits the slots of up to 32 query heads over several programs. Their partial results are many and are merged
+by a second launch, `_combine`. Scores, statistics and partial sums are float32; weights are rounded to the dtype of the
+keys, and the output to that of the query.
 """
 
 from __future__ import annotations
@@ -25,7 +29,15 @@ __all__ = ["TILING", "Tiling", "cached_attention", "supported"]
 
 
 class Tiling(NamedTuple):
-    """Slots of a tile, warps, buffers for tiles, programs a multiprocessor, and how tiles are read."""
+    """Tile sizes and launch configuration.
+
+    Attributes:
+        block_n: slots per tile.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline, which buffer tiles.
+        resident: programs per multiprocessor.
+        has_descriptors: whether tiles are read by the tensor memory accelerator if possible.
+    """
 
     block_n: int
     num_warps: int
@@ -35,11 +47,11 @@ class Tiling(NamedTuple):
 
 
 TILING = Tiling(64, 4, 2)
-_WIDE = Tiling(16, 4, 2, has_descriptors=False)  # of float32
+_WIDE = Tiling(16, 4, 2, has_descriptors=False)  # for float32
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, H, 1, K] over latents."""
+    """Return whether the kernel supports `query` [B, H, 1, K]: one token, and `values` is a view of `keys`."""
     return (
         query.shape[2] == 1
         and keys.shape[2] > 0
@@ -60,7 +72,10 @@ def cached_attention(
     softcap: float,
     how: Tiling = TILING,
 ) -> Tensor:
-    """`effpass::cached_attention` where :func:`supported`, without a window; `how` for types of two bytes."""
+    """Run `effpass::cached_attention` on tensors that are :func:`supported`, without a window.
+
+    `how` applies to 16-bit dtypes only.
+    """
     assert not window
     query = query if query.stride(-1) == 1 else query.contiguous()
     (batch, heads, _, key_size), (_, groups, slots, value_size) = query.shape, values.shape
@@ -93,7 +108,7 @@ def cached_attention(
 
 
 def _splits(of_rows: int, tiles: int, programs: int) -> int:
-    """Programs that share the slots of a row: a power of two where that leaves few multiprocessors idle."""
+    """Return how many programs share the slots; a power of two if that leaves few multiprocessors idle."""
     splits = max(1, min(programs // of_rows, tiles))
     whole = 1 << splits.bit_length() - 1
     return whole if whole >= 0.95 * splits else splits
@@ -151,7 +166,7 @@ def _latent(
     sum_v = tl.zeros([VALUE, BLOCK_R], tl.float32)
     masked = begin
     if DESCRIBED:
-        # Whole tiles; behind `end` may stand anything.
+        # Full tiles only, because slots from `end` on are undefined.
         masked = begin + tl.maximum(stop - begin, 0) // BLOCK_N * BLOCK_N
         for first in range(begin, masked, BLOCK_N):
             k, k_rest = main.load([first_row + first, 0]), tail.load([first_row + first, VALUE])

@@ -1,4 +1,7 @@
-"""The gate of an expert inside a kernel; `effpass::moe_ffn` says what it computes."""
+"""The gate of an expert inside Triton kernels: act(min(g, limit)) · (clamp(u, −limit, limit) + offset), in float32.
+
+The symbols are those of :mod:`effpass.lowering.ops.moe_ffn`.
+"""
 
 from __future__ import annotations
 

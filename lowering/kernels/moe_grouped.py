@@ -1,13 +1,18 @@
-"""Experts of any number of tokens: grouped products of rows sorted by expert, kernels of `effpass::moe_ffn`.
+"""Triton kernels of `effpass::moe_ffn` for any number of tokens: grouped matrix products of rows sorted by expert.
 
-Four launches that wait for nobody on the host: which rows are whose (:mod:`effpass.lowering.kernels.moe_route`); the
-first product, which gathers its rows and applies the gate; the second, which puts its rows back in the order of pairs;
-the weighted sum. Programs find their tiles from where each expert's rows begin, so that one recorded graph serves every
-routing.
+    out[t] = Σ_j weights[t, j] · (W_down h(W_gate_up x[t] + b_gate_up) + b_down)
 
-Few rows an expert: the weights are the tall operand of the tensor cores, a tile has 16 or 32 rows, and everything waits
-for the weights. Many: rows are the tall operand. Weights arrive through the tensor memory accelerator where they are
-stored [E, N, K], gathered rows through ordinary loads.
+There are four launches, and the host waits for none of them: sorting the pairs of a token and an expert
+(:mod:`effpass.lowering.kernels.moe_route`); the first product, which gathers its rows and applies the gate h; the
+second, which scatters its rows to the original order of pairs; the weighted sum. A program computes tiles of up to
+`rows` pairs of one expert and `columns` features, which it finds on the device from the offsets of each expert's pairs,
+so that one CUDA graph serves every routing.
+
+With few rows per expert, the weights are the tall operand of the tensor cores and tiles have 16 or 32 rows; the kernel
+is then bound by reading weights. With many rows per expert, the rows are the tall operand. Weights and sorted rows are
+read by the tensor memory accelerator (TMA) if they are contiguous (weights possibly transposed) and aligned, gathered
+rows by ordinary loads. Products accumulate in float32, where biases and gate are applied as well; h and the outputs of
+pairs are rounded to the dtype of x.
 """
 
 from __future__ import annotations
@@ -31,17 +36,17 @@ __all__ = ["TILES", "Tile", "fits", "moe_ffn", "products"]
 
 @dataclass(frozen=True)
 class Tile:
-    """How one grouped product is cut.
+    """Tile size and launch configuration of one grouped product.
 
     Attributes:
-        rows: of a tile.
-        columns: of a tile; of gate and up each in the first product.
-        depth: of one step along the inner dimension.
-        warps: of a program.
-        stages: steps that are on their way at once.
-        resident: programs of a multiprocessor that stay for many tiles; 0: one program a tile.
-        tall_weights: whether the weights are the tall operand.
-        tma: whether tiles of weights arrive through the tensor memory accelerator.
+        rows: rows per tile.
+        columns: columns per tile; in the first product, columns of gate and of up each.
+        depth: elements per step along the inner dimension, for 16-bit dtypes.
+        warps: warps per program.
+        stages: steps whose loads are in flight at once.
+        resident: programs per multiprocessor that process many tiles each; 0 for one program per tile.
+        tall_weights: whether the weights are the tall operand of the tensor cores.
+        tma: whether to use the tensor memory accelerator if possible.
     """
 
     rows: int
@@ -54,7 +59,7 @@ class Tile:
     tma: bool = True
 
 
-#: By rows of a tile: the first product's tile, and the second's.
+#: Tiles of the first and the second product, by their number of rows.
 TILES: dict[int, tuple[Tile, Tile]] = {
     16: (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True)),
     32: (Tile(32, 64, 128, 4, 4, tall_weights=True), Tile(32, 128, 128, 4, 4, tall_weights=True)),
@@ -64,13 +69,13 @@ TILES: dict[int, tuple[Tile, Tile]] = {
 
 
 def fits(tiles: tuple[Tile, Tile], device: torch.device) -> bool:
-    """Whether what is on its way of both products has room in a multiprocessor's shared memory."""
+    """Return whether the loads in flight of either product fit into the shared memory of a multiprocessor."""
     if device.type != "cuda":
         return True
     properties = torch.cuda.get_device_properties(device)
     room = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     first, second = tiles
-    # A step is as many bytes deep in every type.
+    # A step has the same number of bytes along the inner dimension for every dtype.
     widths = ((first, first.rows + 2 * first.columns), (second, second.rows + second.columns))
     return all(2 * tile.depth * tile.stages * wide <= room for tile, wide in widths)
 
@@ -90,9 +95,10 @@ def moe_ffn(
     interleaved: bool,
     tiles: tuple[Tile, Tile],
 ) -> Tensor:
-    """`effpass::moe_ffn` without the projection.
+    """Run `effpass::moe_ffn` without returning the projection.
 
-    All tensors but `gate_up` and `down` are contiguous; of those either of the last two strides is 1.
+    All tensors except `gate_up` and `down` must be contiguous; of these, one of the last two strides must be 1.
+    `tiles` are those of the first and the second product.
     """
     each, (count, width, _) = experts.shape[1], down.shape
     order, starts = route(experts, count)
@@ -123,18 +129,19 @@ def products(
     offset: float,
     interleaved: bool,
 ) -> None:
-    """The outputs of sorted pairs, without their weights.
+    """Compute the outputs of pairs, not yet multiplied by router weights.
+
+    Arguments not listed are those of :func:`moe_ffn`.
 
     Args:
         x: [R, D].
-        reads: int32; pair p reads row `reads[p · each]` of x. None: row p // each.
-        each: as above.
+        reads: int32, of which pair p uses `reads[p · each]` as its row of `x`; None for row p // each.
+        each: stride of `reads`, or number of experts per token.
         order: int32 [P], pairs sorted by expert.
-        starts: int32 [E + 1], where those of each of these experts begin in `order`.
-        pairs: how many they are at most.
-        tiles: of the two products.
+        starts: int32 [E + 1], offsets of each expert's pairs in `order`, for the experts of `gate_up` and `down`.
+        pairs: maximum number of pairs of these experts.
+        tiles: tiles of the first and the second product.
         outputs: [P, D]; row p is written for each pair p of these experts.
-        gate_up: this and what follows as in :func:`moe_ffn`.
     """
     width, inner = down.shape[1:]
     hidden = x.new_empty(order.shape[0], inner)
@@ -161,12 +168,12 @@ def _launch(
     tile: Tile,
     of_gate: dict[str, Any],
 ) -> None:
-    """One grouped product: of gathered rows with a gate behind it, or of sorted rows."""
+    """Launch one grouped product: of gathered rows, followed by the gate, or of rows that are already sorted."""
     if rows.element_size() == 4:
         tile = _without_tensor_cores(tile)
     count, depth = weight.shape[0], weight.shape[2]
     across = triton.cdiv(columns, tile.columns)
-    # Every expert with rows has one tile that may not be full.
+    # At most one tile per expert with rows is not full.
     most = (min(pairs, count) + pairs // tile.rows) * across
     programs = min(most, tile.resident * multiprocessors(rows.device)) if tile.resident else most
     block_k = min(tile.depth * 2 // rows.element_size(), max(16, triton.next_power_of_2(depth)))
@@ -188,13 +195,13 @@ def _launch(
 
 
 def _without_tensor_cores(tile: Tile) -> Tile:
-    """What fits into registers where every thread multiplies by itself: float32."""
+    """Return a smaller tile for float32, whose products run on ordinary cores and take more registers."""
     return replace(tile, rows=min(tile.rows, 64), columns=32, depth=64, stages=2, tall_weights=False)
 
 
 def _reachable(tensor: Tensor) -> bool:
-    """Whether a tensor memory accelerator is there and can read it: whole, as it is stored, each row at 16 bytes."""
-    if tensor.is_cuda and not overlaps(tensor.device):  # both came with compute capability 9.0
+    """Return whether the tensor memory accelerator exists and can read `tensor`: contiguous, rows 16-byte aligned."""
+    if tensor.is_cuda and not overlaps(tensor.device):  # it requires compute capability 9.0, as dependent launch does
         return False
     stored = tensor if tensor.stride(-1) == 1 else tensor.mT
     row = stored.shape[-1] * stored.element_size()
@@ -214,7 +221,7 @@ def _grouped(
     gated: tl.constexpr = ACTIVATION != ""
     across: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
-    every: tl.constexpr = 2 * COLUMNS if gated else COLUMNS  # rows of an expert's weight
+    every: tl.constexpr = 2 * COLUMNS if gated else COLUMNS  # rows of the weight of one expert
     even: tl.constexpr = DEPTH % BLOCK_K == 0
     if PDL:
         gdc_wait()
@@ -229,7 +236,7 @@ def _grouped(
         local = tile - tl.max(tl.where(done, upto, 0), 0)
         first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
         down = (last - first + BLOCK_M - 1) // BLOCK_M
-        row, column = first + local % down * BLOCK_M, local // down * BLOCK_N  # neighbours share weights
+        row, column = first + local % down * BLOCK_M, local // down * BLOCK_N  # adjacent tiles share weights
         place = tl.minimum(row + m, last - 1)
         pair = tl.load(order + place)
         source = place

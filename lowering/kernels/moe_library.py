@@ -1,9 +1,11 @@
-"""Experts of many tokens by the library's matrix products, with what surrounds them in one launch each.
+"""`effpass::moe_ffn` for many tokens by matrix products of PyTorch's libraries, with Triton kernels around them.
 
     route → gather rows → product → gate → product → weighted sum
 
-The products are one grouped call of the library, or, where the rows of an expert fill the device, one call an expert.
-The latter needs to know on the host how many rows each has: the one place where a layer of experts waits for a device.
+Each of the other steps is one kernel launch. A product is a single grouped call (`torch._grouped_mm`) or, where the
+rows of one expert fill the device, one call per expert. The latter needs the number of rows per expert on the host, and
+is the only kernel of `effpass::moe_ffn` that waits for the device. The projection and h are rounded to the dtype of x;
+the gate and the weighted sum are computed in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["moe_ffn", "plain_options", "products", "supported"]
 
 
 def supported(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the library has a grouped product that waits for nobody."""
+    """Return whether grouped products that do not wait for the device support these tensors."""
     return takes(x, gate_up) and takes(x, down)
 
 
@@ -44,10 +46,10 @@ def moe_ffn(
     *,
     by_expert: bool,
 ) -> Tensor:
-    """`effpass::moe_ffn` without the projection, for tensors as `moe_grouped.moe_ffn` takes them.
+    """Run `effpass::moe_ffn` without returning the projection, on tensors that `moe_grouped.moe_ffn` accepts.
 
     Args:
-        by_expert: one product an expert, after waiting for the number of rows of each.
+        by_expert: whether to call one product per expert, after waiting for the number of rows of each.
     """
     each, count = experts.shape[1], down.shape[0]
     places = experts.new_empty(experts.numel(), dtype=torch.int32)
@@ -79,14 +81,14 @@ def products(
     offset: float,
     interleaved: bool,
 ) -> Tensor:
-    """The outputs of sorted pairs, without their weights, sorted.
+    """Compute the outputs of pairs, not yet multiplied by router weights, sorted by expert.
+
+    Arguments not listed are those of `moe_grouped.products`.
 
     Args:
-        x: this and what follows up to `starts` as in `moe_grouped.products`.
-        ends: int32 [E], where the pairs of each of these experts end, from the first of them on.
-        bounds: the same on the host, from 0 on, for one product an expert; None for a grouped one.
-        pairs: how many they are at most.
-        gate_up: this and what follows as in :func:`moe_ffn`.
+        ends: int32 [E], end of the pairs of each of these experts, counted from the first pair of the first expert.
+        bounds: `ends` on the host, preceded by 0, for one product per expert; None for grouped products.
+        pairs: maximum number of pairs of these experts.
 
     Returns:
         [pairs, D].
@@ -109,7 +111,7 @@ def products(
 
 
 def plain_options(device: torch.device, num_warps: int) -> dict[str, Any]:
-    """Launch options without overlap: the library's kernels on either side know nothing of it."""
+    """Return launch options without dependent launch, which the library kernels before and after do not use."""
     return {**launch_options(device, num_warps), "launch_pdl": False} if device.type == "cuda" else {}
 
 

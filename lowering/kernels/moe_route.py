@@ -1,7 +1,9 @@
-"""Around the grouped products of experts: which rows are whose, and the sum of a token's outputs. One launch each.
+"""Triton kernels around the grouped products of experts: sorting pairs by expert, and summing a token's outputs.
 
-Pairs of a token and an expert are sorted by expert, stably, without a sort: where the pairs of expert e begin is the
-number of smaller ids, so that each program finds the place of its expert's pairs by itself.
+`_route` sorts the pairs of a token and an expert by expert, stably and without a sorting algorithm, with one program
+per expert: the offset of an expert's pairs is the number of smaller ids, so that each program finds its offset by
+itself. `_combine` computes the weighted sum of a token's outputs in float32, in the order in which the token lists its
+experts, with one program per token and up to 1024 columns, and rounds once. Each is one kernel launch.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ __all__ = ["combine", "route"]
 
 
 def route(experts: Tensor, count: int, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The pairs sorted by expert, and where each of `count` experts' begin; those of no local expert are left out.
+    """Sort pairs by expert, leaving out those of experts that are not local.
 
     Args:
-        experts: int [T, k], contiguous.
-        count: local experts.
-        places: int32 [T·k], written: where each pair stands; undefined for a pair of no local expert.
+        experts: int [T, k], contiguous; ids of `count` or more are not local.
+        count: number of local experts.
+        places: int32 [T·k], position of each pair in `order`; written, undefined for pairs without a local expert. None
+            if not needed.
 
     Returns:
-        order: int32 [T·k], pair p is of token p // k.
-        starts: int32 [count + 1].
+        order: int32 [T·k], pairs in sorted order, followed by undefined entries; pair p belongs to token p // k.
+        starts: int32 [count + 1], offset of each expert's pairs in `order`, followed by their number.
     """
     pairs = experts.numel()
     order = experts.new_empty(pairs, dtype=torch.int32)
@@ -42,15 +45,15 @@ def route(experts: Tensor, count: int, places: Tensor | None = None) -> tuple[Te
 def combine(
     outputs: Tensor, experts: Tensor, weights: Tensor, count: int, out: Tensor, places: Tensor | None = None
 ) -> Tensor:
-    """Σ_j weights[t, j] · outputs[t, j] over the experts that are here, into `out`.
+    """Compute out[t] = Σ_j weights[t, j] · outputs[t, j] over the local experts of each token; returns `out`.
 
     Args:
-        outputs: [T·k, D], pair by pair; undefined for an expert that is not here.
+        outputs: [T·k, D], output of each pair; undefined for experts that are not local.
         experts: int [T, k].
-        weights: [T, k].
-        count: local experts.
-        out: [T, D].
-        places: int32 [T·k], the row of each pair; None: its own.
+        weights: [T, k], router weights.
+        count: number of local experts.
+        out: [T, D], written.
+        places: int32 [T·k], row of `outputs` of each pair; None if pairs are in their original order.
     """
     (tokens, width), each = out.shape, experts.shape[1]
     block = min(triton.next_power_of_2(width), 1024)

@@ -1,9 +1,12 @@
-"""Experts of few tokens: a kernel of `effpass::moe_ffn` that reads the weights of each pair of token and expert once.
+"""Triton kernels of `effpass::moe_ffn` for few tokens, which read the weights of each pair of token and expert once.
 
-Two launches, nothing to sort. The first computes h of a pair, some features a program. The second some features
-of a token's output: the products with all its experts in one tile, weighted and added where they lie in registers. Its
-programs know the experts before the first launch has ended, and have their weights on the way by then
-(:mod:`effpass.lowering.kernels.launch`).
+    h[p] = gate(W_gate_up x[t] + b_gate_up)        out[t] = Σ_j weights[t, j] · (W_down h[p] + b_down)
+
+p is the pair of token t with its j-th expert. There are two launches and nothing is sorted. A program of the first
+computes some features of h for one pair; a program of the second computes some features of one token's output, with the
+products of all its experts in one tile of registers, where they are weighted and added. It reads the experts and loads
+their weights before the first launch has ended (:mod:`effpass.lowering.kernels.launch`). All sums are in float32; h and
+the output are rounded to the dtype of x.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def moe_ffn(
     offset: float,
     interleaved: bool,
 ) -> Tensor:
-    """`effpass::moe_ffn` without the projection, for tensors as `moe_grouped.moe_ffn` takes them."""
+    """Run `effpass::moe_ffn` without returning the projection, on tensors that `moe_grouped.moe_ffn` accepts."""
     (tokens, width), each, (count, _, inner) = x.shape, experts.shape[1], down.shape
     hidden, out = x.new_empty(tokens * each, inner), torch.empty_like(x)
     pdl: dict[str, Any] = {"PDL": overlaps(x.device)}
@@ -57,7 +60,7 @@ def moe_ffn(
 
 
 def first_shape(width: int, rows_contiguous: bool) -> dict[str, int]:
-    """Tile of one program of the first launch: few features and long loads; the other way for transposed weights."""
+    """Return the tile of the first launch: few features and long loads, or the reverse for transposed weights."""
     if not rows_contiguous:
         return {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4}
     block_k = _length(width, 2048)
@@ -65,7 +68,7 @@ def first_shape(width: int, rows_contiguous: bool) -> dict[str, int]:
 
 
 def second_shape(inner: int, each: int, rows_contiguous: bool) -> dict[str, int]:
-    """Tile of one program of the second launch: 8 or 4 loads of 16 bytes a thread in each step."""
+    """Return the tile of the second launch, with 8 or 4 loads of 16 bytes per thread and step."""
     slots = triton.next_power_of_2(each)
     if not rows_contiguous:
         return {"BLOCK_N": 64, "BLOCK_K": max(8, 64 // slots), "num_warps": 4}
@@ -75,7 +78,7 @@ def second_shape(inner: int, each: int, rows_contiguous: bool) -> dict[str, int]
 
 
 def _length(size: int, most: int) -> int:
-    """The longest power of two up to `most` that pads `size` least; short sizes in one piece."""
+    """Return the largest power of two up to `most` that pads `size` least; short sizes are not split."""
     if size <= 256:
         return triton.next_power_of_2(max(size, 16))
     lengths = [n for n in (256, 512, 1024, 2048, 4096) if n <= max(most, 256)]
@@ -95,7 +98,7 @@ def _first(
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()  # after the wait: what starts now may read what was written before this launch
+        gdc_launch_dependents()  # after the wait, so that the next kernel may read what was written before this launch
     expert = tl.load(experts + pair).to(tl.int64)
     if expert < COUNT:
         feature = tl.minimum(n, INNER - 1)
@@ -112,7 +115,7 @@ def _first(
         gate_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         up_sum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for at in range(BLOCK_K, WIDTH + BLOCK_K, BLOCK_K):
-            # The next tile is on its way while this one is used.
+            # Load the next tile while this one is processed.
             following = at + k < WIDTH
             next_gate = tl.load(gates + at * stride_k, mask=following[None, :], other=0)
             next_up = tl.load(ups + at * stride_k, mask=following[None, :], other=0)
@@ -137,7 +140,7 @@ def _second(
 ):  # fmt: skip
     token = tl.program_id(1)
     n, k, j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, SLOTS)
-    # The launch in front started this one after its own wait: ids and routing weights are there.
+    # The preceding launch let this one start after its own wait, so expert ids and router weights are complete.
     expert = tl.load(experts + token * EACH + j, mask=j < EACH, other=COUNT).to(tl.int64)
     here = expert < COUNT
     expert = tl.where(here, expert, 0)

@@ -1,9 +1,16 @@
-"""MONA's element-wise work over many equal-shaped matrices, wherever they lie: one launch for each of the four passes.
+"""Triton kernels for the element-wise part of the MONA optimizer, over many matrices of one shape at any addresses.
 
-A table [4, N] int64 on the device holds the addresses of the gradients, momenta, accelerations and parameters of N
-matrices. `finite` looks at the gradients; `advance` writes both buffers and, side by side, the matrices to
-orthogonalise; `normalize` divides those by their norms; `apply` takes the result to the parameters. What they compute
-is `effpass.trainers.mona.update` and `effpass.trainers.mona.batches`.
+    advance:     a ← a + (1 − β)(g − a)    g̃ = g + gain (g − a)    m ← μ m + (1 − μ) g̃    x = m, or (1 − μ) g̃ + μ m
+    normalize:   y = x / max(‖x‖, eps)
+    apply:       W ← (1 − η λ) W − η · scale · O
+    finite:      whether all gradients g are finite
+
+In `advance`, g̃ uses a as it was before the update, and the second form of x is Nesterov's look-ahead. O is the
+orthogonalized y. `effpass.trainers.mona.update` and `effpass.trainers.mona.batches` define the algorithm.
+
+A table int64 [4, N] on the device holds the addresses of gradients, momenta m, accelerations a and parameters W of N
+matrices. Each function is one launch over all matrices, with one program per 4096 elements; `advance` also reduces its
+partial squared norms. Arithmetic is in float32, and results are rounded to the dtype of each buffer.
 """
 
 from __future__ import annotations
@@ -34,13 +41,23 @@ def advance(
     finite: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """Write momenta, accelerations and `out` [N, M, N'], and give ‖out_i‖_F² as [N] float32.
+    """Update momenta and accelerations, and write the matrices to orthogonalize.
 
     Args:
-        table: [4, N] addresses, of contiguous tensors aligned to 16 bytes.
-        acceleration_dtype: None where α is 0: that row of the table is not read.
+        table: int64 [4, N], addresses of contiguous tensors that are aligned to 16 bytes.
+        out: [N, M, N'], matrices x; written.
+        grad_dtype: dtype of the gradients.
+        momentum_dtype: dtype of the momenta.
+        acceleration_dtype: dtype of the accelerations; None if α is 0, so that they are neither read nor written.
+        momentum: decay μ of the momenta.
+        beta: decay β_a of the accelerations.
         gain: α(1 − β_a).
-        finite: one bool on the device; where false, no buffer is written.
+        nesterov: whether to write (1 − μ) g̃ + μ m instead of m.
+        finite: bool on the device; if false, momenta and accelerations are not written. None to write them always.
+        block: elements per program.
+
+    Returns:
+        float32 [N], squared Frobenius norm of each matrix of `out`, as rounded.
     """
     count, size = out.shape[0], out[0].numel()
     blocks = triton.cdiv(size, block)
@@ -67,13 +84,18 @@ def apply(
     finite: Tensor | None = None,
     block: int = BLOCK,
 ) -> None:
-    """Parameters of row 3 of the table: W ← (1 − ηλ) W − η · scale · O.
+    """Update the parameters: W ← (1 − ηλ) W − η · scale · O.
 
     Args:
-        update: [N, M, N'], O.
-        lr: η, one float32 on the device, so that a captured graph follows a schedule.
-        cautious: decay only where W and O have the same sign.
-        finite: one bool on the device; where false, nothing is written.
+        table: int64 [4, N], addresses, of which those of the parameters are used.
+        update: [N, M, N'], orthogonalized matrices O.
+        dtype: dtype of the parameters.
+        lr: learning rate η, one float32 on the device, so that a captured graph follows a schedule.
+        scale: factor on the update.
+        weight_decay: λ.
+        cautious: whether to decay only elements in which W and O have the same sign.
+        finite: bool on the device; if false, nothing is written. None to write always.
+        block: elements per program.
     """
     count, size = update.shape[0], update[0].numel()
     _apply[(triton.cdiv(size, block), count)](
@@ -83,7 +105,7 @@ def apply(
 
 
 def finite(table: Tensor, grad_dtype: torch.dtype, size: int, flag: Tensor, *, block: int = BLOCK) -> None:
-    """Set `flag`, one bool on the device, to false if a gradient of `size` elements in row 0 is not finite."""
+    """Set `flag`, a bool on the device, to false if any gradient, of `size` elements each, is not finite."""
     count = table.shape[1]
     _finite[(triton.cdiv(size, block), count)](
         table, flag, count, size, GRAD=_TYPES[grad_dtype], BLOCK=block, num_warps=8
@@ -91,7 +113,7 @@ def finite(table: Tensor, grad_dtype: torch.dtype, size: int, flag: Tensor, *, b
 
 
 def normalize(x: Tensor, squared_norm: Tensor, out: Tensor, eps: float, *, block: int = BLOCK) -> None:
-    """out_i = x_i / max(‖x_i‖, eps); x and out [N, M, N'], squared_norm [N] float32."""
+    """Compute out_i = x_i / max(‖x_i‖, eps), for `x` and `out` [N, M, N'] and `squared_norm` float32 [N]."""
     size = x[0].numel()
     _normalize[(triton.cdiv(size, block), x.shape[0])](x, squared_norm, out, size, float(eps), BLOCK=block, num_warps=8)
 

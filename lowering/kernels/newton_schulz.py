@@ -1,10 +1,13 @@
-"""Symmetric products for Hopper: the tiles on and above the diagonal are computed, the rest is their mirror.
+"""Triton kernel of :mod:`effpass.lowering.ops.symmetric_product` for Hopper GPUs.
 
-Tiles arrive through the tensor memory accelerator, the product runs on wgmma with the sum in float32, the epilogue adds
-β·D and γ·I, and a tile above the diagonal is written twice, the second time transposed. Tiles are twice as wide as
-high: square ones of 128 ask more of the L2 cache than it gives. Each multiprocessor runs one program over many tiles,
-whose stores are under way while the next tile is computed. What it computes is
-`effpass.lowering.ops.symmetric_product`.
+    C_i = α · A_i B_iᵀ + β · D_i + γ · I      A, B [B, M, K];  C, D [B, M, M] symmetric
+
+Only the tiles on and above the diagonal are computed; the others are their mirror images. Tiles are read by the tensor
+memory accelerator, the product runs on wgmma with accumulation in float32, and the epilogue adds β·D and γ·I, rounds,
+and writes a tile above the diagonal twice, the second time transposed. By default, tiles are twice as wide as high,
+because square tiles of 128 need more bandwidth of the L2 cache than there is. The kernel is persistent: each
+multiprocessor runs one program over many tiles, which computes the next tile while the stores of the last one are in
+flight.
 """
 
 from __future__ import annotations
@@ -22,15 +25,18 @@ __all__ = ["TILING", "TILINGS", "Tiling", "launch"]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a product is cut.
+    """Tile size and launch configuration.
 
     Attributes:
-        height, width, depth: of a tile, and of the slices of K that it is summed from.
-        warps, stages: of a program, and of its loads.
-        parts: 2 or 4, in which a tile is written.
-        flat: the loops over tiles and slices are one, so that a tile's first loads, and those of D, are under way while
-            the tile before it is written.
-        programs: on one multiprocessor, side by side.
+        height: rows per tile.
+        width: columns per tile, a multiple of `height`.
+        depth: elements per step along K.
+        warps: warps per program.
+        stages: stages of the software pipeline of loads.
+        parts: number of parts, 2 or 4, in which a tile is written.
+        flat: whether the loops over tiles and over steps are flattened into one, so that the first loads of a tile, and
+            those of D, are in flight while the tile before it is written.
+        programs: programs per multiprocessor.
     """
 
     height: int = 128
@@ -43,7 +49,7 @@ class Tiling:
     programs: int = 1
 
 
-# All fit the shared memory and the registers of a Hopper multiprocessor, without spills.
+# All fit into the shared memory and the registers of a Hopper multiprocessor without spills.
 TILINGS = {
     "wide": Tiling(),
     "wide, 4 stages": Tiling(stages=4),
@@ -70,7 +76,7 @@ def launch(
     dtype: torch.dtype,
     tiling: Tiling = TILING,
 ) -> Tensor:
-    """C_i = α · A_i B_iᵀ + β · D_i + γ · I; arguments as `symmetric_product` takes them, on one device."""
+    """Return C_i = α · A_i B_iᵀ + β · D_i + γ · I, with arguments as `symmetric_product`, on one device."""
     a, b = a.contiguous(), b.contiguous()
     batch = a.shape[0]
     m, k = (a.shape[2], a.shape[1]) if tall else (a.shape[1], a.shape[2])
@@ -85,7 +91,7 @@ def launch(
     c_tiles = TensorDescriptor.from_tensor(c, tile)
     columns, rows = triton.cdiv(m, width), triton.cdiv(m, height)
     ratio = width // height
-    # All rows of tiles but those of the last column of tiles come in groups of `ratio`.
+    # Rows of tiles come in groups of `ratio`; only the last group, which starts in the last column, may be smaller.
     tiles = ratio * (columns * (columns + 1) // 2 - 1) + rows - ratio * (columns - 1)
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 1
     programs = processors * tiling.programs
@@ -143,8 +149,8 @@ def _symmetric(
     for work in tl.range(tl.program_id(0), total_tiles, tl.num_programs(0), flatten=FLAT):
         matrix = work // tiles
         number = work % tiles
-        # Group s of RATIO rows has columns − s tiles a row, and starts at RATIO · (s·columns − s(s−1)/2). The root may
-        # be off by one; the next lines mend it.
+        # Group s of RATIO rows of tiles has columns − s tiles per row and starts at RATIO · (s·columns − s(s−1)/2). The
+        # square root may be off by one, which the two lines after it correct.
         n = number // RATIO
         root = tl.sqrt(((2 * columns + 1) * (2 * columns + 1) - 8 * n).to(tl.float32))
         s = ((2 * columns + 1 - root) / 2).to(tl.int32)
@@ -163,10 +169,10 @@ def _symmetric(
                 left = a_tiles.load([matrix, row, start]).reshape(HEIGHT, DEPTH)
                 right = tl.trans(b_tiles.load([matrix, column, start]).reshape(WIDTH, DEPTH))
             total = tl.dot(left, right, total)
-        # Tiles that touch the diagonal come whole from the rows of their group, and are nobody's mirror: theirs goes
-        # past the matrix's end, where stores are dropped. (An `if` here would end the overlap of stores.)
+        # Tiles that touch the diagonal are computed in full by the rows of their group and need no mirror image: it is
+        # stored past the end of the matrix, where stores are dropped. (An `if` here would end the overlap of stores.)
         mirror = tl.where(column >= (s + 1) * WIDTH, column, columns * WIDTH)
-        # In parts, so that the shared memory for stores stays small beside that for loads.
+        # Stored in parts, so that stores take little of the shared memory that loads need.
         PART: tl.constexpr = WIDTH // PARTS
         left_half, right_half = _halves(total)
         for side in tl.static_range(2):

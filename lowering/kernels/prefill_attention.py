@@ -1,9 +1,11 @@
-"""Attention of many tokens over a cache whose slots know their positions: a kernel of `cached_attention`.
+"""Attention of many tokens over a cache whose slots record positions: a Triton kernel of `effpass::cached_attention`.
 
-FlashAttention's forward pass (https://arxiv.org/abs/2307.08691). What positions stand in each block of slots is found
-first, in a small launch. From that a program knows the range of blocks that its queries can see, and within it the
-longest run from its first whole block on that every query sees whole: only blocks outside that run are masked. Order in
-the cache does not matter to the result, only to the speed.
+It is the forward pass of FlashAttention (https://arxiv.org/abs/2307.08691), with one program per tile of tokens, query
+head and sequence. A small launch first finds the range of positions in each block of slots. From these a program
+derives the range of blocks that its queries can see and, within it, the run of blocks that all its queries see
+completely, from the first such block on; only blocks outside of the run are masked. The order of tokens in the cache
+therefore affects speed, but not results. Scores, statistics and sums are float32; weights are rounded to the dtype of
+the values, and the output to that of the query.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _FAR = tl.constexpr(2147483647)
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, H, T, K]: head sizes from 16 to 256, one dtype."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == values.dtype == query.dtype
@@ -44,7 +46,7 @@ def cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """`effpass::cached_attention` where :func:`supported`."""
+    """Run `effpass::cached_attention` on tensors that are :func:`supported`."""
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     key_positions, query_positions = (
@@ -68,7 +70,7 @@ def cached_attention(
 
 
 def tile_shape(key_size: int, value_size: int, element_size: int) -> dict[str, int]:
-    """Tile of one program, its warps, and how many tiles of keys and values are on their way."""
+    """Return the tile sizes, the warps per program and the stages of the pipeline of keys and values."""
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
     return {
@@ -130,7 +132,7 @@ def _attend(
     HEADS: tl.constexpr, REPEAT: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    # The last tokens see most: they start first.
+    # The last tokens see the most slots, so their programs start first.
     tile, head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // REPEAT
     token, dk, dv = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
@@ -143,7 +145,7 @@ def _attend(
     of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
     earliest, latest = tl.min(tl.where(of_queries >= 0, of_queries, _FAR), 0), tl.max(of_queries, 0)
 
-    # Blocks from `begin` to `end` may be seen; those from `whole` to `torn` are, wholly, by every query.
+    # Queries may see blocks `begin` to `end`; every query sees all slots of blocks `whole` to `torn`.
     begin, end, whole = blocks, 0, blocks
     for first in range(0, blocks, 512):
         block = first + tl.arange(0, 512)
@@ -187,7 +189,7 @@ def _attend(
         q, torn, end, keys, values, key_positions, of_queries, best, total, sum_v, keys_s, values_s, slots, scale,
         softcap, window, True, SOFTCAP, WINDOW, KEY, VALUE, BLOCK_N, BLOCK_K, BLOCK_V,
     )  # fmt: skip
-    # Padding sees nothing; a row that saw nothing has a total of 0.
+    # Padding must see nothing, but some blocks are not masked. A query that saw nothing has a total of 0.
     total = tl.where(of_queries >= 0, total, 0)
     value = tl.where((total > 0)[:, None], sum_v / tl.where(total > 0, total, 1)[:, None], 0)
     places = ((b * tokens + token) * HEADS + head)[:, None] * VALUE + dv[None, :]

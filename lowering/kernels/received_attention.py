@@ -1,8 +1,12 @@
-"""The column sums of an attention matrix that never stands in memory: a kernel of `received_attention`.
+"""Triton kernels of `effpass::received_attention`: column sums of an attention matrix that is never stored.
 
-Two passes over the scores. The first gives each token the logarithm of its sum of exponentials; the second takes a
-block of slots, goes through the tokens, and adds up their weights. Both skip blocks that lie wholly in the future.
-Heads are added up in a fixed order, so that the same input gives the same bits.
+    received[s] = 1/H Σ_h Σ_t exp(score_ts − logsumexp_t)      over the tokens t to which slot s is visible
+
+There are two passes over the scores. `_logsumexp` computes the logarithm of each token's sum of exponentials, with one
+program per tile of tokens, query head and sequence. `_received` adds up the weights of a block of 64 slots over all
+tokens, with one program per block, query head and sequence. Both skip blocks that lie entirely in the future. The mean
+over heads is computed by PyTorch, and all sums have a fixed order, so that results are bitwise reproducible. Scores and
+sums are float32; exponentials are computed to base 2.
 """
 
 from __future__ import annotations
@@ -17,11 +21,11 @@ from effpass.lowering.kernels.running_softmax import scores
 __all__ = ["received_attention", "supported"]
 
 _FAR = tl.constexpr(2147483647)
-_BLOCK = 64  # slots of a tile
+_BLOCK = 64  # slots per tile
 
 
 def supported(query: Tensor, keys: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, H, T, K]: head sizes from 16 to 256, one dtype."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == query.dtype
@@ -35,7 +39,7 @@ def supported(query: Tensor, keys: Tensor) -> bool:
 def received_attention(
     query: Tensor, keys: Tensor, key_positions: Tensor, query_positions: Tensor, scale: float, softcap: float
 ) -> Tensor:
-    """`effpass::received_attention` where :func:`supported`."""
+    """Run `effpass::received_attention` on tensors that are :func:`supported`."""
     (batch, heads, tokens, size), (_, groups, slots, _) = query.shape, keys.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     key_positions, query_positions = (
@@ -63,7 +67,7 @@ def received_attention(
 
 
 def tile_shape(size: int, element_size: int) -> dict[str, int]:
-    """Tile of one program, its warps, and how many tiles are on their way."""
+    """Return the tile sizes, the warps per program and the stages of the pipeline of loads."""
     block_k = max(16, triton.next_power_of_2(size))
     is_narrow = block_k * element_size <= 256
     return {
@@ -76,7 +80,7 @@ def tile_shape(size: int, element_size: int) -> dict[str, int]:
 
 
 def _of_blocks(positions: Tensor, block: int, empty: int) -> Tensor:
-    """[B, blocks, block]."""
+    """Split positions [B, T] into [B, blocks, block], padded with `empty`."""
     padding = -positions.shape[1] % block
     return torch.nn.functional.pad(positions, (0, padding), value=empty).unflatten(1, (-1, block))
 
@@ -88,7 +92,7 @@ def _logsumexp(
     REPEAT: tl.constexpr, KEY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # The last tokens see most: they start first.
+    # The last tokens see the most slots, so their programs start first.
     tile, head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     token, dk, span = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
     live = token < tokens
@@ -119,7 +123,7 @@ def _logsumexp(
         higher = tl.maximum(best, tl.max(score, 1))
         total = total * tl.exp2(best - higher) + tl.sum(tl.exp2(score - higher[:, None]), 1)
         best = higher
-    # A token that sees nothing gives nothing: exp2(x - inf) is 0.
+    # A token that sees nothing gets infinity, so that its weights exp2(x - inf) are 0.
     logsumexp = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1)), float("inf"))
     tl.store(sums + (b * HEADS + head) * tokens + token, logsumexp, mask=live)
 
@@ -131,7 +135,7 @@ def _received(
     REPEAT: tl.constexpr, KEY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # The first slots are seen by most tokens.
+    # The first slots are seen by the most tokens, so their programs start first.
     tile, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot, dk, span = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     there = slot < slots

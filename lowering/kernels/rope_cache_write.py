@@ -1,4 +1,10 @@
-"""Norm, rotation and the cache's write in one launch: one program a token and head, of queries, keys and values."""
+"""Triton kernel of `effpass::rope_cache_write`: norm per head, rotation and cache write in one launch.
+
+    q = rotate(n_q(query));  keys[start:], values[start:] = rotate(n_k(key)), value
+
+One program of one warp handles one head of the queries, keys or values of one token. Norm and rotation are computed in
+float32 and rounded to the dtype of the result. Tokens past the last slot are not written.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,7 @@ __all__ = ["rope_cache_write", "supported"]
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, T, H, K]: heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, T, H, K]: head sizes up to 256, one dtype."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == values.dtype == query.dtype
@@ -39,7 +45,7 @@ def rope_cache_write(
     values: Tensor,
     start: Tensor,
 ) -> Tensor:
-    """`effpass::rope_cache_write` where :func:`supported`."""
+    """Run `effpass::rope_cache_write` on tensors that are :func:`supported`."""
     (batch, tokens, heads, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     cos, sin = cos.contiguous(), sin.contiguous()

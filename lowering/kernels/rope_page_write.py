@@ -1,4 +1,12 @@
-"""Norm, rotation and a token's writes in one launch: one program a head, of queries, keys and values."""
+"""Triton kernel of `effpass::rope_page_write`: norm per head, rotation and the writes of one token in one launch.
+
+    q = rotate(n_q(query))      k = rotate(n_k(key))
+
+The cache lies in host memory, where k and value are written, and also to the page of their block if it has one
+(:mod:`effpass.lowering.ops.block_pool`). One program of one warp handles one head of the queries, keys or values of one
+sequence. Norm and rotation are computed in float32 and rounded to the dtype of the result. A token past the last slot
+is not written.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,7 @@ __all__ = ["rope_page_write", "supported"]
 
 
 def supported(query: Tensor, value: Tensor, host: Tensor) -> bool:
-    """Whether there is a kernel for `query` [B, 1, H, K]: heads up to 256, one dtype."""
+    """Return whether the kernel supports `query` [B, 1, H, K]: head sizes up to 256, one dtype, no latents."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and host.dtype == query.dtype
@@ -31,7 +39,7 @@ def rope_page_write(
     key_norm: Tensor | None, norm_eps: float, norm_offset: float, start: Tensor, host: Tensor, pages: Tensor,
     block_table: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`effpass::rope_page_write` where :func:`supported`."""
+    """Run `effpass::rope_page_write` on tensors that are :func:`supported`."""
     (batch, _, heads, key_size), (groups, value_size) = query.shape, value.shape[2:]
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     cos, sin = cos.contiguous(), sin.contiguous()

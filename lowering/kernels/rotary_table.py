@@ -1,4 +1,10 @@
-"""Kernel of `rotary_table`: one program a block of angles."""
+"""Triton kernel of `effpass::rotary_table`: cosines and sines of rotary position embedding from angles.
+
+    cos, sin = scaling · cos(a, a), scaling · sin(a, a)
+
+One program of one warp handles 128 angles and writes each result to both halves of the features. The computation is in
+float32; results are rounded once.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ __all__ = ["rotary_table"]
 
 
 def rotary_table(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`effpass::rotary_table` for float32 angles."""
+    """Run `effpass::rotary_table` on float32 angles."""
     angles = angles.contiguous()
     shape = (*angles.shape[:-1], 2 * angles.shape[-1])
     cos, sin = (torch.empty(shape, dtype=dtype, device=angles.device) for _ in range(2))

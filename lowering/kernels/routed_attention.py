@@ -1,11 +1,15 @@
-"""Kernels of :mod:`effpass.lowering.ops.routed_attention`: blocks of keys visit the tokens that chose them.
+"""Triton kernels of the forward pass of :mod:`effpass.lowering.ops.routed_attention`, arranged by blocks of keys.
 
-A program keeps one block of keys and goes along the list of the tokens that chose it, whose query heads fill the rows
-of a matrix. So tensor cores are full whatever tokens chose, and lengths and budget alone tell how long a call takes.
-What blocks give to a token waits in memory, some thousand tokens at a time, and is merged by the logarithms of its
-sums, as in MoBA (https://arxiv.org/abs/2502.13189). Every sum has one order: results are the same bits each time.
+    out[t, h] = Σ_i p[t, h, i] v[i]        p[t, h] = softmax_i(scale · q[t, h] · k[i])      i in the blocks t chose
 
-Shapes: T tokens, H query heads, G key-value heads, K key size, V value size, P places of a token's list.
+`_attend` keeps some keys of one block in shared memory and processes a piece of the list of tokens that chose the block
+(:mod:`effpass.lowering.kernels.routed_index`). The query heads of these tokens fill the rows of a matrix, so that
+tensor cores are fully used whichever blocks tokens choose, and the time of a call depends only on lengths and budget.
+The partial results of a token are stored for some thousand tokens at a time, in the dtype of v with the logarithms of
+their sums in float32, and merged by `_merge`, as in MoBA (https://arxiv.org/abs/2502.13189). Scores and sums are
+float32. Every sum has a fixed order, so that results are bitwise reproducible.
+
+Shapes: T tokens, H query heads, G KV heads, K key size, V value size, P capacity of a token's list of blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ __all__ = ["backward", "forward", "supported"]
 
 
 def supported(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, scale: float) -> bool:
-    """Whether there are kernels for q [T, H, K]: heads up to 256, and up to 64 of them to one of keys."""
+    """Return whether the kernels support q [T, H, K]: head sizes from 16 to 256, H / G up to 64, positive scale."""
     return (
         q.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and 16 <= q.shape[2] <= 256
@@ -50,7 +54,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, chosen: Tensor, block: int, scale: float,
     how: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`effpass::routed_attention` where :func:`supported`; `how` in place of the tiling that is used."""
+    """Run `effpass::routed_attention` on tensors that are :func:`supported`; `how` overrides the tiling."""
     (tokens, heads, _), groups, places = q.shape, k.shape[1], chosen.shape[2]
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     chosen, sizes, blocks = chosen.contiguous(), Sizes.of(q, k, v, block), Blocks.of(cu_seqlens, tokens, block)
@@ -145,7 +149,7 @@ def _attend(
     listed += group.to(tl.int64) * entries
     ranks += group.to(tl.int64) * entries
     factor = scale * 1.4426950408889634
-    # The block's own tokens stand first, and only they are masked: if there are others, the block is full.
+    # Only the tokens that lie in the block, which come first in its list, are masked. If others follow, it is full.
     own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
     masked = first + tl.cdiv(tl.maximum(tl.minimum(own, end) - first, 0), step) * step
     _, token, _, _ = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)

@@ -1,7 +1,11 @@
-"""The choice of :mod:`effpass.lowering.ops.routed_blocks` on a GPU: mean keys, scores, and the largest of each token.
+"""Triton kernels of `effpass::route_blocks`: mean keys, scores of blocks, and the best blocks of each token.
 
-Scores of some tokens at a time are in memory, so that nothing grows with the square of the tokens. What the budget
-allows is read on the device: neither it nor the sequences are waited for.
+    s[t, n] = scale · mean_h(q[t, h]) · mean(k in block n)        over the visible blocks n
+
+`_means` averages keys, with one program per block and KV head; `_score` computes s, with one program per tile of tokens
+and KV head; `_select` chooses the blocks of one token and KV head. Means and scores are float32, and the product uses
+TF32 unless q is float32. Scores are stored for some tokens at a time, so that memory does not grow with the square of
+the number of tokens. The budget and the offsets of sequences are read on the device, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -17,11 +21,11 @@ from effpass.lowering.ops.routed_blocks import Blocks, places
 
 __all__ = ["route_blocks", "supported"]
 
-_SCORES = 1 << 26  # at once: 256 MiB
+_SCORES = 1 << 26  # scores stored at once: 256 MiB
 
 
 def supported(q: Tensor, k: Tensor, sequences: int, block: int) -> bool:
-    """Whether there are kernels for q [T, H, K] and k [T, G, K]."""
+    """Return whether the kernels support q [T, H, K] and k [T, G, K]: head sizes from 16 to 256, up to 16384 blocks."""
     blocks = q.shape[0] // block + sequences
     return (
         q.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +38,7 @@ def supported(q: Tensor, k: Tensor, sequences: int, block: int) -> bool:
 def route_blocks(
     q: Tensor, k: Tensor, cu_seqlens: Tensor, budget: Tensor, block: int, max_budget: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`effpass::route_blocks` where :func:`supported`."""
+    """Run `effpass::route_blocks` on tensors that are :func:`supported`."""
     (tokens, heads, size), groups = q.shape, k.shape[1]
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
     _assert(cu_seqlens, budget, tokens, block, max_budget)
@@ -69,7 +73,7 @@ def route_blocks(
 
 
 def _assert(cu_seqlens: Tensor, budget: Tensor, tokens: int, block: int, max_budget: int | None) -> None:
-    """On the device, and without waiting for it."""
+    """Check offsets and budget by assertions on the device, without waiting for it."""
     if cu_seqlens.device.type == "meta":
         return
     rises = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()

@@ -1,9 +1,13 @@
-"""Gradients of :mod:`effpass.lowering.kernels.routed_attention`, the scores computed again.
+"""Triton kernels of the backward pass of :mod:`effpass.lowering.ops.routed_attention`, which recompute the scores.
 
-Queries: as forwards, what each block gives to a token waits and is added in the order of its list. Keys and values: a
-program goes along the list of one block; lists that are much longer than others, as that of a sequence's first block,
-are cut in pieces whose sums are added afterwards. Two kernels compute the scores twice, 7 products in place of 5, but
-neither adds to what the other holds, and nothing is atomic.
+    δ = Σ dout · out     dp = dout vᵀ     ds = scale · p (dp − δ)     dq = ds k     dk = dsᵀ q     dv = pᵀ dout
+
+For queries, the contributions of each block to a token are stored, in the dtype of q, and added in the order of the
+token's list, as in the forward pass. For keys and values, a program processes the list of tokens of one block; a list
+that is much longer than others, like that of a sequence's first block, is cut into pieces, whose float32 sums are added
+by another kernel. The scores are thus computed twice, with 7 matrix products instead of 5, but no program adds to the
+results of another one and there are no atomics. Products accumulate in float32; p and ds are rounded to the dtype of
+the inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +39,10 @@ def backward(
     d_output: Tensor, output: Tensor, logsumexp: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
     chosen: Tensor, block: int, scale: float, of_query: Tiling | None = None, of_key: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`effpass::routed_attention_backward` where `supported`; tilings in place of those that are used."""
+    """Run `effpass::routed_attention_backward` for an input that the forward kernels support.
+
+    `of_query` and `of_key` override the tilings of the two kernels.
+    """
     tokens = q.shape[0]
     q, k, v, d_output = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, d_output))
     chosen, sizes, blocks = chosen.contiguous(), Sizes.of(q, k, v, block), Blocks.of(cu_seqlens, tokens, block)
@@ -275,7 +282,7 @@ def _key_gradient(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A piece of one block's list, for BLOCK_N of its keys."""
-    # Programs of one piece are neighbours: what stands at its tokens is read from memory once.
+    # Programs of the same piece are adjacent, so that the data of its tokens is read from memory once.
     piece, group = tl.program_id(1), tl.program_id(2)
     pieces, groups = tl.num_programs(1), tl.num_programs(2)
     block, first, end = item_of(item_blocks, firsts, ends, piece, pieces, 0, group, groups)
@@ -291,7 +298,7 @@ def _key_gradient(
     step: tl.constexpr = BLOCK_M // HEADS
     listed += group.to(tl.int64) * entries
     factor, heads = scale * 1.4426950408889634, groups * REPEAT
-    # The block's own tokens stand first, and only they are masked.
+    # Only the tokens that lie in the block, which come first in its list, are masked.
     own = tl.load(list_begin + group * (blocks + 1) + block) + stop - start
     masked = first + tl.cdiv(tl.maximum(tl.minimum(own, end) - first, 0), step) * step
     _, token, _, _ = rows_of(listed, first, end, REPEAT, HEADS, BLOCK_M)

@@ -1,9 +1,11 @@
-"""Which tokens chose a block: the lists of :mod:`effpass.lowering.ops.routed_attention` the other way round.
+"""Inverted index of :mod:`effpass.lowering.ops.routed_attention`: for each block of keys, the tokens that chose it.
 
-Counted tile by tile and then placed, so that tokens of a list ascend and equal lists give equal bits: nothing is added
-atomically. The tokens that lie in a block come first in its list, since none before them sees it.
+Triton kernels count the tokens of each block by tiles of 64 tokens, and then place them at offsets from a cumulative
+sum, with one program per tile, 64 blocks and KV head. Without atomics, the tokens of a list are always in ascending
+order, so that equal choices give bitwise equal results. The tokens that lie in a block come first in its list, because
+no earlier token sees the block.
 
-Shapes: T tokens, G key-value heads, N blocks, P places of a token's list, E = T P, U = ceil(T / TILE) tiles.
+Shapes: T tokens, G KV heads, N blocks, P capacity of a token's list of blocks, E = T P, U = ceil(T / TILE) tiles.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ from effpass.lowering.kernels.launch import launch_options, overlaps
 
 __all__ = ["TILE", "Index", "Items"]
 
-TILE = 64
-_BLOCKS = 64
+TILE = 64  # tokens per tile
+_BLOCKS = 64  # blocks per program
 
 
 class Index(NamedTuple):
-    """Tokens by block.
+    """Lists of the tokens that chose each block, one after another.
 
     Attributes:
-        tokens: int32 [G, E], the tokens that chose block 0, then those of block 1 and so on.
-        ranks: int32 [G, E], the place that the block has in that token's list.
-        offsets: int32 [G, N, U], where the tokens of a tile begin in a block's list.
-        begin: int32 [G, N + 1], where a block's list begins.
+        tokens: int32 [G, E], the tokens that chose block 0, then those that chose block 1, and so on.
+        ranks: int32 [G, E], index of the block in the list of that token.
+        offsets: int32 [G, N, U], offset in `tokens` of the tokens of each tile that chose the block.
+        begin: int32 [G, N + 1], offset in `tokens` of each block's list, followed by the end of the last list.
     """
 
     tokens: Tensor
@@ -40,7 +42,7 @@ class Index(NamedTuple):
 
     @classmethod
     def of(cls, chosen: Tensor, blocks: int) -> Index:
-        """From `chosen` int32 [G, T, P]."""
+        """Build the index from `chosen` int32 [G, T, P], where -1 marks unused entries, over `blocks` blocks."""
         groups, tokens, places = chosen.shape
         tiles, device = triton.cdiv(tokens, TILE), chosen.device
         counts = torch.empty((groups, blocks, tiles), dtype=torch.int32, device=device)
@@ -56,14 +58,16 @@ class Index(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Pieces of blocks' lists, each the work of one program, for each of C parts of the tokens.
+    """Work items: pieces of the blocks' lists, each for one program, by part of the tokens.
+
+    The tokens are processed in C parts, and each part has I items per KV head, some of which may be empty.
 
     Attributes:
-        block: int32 [C, G, I], the block of an item.
-        first: int32 [C, G, I], where its tokens begin in the lists of its key-value head.
-        end: int32 [C, G, I], where they end; there, too, where there is no such item.
-        before: int32 [C, G, N], items of the blocks in front.
-        counts: int32 [C, G, N], items of a block.
+        block: int32 [C, G, I], block of each item.
+        first: int32 [C, G, I], offset of the item's first token in `Index.tokens`.
+        end: int32 [C, G, I], offset after its last token; equal to `first` for an empty item.
+        before: int32 [C, G, N], number of items of all blocks before each block.
+        counts: int32 [C, G, N], number of items of each block.
     """
 
     block: Tensor
@@ -74,17 +78,17 @@ class Items(NamedTuple):
 
     @classmethod
     def of(cls, index: Index, part: int, size: int, tokens: int) -> Items:
-        """Items of up to `size` tokens, in parts of `part` tokens, a multiple of TILE."""
+        """Cut the lists into items of up to `size` tokens, for parts of `part` tokens, which is a multiple of TILE."""
         low = index.offsets[:, :, :: part // TILE]
         high = torch.cat((low[:, :, 1:], index.begin[:, 1:, None]), 2)
         low, high = (x.permute(2, 0, 1).contiguous() for x in (low, high))
         counts = (high - low + size - 1) // size
         until = counts.cumsum(2, dtype=torch.int32)
         before, last = until - counts, counts.shape[2] - 1
-        # Every list but the last piece is full, and there are as many last pieces as blocks.
+        # All pieces of a list except the last one are full, and there are as many last pieces as blocks.
         most = min(part, tokens) * (index.tokens.shape[1] // tokens) // size + last + 1
         numbers = torch.arange(most, dtype=torch.int32, device=low.device).expand(*low.shape[:2], most).contiguous()
-        at = torch.searchsorted(until, numbers, right=True).clamp(max=last)  # behind the last item it is the last block
+        at = torch.searchsorted(until, numbers, right=True).clamp(max=last)  # past the last item: the last block
         first = torch.minimum(low.gather(2, at) + (numbers - before.gather(2, at)) * size, high.gather(2, at))
         end = torch.minimum(first + size, high.gather(2, at))
         return cls(at.to(torch.int32), first, end, before, counts)

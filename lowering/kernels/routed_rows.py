@@ -1,6 +1,8 @@
-"""What the kernels of trainable sparse attention share: tilings, and how a program finds its block and its rows.
+"""What the Triton kernels of trainable sparse attention share: tilings, and access to the rows and keys of a program.
 
-The rows of a program are the query heads of some tokens: HEADS to a token, a power of two, of which REPEAT are real.
+The kernels are those of :mod:`effpass.lowering.kernels.routed_attention` and
+:mod:`effpass.lowering.kernels.routed_gradient`. The rows of a program are the query heads of some tokens. Each token
+has HEADS rows, a power of two, of which the first REPEAT = H / G are used.
 """
 
 from __future__ import annotations
@@ -29,12 +31,22 @@ __all__ = [
     "tokens_at_once",
 ]
 
-_BYTES = 1 << 30  # of what waits to be merged
-_PIECES = 8  # of lists, for each multiprocessor
+_BYTES = 1 << 30  # maximum bytes of partial results that wait to be merged
+_PIECES = 8  # pieces of lists per multiprocessor
 
 
 class Sizes(NamedTuple):
-    """Constants of the kernels of one call."""
+    """Compile-time constants of the kernels of one call.
+
+    Attributes:
+        REPEAT: query heads per KV head.
+        HEADS: `REPEAT` rounded up to a power of two.
+        KEY: key size K.
+        VALUE: value size V.
+        BLOCK: keys per block.
+        BLOCK_K: `KEY` rounded up to a power of two, at least 16.
+        BLOCK_V: `VALUE` rounded up to a power of two, at least 16.
+    """
 
     REPEAT: int
     HEADS: int
@@ -52,9 +64,14 @@ class Sizes(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Rows of a step, keys of a product, warps, steps that are on their way, and products of a step.
+    """Tile sizes and launch configuration of a kernel.
 
-    A program keeps the keys of its products, and a block of keys has as many programs as it takes.
+    Attributes:
+        block_m: rows per step.
+        block_n: keys per matrix product.
+        num_warps: warps per program.
+        num_stages: steps whose loads are in flight.
+        products: matrix products per step; a program keeps the keys of all of them.
     """
 
     block_m: int
@@ -64,18 +81,18 @@ class Tiling(NamedTuple):
     products: int = 1
 
     def splits(self, block: int) -> int:
-        """Programs of one block of keys."""
+        """Return the number of programs that share the keys of one block."""
         return block // (self.block_n * self.products)
 
 
-# By the bytes of the widest head, up to: forward, gradient of queries, gradients of keys and values.
+# Tilings of forward pass, gradient of queries, and gradients of keys and values, by maximum bytes of a head.
 _TILINGS = {
     256: {"forward": Tiling(128, 64, 8, 2, 4), "query": Tiling(64, 64, 4, 2, 4), "key": Tiling(64, 128, 8, 3)},
     512: {"forward": Tiling(64, 64, 8, 2, 2), "query": Tiling(64, 32, 4, 1, 4), "key": Tiling(32, 64, 8, 1)},
     1024: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 8, 1)},
 }
-_ROOM = 227 * 1024  # bytes of shared memory that these take at the most
-# For devices that have less, down to 99 KiB.
+_ROOM = 227 * 1024  # maximum bytes of shared memory that these tilings take
+# Tilings for devices with less shared memory, down to 99 KiB.
 _SMALL = {
     256: {"forward": Tiling(64, 64, 4, 2), "query": Tiling(64, 32, 4, 1, 2), "key": Tiling(32, 64, 4, 2)},
     512: {"forward": Tiling(32, 32, 4, 1), "query": Tiling(32, 32, 4, 1), "key": Tiling(32, 32, 4, 1)},
@@ -84,7 +101,7 @@ _SMALL = {
 
 
 def tiling(kernel: str, sizes: Sizes, element_size: int, device: torch.device) -> Tiling:
-    """The tiling of `kernel`: forward, query or key."""
+    """Return the tiling of `kernel`, which is ``"forward"``, ``"query"`` or ``"key"``."""
     widest = max(sizes.BLOCK_K, sizes.BLOCK_V) * element_size
     tilings = _TILINGS if shared_memory(device) >= _ROOM else _SMALL
     how = next(found[kernel] for most, found in tilings.items() if widest <= most)
@@ -96,7 +113,7 @@ def tiling(kernel: str, sizes: Sizes, element_size: int, device: torch.device) -
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may have."""
+    """Return the maximum bytes of shared memory of a program."""
     if device.type != "cuda":
         return _ROOM
     properties = torch.cuda.get_device_properties(device)
@@ -104,12 +121,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 def piece_size(tokens: int, places: int, groups: int, step: int, device: torch.device) -> int:
-    """Tokens of a piece of a list, a multiple of `step`: some pieces for each multiprocessor."""
+    """Return the tokens per piece of a list, a multiple of `step`, for several pieces per multiprocessor."""
     return triton.cdiv(triton.cdiv(tokens * places * groups, _PIECES * multiprocessors(device)), step) * step
 
 
 def tokens_at_once(tokens: int, token_bytes: int) -> int:
-    """How many tokens' parts wait in memory, a multiple of TILE."""
+    """Return for how many tokens partial results are stored at once, a multiple of TILE."""
     return min(triton.cdiv(tokens, TILE), max(1, _BYTES // token_bytes // TILE)) * TILE
 
 

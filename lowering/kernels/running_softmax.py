@@ -1,4 +1,12 @@
-"""One tile of slots into a running softmax: the step that the attention kernels repeat."""
+"""Online softmax over tiles of cache slots: the step that the attention kernels repeat.
+
+    m' = max(m, max_n s_n)     f = 2^(m − m')     l' = f l + Σ_n 2^(s_n − m')     o' = f o + Σ_n 2^(s_n − m') v_n
+
+s_n = log₂(e) · c(scale · q · k_n) is the score of slot n in powers of two; c(x) = softcap · tanh(x / softcap), or the
+identity if there is no softcap. Each row of a tile is a query with its highest score m (`best`), sum of weights l
+(`total`) and weighted sum of values o (`out`), all in float32; the attention output is o / l. Matrix products
+accumulate in float32 without TF32, and weights are rounded to the dtype of the values before they are multiplied.
+"""
 
 from __future__ import annotations
 

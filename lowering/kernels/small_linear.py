@@ -1,12 +1,16 @@
-"""Matrix products of up to 64 rows, bound by reading the weights: kernels of `fused_linear` and `gated_linear`.
+"""Triton kernels of `fused_linear` and `gated_linear` for up to 64 tokens, bound by reading the weights.
 
-One row is a sum of products in float32, each program a few outputs; several rows are padded to 16, 32 or 64 and go
-through the tensor cores, the weights as the tall operand. A program starts loading its weights before it waits for the
-launch in front (:mod:`effpass.lowering.kernels.launch`).
+    yᵢ = Wᵢ n(x) + bᵢ (+ residual)        y = act(W_gate n(x)) · W_up n(x)
+    n(x) = w ⊙ x / √(mean(x²) + ε)  with w = offset + norm_weight;  without a norm weight n(x) = x
 
-RMSNorm costs no pass of its own: y = (Σ_k W_k w_k x_k) / √(mean(x²) + ε), both sums in one loop. Where there are too
-few outputs to keep a GPU busy, the inner dimension is split, and the last program of a tile adds the parts in their
-order, so that results do not depend on which one that was.
+The products of one token are computed in float32, with a few outputs per program. Several tokens are padded to 16, 32
+or 64 and use tensor cores, with the weights as the tall operand and accumulation in float32; w ⊙ x is rounded to the
+dtype of x for them. A program starts to load (or prefetch) its weights before it waits for the preceding launch
+(:mod:`effpass.lowering.kernels.launch`).
+
+RMSNorm takes no extra pass: y = (Σ_k W_k w_k x_k) / √(mean(x²) + ε), with both sums in one loop. If there are too few
+outputs to keep the GPU busy, the inner dimension is split, and the last program of a tile adds the partial sums in
+their order, so that results do not depend on which one was last. Outputs are rounded once.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from effpass.lowering.kernels.launch import counters, launch_options, multiproce
 
 __all__ = ["MOST_ROWS", "fused_linear", "gated_linear", "supported"]
 
-MOST_ROWS = 64
+MOST_ROWS = 64  # maximum number of tokens
 
 
 def supported(
@@ -33,10 +37,10 @@ def supported(
     biases: Sequence[Tensor | None],
     residual: Tensor | None,
 ) -> bool:
-    """Whether there is a kernel: up to 64 rows, up to three contiguous weights of x's type, inner size in 16 bytes.
+    """Return whether the kernels apply: up to 64 tokens and three contiguous weights, one dtype, 16-byte alignment.
 
-    In float16 with several rows a norm is for the caller to apply: the product with its weight alone, which is rounded
-    before the statistics are, may leave the type's range.
+    In float16 with several tokens, the caller must apply the norm: x times the norm weight is rounded before it is
+    divided by the statistics, and may leave the range of float16.
     """
     rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     same = [*weights, *(bias for bias in biases if bias is not None), *([] if residual is None else [residual])]
@@ -60,7 +64,7 @@ def fused_linear(
     norm_offset: float,
     residual: Tensor | None,
 ) -> list[Tensor]:
-    """`effpass::fused_linear` where :func:`supported`."""
+    """Run `effpass::fused_linear` on tensors that are :func:`supported`."""
     rows = x.reshape(-1, x.shape[-1])
     outputs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     if residual is not None:
@@ -78,7 +82,7 @@ def gated_linear(
     norm_offset: float,
     activation: str,
 ) -> Tensor:
-    """`effpass::gated_linear` where :func:`supported`."""
+    """Run `effpass::gated_linear` on tensors that are :func:`supported`."""
     rows = x.reshape(-1, x.shape[-1])
     output = x.new_empty((*x.shape[:-1], gate.shape[0]))
     _launch(rows, [gate, up], [None, None], norm_weight, norm_eps, norm_offset, None, [output], activation)
@@ -113,7 +117,7 @@ def _launch(
     tiles, splits = sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes), shape["SPLITS"]
     parts = done = None
     if splits > 1:
-        columns = shape["BLOCK_N"] * (2 if gated else 1) + 1  # and the sums of squares
+        columns = shape["BLOCK_N"] * (2 if gated else 1) + 1  # one more for the sums of squares
         parts = x.new_empty((tiles, splits, columns, shape["BLOCK_M"]), dtype=torch.float32)
         done = counters(x.device, tiles)
     options = launch_options(x.device, shape.pop("num_warps"), shape.pop("num_stages"))
@@ -121,30 +125,30 @@ def _launch(
 
 
 def one_row_shape(inner: int, outputs: int, gated: bool, device: torch.device) -> dict[str, int]:
-    """Tile of one program for one row: few outputs, and for each thread one or two loads of 16 bytes an output."""
+    """Return the tile for one token: few outputs, and one or two loads of 16 bytes per thread and output."""
     if inner <= 1024:
         block_n, block_k = 8 if outputs > 64 * multiprocessors(device) else 4, triton.next_power_of_2(inner)
     elif gated:
         block_n, block_k = 2, 1024 if inner < 4096 else 4096
     else:
         block_n, block_k = 2, 1024 if inner == 2048 else 2048
-    block_n //= 2 if gated else 1  # of each of both weights
+    block_n //= 2 if gated else 1  # per weight
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(1, min(block_k // 256, 8))}
 
 
 def few_rows_shape(
     rows: int, inner: int, sizes: Sequence[int], gated: bool, element_size: int, device: torch.device
 ) -> dict[str, int]:
-    """Tile of one program for several rows, and in how many parts the inner dimension is split.
+    """Return the tile for several tokens, and into how many parts the inner dimension is split.
 
-    Two programs fit on a multiprocessor at once, and adding parts costs microseconds: parts are made for as many
-    programs as that, and gated products are left whole earlier.
+    Two programs fit on a multiprocessor at once, so the inner dimension is split into as many parts as these can
+    process. Adding the parts costs microseconds; gated products are therefore left whole for fewer tiles already.
     """
     tiles, room = sum(triton.cdiv(size, 64) for size in sizes), multiprocessors(device)
     whole = tiles >= (room // 2 if gated else 2 * room)
     block_k, stages = (256, 2) if (gated and whole) or inner >= 8192 else (128, 4)
     if gated and rows > 32:
-        block_k, stages = 128, 3  # what fits into shared memory
+        block_k, stages = 128, 3  # as much as fits into shared memory
     if whole and (inner % 128 or (gated and rows > 16 and tiles > room)):
         block_k, stages = 64, 6
     block_k = min(block_k * 2 // element_size, triton.next_power_of_2(inner))
@@ -204,7 +208,7 @@ def _tile_of(tile, w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, ACTIVATION: t
                 w, y, size, first = w1, y1, n1, (tile - before) * BLOCK_N
                 if tile < both:
                     bias = _bias(b1, first + span, n1, BLOCK_N)
-            if w2 is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+            if w2 is not None:  # noqa: SIM102  (resolved when the kernel is compiled)
                 if tile >= both:
                     w, y, size, first = w2, y2, n2, (tile - both) * BLOCK_N
                     bias = _bias(b2, first + span, n2, BLOCK_N)
@@ -237,13 +241,13 @@ def _one_row(
         gdc_wait()
     value = tl.load(x + columns) if even else tl.load(x + columns, mask=inside, other=0)
     added = bias
-    if residual is not None:  # here, where nothing waits for it yet
+    if residual is not None:  # loaded here, where nothing waits for it yet
         added += tl.load(residual + rows, mask=rows < size, other=0).to(tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for k in range(BLOCK_K, inner + BLOCK_K, BLOCK_K):
-        # The next tile is on its way while this one is used.
+        # Load the next tile while this one is processed.
         following = k + columns < inner
         next_weight = tl.load(w + offsets + k, mask=following[None, :], other=0)
         next_value = tl.load(x + columns + k, mask=following, other=0)
@@ -298,7 +302,7 @@ def _few_rows(
     places = tokens[None, :] * size + rows[:, None]
     inside_y = (tokens < count)[None, :] & (rows < size)[:, None]
     added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) + bias[:, None]
-    if residual is not None:  # here, where nothing waits for it yet
+    if residual is not None:  # loaded here, where nothing waits for it yet
         added += tl.load(residual + places, mask=inside_y, other=0).to(tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -329,7 +333,7 @@ def _few_rows(
             tl.store(mine + words + of_part, total_up)
         if norm is not None:
             tl.store(mine + part - BLOCK_M + tokens, square)
-        tl.debug_barrier()  # the counter speaks for the stores of all threads
+        tl.debug_barrier()  # the counter must be incremented after the stores of all threads
         if tl.atomic_add(done + tile, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(done + tile, 0)
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

@@ -1,7 +1,11 @@
-"""Kernel of `top_tokens`: programs take parts of a row, the last of the row to finish puts them together.
+"""Triton kernel of `effpass::top_tokens`: the k most probable tokens and the entropy of each row of logits.
 
-A logit and its index are one integer whose order is that of the logits, smaller indices first. Each part leaves its
-best k of these, its highest logit m, and the sums of exp(x − m) and exp(x − m) (x − m).
+    log p_i = x_i − log Σ_j exp x_j        H = −Σ_j p_j log p_j
+
+In one launch, programs process parts of up to 2048 logits of a row, and the last program of a row to finish merges
+them. A logit, as float32, and its index form one int64 whose order is that of the logits, with smaller indices first
+among equals. Each part leaves its best k of these, its highest logit m, and the sums of exp(x − m) and of
+exp(x − m) (x − m), in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ _MOST_TOKENS, _MOST_FOUND = 32, 4096
 
 
 def supported(logits: Tensor, k: int) -> bool:
-    """Whether there is a kernel: up to 32 tokens, rows that are contiguous each."""
+    """Return whether the kernel applies: k up to 32, contiguous rows, and a vocabulary whose parts can be merged."""
     return (
         logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and k <= _MOST_TOKENS
@@ -32,7 +36,7 @@ def supported(logits: Tensor, k: int) -> bool:
 
 
 def top_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`effpass::top_tokens` where :func:`supported`."""
+    """Run `effpass::top_tokens` on logits that are :func:`supported`."""
     (rows, vocabulary), device = logits.shape, logits.device
     width = triton.next_power_of_2(k)
     size = 2048 if vocabulary > 1024 else max(16, width, triton.next_power_of_2(vocabulary))
@@ -62,7 +66,7 @@ def _top(
     inside = index < vocabulary
     x = tl.load(logits + row.to(tl.int64) * stride_of_row + index, mask=inside, other=float("-inf")).to(tl.float32)
     highest = tl.max(x, 0)
-    anchor = tl.where(highest == float("-inf"), 0.0, highest)  # a part without any probability
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)  # the part has no probability at all
     weight = tl.exp(x - anchor)
     below = tl.where(weight > 0, x - anchor, 0.0)
     order = tl.where(inside, (in_order(x).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64), -(1 << 63))
@@ -72,7 +76,7 @@ def _top(
     tl.store(sums + part, anchor)
     tl.store(sums + parts + part, tl.sum(weight, 0))
     tl.store(sums + 2 * parts + part, tl.sum(weight * below, 0))
-    tl.debug_barrier()  # the counter speaks for the stores of all threads
+    tl.debug_barrier()  # the counter must be incremented after the stores of all threads
     if tl.atomic_add(done + row, 1, sem="acq_rel") == parts - 1:
         tl.store(done + row, 0)
         p = tl.arange(0, PARTS)

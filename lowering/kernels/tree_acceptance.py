@@ -1,4 +1,12 @@
-"""Kernels around a verified tree: `accept_tokens`, `take_tokens` and `move_slots`."""
+"""Triton kernels around a verified token tree: `effpass::accept_tokens`, `take_tokens` and `move_slots`.
+
+    accept   one program per sequence: follows the target's choices from the root and emits the accepted tokens
+    take     one program per sequence: collects emitted tokens that a draft model has not seen
+    move     one program per layer, sequence, KV head and node of a path: copies its key and value to the prefix
+
+Each is one launch without work on the host. What concerns all sequences, such as whether any continues and the new
+lengths of prefixes, is written by the last program to finish.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +21,7 @@ __all__ = ["accept_tokens", "can_accept", "move_slots", "take_tokens"]
 
 
 def can_accept(tokens: Tensor, ends: Tensor) -> bool:
-    """Whether there is a kernel: trees of up to 1024 nodes, up to 64 tokens that end a row."""
+    """Return whether the kernel of `accept_tokens` applies: up to 1024 nodes, and up to 64 end tokens."""
     return tokens.shape[1] <= 1024 and len(ends) <= 64
 
 
@@ -21,7 +29,7 @@ def accept_tokens(
     choices: Tensor, tokens: Tensor, parents: Tensor, ends: Tensor, limit: Tensor, ids: Tensor, count: Tensor,
     position: Tensor, root: Tensor, goes_on: Tensor, totals: Tensor, steps: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`effpass::accept_tokens` where :func:`can_accept`."""
+    """Run `effpass::accept_tokens` on tensors for which :func:`can_accept` is true."""
     (batch, nodes), device = tokens.shape, tokens.device
     choices, tokens, parents = choices.contiguous(), tokens.contiguous(), parents.contiguous()
     path, taken = tokens.new_empty((batch, steps)), tokens.new_empty((batch,))
@@ -36,7 +44,7 @@ def accept_tokens(
 def take_tokens(
     ids: Tensor, count: Tensor, position: Tensor, entered: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`effpass::take_tokens`."""
+    """Run `effpass::take_tokens`."""
     batch, device = count.shape[0], ids.device
     tokens, positions = ids.new_empty((batch, width)), position.new_empty((batch, width))
     chain, taken = ids.new_empty((batch, width, 1)), ids.new_empty((batch,))
@@ -51,7 +59,7 @@ def move_slots(
     keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor, path: Tensor, taken: Tensor, first: int,
     moves_on: bool,
 ) -> None:  # fmt: skip
-    """`effpass::move_slots`; the last dimensions of keys and values are contiguous."""
+    """Run `effpass::move_slots`; the last dimensions of keys and values must be contiguous."""
     (layers, batch, groups, _, key_size), value_size = keys.shape, values.shape[4]
     steps, device = path.shape[1], keys.device
     path = path if path.stride(1) == 1 else path.contiguous()
@@ -162,7 +170,7 @@ def _move(
             values + target * values_s + d, tl.load(values + source * values_s + d, mask=d < VALUE), mask=d < VALUE
         )
     if MOVES_ON:
-        tl.debug_barrier()  # the counter says that this program has read its row's length
+        tl.debug_barrier()  # all threads have read the length before the counter is incremented
         if tl.atomic_add(done, 1, sem="acq_rel") == tl.num_programs(0) * tl.num_programs(1) - 1:
             tl.store(done, 0)
             r, s = tl.arange(0, ROWS), tl.arange(0, COLUMNS)

@@ -1,12 +1,14 @@
-"""Attention of a token tree's nodes over a long prefix and over their ancestors: the kernel of `tree_attention`.
+"""Triton kernel of `effpass::tree_attention`: the nodes of a token tree attend to a long prefix and to their ancestors.
 
-As in :mod:`effpass.lowering.kernels.decode_attention` the slots of one key-value head are shared out to several
-programs in tiles, in turn; each keeps a running softmax, and the last to finish merges them in their order. The rows of
-a tile are nodes times the query heads of a group. Where they are more than fit into one tile, programs of the same
-slots run side by side, so that slots come from memory once.
+The equation is that of :mod:`effpass.lowering.ops.tree_attention`. As in
+:mod:`effpass.lowering.kernels.decode_attention`, the slots of each KV head are cut into tiles, which several programs
+process in turn with an online softmax; the last program to finish merges the partial results in their order. The rows
+of a tile are the nodes times the query heads that share the KV head. If there are more rows than a tile holds, programs
+for the same slots run next to each other, so that slots are read from memory once.
 
-The tiles of the tree follow those of the prefix. A tile of the tree lies in one word of its ancestors. Where blocks of
-the prefix were chosen, tiles are parts of these.
+The tiles of the tree follow those of the prefix, and each tile of the tree lies in one word of the ancestor bits. If
+blocks of the prefix were chosen, its tiles are parts of these blocks. Scores, statistics and partial sums are float32;
+weights are rounded to the dtype of the values, and the output to that of the query.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from effpass.lowering.kernels.running_softmax import accumulate, scores
 __all__ = ["supported", "tree_attention"]
 
 _WORD = tl.constexpr(64)
-_LEAST_TILES = 4  # of a program, or merging costs more than it gains
+_LEAST_TILES = 4  # minimum tiles per program; with fewer, merging costs more than it gains
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor, block: int) -> bool:
-    """Whether there is a kernel for `query` [B, H, T, K]: heads up to 256, one dtype, blocks of whole tiles."""
+    """Return whether the kernel supports `query` [B, H, T, K]: head sizes 16 to 256, one dtype, `block` % 64 == 0."""
     return (
         query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and keys.dtype == values.dtype == query.dtype
@@ -43,7 +45,7 @@ def tree_attention(
     query: Tensor, keys: Tensor, values: Tensor, key_positions: Tensor, query_positions: Tensor, lengths: Tensor,
     ancestors: Tensor, first: int, scale: float, window: int, softcap: float, chosen: Tensor | None, block: int,
 ) -> Tensor:  # fmt: skip
-    """`effpass::tree_attention` where :func:`supported`."""
+    """Run `effpass::tree_attention` on tensors that are :func:`supported`."""
     (batch, heads, tokens, key_size), (_, groups, slots, value_size) = query.shape, values.shape
     device, repeat = query.device, heads // groups
     query, key_positions, query_positions, ancestors = (
@@ -77,7 +79,7 @@ def tree_attention(
 
 
 def tile_shape(rows: int, key_size: int, value_size: int, element_size: int) -> dict[str, int]:
-    """Tile of one program; its slots divide a word's, or are a word's."""
+    """Return the tile sizes; the number of slots divides 64, the bits of a word."""
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
     block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -115,7 +117,7 @@ def _attend(
         gdc_launch_dependents()
     of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
     earliest = tl.min(tl.where(of_queries >= 0, of_queries, 2147483647), 0) - window
-    # Rows that only pad the tree read nothing.
+    # Programs whose rows are all padding read nothing.
     there = tl.max(of_queries, 0) >= 0
     end = tl.where(there, tl.minimum(tl.load(lengths + b), first), 0)
     tiles = tl.cdiv(end, BLOCK_N)
@@ -154,7 +156,7 @@ def _attend(
                 visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
             score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
             best, total, sum_v = accumulate(score, v, best, total, sum_v)
-        # The turn goes on where the prefix ends.
+        # Tiles continue to be taken in turn across the end of the prefix.
         begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
         of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
         for tile in range(begin, all_tiles, active):
@@ -175,7 +177,7 @@ def _attend(
                 visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
             score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
             best, total, sum_v = accumulate(score, v, best, total, sum_v)
-        out += (b * tokens * GROUPS + group) * REPEAT * VALUE  # of node 0
+        out += (b * tokens * GROUPS + group) * REPEAT * VALUE  # the output of node 0
         places = (token * (GROUPS * REPEAT) + row % REPEAT) * VALUE
         if SPLITS > 1:
             if active > 1:
@@ -212,7 +214,7 @@ def _merge(
     tl.store(parts + split * BLOCK_R * VALUE + of_part, sum_v, mask=inside)
     tl.store(sums + split * 2 * BLOCK_R + row, best)
     tl.store(sums + (split * 2 + 1) * BLOCK_R + row, total)
-    tl.debug_barrier()  # the counter speaks for the stores of all threads
+    tl.debug_barrier()  # the counter must be incremented after the stores of all threads
     if tl.atomic_add(done + program, 1, sem="acq_rel") == active - 1:
         tl.store(done + program, 0)
         highest = tl.full([BLOCK_R], -1e30, tl.float32)

@@ -1,4 +1,10 @@
-"""Kernel of `choose_tree_blocks`: one program a key-value head, which scores all blocks and chooses among them."""
+"""Triton kernel of `effpass::choose_tree_blocks`: the blocks of a prefix that a token tree attends to.
+
+    score of block b = Σ_h q_h · k̄_b      over the query heads h that share the KV head; k̄_b is the mean key
+
+One program per sequence and KV head scores all blocks, in float32, and chooses among them
+(:mod:`effpass.lowering.kernels.largest`); the first block and the last ones are always chosen.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +20,11 @@ from effpass.lowering.ops.tree_blocks import LAST, PARTS
 
 __all__ = ["choose_tree_blocks", "supported"]
 
-_MOST = 8192  # blocks
+_MOST = 8192  # maximum number of blocks
 
 
 def supported(query: Tensor, means: Tensor) -> bool:
-    """Whether there is a kernel: up to 8192 blocks, heads up to 256, one dtype."""
+    """Return whether the kernel applies: up to 8192 blocks, head sizes up to 256, one dtype."""
     return (
         query.dtype == means.dtype
         and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +37,7 @@ def supported(query: Tensor, means: Tensor) -> bool:
 def choose_tree_blocks(
     query: Tensor, means: Tensor, lengths: Tensor, most: int, block: int, dense_below: int, share: int
 ) -> Tensor:
-    """`effpass::choose_tree_blocks` where :func:`supported`."""
+    """Run `effpass::choose_tree_blocks` on tensors that are :func:`supported`."""
     (batch, heads, size), (_, groups, count, _), device = query.shape, means.shape, query.device
     query = query if query.stride(2) == 1 else query.contiguous()
     scores = torch.empty((batch * groups, count), dtype=torch.float32, device=device)
@@ -70,7 +76,7 @@ def _choose(
         there = (number < blocks)[:, None] & (d < SIZE)[None, :]
         mean = tl.load(means + number.to(tl.int64)[:, None] * means_n + d[None, :], mask=there, other=0)
         tl.store(scores + number, tl.sum(mean.to(tl.float32) * asked[None, :], 1), mask=number < blocks)
-    tl.debug_barrier()  # what other threads have scored is read
+    tl.debug_barrier()  # scores written by other threads are read below
     every = tl.arange(0, ALL)
     score = tl.load(scores + every, mask=every < blocks, other=0)
     key = tl.where((every == 0) | (every >= blocks - LAST), FORCED, in_order(score))

@@ -1,6 +1,8 @@
-"""Kernels of `grow_layer` and `best_nodes`: one program a row of the batch, whose candidates are one tile.
+"""Triton kernels of `effpass::grow_layer` and `effpass::best_nodes`, with one program per sequence.
 
-Ranks are integers in the order of a float, smaller places first; sorted, they give the places back.
+The rules are those of :mod:`effpass.lowering.ops.tree_growth`. A program holds all candidates of its sequence in one
+tile. They are ranked by int64 numbers that combine a float32 value and a place, with smaller places first among equal
+values; the sorted numbers give the places back. Probabilities and confidences are float32.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _MOST_CANDIDATES, _MOST_POOL, _MOST_NODES = 1024, 4096, 256
 
 
 def can_grow(log_p: Tensor, classifier: list[Tensor]) -> bool:
-    """Whether there is a kernel for `log_p` [B, F, K]: up to 1024 candidates, a classifier of up to 128 units."""
+    """Return whether the kernel supports `log_p` [B, F, K]: up to 1024 candidates, up to 128 classifier units."""
     _, frontier, width = log_p.shape
     return frontier * triton.next_power_of_2(width) <= _MOST_CANDIDATES and (
         not classifier or len(classifier[1]) <= 128
@@ -32,7 +34,7 @@ def grow_layer(
     position: Tensor, names: Tensor | None, classifier: list[Tensor], pool_tokens: Tensor, pool_worth: Tensor,
     pool_parents: Tensor, first: int, depth: int, least: float, keeps_all: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`effpass::grow_layer` where :func:`can_grow`."""
+    """Run `effpass::grow_layer` on tensors for which :func:`can_grow` is true."""
     (batch, frontier, width), device = log_p.shape, log_p.device
     words = ancestors.shape[2]
     log_p, tokens, entropy, path, worth, number, ancestors = (
@@ -56,7 +58,7 @@ def grow_layer(
 
 
 def can_choose(pool_tokens: Tensor, nodes: int) -> bool:
-    """Whether there is a kernel: a pool of up to 4096 candidates, a tree of up to 256 nodes."""
+    """Return whether the kernel applies: a pool of up to 4096 candidates, and a tree of up to 256 nodes."""
     return pool_tokens.shape[1] <= _MOST_POOL and nodes <= _MOST_NODES
 
 
@@ -64,7 +66,7 @@ def best_nodes(
     root: Tensor, position: Tensor, pool_tokens: Tensor, pool_worth: Tensor, pool_parents: Tensor, nodes: int,
     depth: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`effpass::best_nodes` where :func:`can_choose`."""
+    """Run `effpass::best_nodes` on tensors for which :func:`can_choose` is true."""
     batch, pool = pool_tokens.shape
     tokens = root.new_empty((batch, nodes))
     parents, positions = torch.empty_like(tokens), position.new_empty((batch, nodes))
@@ -190,15 +192,15 @@ def _choose(
     value = tl.load(pool_worth + of_pool + p, mask=p < pool, other=-1)
     best = largest(_ranks(value, p, p < pool), BLOCK)
     node = tl.arange(0, BLOCK)
-    # One less than nodes, in the order of the pool, so that parents come first; what is none comes last.
+    # The best nodes − 1 candidates in the order of the pool, so that parents precede children; unused entries are last.
     wanted = (node < nodes - 1) & (best > -(1 << 62)) & (_value(best) >= 0)
     chosen = tl.sort(tl.where(wanted, _place(best), POOL))
-    # Node i is candidate i - 1 of them, and node 0 the root: moved by one.
+    # Shift by one: node 0 is the root, and node i is the chosen candidate i - 1.
     before = tl.where(node > 0, tl.gather(chosen, tl.maximum(node - 1, 0), 0), -1)
     is_node = (before < POOL) & (node < nodes)
     inside = is_node & (node > 0)
     above = tl.load(pool_parents + of_pool + before, mask=inside, other=-1).to(tl.int32)
-    # The node whose candidate is the parent; the root's are marked by -1, as it is itself.
+    # Find the node of each parent candidate. Children of the root have parent -1, which is also the root's own entry.
     same = above[:, None] == before[None, :]
     parent = tl.sum(tl.where(same & inside[:, None] & is_node[None, :], node[None, :], 0), 1)
     token = tl.load(pool_tokens + of_pool + before, mask=inside, other=0)

@@ -1,18 +1,19 @@
-"""Two-level sparse attention in three launches: kernels of `two_level_attention`.
+"""Triton kernels of `effpass::two_level_attention`: two-level sparse attention of one token in three launches.
 
-    score    statistics of all blocks times the query; more programs a head enter the new key into the index
-    choose   top-k blocks, then the label scores of their tokens
-    attend   top-k tokens, then attention over them (:mod:`effpass.lowering.kernels.chosen_attention`)
+    score    scores all blocks by their statistics; extra programs per KV head enter the new key into the index
+    choose   chooses the top-k blocks, then scores their tokens by their labels
+    attend   chooses the top-k tokens and attends to them (:mod:`effpass.lowering.kernels.chosen_attention`)
 
-A step is short, so that what counts is how long each program is: there are as many as the device holds, of many warps
-each, and what the query heads of a group share is summed before anything is multiplied. (Where their highest score
-counts instead, they are the columns of a matrix product.) A choice is made by every program that needs it, each for
-itself: that costs no more time than by one of them, and no program waits for another. Before it waits for the launch in
-front, a launch reads what an earlier one has written: the query (which `score` waits for), `seen`, and in `score` the
-statistics, which the step before left.
+If whole blocks are attended to, `choose` is omitted. If all tokens are candidates, `narrow` replaces it: it keeps the
+best of every 8192 tokens, repeatedly, until at most 16384 are left. The equations are those of
+:mod:`effpass.lowering.ops.two_level_attention`; all scores are float32.
 
-Where whole blocks are attended to, `choose` falls away; where all tokens are looked at, `narrow` stands for it: it
-keeps the best of every 8192 tokens, until at most 16384 are left.
+A step is short, so its time is that of the longest program. There are therefore as many programs as the device holds,
+with many warps each, and the queries of heads that share a KV head are summed before anything is multiplied. (If the
+maximum of their scores is wanted instead, they are the columns of a matrix product.) Every program that needs a choice
+makes it itself, which takes no longer than one program would, and no program waits for another. Before it waits for the
+preceding launch, a launch only reads what earlier ones have completed: the query (for which `score` waits), `seen`, and
+in `score` the statistics, which are left from the step before.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from effpass.lowering.kernels.launch import launch_options, multiprocessors, ove
 
 __all__ = ["supported", "two_level_attention"]
 
-_NARROWED = 8192
+_NARROWED = 8192  # tokens among which one program of `narrow` chooses
 _LABELLED = 16384  # bytes of labels that one program scores at once
 
 
@@ -54,7 +55,11 @@ def supported(
     query: Tensor, keys: Tensor, values: Tensor, channels: Tensor, labels: Tensor, seen: Tensor, chosen_blocks: Tensor,
     chosen_tokens: Tensor, block: int,
 ) -> bool:  # fmt: skip
-    """Whether there are kernels for `query` [B, H, 1, K]: at most 16384 blocks, and as many tokens to choose from."""
+    """Return whether the kernels support `query` [B, H, 1, K].
+
+    There may be up to 16384 blocks, and up to 16384 tokens in the chosen blocks. If all tokens are candidates, up to
+    4096 can be chosen.
+    """
     kept, tokens = chosen_blocks.shape[2], chosen_tokens.shape[2]
     candidates = kept * block if kept and tokens else 0
     return (
@@ -72,13 +77,13 @@ def two_level_attention(
     softcap: float, block: int, sink: int, recent: int, statistic: str, aggregation: str, is_pipelined: bool,
     how: Tiling = TILING,
 ) -> Tensor:  # fmt: skip
-    """`effpass::two_level_attention` where :func:`supported`."""
+    """Run `effpass::two_level_attention` on tensors that are :func:`supported`; `how` overrides the tiling."""
     (batch, heads, _, key_size), (groups, of_label) = query.shape, channels.shape
     device, slots, repeat, of_heads = query.device, key_positions.shape[1], heads // groups, batch * groups
     query = query if query.stride(-1) == 1 else query.contiguous()
     blocks, kept, tokens = triton.cdiv(slots, block), chosen_blocks.shape[2], chosen_tokens.shape[2]
     is_max, pdl, processors = aggregation == "max", overlaps(device), multiprocessors(device)
-    # The columns of a matrix product are 16 at least.
+    # A matrix product needs at least 16 columns.
     block_r = triton.next_power_of_2(repeat) if not is_max else max(16, triton.next_power_of_2(repeat))
     shape, common = label_shape(of_label, key_size), {"GROUPS": groups, "REPEAT": repeat, "BLOCK_R": block_r}
     common |= {"CHANNELS": of_label, "MAX": is_max, "PDL": pdl}
@@ -92,7 +97,7 @@ def two_level_attention(
     block_n = max(16 if is_max else 4, 1 << (how.scored // row_bytes).bit_length() - 1) if kept else 16
     num_warps = 16 if block_n * width > 8192 else 8
     tiles = triton.cdiv(blocks, block_n) if kept else 0
-    # What a program sums of the query serves all its tiles.
+    # A program sums the query heads once for all its tiles, so it should process several.
     scoring = min(tiles, max(1, how.scoring // num_warps * processors // of_heads))
     entering = triton.cdiv(key_size, shape["BLOCK_K"]) if kept else 1
     wanted = None if is_max or not tokens else query.new_empty((of_heads, of_label), dtype=torch.float32)
@@ -104,7 +109,7 @@ def two_level_attention(
     )  # fmt: skip
     of_scores = slots_of = None
     of_labels = (wanted, channels, labels, ranges, key_positions, query_positions)
-    at_once = max(64, _LABELLED // shape["HALF"])  # tokens
+    at_once = max(64, _LABELLED // shape["HALF"])  # tokens whose labels a program scores at once
     if kept and tokens:
         kind, candidates, limit = TOKENS, kept * block, tokens
         of_scores = torch.empty((of_heads, candidates), dtype=torch.float32, device=device)
@@ -137,7 +142,7 @@ def _narrow_all(
     query: Tensor, filled: Tensor, of_labels: tuple[Any, ...], tokens: int, slots: int, common: dict[str, Any],
     half: int, at_once: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scores and slots [B G, L] of at most 16384 tokens, among them the best `tokens` of all."""
+    """Return scores and slots [B G, L] of up to 16384 candidates, which include the best `tokens` of all tokens."""
     _, channels, _, _, key_positions, query_positions = of_labels
     of_heads, device = query.shape[0] * channels.shape[0], query.device
     rows, columns = grid_of(_NARROWED)
@@ -182,7 +187,7 @@ def _score(
             keys_b, keys_h, keys_s, positions_b, slots, blocks, host, KEY, CHANNELS, BLOCK, STATISTIC, HAS_BLOCKS,
             HAS_LABELS, HOST, PDL, HALF, BLOCK_K,
         )  # fmt: skip
-        if wanted is not None:  # noqa: SIM102  (this one is decided when the kernel is compiled)
+        if wanted is not None:  # noqa: SIM102  (resolved when the kernel is compiled)
             if part == 0:
                 write_wanted(wanted, query, channels, b, group, head, query_b, query_h, REPEAT, BLOCK_R, CHANNELS, HALF)
     elif HAS_BLOCKS:
@@ -206,7 +211,7 @@ def _score(
             weight_rest, other_rest = _weights(heads_of, r < REPEAT, of_rest, KEY, STATISTIC, MAX)
         step = (tl.num_programs(0) - ENTERING) * BLOCK_N
         for _ in range((part - ENTERING) * BLOCK_N, stop, step):
-            # The last block's numbers are being written: it is always kept, and its score is no part of the choice.
+            # The statistics of the last block are being written now; it is always kept, so its score is not needed.
             there = tl.load(seen + head * blocks + n, mask=n < tl.minimum(stop, last), other=0) > 0
             score = _products(first, second, weight, other, STATISTIC, MAX)
             if REST > 0:
