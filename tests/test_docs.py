@@ -115,6 +115,7 @@ def test_balance_document(workplace, monkeypatch):
     import torch.distributed
 
     monkeypatch.setenv("EFFPASS_CACHE", str(workplace / "cache"))
+    monkeypatch.setattr("effpass.trainers.balance.measure._PACKED", 256)  # measuring takes seconds
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)  # as torchrun does
     try:

@@ -205,13 +205,13 @@ def test_a_step_costs_no_memory_that_stays() -> None:
         counts: tuple[int, ...] = ()
 
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            if input_ids.shape[1] % 200 == 0:
+            if input_ids.shape[1] % 80 == 0:
                 gc.collect()
                 self.counts += (sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),)
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
     watch = Watch()
-    model.generate(input_ids=ids, max_new_tokens=1000, eos_token_id=None, stopping_criteria=[watch])
+    model.generate(input_ids=ids, max_new_tokens=400, eos_token_id=None, stopping_criteria=[watch])
     assert len(watch.counts) == 5
     assert list(watch.counts) == sorted(watch.counts, reverse=True)  # what earlier tests left may still be going
 

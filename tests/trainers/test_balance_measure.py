@@ -21,6 +21,7 @@ BUDGETS = (64, 128, 256)
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFPASS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "_PACKED", 256)
     return make("llama", max_position_embeddings=1024)
 
 

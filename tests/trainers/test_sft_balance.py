@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from effpass.cli.train_options import sparse_settings
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.roofline import device_name
 from effpass.trainers.afa_lora import LoraSettings
+from effpass.trainers.balance import measure
 from effpass.trainers.balance.expected import Expected
 from effpass.trainers.balance.measure import _by_flops, _words
 from effpass.trainers.balance.table import from_flops, read_table, write_table
@@ -48,9 +50,11 @@ def llama(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Tables are measured once for all tests."""
-    return tmp_path_factory.mktemp("cache")
+def cache(tmp_path_factory) -> Iterator[Path]:
+    """Tables are measured once for all tests, and quickly, since what they say does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_PACKED", 256)
+        yield tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
