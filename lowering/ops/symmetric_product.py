@@ -9,8 +9,11 @@ iteration of MONA (:mod:`effpass.trainers.mona.newton_schulz`) consists of such 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["has_kernel", "reference", "symmetric_product"]
 
@@ -117,3 +120,10 @@ def _fake(
 ) -> Tensor:
     m = a.shape[-1] if tall else a.shape[-2]
     return a.new_empty((a.shape[0], m, m), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.effpass.symmetric_product)
+def _(a: Any, b: Any, d: Any, alpha: Any, beta: Any, gamma: Any, tall: bool, *args: Any, **kwargs: Any) -> Any:
+    """Count the whole product, of which the kernel computes half of the tiles."""
+    batch, m, k = (a[0], a[2], a[1]) if tall else a
+    return 2 * batch * m * m * k

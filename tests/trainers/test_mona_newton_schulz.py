@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.symmetric_product import symmetric_product
@@ -146,3 +147,9 @@ def test_symmetric_product_is_an_operator():
     d = x @ x.mT
     torch.library.opcheck(torch.ops.effpass.symmetric_product, (x, x, d, 0.5, 2.0, 3.0, False, torch.float64))
     torch.library.opcheck(torch.ops.effpass.symmetric_product, (x, x, None, 1.0, 0.0, 0.0, True, torch.float64))
+    for tall in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.effpass.symmetric_product(x, x, None, 1.0, 0.0, 0.0, tall, torch.float64)
+        product = x.mT @ x if tall else x @ x.mT
+        inner = x.shape[1] if tall else x.shape[2]
+        assert counter.get_total_flops() == 2 * product.numel() * inner
