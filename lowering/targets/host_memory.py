@@ -13,8 +13,8 @@ from effpass.lowering.targets.target import Target
 __all__ = ["available_memory", "check_memory"]
 
 # GPU memory of an export as a multiple of the weights: those of the model and of the file, and the activations of the
-# check.
-_ON_GPU = 2.2
+# check. What libraries take for themselves does not grow with the weights.
+_ON_GPU, _ROOM = 2.2, 200_000_000
 
 
 def check_memory(
@@ -35,8 +35,8 @@ def check_memory(
     _check(target, times, int((times - held) * weights), available_memory(), "host memory",
            "inductor needs least, and onnx where the model is in float32")  # fmt: skip
     if device.type != "cpu":
-        _check(target, _ON_GPU, int((_ON_GPU - loaded) * weights), available_gpu_memory(device), f"memory of {device}",
-               "free memory there, or load the model in a smaller dtype")  # fmt: skip
+        _check(target, _ON_GPU, int((_ON_GPU - loaded) * weights) + _ROOM, available_gpu_memory(device),
+               f"memory of {device}", "free memory there, or load the model in a smaller dtype")  # fmt: skip
 
 
 def _check(target: Target, times: float, needed: int, available: int | None, where: str, hint: str) -> None:

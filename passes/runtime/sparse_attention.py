@@ -40,7 +40,6 @@ from effpass.lowering.ops.two_level_attention_index import Selection
 from effpass.passes.graph.few_rows import why_not_program
 from effpass.passes.runtime.mla_absorption import absorb, latent_layers
 from effpass.passes.runtime.prefix_kv import PrefixKV
-from effpass.passes.weights.keep_indices import KeepIndices
 from effpass.passes.weights.structured_pruning import StructuredPruning
 from effpass.runtime.attach import engine_of
 from effpass.runtime.cache import full_layers
@@ -155,7 +154,7 @@ class SparseAttention(Pass):
     entrances = ("model", "program", "backend")
     Options = SparseAttentionOptions
     options: SparseAttentionOptions
-    _pruned: KeepIndices | None = None  # pruning that precedes this pass in its recipe
+    _pruning: StructuredPruning | None = None  # precedes this pass in its recipe
 
     @cached_property
     def _channels(self) -> tuple[Artifact, dict[int, Tensor]] | None:
@@ -175,8 +174,7 @@ class SparseAttention(Pass):
                 " are",
                 hint="set kv_cache_dtype: auto in prefix_kv, or leave sparse_attention out",
             )
-        pruning = next((pass_ for pass_ in before if isinstance(pass_, StructuredPruning)), None)
-        self._pruned = None if pruning is None else pruning.keep
+        self._pruning = next((pass_ for pass_ in before if isinstance(pass_, StructuredPruning)), None)
 
     def check_model(self, model: torch.nn.Module) -> None:
         runs = inner_model(model)
@@ -206,7 +204,7 @@ class SparseAttention(Pass):
             return
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         latents = latent_layers(model)
-        pruned = None if self._pruned is None else self._pruned.after
+        pruned = None if self._pruning is None else self._pruning.keep.after
         for index, (groups, key_size) in sizes.items():
             if pruned is not None:
                 heads, groups = pruned.num_attention_heads, 1 if latents else pruned.num_key_value_heads
@@ -232,8 +230,8 @@ class SparseAttention(Pass):
             return len(full), left_alone
         absorb(runs)
         channels = None if self._channels is None else self._channels[1]
-        if channels is not None and self._pruned is not None:
-            channels = self._pruned.of_kept_heads(channels)
+        if channels is not None and self._pruning is not None:
+            channels = self._pruning.keep.of_kept_heads(channels)
         audits = {index: Audit(runs.device) for index in full} if options.audit else None
         below = self._break_even(runs) if options.dense_below is None else options.dense_below
         runs.effpass_reader = SparseSettings(options.selection, below, channels, options.prompts, audits)

@@ -127,6 +127,7 @@ class FG2GDN(Pass):
     entrances = ("model",)  # a traced graph has neither the weights nor the cache of the new layers
     Options = FG2GDNOptions
     options: FG2GDNOptions
+    _before: Sequence[str] = ()  # passes on weights that precede this one in its recipe
 
     @cached_property
     def learned(self) -> Learned:
@@ -143,15 +144,16 @@ class FG2GDN(Pass):
         return sorted(self.learned.layers) if chosen is None else sorted(chosen)
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
-        others = [pass_.name for pass_ in before if pass_.kind == "weights"]
-        if others and self.learned.rest:
-            raise PassRefusedError(
-                f"the artifact of fg2_gdn holds weights of the whole model, and {others[0]} changes weights before it",
-                hint=f"leave {others[0]} out, or give an artifact from before the whole model was trained",
-            )
+        self._before = [pass_.name for pass_ in before if pass_.kind == "weights"]
 
     def check_model(self, model: nn.Module) -> None:
         runs, learned = inner_model(model), self.learned
+        if self._before and learned.rest:
+            raise PassRefusedError(
+                f"the artifact of fg2_gdn holds weights of the whole model, and {self._before[0]} changes weights"
+                " before it",
+                hint=f"leave {self._before[0]} out, or give an artifact from before the whole model was trained",
+            )
         if not hasattr(runs, "config"):
             raise ModelError(f"{type(runs).__name__} is no transformers model")
         if is_hybrid(runs.config):

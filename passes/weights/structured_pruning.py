@@ -65,6 +65,7 @@ class StructuredPruning(WeightsPass):
     needs_artifact = True
     Options = StructuredPruningOptions
     options: StructuredPruningOptions
+    _behind: Sequence[Pass] = ()  # passes that follow this one in its recipe
 
     @cached_property
     def keep(self) -> KeepIndices:
@@ -77,13 +78,7 @@ class StructuredPruning(WeightsPass):
     # -- model stage ------------------------------------------------------------------------------------------------
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
-        learned = [pass_.name for pass_ in behind if pass_.artifact is not None]
-        if learned and self.keep.layers:
-            raise PassRefusedError(
-                f"structured_pruning drops layers, and the artifact of {learned[0]} was learned for the model with all"
-                f" {self.keep.before.num_hidden_layers} of them",
-                hint=f"save the pruned model (effpass optimize), and learn the artifact of {learned[0]} for that one",
-            )
+        self._behind = behind
 
     def check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -95,6 +90,13 @@ class StructuredPruning(WeightsPass):
                 hint="leave the pass out of the recipe for a model that is pruned",
             )
         self.artifact.check_model(model)
+        learned = [pass_.name for pass_ in self._behind if pass_.artifact is not None]
+        if learned and self.keep.layers:
+            raise PassRefusedError(
+                f"structured_pruning drops layers, and the artifact of {learned[0]} was learned for the model with all"
+                f" {self.keep.before.num_hidden_layers} of them",
+                hint=f"save the pruned model (effpass optimize), and learn the artifact of {learned[0]} for that one",
+            )
         check_cut(model, self.keep)
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
