@@ -1,1 +1,1 @@
-"""Caches with a budget: each layer keeps the tokens that matter most to it, in memory of that size."""
+"""KV caches with a budget: each layer keeps its most important tokens, in buffers that hold no more than these."""

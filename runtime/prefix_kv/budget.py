@@ -1,4 +1,7 @@
-"""How much a cache may hold: a share of the tokens, a number of tokens, or bytes."""
+"""The size of a cache: a share of the tokens, a number of tokens, or a number of bytes.
+
+A :class:`Budget` is parsed from the option `budget`; :mod:`effpass.runtime.prefix_kv.plan` applies it to a prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B)")
 
 
 def parse_bytes(name: str, given: str) -> int:
-    """Bytes as a person writes them: ``"512 MiB"``, ``"8 GB"``.
+    """Parse a number of bytes with a unit, such as ``"512 MiB"`` or ``"8 GB"``.
 
     Raises:
-        EffpassError: none, or an unknown unit; it begins with `name`.
+        EffpassError: if the number is zero or malformed, or the unit is unknown; the message begins with `name`.
     """
     match = _BYTES.fullmatch(given.strip())
     if match is None or float(match[1]) == 0:
@@ -27,12 +30,12 @@ def parse_bytes(name: str, given: str) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget; exactly one of the three is given.
+    """Size of a cache, of which exactly one attribute is given and the others are None.
 
     Attributes:
-        ratio: share of a sequence's tokens, the mean over layers.
-        tokens: tokens of each sequence, the mean over layers.
-        nbytes: bytes of keys and values of all sequences and all layers with full attention.
+        ratio: share of each sequence's tokens to keep, the mean over layers.
+        tokens: number of tokens of each sequence to keep, the mean over layers.
+        nbytes: bytes of the keys and values of all sequences in all layers with full attention.
     """
 
     ratio: float | None = None
@@ -41,10 +44,10 @@ class Budget:
 
     @classmethod
     def parse(cls, given: float | int | str) -> Budget:
-        """``0.2`` and ``1.0`` are shares, ``4096`` is tokens, ``"8 GiB"`` is bytes.
+        """Create a budget from a share (``0.2``, ``1.0``), a number of tokens (``4096``) or bytes (``"8 GiB"``).
 
         Raises:
-            EffpassError: a share outside (0, 1], no tokens, no bytes, or an unknown unit.
+            EffpassError: if a share is outside (0, 1], a number of tokens is below 1, or bytes are zero or malformed.
         """
         if isinstance(given, str):
             return cls(nbytes=parse_bytes("budget", given))
@@ -60,15 +63,15 @@ class Budget:
 
     @property
     def is_everything(self) -> bool:
-        """Nothing ever has to go."""
+        """Whether all tokens are kept, so that nothing is ever evicted."""
         return self.ratio == 1
 
     def mean(self, length: int, rows: int, token_bytes: float) -> float:
-        """Tokens that a layer may keep of each sequence, the mean over layers; at most `length`.
+        """Return the number of tokens that a layer may keep of each sequence, the mean over layers.
 
         Args:
-            length: tokens of the longest sequence.
-            rows: sequences.
+            length: number of tokens of the longest sequence, which bounds the result.
+            rows: number of sequences.
             token_bytes: bytes of one token in all layers with full attention.
         """
         if self.ratio is not None:

@@ -1,4 +1,8 @@
-"""Learning a profile: what the search finds on a few prompts, for every budget, in the mean."""
+"""Learning a profile for PrefixKV, as `effpass calibrate prefix-kv` does.
+
+The global threshold search runs on a few prompts for each of the budgets :data:`BUDGETS`, and the profile holds the
+mean of the shares that it finds for each layer.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from effpass.runtime.prefix_kv.session import BudgetSession
 
 __all__ = ["SHORTEST", "calibrate"]
 
-SHORTEST = 128  # tokens: in fewer, what is protected is most of a small budget
+SHORTEST = 128  # minimum number of tokens of a prompt; in fewer, protected tokens use up most of a small budget
 
 
 def calibrate(
@@ -35,22 +39,26 @@ def calibrate(
     provenance: dict[str, Any] | None = None,
     each: Callable[[int], None] = lambda tokens: None,
 ) -> Profile:
-    """The mean over `prompts` of what the search gives each layer.
+    """Learn a profile: the mean over `prompts` of the shares that the search finds for each layer.
+
+    The options `importance`, `pool`, `sink` and `recent` are those of the pass `prefix_kv`, and should be equal to the
+    ones that the profile is used with.
 
     Args:
         model: a transformers causal LM.
-        prompts: `input_ids` `[1, T]`, and where they hold images `pixel_values`.
-        importance: as the pass will use it.
-        pool: likewise.
-        sink: likewise.
-        recent: likewise.
-        chunk: tokens to run at once.
-        provenance: kept in the profile.
-        each: called with the length of each prompt that was run.
+        prompts: inputs of the prompts, each with `input_ids` `[1, T]` and, if it holds images, `pixel_values`.
+        importance: attention that tokens are ranked by.
+        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number.
+        sink: number of first tokens that are always kept.
+        recent: number of last tokens that are always kept.
+        chunk: number of tokens to run at once.
+        provenance: provenance to store in the profile, along with the numbers of prompts and tokens.
+        each: function that is called with the length of each prompt after it was run.
 
     Raises:
-        EffpassError: an even `pool`, no prompts, one that is too short, or one longer than the model's positions.
-        ModelError: the engine can't run the model, or every layer has a sliding window.
+        EffpassError: if `pool` is even, there are no prompts, or a prompt has fewer than :data:`SHORTEST` tokens or
+            more than the model has positions.
+        ModelError: if the decode engine can't run the model, or every layer has a sliding window.
     """
     if pool < 1 or pool % 2 == 0:
         raise EffpassError(f"pool: got {pool}, expected an odd number")
@@ -70,8 +78,8 @@ def calibrate(
     if not found:
         raise EffpassError("there is no prompt to calibrate with", hint="give text, or fewer tokens a sample")
     options = {"importance": importance, "pool": pool, "sink": sink, "recent": recent}
-    told = {**(provenance or {}), "samples": len(found), "tokens": sum(lengths)}
-    return Profile.make(model, torch.stack(found).mean(0), options, told)
+    recorded = {**(provenance or {}), "samples": len(found), "tokens": sum(lengths)}
+    return Profile.make(model, torch.stack(found).mean(0), options, recorded)
 
 
 def _check(index: int, tokens: int, most: int | None) -> None:
@@ -84,13 +92,13 @@ def _check(index: int, tokens: int, most: int | None) -> None:
 
 
 def _shares(session: BudgetSession, ids: Tensor, chunk: int, images: dict[str, Tensor]) -> Tensor:
-    """float32 `[R, L]` of one prompt."""
+    """Return the layers' shares for one prompt at all budgets, float32 `[R, L]`."""
     if not session.full:
         raise ModelError("every layer of the model has a sliding window: there is no budget to share out")
     session.begin(1)
     staging = session.stage(ids, chunk, images)
     length = ids.shape[1]
     mass, high = session.mass(staging, length)
-    low = [1] * len(session.full)  # what is protected is a share of a prompt's length, and another one of the next's
+    low = [1] * len(session.full)  # without `sink` and `recent`, whose share of a prompt depends on its length
     totals = [max(round(budget * length * len(low)), sum(low)) for budget in BUDGETS]
     return torch.tensor([threshold_counts(mass, [total], low, high)[0] for total in totals]) / length

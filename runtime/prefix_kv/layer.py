@@ -1,7 +1,7 @@
-"""One layer's buffers, of a size of its own, whose slots can be given up.
+"""The buffers of one layer, with a capacity of their own and slots that can be evicted.
 
-Order does not matter in a cache that knows positions: while decoding, what stays in the last slots moves into the slots
-that were given up, and nothing else moves.
+As the cache stores the position of each slot's token, the order of slots does not matter: an eviction while decoding
+moves the remaining tokens of the last slots into the slots that became free, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class EvictingLayer(BufferedLayer):
     """Keys `[B, G, S, K]` and values `[B, G, S, V]`, with S chosen after the prompt.
 
     Args:
-        batch: rows B.
-        window: sliding window; such a layer gives nothing up.
-        device: where it is.
+        batch: number of sequences B that the buffers hold.
+        window: size of the sliding window in positions, in which case nothing is evicted; 0 for full attention.
+        device: device of the buffers.
 
     Attributes:
-        from_all: float32 `[B, S]`: attention that each slot's token received from all tokens of the prompts.
-        from_last: float32 `[B, S]`: the same from the last tokens of each prompt.
-        pinned: bool `[B, S]`: tokens that the caller asked to keep.
-        anchor: int32 `[B, 1]`: while decoding, positions below it stay.
+        from_all: float32 `[B, S]`, attention that each slot's token received from all tokens of the prompts.
+        from_last: float32 `[B, S]`, attention that it received from the last tokens of each prompt.
+        pinned: bool `[B, S]`, tokens that the caller asked to keep.
+        anchor: int32 `[B, 1]`, position below which no token is evicted while decoding.
     """
 
     keeps_places = False
@@ -41,33 +41,33 @@ class EvictingLayer(BufferedLayer):
         super().__init__(Slots(batch, 0, device), window)
 
     def storage(self) -> list[Tensor]:
-        """What is kept, each `[B, G, S, ...]`."""
+        """Return the tensors that the slots are stored in, each `[B, G, S, ...]`."""
         assert self.keys is not None
         assert self.values is not None
         return [self.keys, self.values]
 
     def encode(self, keys: Tensor, values: Tensor) -> Sequence[Tensor]:
-        """Keys `[B, G, T, K]` and values in the form of :meth:`storage`."""
+        """Convert keys `[B, G, T, K]` and values `[B, G, T, V]` to the form of :meth:`storage`."""
         return keys, values
 
     def decode(self, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The reverse of :meth:`encode`."""
+        """Convert stored tensors back to keys and values; the inverse of :meth:`encode`."""
         return stored[0], stored[1]
 
     @staticmethod
     def bytes_of(features: int, element_size: int) -> float:
-        """Bytes that `features` numbers of one head take, of keys or of values."""
+        """Return the bytes that `features` numbers of one head take in the cache, for keys or values."""
         return features * element_size
 
     def fit(self, capacity: int, keys: Tensor, values: Tensor) -> bool:
-        """Make the buffers `capacity` slots long, unless they are so or a little longer.
+        """Allocate buffers of `capacity` slots, unless the present ones have that size or are slightly larger.
 
         Args:
-            capacity: slots.
-            keys, values: of the right heads, sizes and dtype.
+            capacity: number of slots.
+            keys, values: tensors with the number of heads, head sizes and dtype of the buffers.
 
         Returns:
-            Whether they are others than before.
+            Whether new buffers were allocated.
         """
         batch, slots = self.slots.positions.shape
         if self.is_initialized and capacity <= slots <= capacity + capacity // 4 + 256:
@@ -81,11 +81,11 @@ class EvictingLayer(BufferedLayer):
         return True
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is known of each slot beside its position, each `[B, S]`."""
+        """Return the data of the slots besides positions: `from_all`, `from_last` and `pinned`, each `[B, S]`."""
         return self.from_all, self.from_last, self.pinned
 
     def put(self, row: int, keys: Tensor, values: Tensor, positions: Tensor, tables: Sequence[Tensor]) -> None:
-        """Fill the slots of the rows from `row` on; all arguments are of these rows, and of T slots."""
+        """Fill the first T slots of the sequences from `row` on, which the other arguments belong to."""
         rows, count = positions.shape
         here = slice(row, row + rows)
         for stored, new in zip(self.storage(), self.encode(keys, values), strict=True):
@@ -99,27 +99,27 @@ class EvictingLayer(BufferedLayer):
             table[here, :count] = of_rows
 
     def get(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the slots in use."""
+        """Return the keys and values of the slots in use, of the first `rows` sequences."""
         return self.decode([stored[:rows, :, : self.slots.length] for stored in self.storage()])
 
     def give_up(self, target: Tensor, length: int, most: int, latest: Tensor, sink: int, recent: int) -> None:
-        """Drop tokens until each row holds `target`; the host knows all sizes.
+        """Evict tokens until each sequence holds `target`; all sizes are known on the host, without synchronisation.
 
-        The oldest go, apart from the first, the pinned, those below the anchor, and the last.
+        The oldest tokens are evicted, except the first ones, the last ones, pinned ones and those below the anchor.
 
         Args:
-            target: int64 `[B, 1]`.
-            length: the largest of them: slots in use afterwards.
-            most: how many slots the shortest row gives up.
-            latest: int32 `[B, 1]`: position of each row's last token.
-            sink: positions below it stay.
-            recent: so many of the last positions stay.
+            target: int64 `[B, 1]`, number of slots in use of each sequence afterwards.
+            length: maximum of `target`, number of slots in use of the layer afterwards.
+            most: maximum over sequences of the number of slots to empty.
+            latest: int32 `[B, 1]`, position of the last token of each sequence.
+            sink: number of first positions to keep.
+            recent: number of last positions to keep.
         """
         slots, before = self.slots, self.slots.length
         positions = slots.positions[:, :before]
         stays = (positions < self.anchor) | (positions < sink) | (positions > latest - recent)
         stays |= self.pinned[:, :before]
-        # Empty slots first, then the oldest; what must stay comes last.
+        # Empty slots come first, then the oldest tokens; protected tokens come last.
         key = positions + (stays & (positions >= 0)).int() * (1 << 30)
         candidates = key.topk(most, dim=1, largest=False, sorted=True).indices
         place = torch.arange(most, device=key.device)

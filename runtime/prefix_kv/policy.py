@@ -1,4 +1,9 @@
-"""What a method decides: how much each layer keeps, and which of its tokens go first."""
+"""Interface of the methods that share out a cache budget.
+
+A :class:`Policy` decides how many tokens each layer keeps and by which score its tokens are ranked. The session
+(:mod:`effpass.runtime.prefix_kv.session`) calls it for each prompt; :mod:`effpass.runtime.prefix_kv.peers` holds other
+methods to compare PrefixKV with.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +19,15 @@ __all__ = ["Policy", "pooled"]
 
 
 class Policy:
-    """One method. The base class is PrefixKV without a profile: every prompt is searched by itself.
+    """A method of sharing out a budget. The base class is PrefixKV without a profile, which searches for each prompt.
 
     Attributes:
-        name: of the method.
-        importance: what tokens are ranked by: the attention that they receive from all tokens (``"full"``), from the
-            last :attr:`window` ones (``"window"``), ``"both"``, or nothing of the kind (``"none"``).
-        window: how many last tokens are asked.
-        slides: while decoding, the oldest tokens behind the first ones go. Otherwise what a prompt kept stays, and the
-            oldest tokens behind it go.
+        name: name of the method.
+        importance: attention that tokens are ranked by: that received from all tokens (``"full"``), from the last
+            :attr:`window` ones (``"window"``), from both (``"both"``), or none (``"none"``).
+        window: number of tokens at the end of the prompt whose attention is summed for ``"window"``.
+        slides: which tokens are evicted while decoding. If True, the oldest ones after the first `sink` tokens; if
+            False, the kept prompt tokens stay, and the oldest ones after them are evicted.
     """
 
     name: str = "prefix_kv"
@@ -31,49 +36,49 @@ class Policy:
     slides: bool = False
 
     def shares(self, ratio: float, layers: int) -> Sequence[float] | None:
-        """What each layer keeps in proportion to the others, known before the prompt is run.
+        """Return the relative number of tokens that each layer keeps, if it is known before the prompt runs.
 
         Args:
-            ratio: the budget as a share of the tokens.
-            layers: layers with full attention.
+            ratio: budget as a share of the tokens.
+            layers: number of layers with full attention.
 
         Returns:
-            One number a layer, in any unit; None where it depends on the prompt, and :meth:`counts` says it.
+            One number per layer, in any unit; None if it depends on the prompt and :meth:`counts` computes it.
         """
         return None
 
     def counts(self, mass: Tensor, totals: Sequence[int], low: Sequence[int], high: Tensor) -> list[list[int]]:
-        """What each layer keeps of each sequence, from the prompt; see :func:`threshold_counts` for the arguments."""
+        """Compute the number of tokens that each layer keeps of each sequence; see :func:`threshold_counts`."""
         return threshold_counts(mass, totals, low, high)
 
     def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
-        """What a layer keeps first: float32 `[B, S]`, larger is earlier.
+        """Return the score of each slot's token, float32 `[B, S]`; tokens with larger scores are kept first.
 
         Args:
-            from_all: float32 `[B, S]`: attention that a token received from all of the prompt, in the mean of heads.
-            from_last: float32 `[B, S]`: the same from the prompt's last :attr:`window` tokens.
-            positions: int32 `[B, S]`, ascending among those that are not -1.
-            sink: positions below it are kept anyway.
+            from_all: float32 `[B, S]`, attention that a token received from the whole prompt, averaged over heads.
+            from_last: float32 `[B, S]`, attention that it received from the prompt's last :attr:`window` tokens.
+            positions: int32 `[B, S]`, token positions, ascending apart from those that are -1.
+            sink: number of first positions, which are always kept.
         """
         if self.importance == "both":
             return _share(from_all, positions, sink) + _share(from_last, positions, sink)
         return from_all if self.importance == "full" else from_last
 
     def recent(self, count: int, at_least: int) -> int:
-        """How many of the last tokens a layer that keeps `count` always keeps.
+        """Return the number of last tokens that a layer always keeps.
 
         Args:
-            count: what the layer keeps.
-            at_least: the option `recent`.
+            count: number of tokens that the layer keeps.
+            at_least: value of the option `recent`.
         """
         return at_least
 
 
 def _share(scores: Tensor, positions: Tensor, sink: int) -> Tensor:
-    """`scores` over the sum of those that are not kept anyway."""
+    """Divide `scores` by the sum of those outside of the first `sink` positions, which are always kept."""
     return scores / scores.masked_fill(positions < sink, 0).sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def pooled(ranks: Tensor, width: int) -> Tensor:
-    """The mean of each of `ranks` `[B, S]` and its neighbours, `width` together."""
+    """Average each of `ranks` `[B, S]` over a window of `width` slots that is centred on it."""
     return avg_pool1d(ranks[:, None], width, stride=1, padding=width // 2, count_include_pad=False).squeeze(1)

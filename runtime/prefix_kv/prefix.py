@@ -1,4 +1,8 @@
-"""PrefixKV (https://arxiv.org/abs/2412.03409) with a profile: each layer's share, learned before."""
+"""PrefixKV (https://arxiv.org/abs/2412.03409), optionally with a profile.
+
+A profile (:mod:`effpass.runtime.prefix_kv.profile`) holds the share of its tokens that each layer keeps, learned on
+other prompts. Without one, the global threshold search of :mod:`effpass.runtime.prefix_kv.search` runs for each prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ __all__ = ["PrefixKV"]
 
 
 class PrefixKV(Policy):
-    """The global threshold search, by a profile or, without one, for each prompt.
+    """Policy of PrefixKV: shares of the layers from a profile, or from the global threshold search for each prompt.
 
     Args:
-        profile: shares of the layers, learned on other prompts. It lets every layer give up its tokens as soon as it
-            has attended.
-        importance: whose attention counts: that of all tokens, as in the paper, of the last 64, or both alike.
-        pool: neighbours over which it is averaged, an odd number, so that what stands side by side is kept together;
-            1 leaves it as it is, as in the paper.
+        profile: shares of the layers, learned on other prompts. As they are known beforehand, each layer can evict its
+            tokens as soon as it has attended to the prompt. None to search for each prompt.
+        importance: tokens whose attention is the score: all tokens (``"full"``, as in the paper), the last 64
+            (``"window"``), or both with equal weight.
+        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number, so that
+            neighbours tend to be kept together; 1 for no averaging, as in the paper.
     """
 
     def __init__(

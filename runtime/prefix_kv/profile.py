@@ -1,9 +1,10 @@
-"""A profile: what share of its tokens each layer keeps, for budgets from 2 % to 100 %, learned on a few prompts.
+"""Profile of a model for PrefixKV: the share of its tokens that each layer keeps, for budgets from 2 % to 100 %.
 
-Its tensors:
+`effpass calibrate prefix-kv` learns it on a few prompts (:mod:`effpass.runtime.prefix_kv.calibrate`) and saves it as an
+artifact, the folder format of :mod:`effpass.core.artifact`, with these tensors:
 
-    budgets    float32 [R]      shares of the tokens over all layers, ascending, the last one 1
-    shares     float32 [R, L]   what each layer with full attention keeps of its tokens
+    budgets    float32 [R]      budgets as shares of the tokens of all layers, ascending, the last one 1
+    shares     float32 [R, L]   share of its tokens that each layer with full attention keeps at each budget
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Profile:
     """A validated profile.
 
     Attributes:
-        artifact: where it comes from.
-        budgets: float32 `[R]`.
-        shares: float32 `[R, L]`.
+        artifact: artifact that holds the tensors, with the fingerprint of the model they were learned for.
+        budgets: float32 `[R]`, budgets as shares of the tokens, ascending.
+        shares: float32 `[R, L]`, share of its tokens that each layer with full attention keeps at each budget.
     """
 
     artifact: Artifact
@@ -42,7 +43,7 @@ class Profile:
 
     @classmethod
     def make(cls, model: nn.Module, shares: Tensor, options: dict[str, Any], provenance: dict[str, Any]) -> Profile:
-        """A profile of `model` from `shares` `[R, L]` at :data:`BUDGETS`."""
+        """Create a profile of `model` from the `shares` `[R, L]` of its layers at :data:`BUDGETS`."""
         budgets = torch.tensor(BUDGETS)
         tensors = {"budgets": budgets, "shares": shares.float()}
         artifact = Artifact(PASS, VERSION, options, Fingerprint.of(model), provenance=provenance, tensors=tensors)
@@ -50,10 +51,11 @@ class Profile:
 
     @classmethod
     def load(cls, folder: Path) -> Profile:
-        """Read and validate.
+        """Load a profile from an artifact folder and validate it.
 
         Raises:
-            ArtifactError: see :class:`~effpass.core.artifact.Artifact`; or numbers that are no shares: names the value.
+            ArtifactError: if the folder is no valid artifact (see :class:`~effpass.core.artifact.Artifact`), or its
+                tensors have other shapes or hold values that are no shares.
         """
         floats = (None, torch.float32)
         artifact = Artifact.load(
@@ -73,7 +75,7 @@ class Profile:
         return cls(artifact, budgets, shares)
 
     def check(self, model: nn.Module, layers: int) -> None:
-        """Raise :class:`ArtifactError` unless the profile was learned for `model` with `layers` full layers."""
+        """Raise :class:`ArtifactError` unless the profile fits `model`, which has `layers` full-attention layers."""
         self.artifact.check_model(model)
         if self.shares.shape[1] != layers:
             raise ArtifactError(
@@ -81,7 +83,7 @@ class Profile:
             )
 
     def at(self, ratio: float) -> list[float]:
-        """Shares of the layers at a budget, interpolated; below the first budget in proportion to it."""
+        """Interpolate the layers' shares at budget `ratio`; below the smallest budget they are proportional to it."""
         budgets, shares = self.budgets.double(), self.shares.double()
         if ratio <= float(budgets[0]):
             return (shares[0] * (ratio / budgets[0])).tolist()

@@ -1,11 +1,12 @@
-"""Keys and values stored in few bits, scaled for each token and head.
+"""Layers of a cache with a budget that quantize keys and values, with a scale for each token and KV head.
 
     int8    q = round(x / s)                s = max |x| / 127
     fp8     q = x / s in float8 e4m3        s = max |x| / 448
-    int4    q = round((x - m) / s)          m = min x,  s = (max x - m) / 15;  two numbers a byte
+    int4    q = round((x - m) / s)          m = min x,  s = (max x - m) / 15;  two numbers per byte
 
-s and m are bfloat16, and the rounding uses them as they are stored. All of a layer's slots are expanded when it
-attends: the cache is small, and reading it is not faster.
+x are the numbers of one token in one KV head. s and m are bfloat16, and quantization uses them as they are stored. All
+slots that a call reads are dequantized before the layer attends to them, so that the cache is small and reading it is
+not faster. The option `kv_cache_dtype` selects the class through :func:`layer_class`.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ _LARGEST_FP8 = 448.0
 
 
 class QuantizedLayer(EvictingLayer):
-    """Stores keys and values by :meth:`quantize`, each as numbers `[B, G, S, ...]` and scales `[B, G, S, 1 or 2]`."""
+    """Base class of layers that store keys and values each as numbers `[B, G, S, ...]` and scales `[B, G, S, 1 or 2]`.
+
+    The last dimension of the scales is 2 if a minimum is stored beside each scale.
+    """
 
     @abstractmethod
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers and scales of `x` `[B, G, T, features]`."""
+        """Quantize `x` `[B, G, T, features]` to numbers and scales."""
 
     @abstractmethod
     def expand(self, numbers: Tensor, scales: Tensor) -> Tensor:
-        """The reverse, up to rounding: float32 `[B, G, T, features]`."""
+        """Dequantize `numbers` with their `scales` to float32 `[B, G, T, features]`."""
 
     def storage(self) -> list[Tensor]:
         return self._stored
@@ -71,7 +75,7 @@ class QuantizedLayer(EvictingLayer):
 
 
 class Int8Layer(QuantizedLayer):
-    """Symmetric, 8 bits."""
+    """Symmetric quantization to 8-bit integers."""
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = _scale(x.float().abs().amax(-1, keepdim=True) / 127)
@@ -86,7 +90,7 @@ class Int8Layer(QuantizedLayer):
 
 
 class Fp8Layer(QuantizedLayer):
-    """float8 e4m3, kept as bytes, which all operators know how to move."""
+    """Quantization to float8 e4m3, stored as uint8, whose bytes all indexing operators can move."""
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scale = _scale(x.float().abs().amax(-1, keepdim=True) / _LARGEST_FP8)
@@ -102,7 +106,7 @@ class Fp8Layer(QuantizedLayer):
 
 
 class Int4Layer(QuantizedLayer):
-    """Asymmetric, 4 bits; the size of a head is even."""
+    """Asymmetric quantization to 4-bit integers; the head size has to be even."""
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1] % 2:
@@ -125,7 +129,7 @@ class Int4Layer(QuantizedLayer):
 
 
 def _scale(x: Tensor) -> Tensor:
-    """As bfloat16, and never 0."""
+    """Convert scales to bfloat16, with a lower bound that keeps them above 0."""
     return x.clamp(min=1e-30).to(torch.bfloat16)
 
 
@@ -138,5 +142,5 @@ DTYPES: dict[str, type[EvictingLayer]] = {
 
 
 def layer_class(kv_cache_dtype: str) -> type[EvictingLayer]:
-    """The layer that stores keys and values so; ``"auto"`` is the model's own dtype."""
+    """Return the layer class for a `kv_cache_dtype`; ``"auto"`` stores keys and values in the model's dtype."""
     return DTYPES[kv_cache_dtype]

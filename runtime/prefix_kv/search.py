@@ -1,11 +1,11 @@
-"""Sharing out a total over layers: the global threshold search of PrefixKV, and rounding that keeps the total.
+"""The global threshold search of PrefixKV, which shares out a total over layers, and rounding that keeps the total.
 
-With C_l(K) the share of layer l's attention that its K most important tokens receive, the search finds
+Let C_l(K) be the share of layer l's attention that its K most important tokens receive. The search finds
 
     the largest p with Σ_l K_l(p) ≤ total,   K_l(p) = min { K : C_l(K) ≥ p }
 
-so that the layer that retains least retains as much as possible (https://arxiv.org/abs/2412.03409, section 3.2). Layers
-whose attention is spread out keep many tokens, layers that look at a few keep few.
+This maximises the share of attention in the layer that retains the smallest one (https://arxiv.org/abs/2412.03409,
+section 3.2). Layers whose attention is spread over many tokens keep many, and layers that attend to few keep few.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["apportion", "threshold_counts"]
 
-_STEPS = 40  # of bisection: 2^-40 is below what a sum of float32 resolves
+_STEPS = 40  # bisection steps; 2^-40 is below the resolution of a sum in float32
 
 
 def threshold_counts(mass: Tensor, totals: Sequence[int], low: Sequence[int], high: Tensor) -> list[list[int]]:
-    """K_l for each sequence.
+    """Find the number of tokens K_l that each layer keeps, for each sequence.
 
     Args:
-        mass: `[B, L, S]`, ascending: C_l(1) ... C_l(S), the last of them 1.
-        totals: for each sequence, the sum of its counts.
-        low: for each layer, what it keeps at least.
-        high: int64 `[B, L]`: what there is to keep.
+        mass: `[B, L, S]`, cumulative importance C_l(1) ... C_l(S), ascending, the last one 1.
+        totals: for each sequence, the number of tokens that its layers keep in total.
+        low: for each layer, the minimum number of tokens.
+        high: int64 `[B, L]`, number of tokens available.
 
     Returns:
-        For each sequence, the layers' counts: `low ≤ K ≤ high`, and in sum the total, or all there is.
+        For each sequence, the counts of its layers, with `low ≤ K ≤ high`; their sum is the total, or the sum of `high`
+        if that is smaller.
 
     Raises:
-        EffpassError: a total is below the sum of `low`.
+        EffpassError: if a total is below the sum of `low`.
     """
     mass = mass.double().contiguous()
     least = torch.tensor(low, device=mass.device).expand_as(high).minimum(high)
@@ -51,7 +52,7 @@ def threshold_counts(mass: Tensor, totals: Sequence[int], low: Sequence[int], hi
         middle = (below + above) / 2
         fits = counts(middle).sum(1) <= wanted
         below, above = below.where(~fits, middle), above.where(fits, middle)
-    # Between the last two thresholds stand only ties: their tokens are shared out in proportion.
+    # Counts at the last two thresholds differ only by ties, whose tokens are shared out in proportion.
     fitting = counts(below)
     more = torch.where((above == 1)[:, None], high, counts(above)) - fitting
     found = []
@@ -59,7 +60,7 @@ def threshold_counts(mass: Tensor, totals: Sequence[int], low: Sequence[int], hi
         fitting.tolist(), more.tolist(), high.tolist(), totals, least.tolist(), strict=True
     ):
         tops = [b + e for b, e in zip(base, extra, strict=True)]
-        if sum(tops) < min(total, sum(most)):  # the total asks for more than p = 1 gives: tokens that nobody looks at
+        if sum(tops) < min(total, sum(most)):  # the total exceeds the counts at p = 1: add tokens without attention
             base, tops = tops, most
         bottoms = base if sum(base) <= total else floor
         weights = [float(t) for t in tops]
@@ -70,17 +71,17 @@ def threshold_counts(mass: Tensor, totals: Sequence[int], low: Sequence[int], hi
 def apportion(
     weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int], page: int = 1
 ) -> list[int]:
-    """Whole numbers near λ · `weights` whose sum is `total` exactly, or the sum of `high` where that is less.
+    """Round λ · `weights` to integers whose sum is exactly `total`, or the sum of `high` if that is smaller.
 
     Args:
-        weights: for each layer, what it should keep, in any unit.
-        total: the sum.
-        low: for each layer, the least.
-        high: for each layer, the most.
-        page: numbers are multiples of it, but for those at a limit and one that takes what is left.
+        weights: for each layer, the relative number of tokens to keep, in any unit.
+        total: sum of the results.
+        low: for each layer, the minimum.
+        high: for each layer, the maximum.
+        page: granularity; results are multiples of it, except those at a limit and one that takes the remainder.
 
     Raises:
-        EffpassError: `total` is below the sum of `low`.
+        EffpassError: if `total` is below the sum of `low`.
     """
     total = min(total, sum(high))
     if sum(low) > total:
@@ -103,7 +104,7 @@ def apportion(
 
 
 def _scaled(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[float]:
-    """λ · `weights` within the limits, with the sum `total`; layers of no weight come last."""
+    """Return λ · `weights`, clamped to the limits, with λ such that the sum is `total`; zero weights count last."""
     smallest = min((w for w in weights if w > 0), default=1.0)
     positive = [max(w, smallest * 1e-9) for w in weights]
 

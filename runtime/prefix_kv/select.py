@@ -1,4 +1,8 @@
-"""Which tokens of a layer stay."""
+"""Selection of the tokens that a layer keeps.
+
+The session orders a layer's slots by :func:`priority` and keeps the first ones (:func:`kept_slots`). The share of
+attention that each number of kept slots retains (:func:`cumulative_mass`) is the input of the threshold search.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,16 @@ __all__ = ["cumulative_mass", "kept_slots", "priority"]
 
 
 def priority(rank: Tensor, positions: Tensor, pinned: Tensor, sink: int, recent: int) -> Tensor:
-    """Slots in the order in which they are kept: the protected first, then by rank; empty ones last. int64 `[B, S]`.
+    """Return the slots in the order in which they are kept, int64 `[B, S]`.
+
+    Protected slots come first, then the others by descending `rank`, and empty slots last.
 
     Args:
-        rank: float32 `[B, S]`, larger is earlier.
-        positions: int32 `[B, S]`; -1 in empty slots.
-        pinned: bool `[B, S]`: protected.
-        sink: positions below it are protected.
-        recent: so many of each row's last positions are protected.
+        rank: float32 `[B, S]`, scores of the slots.
+        positions: int32 `[B, S]`, token positions; -1 in empty slots.
+        pinned: bool `[B, S]`, tokens that the caller protects.
+        sink: number of first positions that are protected.
+        recent: number of last positions of each sequence that are protected.
     """
     latest = positions.amax(1, keepdim=True)
     protected = (positions < sink) | (positions > latest - recent) | pinned
@@ -25,32 +31,32 @@ def priority(rank: Tensor, positions: Tensor, pinned: Tensor, sink: int, recent:
 
 
 def cumulative_mass(rank: Tensor, positions: Tensor, order: Tensor, sink: int) -> Tensor:
-    """C(1) ... C(S): the share of all importance in the first K slots of `order`. float64 `[B, S]`, the last one 1.
+    """Return C(1) ... C(S), the share of all scores in the first K slots of `order`: float64 `[B, S]`, the last one 1.
 
-    The first tokens count nothing. They draw attention whatever the text is (https://arxiv.org/abs/2309.17453), and are
-    kept anyway: a layer that spends most of its attention on them would seem to need hardly anything else.
+    The first tokens count as zero. They draw attention whatever the text is (https://arxiv.org/abs/2309.17453), and are
+    always kept. If they counted, a layer with most of its attention on them would seem to need hardly any other token.
 
     Args:
-        rank: float32 `[B, S]`.
-        positions: int32 `[B, S]`; -1 in empty slots.
-        order: int64 `[B, S]`.
-        sink: positions below it count nothing.
+        rank: float32 `[B, S]`, scores of the slots.
+        positions: int32 `[B, S]`, token positions; -1 in empty slots.
+        order: int64 `[B, S]`, slots in the order of :func:`priority`.
+        sink: number of first positions that count as zero.
     """
     mass = rank.double().masked_fill(positions < sink, 0).gather(1, order).cumsum(1)
     return (mass / mass[:, -1:].clamp(min=1e-30)).clamp(max=1).masked_fill(mass >= mass[:, -1:], 1)
 
 
 def kept_slots(order: Tensor, positions: Tensor, count: int, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The first slots of `order`, in the order of their positions.
+    """Return the first slots of `order`, sorted by their positions.
 
     Args:
-        order: int64 `[B, S]`.
-        positions: int32 `[B, S]`.
-        count: slots to return, K ≤ S.
-        counts: int64 `[B, 1]`: how many of them each row keeps; the rest are empty.
+        order: int64 `[B, S]`, slots in the order of :func:`priority`.
+        positions: int32 `[B, S]`, token positions; -1 in empty slots.
+        count: number of slots K ≤ S to return.
+        counts: int64 `[B, 1]`, number of slots that each sequence keeps; the others become empty.
 
     Returns:
-        Slots int64 `[B, K]`, and their positions int32 `[B, K]`, -1 in those that are empty, which come last.
+        Slots int64 `[B, K]` and their positions int32 `[B, K]`; empty slots have position -1 and come last.
     """
     slots = order[:, :count]
     found = positions.gather(1, slots)

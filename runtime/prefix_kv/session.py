@@ -1,10 +1,11 @@
-"""A session whose layers keep their share of a budget.
+"""A session of the decode engine whose layers keep their shares of a cache budget.
 
-A prompt is *staged*: each layer holds all of it until its tokens are chosen, and what stays is copied into buffers of
-the layer's own size. With a profile a layer's share is known beforehand: its staged keys are freed as soon as it has
-attended, so that, beside what is kept, one layer's at a time are in memory (:mod:`effpass.runtime.prefix_kv.staging`),
-and a batch is run some sequences at a time. Without one, all layers of all sequences are staged until the last has
-attended. While decoding, tokens are appended, and every so many steps the layers fall back to their share.
+A prompt is *staged* (:mod:`effpass.runtime.prefix_kv.staging`): each layer holds all of its tokens until those to keep
+are selected and copied to buffers of the layer's own size. With a profile, a layer's share is known beforehand. Its
+staged keys are then freed as soon as it has attended, so that besides kept tokens only one layer at a time is in
+memory, and a batch runs a few sequences at a time. Without a profile, all layers of all sequences stay staged until the
+last layer has attended. Decode steps append tokens, and every :attr:`Settings.every` steps each layer evicts the tokens
+beyond its share.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ __all__ = ["BudgetSession"]
 
 
 class BudgetSession(Session):
-    """As :class:`Session`; see there.
+    """A :class:`Session` with a cache of :class:`EvictingLayer` and a budget.
 
     Args:
         model: a transformers causal LM.
-        batch: rows of the buffers.
-        capacity: tokens of prompt and answer together; layers have slots for their share of them.
-        backend: compiles the decode step.
-        settings: policy and budget.
+        batch: number of sequences that the buffers hold.
+        capacity: number of tokens of prompt and answer together; layers have slots for their shares of them.
+        backend: `torch.compile` backend for the decode step; None runs the model's own operators.
+        settings: policy, budget and protected tokens.
 
     Attributes:
-        growth: for each layer with full attention, what it keeps; there after the first prompt.
+        growth: for each layer with full attention, the number of tokens that it keeps; created by the first prompt.
+        keyed: indices of the layers that cache keys and values.
+        full: indices of those with full attention, which share the budget.
+        token_bytes: bytes of one token in all of `full`.
     """
 
     growth: list[Growth]
@@ -51,7 +55,7 @@ class BudgetSession(Session):
         self.full = [i for i in self.keyed if not self._kept(i).is_sliding]
         layer = layer_class(settings.kv_cache_dtype)
         self.token_bytes = len(self.full) * token_bytes(model.config, model.dtype.itemsize, layer.bytes_of)
-        self._lengths: list[int] = []  # tokens of each sequence, padding left out
+        self._lengths: list[int] = []  # number of tokens of each sequence, without padding, at the last eviction
         self._pinned = 0
         self._settled_at = 0
 
@@ -82,13 +86,14 @@ class BudgetSession(Session):
     def prefill(
         self, input_ids: Tensor, is_token: Tensor | None, chunk: int, keep: Tensor | None = None, **inputs: Any
     ) -> None:
-        """As :meth:`Session.prefill`.
+        """Run the next prompt tokens, and keep those that the budget allows.
 
         Args:
-            keep: bool `[rows, T]`: tokens that no layer may give up.
+            input_ids, is_token, chunk, inputs: as for :meth:`Session.prefill`.
+            keep: bool `[rows, T]`, tokens that no layer may evict; None for no such tokens.
 
         Raises:
-            EffpassError: the budget is below the protected tokens.
+            EffpassError: if the budget is smaller than the number of protected tokens.
         """
         rows, tokens = input_ids.shape
         before, known = self.length, list(self._lengths)
@@ -126,7 +131,7 @@ class BudgetSession(Session):
             slots.positions[rows:] = -1
         for index in range(len(self.cache)):
             if not self.cache.buffers(index).keeps_keys:
-                self.cache.buffers(index).slots = self._kept(self.keyed[0]).slots  # made anew where the layer grew
+                self.cache.buffers(index).slots = self._kept(self.keyed[0]).slots  # new if that layer was reallocated
 
     def _online(
         self,
@@ -139,7 +144,7 @@ class BudgetSession(Session):
         lengths: Sequence[int],
         inputs: dict[str, Any],
     ) -> None:
-        """Stage everything, search, and choose."""
+        """Stage all layers, search for their shares, and then select the tokens of each layer."""
         staging = self._stage(input_ids, positions, is_token, chunk, keep, inputs, 0, lengths, None, limits)
         counts = limits.counts(self.settings, self._searched(staging, limits, lengths))
         self._grow(counts, limits)
@@ -147,10 +152,11 @@ class BudgetSession(Session):
             self._settle(staging, index, 0, lengths, counts, limits)
 
     def mass(self, staging: Staging, mean: int) -> tuple[Tensor, Tensor]:
-        """Cumulative importance `[B, L, S]` of what was staged, and how many tokens there are, `[B, L]`.
+        """Return the cumulative importance of staged tokens, `[B, L, S]`, and their number, int64 `[B, L]`.
 
         Args:
-            mean: what a layer will keep in the mean.
+            staging: the staged prompt, which all layers have attended to.
+            mean: mean number of tokens that a layer will keep, for :meth:`Policy.recent`.
         """
         masses, there, settings = [], [], self.settings
         for index in self.full:
@@ -166,7 +172,7 @@ class BudgetSession(Session):
         return torch.stack(padded, 1), torch.stack(there, 1)
 
     def _searched(self, staging: Staging, limits: Limits, lengths: Sequence[int]) -> list[float]:
-        """What the policy gives each layer: the mean of the sequences' shares."""
+        """Return the number of tokens that the policy assigns to each layer, from the mean of the sequences' shares."""
         mass, high = self.mass(staging, limits.total // len(self.full))
         totals = [round(limits.total * n / limits.length) for n in lengths]
         low = [min(limits.low, most) for most in limits.high]
@@ -177,7 +183,7 @@ class BudgetSession(Session):
         return [sum(column) / len(shares) * limits.length for column in zip(*shares, strict=True)]
 
     def stage(self, input_ids: Tensor, chunk: int, inputs: dict[str, Any]) -> Staging:
-        """Run a prompt without padding `[rows, T]`, the first one, and choose nothing."""
+        """Run a first prompt `[rows, T]` without padding, and return the staged layers before tokens are selected."""
         rows, tokens = input_ids.shape
         positions, lengths = self._begin_prompt(input_ids, None), [tokens] * rows
         limits = Limits(tokens, tokens * len(self.full), 0, [tokens] * len(self.full))
@@ -196,7 +202,7 @@ class BudgetSession(Session):
         counts: Sequence[int] | None,
         limits: Limits,
     ) -> Staging:
-        """Run a prompt; with `counts` every layer settles as soon as it can."""
+        """Run a prompt; given `counts`, tokens of each layer are selected as soon as it has attended to the prompt."""
         rows, tokens = input_ids.shape
         kept, policy = self.cache, self.settings.policy
         importance = "none" if self.settings.budget.is_everything else policy.importance
@@ -244,7 +250,7 @@ class BudgetSession(Session):
         counts: Sequence[int],
         limits: Limits,
     ) -> None:
-        """Choose a layer's tokens, copy them into its own buffers, and free the staged ones."""
+        """Select the tokens of a layer, copy them to its own buffers, and free the staged ones."""
         staged, kept, settings = staging.staged(index), self._kept(index), self.settings
         assert staged.keys is not None
         assert staged.values is not None
@@ -285,7 +291,7 @@ class BudgetSession(Session):
         super().step(tail)
 
     def _give_up(self) -> None:
-        """Every layer back to its share."""
+        """Evict the tokens of each layer beyond its share."""
         steps, self._settled_at = self.length - self._settled_at, self.length
         self._lengths = [n + steps for n in self._lengths]
         longest = max(self._lengths)
@@ -301,7 +307,7 @@ class BudgetSession(Session):
         self.cache.changed()
 
     def crop(self, length: int) -> None:
-        """Keep the first `length` tokens of every sequence; what was given up meanwhile does not come back."""
+        """Keep the first `length` tokens of every sequence; tokens that were evicted meanwhile are not restored."""
         removed = self.length - length
         if removed <= 0:
             return
@@ -321,7 +327,7 @@ class BudgetSession(Session):
 
 
 def _column(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 `[B, 1]` on the device, which is not waited for."""
+    """Copy `values` to the device as int64 `[B, 1]`, without synchronisation."""
     if len(set(values)) == 1:
         return torch.full((len(values), 1), values[0], device=device)
     column = torch.tensor(values)[:, None]

@@ -1,7 +1,8 @@
-"""The prompt's side of a cache with a budget: all of a prompt's tokens, and the attention that they receive.
+"""Staging of a prompt in a cache with a budget: all of its tokens, and the attention that they receive.
 
-A layer stands here from its first call on until its tokens were chosen. Where the choice needs nothing but the layer
-itself, that is right after it has attended to the end of the prompt.
+While a prompt runs, each layer is *staged*: its keys and values of all tokens are in temporary buffers, until the
+tokens to keep are selected and copied to the layer's own buffers. If the selection depends on that layer alone, it
+takes place as soon as the layer has attended to the end of the prompt; otherwise after the last layer has.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ __all__ = ["StagedLayer", "Staging"]
 
 
 class StagedLayer(BufferedLayer):
-    """What a layer kept of earlier turns, in the order of positions, with room for the prompt.
+    """Temporary buffers of a layer: the tokens kept of earlier turns, sorted by position, and slots for the prompt.
+
+    Args:
+        kept: the layer that holds the kept tokens of earlier turns, and decodes later.
+        slots: positions of the tokens in the temporary buffers.
+        rows: number of sequences.
+        before: number of slots with tokens of earlier turns.
 
     Attributes:
-        from_all, from_last, pinned: as in :class:`EvictingLayer`, `[rows, S]`.
+        from_all, from_last, pinned: `[rows, S]`, as in :class:`EvictingLayer`.
     """
 
     def __init__(self, kept: EvictingLayer, slots: Slots, rows: int, before: int) -> None:
@@ -64,7 +71,7 @@ class StagedLayer(BufferedLayer):
 
 
 class StagedState(StateBuffers):
-    """Linear attention's state of some sequences of a batch: views of what decoding will go on with."""
+    """State of linear attention for some sequences of a batch, as views of the state that decoding continues with."""
 
     def __init__(self, kept: StateBuffers, slots: Slots, row: int) -> None:
         super().__init__(slots, kept.settings)
@@ -78,18 +85,19 @@ class StagedState(StateBuffers):
 
 
 class Staging(DecodeCache):
-    """Staged layers for `rows` sequences and a prompt of `tokens`.
+    """A cache of staged layers for one prompt of some sequences of a batch.
 
     Args:
-        cache: what decoding will read, and what earlier turns left.
-        config: the model's.
-        row: the first of the sequences, in `cache`.
-        rows: how many there are.
-        tokens: of the prompt.
-        goes_on: earlier turns left something.
-        importance: of the policy.
-        window: of the policy.
-        settle: called with the layer's index as soon as it has attended to the whole prompt.
+        cache: the cache that decoding reads, with the kept tokens of earlier turns.
+        config: config of the model.
+        row: index in `cache` of the first sequence.
+        rows: number of sequences.
+        tokens: number of tokens of the prompt.
+        goes_on: whether `cache` holds tokens of earlier turns.
+        importance: attention to sum up, :attr:`Policy.importance`.
+        window: number of last tokens whose attention is summed separately, :attr:`Policy.window`.
+        settle: function that is called with the index of each layer as soon as it has attended to the whole prompt;
+            None if tokens are selected after the last layer.
     """
 
     def __init__(
@@ -143,7 +151,7 @@ class Staging(DecodeCache):
     def _add(
         self, layer: StagedLayer, table: Tensor, query: Tensor, keys: Tensor, last: int, scale: float, softcap: float
     ) -> None:
-        """Add what the `last` tokens of a call give."""
+        """Add the attention from the `last` tokens of the call to `table`."""
         reads = keys.shape[2]
         table[:, :reads] += torch.ops.effpass.received_attention(
             query[:, :, -last:], keys, layer.slots.positions[:, :reads], self.query_positions[:, -last:], scale, softcap

@@ -1,4 +1,4 @@
-"""Speculative decoding: a draft proposes a tree of tokens, and the model verifies all of them in one step."""
+"""Speculative decoding: a draft proposes a tree of tokens, and the model verifies all of them in one call."""
 
 from __future__ import annotations
 

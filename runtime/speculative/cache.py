@@ -1,11 +1,11 @@
-"""A decode engine's cache with room for a token tree behind it.
+"""The KV cache of speculative decoding: a cache of the decode engine with slots for a token tree after the prefix.
 
-    slots   0 ... lengths[b]   the tokens of row b, as after a prompt; rows differ
-            base ... base + N  the tree's nodes, the same slots in every row and round
+    slots   0 ... lengths[b]   prefix: the tokens of sequence b, whose number differs between sequences
+            base ... base + N  nodes of the tree, in the same slots for every sequence and round
 
-A call on nodes writes their keys behind `base` and reads the prefix and each node's own ancestors. What was accepted
-is then moved to the end of each row's prefix (:meth:`TreeCache.commit`). All sizes are fixed, and nothing waits for the
-device: what a round accepts changes numbers in buffers alone.
+A call on nodes writes their keys and values from slot `base` on, and attends to the prefix and the ancestors of each
+node. Accepted nodes are then moved to the end of each sequence's prefix (:meth:`TreeCache.commit`). All sizes are
+fixed, and a round changes only numbers in device buffers, so that the host never has to wait for the device.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["TreeCache"]
 
 
 class _TreeLayer(BufferedLayer):
-    """Buffers that are a part of a tensor for several layers; nodes are written where the tree stands."""
+    """Buffers of one layer, as a slice of a tensor for several layers; nodes are written to the slots of the tree."""
 
     cache: TreeCache
-    means: Tensor | None = None  # [B, G, N, K], of the keys of each block
+    means: Tensor | None = None  # [B, G, N, K], mean key of each block of the prefix
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values, self.latents, self.means = self.cache.place(self, key_states, value_states)
@@ -50,7 +50,7 @@ class _TreeLayer(BufferedLayer):
 
 
 class _TreeReader(Reader):
-    """Attends to a prefix and a tree."""
+    """Attention over a prefix and the ancestors in a tree."""
 
     def attend(
         self, cache: DecodeCache, index: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
@@ -67,40 +67,40 @@ class _TreeReader(Reader):
         return None
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, as no state is derived from the slots."""
 
 
 @dataclass
 class _Stack:
-    """Keys `[L, B, G, S, K]` and values `[L, B, G, S, V]` of layers that are alike; of latents both are views."""
+    """Keys `[L, B, G, S, K]` and values `[L, B, G, S, V]` of layers of equal sizes, or views of their latents."""
 
     keys: Tensor
     values: Tensor
     latents: Tensor | None = None
-    means: Tensor | None = None  # [L, B, G, N, K]
+    means: Tensor | None = None  # [L, B, G, N, K], mean key of each block
     used: int = 0
 
 
 class TreeCache(DecodeCache):
-    """A cache of `batch` sequences of up to `capacity` tokens, and of a tree of up to `nodes` nodes.
+    """A cache for `batch` sequences of up to `capacity` tokens, each followed by a tree of up to `nodes` nodes.
 
     Args:
-        config: the model's.
-        batch: rows B of the buffers.
-        capacity: slots of the prefix.
-        nodes: slots of the tree.
-        device: where they are.
-        blocks: which of the prefix sparse calls attend to; None for all.
+        config: config of the model.
+        batch: number of sequences B that the buffers hold.
+        capacity: number of slots of the prefix.
+        nodes: number of slots of the tree.
+        device: device of the buffers.
+        blocks: choice of the blocks of the prefix that sparse calls attend to; None for all blocks.
 
     Attributes:
-        base: the tree's first slot, which is `capacity`.
-        nodes: as given.
-        words: W, of its ancestors.
-        lengths: int32 `[B]`, on the device: slots of each row's prefix.
-        has_tree: calls are on nodes; before, they are on a prompt.
-        start: int32 `[1]`, on the device: the first slot that the current call writes.
-        ancestors: int64 `[B, T, W]`: of the current call's nodes.
-        is_sparse: the current call attends to chosen blocks.
+        base: first slot of the tree, which is `capacity`.
+        nodes: number of slots of the tree.
+        words: number of 64-bit words W of an ancestor mask (:mod:`effpass.lowering.ops.ancestors`).
+        lengths: int32 `[B]` on the device, number of slots in each sequence's prefix.
+        has_tree: whether calls are on nodes of a tree, instead of on a prompt.
+        start: int32 `[1]` on the device, first slot that the current call writes.
+        ancestors: int64 `[B, T, W]`, ancestor masks of the current call's nodes.
+        is_sparse: whether the current call attends to chosen blocks of the prefix only.
     """
 
     is_sparse = False
@@ -124,19 +124,19 @@ class TreeCache(DecodeCache):
         self.base, self.nodes, self.words = capacity, nodes, -(-nodes // WORD)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.has_tree = False
-        # A call of a recorded graph reads its own: nothing is written between calls.
+        # Each call in a recorded graph reads an element of its own, so that none is overwritten between calls.
         self._starts = torch.arange(capacity, capacity + nodes, dtype=torch.int32, device=device)[:, None]
         self.start = self._starts[0]
         self.ancestors = torch.zeros(batch, 1, self.words, dtype=torch.long, device=device)
         self.reader = _TreeReader()
         self._blocks = blocks
-        self._chosen: Tensor | None = None  # by the last layer that chose, of the current call
+        self._chosen: Tensor | None = None  # blocks of the current call, by the last layer that chose
         self._stacks: list[_Stack] = []
 
     def place(
         self, layer: BufferedLayer, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Buffers for `layer`, whose first `keys` `[rows, G, T, K]` and `values` are given, its latents and means."""
+        """Return buffers of a layer for keys, values, latents and block means, given its first keys and values."""
         batch, slots = self.slots.positions.shape
         groups, sizes = keys.shape[1], [keys.shape[3], values.shape[3]]
         for stack in self._stacks:
@@ -148,9 +148,9 @@ class TreeCache(DecodeCache):
                 not other.is_initialized and other.is_sliding == layer.is_sliding
                 for other in map(self.buffers, range(len(self.layers)))
             )
-            # Zeros: a masked slot has weight 0, and 0 times what happened to lie in memory may be NaN.
+            # Zeros, because a masked slot has weight 0, and 0 times uninitialised memory may be NaN.
             shape = (count, batch, groups, slots)
-            if groups == 1 and sizes[0] != sizes[1]:  # latents (MLA), whose two parts are read as one key
+            if groups == 1 and sizes[0] != sizes[1]:  # latents (MLA): both parts together are one key
                 whole = keys.new_zeros(*shape, sum(sizes))
                 stack = _Stack(whole[..., : sizes[0]], whole[..., sizes[0] :], whole)
             else:
@@ -163,11 +163,11 @@ class TreeCache(DecodeCache):
         return stack.keys[index], stack.values[index], latents, means
 
     def begin_tree(self) -> None:
-        """From here on calls are on nodes; every row's prefix is what the prompts filled."""
+        """Switch from prompts to trees; the prefix of every sequence consists of the slots that the prompts filled."""
         self.lengths.fill_(self.slots.length)
         self.has_tree = True
         for stack in self._stacks:
-            for layer in range(stack.used):  # one at a time: what a long prompt's means take on the way is not small
+            for layer in range(stack.used):  # one at a time, as temporary tensors of a long prompt are large
                 self._bring_up(stack, slice(layer, layer + 1), self.slots.length)
 
     def reset(self) -> None:
@@ -176,15 +176,15 @@ class TreeCache(DecodeCache):
         self.has_tree = False
 
     def enter(self, positions: Tensor, ancestors: Tensor, first: int) -> None:
-        """Prepare a call on nodes that stand in the tree's slots from `first` on.
+        """Prepare a call on nodes.
 
         Args:
-            positions: int32 `[B, T]`; -1 for padding.
-            ancestors: int64 `[B, T, W]`: bits of the tree's slots, the node's own among them.
-            first: see above.
+            positions: int32 `[B, T]`, positions of the nodes' tokens; -1 for padding.
+            ancestors: int64 `[B, T, W]`, mask of each node's ancestors, including itself, over the slots of the tree.
+            first: slot of the tree for the first of the nodes.
 
         Raises:
-            EffpassError: the nodes have no room.
+            EffpassError: if the tree has too few slots.
         """
         count = positions.shape[1]
         if first + count > self.nodes:
@@ -196,11 +196,11 @@ class TreeCache(DecodeCache):
         self.slots.positions[:, self.base + first : self.base + first + count] = positions
 
     def commit(self, path: Tensor, taken: Tensor) -> None:
-        """Move nodes to the end of each row's prefix.
+        """Move nodes to the end of each sequence's prefix.
 
         Args:
-            path: int64 `[B, J]`: the tree's slots of the nodes, in their order.
-            taken: int64 `[B]`: how many of them; the caller answers for their room.
+            path: int64 `[B, J]`, slots of the nodes in the tree, from the root down.
+            taken: int64 `[B]`, number of nodes to move; the caller ensures that the prefix has room for them.
         """
         for stack in self._stacks:
             torch.ops.effpass.move_slots(
@@ -214,7 +214,7 @@ class TreeCache(DecodeCache):
 
     @contextmanager
     def sparse(self) -> Iterator[None]:
-        """Inside, a call attends to blocks that its first node, the root, chooses."""
+        """Context in which a call attends to the blocks that the query of its first node, the root, chooses."""
         self.is_sparse = self._blocks is not None
         try:
             yield
@@ -222,7 +222,15 @@ class TreeCache(DecodeCache):
             self.is_sparse, self._chosen = False, None
 
     def chosen(self, index: int, query: Tensor) -> tuple[Tensor | None, int]:
-        """Blocks int32 `[B, G, M]` of the prefix that a layer with `query` `[B, H, T, K]` attends to; their size."""
+        """Return the blocks of the prefix that a layer attends to, int32 `[B, G, M]`, and the slots per block.
+
+        Args:
+            index: index of the layer.
+            query: `[B, H, T, K]`, queries of the call.
+
+        Returns:
+            None and 0 if the layer attends to the whole prefix.
+        """
         how, means = self._blocks, self.buffers(index).means  # type: ignore[attr-defined]
         if not self.is_sparse or how is None or self.buffers(index).window:
             return None, 0
@@ -235,6 +243,7 @@ class TreeCache(DecodeCache):
         return self._chosen, how.block
 
     def _bring_up(self, stack: _Stack, layers: slice, width: int) -> None:
+        """Update the mean keys of the blocks that hold the last `width` tokens, if sparse calls need them."""
         if stack.means is not None and width:
             assert self._blocks is not None
             block_means(

@@ -1,10 +1,12 @@
-"""What is calibrated for sparse verification: the layers that choose blocks, and shares by which tokens skip experts.
+"""Calibration of sparse verification: layers that choose blocks, and thresholds below which tokens skip experts.
 
-Adjacent layers choose alike, so that an *anchor* chooses for those behind it: going up, a layer whose choice is less
-similar to the last anchor's than a limit is the next one ("Accelerate Speculative Decoding with Sparse Computation in
-Verification", https://arxiv.org/abs/2512.21911).
+Adjacent layers choose similar blocks of the prefix, so that an *anchor* layer can choose for the layers that follow it.
+From the first layer up, a layer becomes the next anchor if the similarity of its choice to that of the last anchor is
+below a limit ("Accelerate Speculative Decoding with Sparse Computation in Verification",
+https://arxiv.org/abs/2512.21911). `effpass calibrate sparse-verification` calls :func:`calibrate`.
 
-An artifact of `sparse_verification` holds `anchors`, int32 [A], ascending, and `expert_shares`, float32 [L, k - 1].
+The artifact of `sparse_verification` holds `anchors`, int32 [A], ascending layer indices, and `expert_shares`, float32
+[L, k - 1], for L layers with k experts per token (:mod:`effpass.runtime.speculative.token_rules`).
 """
 
 from __future__ import annotations
@@ -35,30 +37,30 @@ def calibrate(
     provenance: dict[str, Any] | None = None,
     each: Callable[[int], None] = lambda tokens: None,
 ) -> Artifact:
-    """Anchors and shares of `model`.
+    """Measure a model and return an artifact with its anchors and expert shares.
 
     Args:
-        model, samples, budgets, each: as in :func:`~effpass.runtime.speculative.redundancy.measure`.
-        similarity: of a layer's choice to its anchor's, at the least.
-        provenance: kept in the artifact.
+        model, samples, budgets, each: as for :func:`~effpass.runtime.speculative.redundancy.measure`.
+        similarity: minimum Jaccard similarity of a layer's choice of blocks to the choice of its anchor.
+        provenance: provenance to store in the artifact, along with the numbers of samples and tokens.
 
     Raises:
-        EffpassError: see `measure`.
+        EffpassError: as :func:`~effpass.runtime.speculative.redundancy.measure`.
     """
     found = measure(model, samples, budgets, each=each)
     shares = torch.tensor(list(found.expert_shares.values()), dtype=torch.float32)
     options = {"attention": found.budgets.attention, "block": found.budgets.block, "similarity": similarity}
-    told = {**(provenance or {}), "samples": len(found.tokens), "tokens": sum(found.tokens)}
+    recorded = {**(provenance or {}), "samples": len(found.tokens), "tokens": sum(found.tokens)}
     tensors = {
         "anchors": torch.tensor(anchors_of(found, similarity), dtype=torch.int32),
         "expert_shares": shares if shares.numel() else torch.zeros(0, 0),
     }
-    return Artifact(PASS, VERSION, options, Fingerprint.of(model), told, found.to_json(), tensors)
+    return Artifact(PASS, VERSION, options, Fingerprint.of(model), recorded, found.to_json(), tensors)
 
 
 def anchors_of(found: Redundancy, least: float) -> list[int]:
-    """Layers that choose for themselves, ascending."""
-    anchors: list[int] = []  # in the order of `similar`
+    """Return the indices of the anchor layers, ascending, for a minimum similarity of `least`."""
+    anchors: list[int] = []  # indices into `found.layers`
     for place in range(len(found.layers)):
         if not anchors or float(found.similar[anchors[-1], place]) < least:
             anchors.append(place)
@@ -66,10 +68,11 @@ def anchors_of(found: Redundancy, least: float) -> list[int]:
 
 
 def load_calibrated(folder: Path) -> Artifact:
-    """The artifact in `folder`.
+    """Load and validate a calibration artifact.
 
     Raises:
-        ArtifactError: see :class:`Artifact`; or tensors that can't be what they are named.
+        ArtifactError: if the folder is no valid artifact (see :class:`Artifact`), anchors do not ascend, or shares have
+            a wrong shape or values outside [0, 1].
     """
     expected = {"anchors": (None, torch.int32), "expert_shares": (None, torch.float32)}
     artifact = Artifact.load(folder, expect_pass=PASS, max_version=VERSION, expect_tensors=expected)

@@ -1,9 +1,10 @@
-"""C2T's classifier: how likely the target accepts a node of a draft's tree (https://arxiv.org/abs/2502.13652, 3).
+"""The classifier of C2T, which estimates the probability that the target accepts a node of a draft's tree.
 
     C = σ(w₂ · relu(W₁ (P, H, d) + b₁) + b₂)
 
 P is the product of the draft's probabilities on the node's path, H the entropy (nats) of the distribution that the node
-comes from, d its depth, 0 below the root. Learned by :mod:`effpass.trainers.c2t`.
+comes from, and d its depth, 0 directly below the root (https://arxiv.org/abs/2502.13652, section 3). It is trained by
+:mod:`effpass.trainers.c2t` and used by :class:`~effpass.runtime.speculative.growing.C2T`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _SIZES = ("top_k", "depth", "nodes", "beta")
 
 
 class Classifier(nn.Module):
-    """Logits `[...]` of being accepted, of features `[..., 3]`.
+    """Maps features (P, H, d) `[..., 3]` to logits `[...]` of being accepted.
 
     Args:
-        hidden: units; the paper's 48 are 241 parameters.
+        hidden: number of hidden units; the paper's 48 give 241 parameters.
 
     Attributes:
-        sizes: of trees that were found good where it was learned: `top_k`, `depth`, `nodes`, `beta`.
+        sizes: tree sizes that were found to work well in training, from `top_k`, `depth`, `nodes` and `beta`.
     """
 
     sizes: Mapping[str, float] = MappingProxyType({})
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Classifier:
-        """From its parameters by name."""
+        """Create a classifier from its parameters by name."""
         made = cls(len(tensors["inner.bias"]))
         made.load_state_dict(dict(tensors))
         return made.eval().requires_grad_(False)
@@ -53,17 +54,17 @@ class Classifier(nn.Module):
         return self.outer(self.inner(features).relu()).squeeze(-1)
 
     def weights(self, device: torch.device) -> list[Tensor]:
-        """W₁ `[h, 3]`, b₁ `[h]`, w₂ `[1, h]` and b₂ `[1]`, as :func:`~effpass.lowering.ops.tree_growth.confidence`
-        takes them."""
+        """Return W₁ `[h, 3]`, b₁ `[h]`, w₂ `[1, h]` and b₂ `[1]`, the arguments of
+        :func:`~effpass.lowering.ops.tree_growth.confidence`."""
         parameters = self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias
         return [p.detach().to(device, torch.float32).contiguous() for p in parameters]
 
 
 def load_classifier(folder: Path, draft: nn.Module) -> Classifier:
-    """The classifier that was learned for `draft`.
+    """Load the classifier of `draft` from an artifact folder.
 
     Raises:
-        ArtifactError: there is none, it is damaged, or it was learned for another draft.
+        ArtifactError: if there is none, it is damaged, or it was trained for another draft.
     """
     names: dict[str, TensorSpec] = dict.fromkeys(Classifier(1).state_dict(), (None, torch.float32))
     if not folder.is_dir():

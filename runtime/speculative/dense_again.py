@@ -1,6 +1,8 @@
-"""Tokens that sparse calls entered are run again densely, and their keys and values take the place of those.
+"""Dense recomputation of the tokens that sparse verification has entered in the cache.
 
-Rows differ in how many they are, and one call of fixed shape takes them all: it is due before there may be more.
+A dense call runs these tokens again, and its keys and values replace those of the sparse calls. The number of tokens
+differs between sequences, but the call has a fixed shape, so that it is due before any sequence may have more tokens
+than it takes.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ __all__ = ["DenseAgain"]
 
 
 class DenseAgain:
-    """What there is to run again, of one target.
+    """Tracks the tokens that sparse calls of one target have entered, and runs them again.
 
     Args:
-        target: its cache has room for a chain of `tokens` nodes.
-        progress: the tokens; column c of them stands in slot c.
-        tokens: W, that one call takes.
+        target: session of the target, whose tree has room for a chain of `tokens` nodes.
+        progress: progress of the generation, in which the token of column c is in slot c of the cache.
+        tokens: maximum number of tokens per sequence that one dense call runs.
 
     Attributes:
-        known: int32 `[B]`, on the device: slots of each row's prefix that hold what dense calls entered.
+        known: int32 `[B]` on the device, number of leading slots of each prefix that dense calls have entered.
     """
 
     def __init__(self, target: TreeSession, progress: Progress, tokens: int) -> None:
@@ -35,11 +37,13 @@ class DenseAgain:
         self.begin()
 
     def begin(self) -> None:
-        """The cache holds a prompt."""
-        self._entered = 0  # by sparse calls since, at most; nothing asks the device
+        """Restart after a prompt, all of whose tokens were entered by dense calls."""
+        # Maximum number of tokens per sequence that sparse calls have entered since the prompt or the last dense call,
+        # counted on the host to avoid synchronisation.
+        self._entered = 0
 
     def is_due(self, tokens: int) -> bool:
-        """Whether :meth:`run` is called before a sparse call, which enters up to `tokens`; takes note of it."""
+        """Count a sparse call that enters up to `tokens` tokens, and return whether to call :meth:`run` before it."""
         if self._entered == 0:
             self.known.copy_(self._target.cache.lengths)
         is_due = self._entered + tokens > self._tokens
@@ -47,7 +51,7 @@ class DenseAgain:
         return is_due
 
     def run(self) -> None:
-        """One dense call; device operations only."""
+        """Run the tokens again in one dense call, with device operations only."""
         cache, ids = self._target.cache, self._progress.ids
         column = self.known[:, None].long() + self._step
         there = column < cache.lengths[:, None]

@@ -1,4 +1,8 @@
-"""What proposes trees."""
+"""Interfaces of drafts, which propose token trees.
+
+A :class:`Draft` is what the user chooses: an n-gram look-up, another model, or an EAGLE-3 head. Its state for the
+session of one target is a :class:`Drafting`, which :class:`~effpass.runtime.speculative.round.Round` calls.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ __all__ = ["Draft", "Drafting"]
 
 
 class Draft(Protocol):
-    """What there is to propose with.
+    """Interface of a method that proposes tokens.
 
     Attributes:
-        kind: of the trees.
-        taps: layers of the target whose inputs the draft reads, see :class:`TreeSession`.
+        kind: kind of the trees to grow.
+        taps: indices of the target's layers whose inputs the draft reads, as in :class:`TreeSession`.
     """
 
     taps: tuple[int, ...]
@@ -29,32 +33,36 @@ class Draft(Protocol):
     def kind(self) -> TreeKind: ...
 
     def check(self, target: Any) -> None:
-        """Raise a :class:`ModelError` where the draft is for another model than `target`, or stands elsewhere."""
+        """Raise a :class:`ModelError` if the draft is for another model than `target`, or on another device."""
 
     def running(self) -> AbstractContextManager[Any]:
-        """What was started is used inside."""
+        """Return a context in which the objects that :meth:`start` returned are used."""
 
     def start(self, target: TreeSession) -> Drafting:
-        """Buffers of its own beside a target's."""
+        """Create the state of the draft, including its buffers, for the session of a target."""
 
 
 class Drafting(Protocol):
-    """A draft at work for one target's session."""
+    """Interface of the state of a draft for one target's session."""
 
     def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
-        """Start behind a prompt `ids` `[rows, T]` that the target has run; arguments are those of `prefill`."""
+        """Run the prompt, after the target has.
+
+        Args:
+            ids, is_token, chunk: as for :meth:`TreeSession.prefill`.
+        """
 
     def extend(self, progress: Progress) -> Tensor:
-        """Run what was emitted and not seen yet, up to `kind.catches_up` tokens; logits `[B, V]` of the last."""
+        """Run up to `kind.catches_up` emitted tokens that the draft has not seen; return the last logits `[B, V]`."""
 
     def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
-        """The next tree, after `extend`; see :class:`~effpass.runtime.speculative.shapes.Grower` for `sampled`."""
+        """Call :meth:`extend`, and propose the next tree; `sampled` is as for :meth:`Grower.grow`."""
 
     def recording(self) -> AbstractContextManager[Any]:
-        """Inside, `extend` and `propose` are recorded in a CUDA graph."""
+        """Return a context in which `extend` and `propose` are recorded in a CUDA graph."""
 
     def state(self) -> list[Tensor]:
-        """Tensors that `extend` and `propose` change."""
+        """Return the tensors that `extend` and `propose` change."""
 
     def has_moved(self) -> bool:
-        """Whether a graph that was recorded reads what is no longer there."""
+        """Return whether recorded CUDA graphs are outdated, because weights have moved in memory."""

@@ -1,4 +1,7 @@
-"""An EAGLE-3 head as a draft."""
+"""An EAGLE-3 head (:mod:`effpass.runtime.speculative.eagle_head`) as a draft.
+
+The head reads *features* of the target, the inputs of some of its layers, and has a KV cache of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ __all__ = ["EagleDraft"]
 
 
 class EagleDraft:
-    """A head that goes on where the target's features end.
+    """Proposes tokens with an EAGLE-3 head, which continues from the features of the target.
 
     Args:
-        head: on the target's device, in the target's type.
-        kind: the trees to grow.
-        backend: as in :class:`TreeSession`.
+        head: the head, on the target's device and in its dtype.
+        kind: kind of the trees to grow.
+        backend: `torch.compile` backend for calls of the head; None runs its own operators.
 
     Raises:
-        EffpassError: a node is to have more children than the draft has tokens.
+        EffpassError: if nodes have more children than the draft's vocabulary has tokens.
     """
 
     def __init__(self, head: EagleHead, kind: TreeKind, backend: Backend | None = None) -> None:
@@ -62,8 +65,11 @@ class EagleDraft:
 
 
 class _Drafting:
-    """The cache holds a token with the features of the token before; of the first token there are none, and its slot is
-    padding."""
+    """State of the draft for one target.
+
+    The input for a token consists of the token and the features of the token before it. The first token of a sequence
+    has no such features, and its slot in the cache is padding.
+    """
 
     def __init__(self, draft: EagleDraft, target: TreeSession) -> None:
         kind, batch, device = draft.kind, target.batch, target.model.device
@@ -71,9 +77,9 @@ class _Drafting:
         self._head, self._target, self.names = draft.head, target, draft.head.d2t
         self._session = _HeadSession(draft.head, batch, target.capacity, nodes, draft.backend)
         self._grower = kind.grower(batch, device)
-        self._entered = torch.zeros(batch, dtype=torch.long, device=device)  # columns that the cache holds
+        self._entered = torch.zeros(batch, dtype=torch.long, device=device)  # number of columns that the cache holds
         self._chain = torch.arange(kind.catches_up, device=device).expand(batch, -1)
-        self._hidden: Tensor  # what the layer handed on of the last nodes
+        self._hidden: Tensor  # hidden states of the last nodes that were run
 
     def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
         session, tapped = self._session, self._target.prompt_features
@@ -121,7 +127,7 @@ class _Drafting:
 
 
 class _HeadSession(TreeSession):
-    """A session of a head: its calls give what the layer hands on in the place of features."""
+    """A session of a head, whose calls return the head's hidden states in place of features."""
 
     def __init__(self, head: EagleHead, batch: int, capacity: int, nodes: int, backend: Backend | None) -> None:
         super().__init__(head, batch, capacity, nodes, backend)
@@ -135,4 +141,4 @@ class _HeadSession(TreeSession):
 
     def begin(self, rows: int) -> None:
         super().begin(rows)
-        self._position[:rows] = 0  # of the first token, which has no features; the next one stands at 1
+        self._position[:rows] = 0  # position of the first token, which has no features; the next one is at 1

@@ -1,7 +1,7 @@
 """EAGLE-3 heads as folders in the `speculators` format, which vLLM loads (https://github.com/vllm-project/speculators).
 
-``config.json`` describes the head and names the model that it was learned for; ``model.safetensors`` holds its tensors,
-without the embeddings, which are the model's.
+``config.json`` describes the head and names the model that it was trained for. ``model.safetensors`` holds its tensors,
+without the embeddings, which the head shares with the model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["is_head", "read_head", "write_head"]
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
 _EMBEDDING = "embed_tokens.weight"
-_VERSION = "0.9.0"  # of the format that is written
+_VERSION = "0.9.0"  # version of the format that is written
 
 
 def is_head(folder: Path) -> bool:
-    """Whether `folder` holds a speculator of some kind."""
+    """Return whether `folder` holds a speculator of any kind."""
     try:
         return "speculators_model_type" in parse_json((folder / _CONFIG).read_bytes())
     except (OSError, ValueError, TypeError):
@@ -36,22 +36,25 @@ def is_head(folder: Path) -> bool:
 
 
 def read_head(folder: Path, layers: int | None = None) -> EagleHead:
-    """The head in `folder`; its embeddings are those in the file, or not there yet.
+    """Load a head.
+
+    If the file holds no embeddings, the head has none until :meth:`EagleHead.share` is called.
 
     Args:
-        folder: see above.
-        layers: of the model, which a config that names no taps leaves open: they are 2, the middle, and the last but 3.
+        folder: folder of the head.
+        layers: number of layers of the model; if the config names no taps, they are layers 2, `layers // 2` and
+            `layers - 3`. None to require taps in the config.
 
     Raises:
-        ArtifactError: the folder is damaged, or holds a speculator of another kind.
+        ArtifactError: if the folder is damaged, or holds a speculator of another kind.
     """
     config = _read_config(folder, layers)
     found = read_safetensors(folder / _WEIGHTS)
     tensors = {name: tensor for name, tensor in found.items() if not name.startswith("verifier_")}
     dtype = tensors["fc.weight"].dtype if "fc.weight" in tensors else None
-    if not 1 <= config.layer.num_hidden_layers <= len(tensors):  # each has some
+    if not 1 <= config.layer.num_hidden_layers <= len(tensors):  # each layer has at least one
         raise ArtifactError(f"{folder / _CONFIG}: {config.layer.num_hidden_layers} layers of {len(tensors)} tensors")
-    with torch.device("meta"):  # sizes that the file does not have must not take memory
+    with torch.device("meta"):  # check shapes first: sizes in a damaged config must not allocate memory
         shape = _made(config, dtype, folder)
     expected = {name: tuple(tensor.shape) for name, tensor in shape.state_dict().items()}
     missing = sorted(expected.keys() - tensors.keys() - {_EMBEDDING})
@@ -76,7 +79,7 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
 def _made(config: HeadConfig, dtype: torch.dtype | None, folder: Path) -> EagleHead:
     try:
         return EagleHead(config).to(dtype)
-    except Exception as error:  # whatever transformers and PyTorch say of such sizes and types
+    except Exception as error:  # any error that transformers and PyTorch raise for such sizes and dtypes
         raise ArtifactError(f"{folder / _CONFIG} makes no head: {_line(error)}") from error
 
 
@@ -89,7 +92,7 @@ def _layer_config(layer: dict[str, Any]) -> Any:
 
     try:
         return LlamaConfig(**layer)
-    except Exception as error:  # transformers' own checks, with an error class of their own
+    except Exception as error:  # transformers' validation raises its own error class
         raise ValueError(f"transformer_layer_config: {_line(error)}") from error
 
 
@@ -123,17 +126,17 @@ def _read_config(folder: Path, layers: int | None) -> HeadConfig:
 
 
 def write_head(head: EagleHead, folder: Path, *, verifier: str, architecture: str, tokens: int) -> Path:
-    """Write `head` as `folder`, whole or not at all.
+    """Write a head to a folder atomically, and return the folder.
 
     Args:
-        head: whose embeddings are the model's.
-        folder: must not exist.
-        verifier: name or path of the model that it was learned for.
-        architecture: the model's class.
-        tokens: that it proposes by default, as a chain.
+        head: head to write, without its embeddings, which are the model's.
+        folder: folder to create.
+        verifier: name or path of the model that the head was trained for.
+        architecture: name of the model's class.
+        tokens: default number of tokens to propose, as a chain.
 
     Raises:
-        EffpassError: something is in the way.
+        EffpassError: if `folder` exists.
     """
     from safetensors.torch import save_file
 
@@ -171,6 +174,6 @@ def write_head(head: EagleHead, folder: Path, *, verifier: str, architecture: st
 
 
 def _layer_json(layer: Any) -> dict[str, Any]:
-    """The layers' config with its type, and with nothing that is a place on this machine."""
+    """Return the layers' config as JSON with its model type, without private keys and local paths."""
     content = {**layer.to_diff_dict(), "model_type": "llama", "vocab_size": layer.vocab_size}
     return {key: value for key, value in content.items() if not key.startswith("_") and key != "transformers_version"}

@@ -1,14 +1,14 @@
-"""EAGLE-3's head: a decoder layer that goes on where the target's features end (https://arxiv.org/abs/2503.01840).
+"""The EAGLE-3 head (https://arxiv.org/abs/2503.01840), a decoder layer that predicts tokens from the target's features.
 
-    h_t = fc([x_t^a; x_t^b; x_t^c])               inputs of three of the target's layers at token t
-    g_t = layer([n_e(e_{t+1}); n_h(h_t)])         with the embedding of the token that follows
-    q_{t+2} = softmax(lm_head(norm(g_t)))         over the draft's vocabulary
+    h_t = fc([x_t^a; x_t^b; x_t^c])               x: features, inputs of three of the target's layers at token t
+    g_t = layer([n_e(e_{t+1}); n_h(h_t)])         e: embedding of the token that follows;  n: RMSNorm
+    q_{t+2} = softmax(lm_head(norm(g_t)))         probabilities over the draft's vocabulary
 
-Where the target has not been yet, g of the node above stands in for h. The module's tensors are named, and computed
-with, as in the `speculators` format (https://github.com/vllm-project/speculators), and so the format's other flags are
-here: of norms before `fc`, before the residual, and of what is handed on.
+For tokens that the target has not run yet, g of the parent node replaces h. Names and use of the tensors are those of
+the `speculators` format (https://github.com/vllm-project/speculators), including its flags for a norm before `fc`, a
+norm before the residual, and normalized hidden states as output.
 
-Shapes: B rows, T tokens, D width, V the target's vocabulary, U the draft's.
+Shapes: B batch, T tokens, D hidden size, V vocabulary of the target, U vocabulary of the draft.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ __all__ = ["EagleHead", "HeadConfig", "HeadOutput"]
 
 
 class HeadOutput(NamedTuple):
-    """`logits` `[B, T, U]`, and `hidden` `[B, T, D]`: g, to go on with."""
+    """Output of the head.
+
+    Attributes:
+        logits: `[B, T, U]`, logits over the draft's vocabulary.
+        hidden: `[B, T, D]`, hidden states g, the input for the children of the nodes.
+    """
 
     logits: Tensor
     hidden: Tensor
@@ -34,14 +39,15 @@ class HeadOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """
+    """Sizes and flags of a head.
+
     Attributes:
-        layer: a LlamaConfig of the head's layers; `vocab_size` is V, `hidden_size` D.
-        draft_vocabulary: U.
-        taps: layers of the target whose inputs are the features; the number of its layers stands for the last output.
-        norm_before_residual: the layer adds to n_h(h), and not to h.
-        norm_before_fc: features are normed first.
-        norm_output: what is handed on is normed.
+        layer: `LlamaConfig` of the head's layers, with `vocab_size` V and `hidden_size` D.
+        draft_vocabulary: size U of the draft's vocabulary.
+        taps: indices of the target's layers whose inputs are the features.
+        norm_before_residual: whether the first layer adds its attention to n_h(h), instead of h.
+        norm_before_fc: whether features are normalized before `fc`.
+        norm_output: whether the hidden states that are returned are normalized.
     """
 
     layer: Any
@@ -53,7 +59,7 @@ class HeadConfig:
 
 
 class Norm(nn.Module):
-    """RMSNorm as one operator."""
+    """RMSNorm as one `torch.nn.functional.rms_norm` operator."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -65,7 +71,7 @@ class Norm(nn.Module):
 
 
 class _FirstLayer(LlamaDecoderLayer):
-    """Takes an embedding beside the hidden states, side by side `[B, T, 2 D]`."""
+    """First layer of the head, whose input `[B, T, 2 D]` is the concatenation of embeddings and hidden states."""
 
     def __init__(self, config: Any, norm_before_residual: bool) -> None:
         super().__init__(config, 0)
@@ -86,10 +92,16 @@ class _FirstLayer(LlamaDecoderLayer):
 
 
 class EagleHead(nn.Module):
-    """The head. `embed_tokens` is the target's, and is given to it by :meth:`share`.
+    """The EAGLE-3 head as a module that the decode engine can run.
+
+    Its `embed_tokens` has no storage until :meth:`share` sets its weight to the target's embeddings.
 
     Args:
-        config: its shape.
+        config: sizes and flags of the head.
+
+    Attributes:
+        d2t: int64 `[U]`, offset from each token of the draft's vocabulary to the target's; None if they are the same.
+        t2d: bool `[V]`, tokens of the target that the draft's vocabulary has; None if they are the same.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -113,15 +125,15 @@ class EagleHead(nn.Module):
         self.t2d: Tensor | None
         renames = config.draft_vocabulary < layer.vocab_size
         places = torch.zeros(config.draft_vocabulary, dtype=torch.long) if renames else None
-        self.register_buffer("d2t", places)  # what to add to a draft's token for the target's
+        self.register_buffer("d2t", places)
         self.register_buffer("t2d", torch.zeros(layer.vocab_size, dtype=torch.bool) if renames else None)
 
     def share(self, target: Any) -> None:
-        """Read the embeddings of `target`, which stay its own."""
+        """Use the embeddings of `target`, without a copy."""
         self.embed_tokens.weight = target.get_input_embeddings().weight
 
     def choose_tokens(self, tokens: Tensor) -> None:
-        """Let the draft's vocabulary be `tokens`, int64 `[U]`, ascending."""
+        """Set the draft's vocabulary to `tokens` of the target, int64 `[U]`, ascending."""
         assert self.d2t is not None
         assert self.t2d is not None
         self.d2t.copy_(tokens - torch.arange(len(tokens), device=tokens.device))
@@ -129,19 +141,20 @@ class EagleHead(nn.Module):
         self.t2d[tokens] = True
 
     def features(self, tapped: Tensor) -> Tensor:
-        """h `[..., D]` of the target's features `[..., taps D]`."""
+        """Compute h `[..., D]` from the target's features `[..., len(taps) · D]`."""
         return self.fc(tapped if self.input_norm is None else self.input_norm(tapped))
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int = 0, **kwargs: Any
     ) -> HeadOutput:
-        """
+        """Run the head.
+
         Args:
-            input_ids: int64 `[B, T]`: tokens t + 1.
-            position_ids: `[B, T]`: where they stand.
-            features: `[B, T, D]`: h of tokens t, or g of nodes.
-            logits_to_keep: of how many of the last tokens; 0 for all.
-            kwargs: the cache, and what attention reads.
+            input_ids: int64 `[B, T]`, tokens t + 1.
+            position_ids: `[B, T]`, their positions.
+            features: `[B, T, D]`, h of the tokens t, or g of the parent nodes.
+            logits_to_keep: number of last tokens to compute logits for; 0 for all.
+            kwargs: the cache and other inputs of attention.
         """
         embedded = self.embed_tokens(input_ids).to(features.dtype)
         hidden = torch.cat((embedded, features), -1)
@@ -152,7 +165,7 @@ class EagleHead(nn.Module):
         logits = self.lm_head(normed[:, -logits_to_keep:] if logits_to_keep else normed)
         return HeadOutput(logits, normed if self.head_config.norm_output else hidden)
 
-    # -- what the decode engine asks of a model ----------------------------------------------------------------------
+    # -- interface that the decode engine requires --------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:

@@ -1,13 +1,15 @@
-"""Trees that follow the draft's own confidence.
+"""Dynamic trees, whose shape depends on the confidence of the draft.
 
-*eagle2* (https://arxiv.org/abs/2406.16858): a node is worth the product of the draft's probabilities on its path; the
-`top_k` most valuable of a layer are expanded, and the most valuable nodes of all layers are verified.
+*eagle2* (https://arxiv.org/abs/2406.16858): the confidence of a node is the product of the draft's probabilities on its
+path. The `top_k` nodes of a layer with the largest confidence are expanded, and the best nodes of all layers are
+verified.
 
-*c2t* (https://arxiv.org/abs/2502.13652, algorithm 1): a classifier of three numbers says how likely the target accepts
-a node; those below β are dropped at once, and of the rest the best `top_k` of a layer are kept and expanded.
+*c2t* (https://arxiv.org/abs/2502.13652, algorithm 1): a classifier with three inputs estimates the probability that the
+target accepts a node. Nodes below β are dropped at once, and the best `top_k` of the rest of a layer are kept and
+expanded.
 
-A tree is a function of the draft's logits, in tensors of fixed shape; nothing waits for the device. What a layer does
-is :mod:`effpass.lowering.ops.tree_growth`.
+A tree is computed from the draft's logits in tensors of fixed shape, without synchronisation with the device. The
+operators that grow a layer and choose the best nodes are in :mod:`effpass.lowering.ops.tree_growth`.
 """
 
 from __future__ import annotations
@@ -31,15 +33,16 @@ __all__ = ["C2T", "Eagle2", "Growing"]
 
 @dataclass(frozen=True)
 class Eagle2:
-    """Trees of the draft's most probable nodes.
+    """EAGLE-2 trees, which consist of the draft's most probable nodes.
 
     Attributes:
-        top_k: children of a node, and nodes of a layer that are expanded.
-        depth: layers.
-        nodes: that are verified, the root included.
+        top_k: number of children per node, and of nodes of a layer that are expanded.
+        depth: number of layers below the root.
+        nodes: number of nodes that are verified, including the root.
 
     Raises:
-        EffpassError: a number below 1, or more nodes than the mask has bits.
+        EffpassError: if a number is too small, the tree is too deep, or it has more nodes than an ancestor mask has
+            bits.
     """
 
     top_k: int = 8
@@ -67,17 +70,18 @@ class Eagle2:
 
 @dataclass(frozen=True)
 class C2T:
-    """Trees of the nodes that a classifier holds for acceptable.
+    """C2T trees, which consist of nodes that a classifier expects the target to accept.
 
     Attributes:
-        classifier: learned for this draft.
-        beta: β: the least confidence of a node that is kept.
-        top_k: children of a node that the classifier sees, and nodes of a layer that are kept.
-        depth: layers.
-        nodes: that are verified at most, the root included.
+        classifier: classifier that was trained for the draft.
+        beta: threshold β on the confidence of a node, below which it is dropped.
+        top_k: number of children per node that the classifier evaluates, and maximum number of nodes kept per layer.
+        depth: number of layers below the root.
+        nodes: maximum number of nodes that are verified, including the root.
 
     Raises:
-        EffpassError: a number out of range, or more nodes than the mask has bits.
+        EffpassError: if a number is out of range, the tree is too deep, or it has more nodes than an ancestor mask has
+            bits.
     """
 
     classifier: Classifier
@@ -109,20 +113,20 @@ class C2T:
 
 
 class Growing:
-    """Layer by layer, from the draft's logits at the frontier.
+    """Grows trees layer by layer, from the draft's logits at the *frontier*, the expanded nodes of the last layer.
 
     Args:
-        kind: sizes.
-        rows: B.
-        device: of the buffers.
-        least: the smallest confidence of a node that is kept.
-        keeps_all: nodes that are not expanded may be verified too.
-        classifier: four tensors, or none.
+        kind: sizes of the tree.
+        rows: batch size B.
+        device: device of the buffers.
+        least: smallest confidence of a node that is not dropped.
+        keeps_all: whether nodes that are not expanded may be verified too.
+        classifier: weights of the classifier, as :meth:`Classifier.weights` returns them; None for EAGLE-2.
 
     Attributes:
-        pool_tokens, pool_worth, pool_parents: `[B, P]`: what the last tree was chosen from.
-        entropies: `[B, F]` of each layer's frontier, where somebody asks: set it to a list before growing.
-        operators: what computes; tests put kernels here.
+        pool_tokens, pool_worth, pool_parents: `[B, P]`, candidates from which the nodes of the last tree were chosen.
+        entropies: list to which the entropies `[B, F]` of each layer's frontier are appended; None to drop them.
+        operators: namespace of the operators, which tests replace by kernels.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Another model as a draft.
+"""A smaller model as a draft.
 
-It keeps a cache of its own and gets, in every round, the tokens that were emitted in the last one. It runs them again
-rather than move what its own tree held: that is one call of fixed shape, and the call's logits begin the next tree.
+The draft model has a cache of its own. In every round it runs the tokens that the last round has emitted, even those
+that were in its own tree, instead of moving their keys and values: this is one call of fixed shape, whose logits are
+the start of the next tree.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ __all__ = ["ModelDraft"]
 
 
 class ModelDraft:
-    """Another model with the same tokens.
+    """Proposes tokens with another model that has the same tokenizer.
 
     Args:
         model: a transformers causal LM in `eval()` mode on the target's device.
-        kind: the trees to grow.
-        backend: as in :class:`TreeSession`.
-        same_tokens: the tokenizers are known to be equal: where one vocabulary is padded further than the other, the
-            tokens that both have are proposed.
+        kind: kind of the trees to grow.
+        backend: `torch.compile` backend for calls of the draft; None runs the model's own operators.
+        same_tokens: whether the tokenizers are known to be equal, so that vocabularies may have different sizes because
+            of padding; only tokens that both have are then proposed.
 
     Raises:
-        ModelError: the decode engine can't run `model`.
-        EffpassError: a node is to have more children than there are tokens.
+        ModelError: if the decode engine can't run `model`.
+        EffpassError: if nodes have more children than the draft's vocabulary has tokens.
     """
 
     taps: tuple[int, ...] = ()
@@ -75,7 +76,7 @@ class _Drafting:
         self._session = TreeSession(draft.model, batch, target.capacity, nodes, draft.backend)
         self._grower = kind.grower(batch, device)
         self._ours, self._theirs = _vocabulary(draft.model), _vocabulary(target.model)
-        self._entered = torch.zeros(batch, dtype=torch.long, device=device)  # columns that the cache holds
+        self._entered = torch.zeros(batch, dtype=torch.long, device=device)  # number of columns that the cache holds
         self._chain = torch.arange(kind.catches_up, device=device).expand(batch, -1)
 
     def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
@@ -104,7 +105,7 @@ class _Drafting:
         return logits if self._theirs >= self._ours else logits[..., : self._theirs]
 
     def _named(self, tokens: Tensor) -> Tensor:
-        """Tokens without those that the draft has no place for, which no text has."""
+        """Clamp tokens to the draft's vocabulary; those beyond it are padding of the target's and occur in no text."""
         return tokens if self._theirs <= self._ours else tokens.clamp(max=self._ours - 1)
 
     def recording(self) -> AbstractContextManager[None]:

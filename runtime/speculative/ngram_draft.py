@@ -1,4 +1,7 @@
-"""Look-up of what stood in the text before (prompt look-up, https://github.com/apoorvumang/prompt-lookup-decoding)."""
+"""A draft that looks up the last tokens in the preceding text and proposes what followed them.
+
+The method is prompt look-up decoding (https://github.com/apoorvumang/prompt-lookup-decoding); it needs no draft model.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ __all__ = ["NGramDraft"]
 
 
 class NGramDraft:
-    """What followed the last tokens where they stood before, as a chain; of several places the last.
+    """Proposes, as a chain, the tokens that followed the last occurrence of the longest matching n-gram.
 
     Args:
-        depth: tokens to propose.
-        longest: tokens to look for, at first; where they are not found, fewer.
+        depth: number of tokens to propose.
+        longest: maximum length of the n-gram; if it does not occur in the text, shorter ones are looked up.
 
     Raises:
-        EffpassError: an argument is below 1.
+        EffpassError: if an argument is below 1.
     """
 
     taps: tuple[int, ...] = ()
@@ -39,7 +42,7 @@ class NGramDraft:
         self.kind, self.longest = chain(depth), longest
 
     def check(self, target: Any) -> None:
-        """Every model will do."""
+        """Do nothing, as every model is supported."""
 
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -57,7 +60,7 @@ class _Drafting:
         self._depths, self._ancestors = relations(self._parents, nodes)
 
     def begin(self, ids: Tensor, is_token: Tensor | None, chunk: int) -> None:
-        # Padding stands before the tokens, and is not looked at.
+        # Padding precedes the tokens of a sequence, and must not match.
         self._padding.zero_()
         if is_token is not None:
             self._padding[: len(ids), 0] = (~is_token).sum(1)
@@ -69,7 +72,7 @@ class _Drafting:
         ids, last = progress.ids, (progress.count - 1)[:, None]
         column = torch.arange(ids.shape[1], device=ids.device)
         best = torch.full_like(last, -1)
-        matches = column < last  # where a match ends
+        matches = column < last  # whether a match ends in the column
         for back in range(self._longest):
             wanted = last - back
             matches &= torch.roll(ids, back, 1) == ids.gather(1, wanted.clamp(min=0))

@@ -1,4 +1,7 @@
-"""From what a user names, a draft and a kind of tree, to a :class:`Speculator`."""
+"""Creation of drafts, trees and speculative decoders from the names that a user gives.
+
+`generate` calls :func:`speculator_of` with its arguments `draft` and `tree`.
+"""
 
 from __future__ import annotations
 
@@ -32,39 +35,40 @@ _NGRAM, _LAYERS = "ngram", "layers:"
 
 
 def speculator_of(engine: Engine, draft: Any, tree: Any = None) -> Speculator:
-    """The speculator of an engine's model with a draft, made when it is first asked for and kept by the engine.
+    """Return the speculative decoder of an engine's model with a draft; the engine keeps it for later calls.
 
     Args:
-        engine: of the model.
-        draft: see :func:`open_draft`.
-        tree: likewise.
+        engine: decode engine of the model.
+        draft: draft, as for :func:`open_draft`.
+        tree: kind of tree, as for :func:`open_draft`.
 
     Raises:
-        EffpassError: see :func:`open_draft`, and :class:`Speculator`.
+        EffpassError: as :func:`open_draft` and :class:`Speculator`.
     """
     named = isinstance(draft, (str, os.PathLike))
     key = os.fspath(draft) if named else id(draft), tree
     if key not in engine.speculators:
-        # With the draft itself, so that no other gets its id.
+        # The draft itself is kept too, so that no other object gets its id.
         engine.speculators[key] = Speculator(engine, open_draft(engine, draft, tree)), draft
     return engine.speculators[key][0]
 
 
 def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
-    """A draft for an engine's model.
+    """Create a draft for an engine's model.
 
     Args:
-        engine: of the model.
+        engine: decode engine of the model.
         draft: a model; a folder or hub id of one; a folder with an EAGLE-3 head in the `speculators` format;
-            `"ngram"`, which looks up what stood in the text before;
-            `"layers:0,1,5"`, the model itself with these layers alone; or a :class:`Draft`.
-        tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, with sizes where they are to be others: `"chain:7"`,
-            `"static:4,2,1"`, `"eagle2:top_k=10,depth=6,nodes=60"`, `"c2t:beta=0.4"`; or a kind; None for a chain. The
-            classifier of `"c2t"` is looked for in the draft's folder, under ``c2t``, with sizes that are good there.
+            `"ngram"`, which looks up n-grams in the preceding text;
+            `"layers:0,1,5"`, the model itself with these layers only; or a :class:`Draft`.
+        tree: `"chain"`, `"static"`, `"eagle2"` or `"c2t"`, optionally with sizes: `"chain:7"`,
+            `"static:4,2,1"`, `"eagle2:top_k=10,depth=6,nodes=60"`, `"c2t:beta=0.4"`; or a :class:`TreeKind`; None for a
+            chain. The classifier of `"c2t"` and its default sizes are loaded from the subfolder ``c2t`` of the draft's
+            folder.
 
     Raises:
-        EffpassError: an unknown tree, or one that this draft does not grow.
-        ModelError: the draft can't be loaded, or is for another model.
+        EffpassError: if the tree is unknown, or the draft can't grow it.
+        ModelError: if the draft can't be loaded, or is for another model.
     """
     if isinstance(draft, str) and draft == _NGRAM:
         kind = chain(7) if tree is None else _kind(tree, None)
@@ -85,7 +89,7 @@ def open_draft(engine: Engine, draft: Any, tree: Any = None) -> Draft:
 
 
 def _load(engine: Engine, name: str | os.PathLike[str], tree: Any) -> Draft:
-    """A head or a model as a draft, from its folder."""
+    """Load a draft from a folder with an EAGLE-3 head or a model, or from the hub id of a model."""
     if is_head(Path(name)):
         head = read_head(Path(name), len(decoder_layers(engine.model)))
         kind = _kind(tree, lambda: load_classifier(Path(name, "c2t"), head))
@@ -105,7 +109,7 @@ def _load(engine: Engine, name: str | os.PathLike[str], tree: Any) -> Draft:
 
 
 def _tokenizer(model: Any) -> Any:
-    """That of a model, where it is known from where the model was loaded."""
+    """Load the tokenizer of a model from where the model was loaded; None if that is not known."""
     name = getattr(model.config, "_name_or_path", "")
     try:
         return read_source(name)[1] if name else None
@@ -149,7 +153,7 @@ def _integers(tree: str, parts: list[str]) -> list[int]:
 
 
 def _options(tree: str, parts: list[str], kind: Any) -> dict[str, Any]:
-    """Sizes by name, of the types that a kind's defaults have."""
+    """Parse sizes of the form `name=value`, with the types of the defaults of `kind`."""
     known: dict[str, Any] = {f.name: type(f.default) for f in fields(kind) if f.name != "classifier"}
     options = {}
     for part in parts:

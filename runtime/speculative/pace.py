@@ -1,31 +1,33 @@
-"""Whether to speculate: what a round takes and gives, against what plain steps take.
+"""The decision whether to speculate, by comparing rounds with plain decode steps.
 
-A round pays where it emits more tokens than plain steps would in its time. Both times are measured as they go by; what
-a round emits is averaged over the last ones. Where it does not pay, plain steps run for a while, then a few rounds are
-tried again, and after some such trials it is plain to the end of the generation.
+A round pays off if it emits more tokens than plain steps would in the same time. Both times are measured during
+generation, and the number of tokens that a round emits is a moving average. If rounds do not pay off, plain steps run
+for a while, and then a few rounds are tried again. After several such trials the rest of the generation is plain.
 """
 
 from __future__ import annotations
 
 __all__ = ["Pace"]
 
-_PLAIN_AT_FIRST = 3  # steps, to learn what they take
-_ROUNDS_AT_FIRST = 8  # before the first decision
-_PAUSE, _TRIAL, _TRIALS = 32, 4, 3  # steps, rounds, and how often
+_PLAIN_AT_FIRST = 3  # plain steps at the start, to measure their time
+_ROUNDS_AT_FIRST = 8  # rounds before the first decision
+_PAUSE, _TRIAL, _TRIALS = 32, 4, 3  # plain steps of a pause, rounds of a trial, maximum number of trials
 _LATEST = 0.1  # weight of a new measurement
 
 
 class Pace:
-    """Decides for one kind of tree and one batch size; times stay from one generation to the next.
+    """Decides between rounds and plain steps, for one kind of tree and one batch size.
+
+    Measured times are kept between generations.
 
     Args:
-        switches: False speculates always.
+        switches: whether to use plain steps at all; False to speculate always.
 
     Attributes:
-        plain: seconds a plain step; None until one was measured.
-        round: seconds a round, likewise.
-        gain: tokens that a round emits for each row, over the last ones.
-        has_given_up: plain to the end of this generation.
+        plain: seconds per plain step, a moving average; None until one was measured.
+        round: seconds per round, a moving average; None until one was measured.
+        gain: tokens per sequence that a round emits, a moving average; None until a round was observed.
+        has_given_up: whether the rest of the generation is plain.
     """
 
     def __init__(self, *, switches: bool = True) -> None:
@@ -35,7 +37,7 @@ class Pace:
         self.begin()
 
     def begin(self) -> None:
-        """A new generation, of which nothing is known."""
+        """Start a new generation: reset `gain` and the trials, and keep the measured times."""
         self.gain: float | None = None
         self.has_given_up = False
         self._left = _ROUNDS_AT_FIRST if self.plain is not None else -_PLAIN_AT_FIRST
@@ -47,7 +49,7 @@ class Pace:
         return not self.switches or (self._left >= 0 and not self.has_given_up)
 
     def next(self) -> bool:
-        """Whether this step is a round; counts it."""
+        """Return whether the current step is a round, and advance to the next one."""
         speculates = self.speculates
         if not self.switches or self.has_given_up:
             return speculates
@@ -66,18 +68,18 @@ class Pace:
 
     @property
     def pays(self) -> bool:
-        """Whether a round emits more than plain steps in its time; True while that is unknown."""
+        """Whether a round emits more tokens than plain steps in the same time; True as long as it is unknown."""
         if self.plain is None or self.round is None or self.gain is None:
             return True
         return self.gain * self.plain > self.round
 
     def saw(self, *, plain: bool, seconds: float | None, gain: float) -> None:
-        """A step that was taken.
+        """Record the measurements of a step.
 
         Args:
-            plain: it was no round.
-            seconds: that it took; None where that says nothing, as of the first of its kind.
-            gain: tokens that it emitted, over the rows that went on.
+            plain: whether it was a plain step, instead of a round.
+            seconds: its duration; None if it is not representative, as when the step was recorded as a CUDA graph.
+            gain: mean number of tokens that it emitted per sequence that had not ended.
         """
         if not plain:
             self.gain = _mixed(self.gain, gain)
@@ -89,4 +91,5 @@ class Pace:
 
 
 def _mixed(old: float | None, new: float) -> float:
+    """Update an exponential moving average."""
     return new if old is None else old + _LATEST * (new - old)

@@ -1,4 +1,4 @@
-"""What a speculative generation has come to, in buffers that stay where they are."""
+"""State of a speculative generation, in buffers of fixed address that a CUDA graph can write."""
 
 from __future__ import annotations
 
@@ -13,38 +13,48 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Prompt and answer of every row, and what a draft may read of them.
+    """Prompt and answer of every sequence, with the features that a draft reads.
 
     Args:
-        batch: rows B.
-        columns: C, of prompt and answer.
-        device: where the buffers are.
+        batch: batch size B of the buffers.
+        columns: maximum number of tokens C of prompt and answer together.
+        device: device of the buffers.
 
     Attributes:
-        ids: int64 `[B, C]`.
-        count: int64 `[B]`: columns in use.
-        root: int64 `[B]`: the token in the last of them, the next tree's root.
-        position: int32 `[B]`: of that token; -1 in rows that are empty or have ended.
-        goes_on: bool `[]`: whether any row does.
-        totals: int64 `[2]`: rounds, counted row by row, and nodes verified in them, without roots.
-        ends: int64 `[ENDS]`: tokens that end a row, then -1.
-        limit: int64 `[]`: columns at which a row ends.
-        seed: int64 `[]`: of what is sampled.
-        features: `[B, R, D]`, in column c % R, of the token in front of the one in column c; None where no draft asks.
+        ids: int64 `[B, C]`, token ids of prompt and answer.
+        count: int64 `[B]`, number of columns in use.
+        root: int64 `[B]`, token in the last column in use, which is the root of the next tree.
+        position: int32 `[B]`, position of that token; -1 for sequences that are unused or have ended.
+        goes_on: bool `[]`, whether any sequence has not ended.
+        totals: int64 `[2]`, number of rounds, summed over sequences, and number of nodes verified in them, without
+            roots.
+        ends: int64 `[ENDS]`, tokens that end a sequence, filled up with -1.
+        limit: int64 `[]`, number of columns at which a sequence ends.
+        seed: int64 `[]`, seed of the noise that tokens are sampled with.
+        features: `[B, R, D]`, ring buffer of the target's features; entry c % R belongs to the token before column c.
+            None if the draft reads none.
     """
 
     def __init__(self, batch: int, columns: int, device: torch.device) -> None:
-        of: dict[str, Any] = {"dtype": torch.long, "device": device}
-        self.ids = torch.zeros(batch, columns, **of)
-        self.count, self.root = torch.zeros(batch, **of), torch.zeros(batch, **of)
+        int64: dict[str, Any] = {"dtype": torch.long, "device": device}
+        self.ids = torch.zeros(batch, columns, **int64)
+        self.count, self.root = torch.zeros(batch, **int64), torch.zeros(batch, **int64)
         self.position = torch.full((batch,), -1, dtype=torch.int32, device=device)
         self.goes_on = torch.ones((), dtype=torch.bool, device=device)
-        self.totals, self.limit, self.seed = torch.zeros(2, **of), torch.zeros((), **of), torch.zeros((), **of)
-        self.ends = torch.full((ENDS,), -1, **of)
+        self.totals, self.limit, self.seed = torch.zeros(2, **int64), torch.zeros((), **int64), torch.zeros((), **int64)
+        self.ends = torch.full((ENDS,), -1, **int64)
         self.features: Tensor | None = None
 
     def begin(self, prompt: Tensor, position: Tensor, ends: Tensor, pad: Tensor | int, limit: int) -> None:
-        """Start behind a prompt `[rows, T]` whose last tokens stand at `position` int32 `[B]`, -1 in empty rows."""
+        """Start a generation.
+
+        Args:
+            prompt: int64 `[rows, T]`, token ids of the prompts.
+            position: int32 `[B]`, position of the last prompt token of each sequence; -1 for unused sequences.
+            ends: int64, up to :data:`ENDS` tokens that end a sequence.
+            pad: token to fill unused columns with.
+            limit: number of columns at which a sequence ends.
+        """
         rows, length = prompt.shape
         self.ids[:] = pad
         self.ids[:rows, :length] = prompt
@@ -58,13 +68,19 @@ class Progress:
         self.seed.fill_(int(torch.randint(2**62, ())))
 
     def note(self, features: Tensor, before: Tensor, path: Tensor) -> None:
-        """Keep the features `[B, N, D]` of nodes `path` int64 `[B, J]`, whose tokens stand from column `before` on."""
+        """Store the features of accepted nodes.
+
+        Args:
+            features: `[B, N, D]`, features of all nodes of a tree.
+            before: int64 `[B]`, number of columns in use before the tree was verified.
+            path: int64 `[B, J]`, accepted nodes; the token after the j-th of them is in column `before + j`.
+        """
         assert self.features is not None
         step = torch.arange(path.shape[1], device=path.device)
         row = torch.arange(len(path), device=path.device)[:, None]
         self.features[row, (before[:, None] + step) % self.features.shape[1]] = features[row, path]
 
     def state(self) -> list[Tensor]:
-        """What a round changes."""
+        """Return the tensors that a round changes."""
         of_features = [] if self.features is None else [self.features]
         return [self.ids, self.count, self.root, self.position, self.goes_on, self.totals, *of_features]

@@ -1,9 +1,9 @@
-"""What sparse verification rests on, measured: how much of what the nodes of a tree read is the same.
+"""Measurement of the redundancy that sparse verification relies on: how much the nodes of a tree read in common.
 
-A sample's last tokens stand for a tree's nodes, the first of them for the root; they are one path, whose tokens are
-farther from one another than siblings are. Everything is computed densely, and nothing changes the model.
+The last tokens of a text sample represent the nodes of a tree, and the first of them the root. They form one path,
+whose tokens differ more from each other than siblings do. The model runs densely and is not changed.
 
-Shapes: T nodes, G key-value heads, N blocks, F channels, E experts, k experts a token, L layers.
+Shapes: T nodes, G KV heads, N blocks, F channels, E experts, k experts per token, L layers.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = ["Budgets", "Redundancy", "measure"]
 
 @dataclass(frozen=True)
 class Budgets:
-    """What is left out while looking.
+    """Sizes of the selections to compare, none of which is applied to the model.
 
     Attributes:
         attention: share of the prefix's blocks that a node keeps.
-        block: tokens of a block.
-        channels: share of the channels of a network.
-        experts: share of the experts of a layer.
-        nodes: T, the last tokens of each sample.
+        block: number of tokens per block.
+        channels: share of the channels of a network that are kept.
+        experts: share of the experts of a layer that are kept.
+        nodes: number of nodes T, the last tokens of each sample.
     """
 
     attention: float = 0.25
@@ -54,20 +54,21 @@ class Budgets:
 
 @dataclass
 class Redundancy:
-    """Means over samples.
+    """Results of a measurement, as means over samples.
 
     Attributes:
-        budgets: see above.
-        tokens: length of each sample.
-        blocks: by layer, of the blocks that the root chooses, the share that another node chooses too; the first and
-            the last two, which all have, don't count.
-        layers: numbers of these layers, in the order of `similar`.
-        similar: `[L, L]`, Jaccard similarity of what the root chooses in two layers.
-        channels: by network: union over the nodes of the channels that are largest for each, as a share of F; and the
-            share of the nodes' Σ a² that the shared channels hold.
-        experts: by layer: union over the nodes of their experts, as a share of E; and the share of the nodes' weights
-            that the shared experts hold.
-        expert_shares: by layer, medians over tokens of the share of weights that the 1, 2, ... k - 1 lowest have.
+        budgets: sizes of the selections that were compared.
+        tokens: number of tokens of each sample.
+        blocks: for each layer, share of the blocks chosen by the root that another node chooses too; the first block
+            and the last two, which all nodes choose, do not count.
+        layers: indices of the layers that choose blocks, in the order of `similar`.
+        similar: `[L, L]`, Jaccard similarity of the root's choices in two layers.
+        channels: for each network, the union over nodes of their largest channels, as a share of F, and the share of
+            the nodes' Σ a² in the shared channels, where a is the activated gate.
+        experts: for each module of experts, the union over nodes of their experts, as a share of E, and the share of
+            the nodes' routing weights that the shared experts have.
+        expert_shares: for each module of experts, medians over tokens of the share of the routing weights that the 1,
+            2, ... k - 1 smallest have.
     """
 
     budgets: Budgets
@@ -97,16 +98,16 @@ def measure(
     *,
     each: Callable[[int], None] = lambda tokens: None,
 ) -> Redundancy:
-    """Run `samples` densely and look.
+    """Run samples densely and measure the redundancy of their last tokens.
 
     Args:
         model: a transformers causal LM.
-        samples: int64 `[1, T]` each, longer than `budgets.nodes`.
-        budgets: see :class:`Budgets`.
-        each: called with the length of each sample that was run.
+        samples: token ids of the samples, int64 `[1, tokens]` each, with more tokens than `budgets.nodes`.
+        budgets: sizes of the selections to compare; None for the defaults.
+        each: function that is called with the length of each sample after it was run.
 
     Raises:
-        EffpassError: no sample, or one that is too short.
+        EffpassError: if there is no sample, or one is too short.
     """
     check_decodable(model)
     budgets = budgets or Budgets()
@@ -121,7 +122,7 @@ def measure(
                     hint="give longer text, or fewer nodes",
                 )
             session = Session(model, 1, length, None)
-            session.cache.reader = None if has_latents else look  # of which no blocks are chosen
+            session.cache.reader = None if has_latents else look  # no blocks are chosen of latents
             session.begin(1)
             ids = ids.to(model.device)
             session.prefill(ids[:, :-nodes], None, 4096)
@@ -135,14 +136,14 @@ def measure(
 
 
 class _Look(Reader):
-    """Looks on while a model runs: as the reader of a cache, and as a rule that leaves nothing out."""
+    """Observes a model while it runs, as the reader of its cache and as a rule that skips nothing."""
 
     def __init__(self, model: Any, budgets: Budgets) -> None:
         self.is_on, self.is_node = True, torch.ones(budgets.nodes, dtype=torch.bool, device=model.device)
         self._model, self._of, self._at_nodes = model, budgets, False
         self._networks = {module: name for name, module in gated_networks(model)[0].items()}
         self._experts = list(expert_modules(model))
-        self._roots: dict[int, Tensor] = {}  # layer → blocks of the current sample's root, [G, N]
+        self._roots: dict[int, Tensor] = {}  # by layer, blocks that the root of the current sample chooses, bool [G, N]
         self._similar: list[Tensor] = []
         self._seen: dict[tuple[str, Any], list[Any]] = defaultdict(list)
 
@@ -153,7 +154,7 @@ class _Look(Reader):
 
     @contextmanager
     def at_nodes(self) -> Iterator[None]:
-        """Inside, a call is on nodes."""
+        """Context in which the tokens of a call are nodes."""
         self._at_nodes = True
         self._roots.clear()
         try:
@@ -181,7 +182,7 @@ class _Look(Reader):
         ).long()  # fmt: skip
         kept = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=keys.device)
         kept = kept.scatter(2, torch.where(chosen < 0, count, chosen), True)
-        kept = kept[:, :, 1 : max(1, count - 2)]  # those by score alone
+        kept = kept[:, :, 1 : max(1, count - 2)]  # without the first block and the last two, which are always chosen
         self._roots[index] = kept[0]
         if kept[0].any() and nodes > 1:
             self._seen["blocks", index].append(float((kept[1:] & kept[0]).sum() / (kept[0].sum() * (nodes - 1))))
@@ -193,7 +194,7 @@ class _Look(Reader):
         return
 
     def run(self, network: Any, x: Tensor, is_node: Tensor) -> Tensor:
-        """As :class:`ChannelRule`."""
+        """Measure the channels of a network; see :meth:`ChannelRule.run`."""
         if self._at_nodes:
             active = network.act_fn(network.gate_proj(x)).flatten(0, -2)
             energy, channels = active.float().square(), active.shape[1]
@@ -207,7 +208,7 @@ class _Look(Reader):
     def narrow(
         self, layer: int, chosen: Tensor, weights: Tensor, experts: int, is_node: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As :class:`ExpertRule`."""
+        """Measure the experts of a layer; see :meth:`ExpertRule.narrow`."""
         name = self._experts[layer]
         self._seen["shares", name].append(tail_shares(weights).cpu())
         if self._at_nodes:
@@ -218,22 +219,29 @@ class _Look(Reader):
         return chosen, weights
 
     def found(self, lengths: list[int]) -> Redundancy:
-        of: dict[str, dict[Any, Any]] = defaultdict(dict)
+        results: dict[str, dict[Any, Any]] = defaultdict(dict)
         for (what, where), values in self._seen.items():
             if what == "shares":
-                of[what][where] = torch.cat(values).median(0).values.tolist()
+                results[what][where] = torch.cat(values).median(0).values.tolist()
             elif what == "blocks":
-                of[what][where] = sum(values) / len(values)
+                results[what][where] = sum(values) / len(values)
             else:
-                of[what][where] = tuple(sum(v) / len(v) for v in zip(*values, strict=True))
+                results[what][where] = tuple(sum(v) / len(v) for v in zip(*values, strict=True))
         similar = torch.stack(self._similar).mean(0)
         return Redundancy(
-            self._of, lengths, of["blocks"], list(self._roots), similar, of["channels"], of["experts"], of["shares"]
+            self._of,
+            lengths,
+            results["blocks"],
+            list(self._roots),
+            similar,
+            results["channels"],
+            results["experts"],
+            results["shares"],
         )
 
 
 def _jaccard(a: Tensor, b: Tensor) -> float:
-    """Of two sets of blocks `[G, N]`; 0 where layers have other heads."""
+    """Return the Jaccard similarity of two sets of blocks, bool `[G, N]`; 0 if their shapes differ."""
     if a.shape != b.shape:
         return 0.0
     return float((a & b).sum() / (a | b).sum().clamp(min=1))

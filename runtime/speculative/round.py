@@ -1,17 +1,18 @@
-"""One round: the draft grows a tree, the target verifies it, the accepted tokens are entered.
+"""One round of speculative decoding: the draft grows a tree, the target verifies it, and accepted tokens are entered.
 
-Buffers have fixed sizes and a round waits for nothing, so that on a GPU all of it, draft and target, is one CUDA graph.
-Processors and criteria that see more than scores and last tokens are transformers' own objects on the host. They are
-called along the accepted path alone, with each node's own prefix (:mod:`effpass.runtime.speculative.walk`); such a
-round waits for the device.
+The *target* is the model to decode with, and the *draft* proposes a tree of tokens that may follow. Buffers have fixed
+sizes and a round does not synchronise with the device, so that on a GPU the whole round, draft and target, is one CUDA
+graph. Logits processors and stopping criteria that see more than scores and last tokens are run on the host, as the
+objects that transformers prepared. They are called along the accepted path only, with the prefix of each node
+(:mod:`effpass.runtime.speculative.walk`), and such a round waits for the device.
 
-Where verification is sparse, tokens that sparse calls entered are run again from time to time, in one dense call
+If verification is sparse, the tokens that sparse calls entered are run again from time to time, in one dense call
 (:mod:`effpass.runtime.speculative.sparse`).
 
-Where a token is sampled, noise that belongs to its column decides (:mod:`effpass.lowering.ops.token_noise`): what comes
-out has the model's distribution, and with one seed is the same text whatever was proposed.
+A sampled token is determined by noise that belongs to its column (:mod:`effpass.lowering.ops.token_noise`). The text
+has the model's distribution, and depends on the seed but not on the proposed tokens.
 
-Shapes: B rows, N nodes, V vocabulary.
+Shapes: B batch, N nodes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,22 +41,22 @@ from effpass.runtime.speculative.walk import Walk
 
 __all__ = ["Round"]
 
-_Verified = tuple[TokenTree, Tensor, Tensor | None]  # with the target's logits and features
+_Verified = tuple[TokenTree, Tensor, Tensor | None]  # tree, logits and features of the target
 
 
 class Round:
-    """Decodes with one target and one draft; its buffers and graphs serve call after call.
+    """Decodes with one target and one draft; buffers and CUDA graphs are reused by later generations.
 
     Args:
-        target: has room for the draft's trees, and for what a dense call runs again.
-        draft: proposes.
-        columns: of prompt and answer.
+        target: session of the target, with room for the draft's trees and for the tokens that a dense call runs again.
+        draft: draft that proposes trees.
+        columns: maximum number of tokens of prompt and answer together.
 
     Attributes:
-        progress: what was emitted.
-        drafting: the draft at work.
-        is_fixed: a round of this call waits for nothing.
-        was_recorded: the last step was, before it ran, and its time says nothing.
+        progress: tokens that were emitted, and the state of each sequence.
+        drafting: state of the draft for this target.
+        is_fixed: whether rounds of the current generation run without synchronisation with the device.
+        was_recorded: whether the last step was recorded as a CUDA graph before it ran, so that its time does not count.
     """
 
     was_recorded = False
@@ -73,12 +74,12 @@ class Round:
     def begin(
         self, prompt: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: Any, limit: int
     ) -> None:
-        """Start behind a prompt `[rows, T]` that the target has run, and choose the first token.
+        """Start a generation after the target has run its prompt, and choose the first token.
 
         Args:
-            prompt: see above.
-            processors, criteria, config: as transformers prepared them.
-            limit: columns of prompt and answer.
+            prompt: int64 `[rows, T]`, token ids of the prompts.
+            processors, criteria, config: logits processors, stopping criteria and config that transformers prepared.
+            limit: number of tokens, of prompt and answer together, at which a sequence ends.
         """
         target, progress = self.target, self.progress
         self._processors, self._samples = processors, bool(config.do_sample)
@@ -101,12 +102,17 @@ class Round:
                 progress.features = features.new_zeros(target.batch, 2 * self.draft.kind.catches_up, features.shape[2])
             features = torch.nn.functional.pad(features[:, -1:], (0, 0, 0, 0, 0, target.batch - len(features)))
             target.prompt_features = None
-        # The first token follows the prompt's last, which is in the cache already: there is nothing to commit.
+        # The first token follows the last one of the prompt, which is in the cache already: nothing is committed.
         self._take((self._alone(), target.logits[:, None], features), commits=False)
         progress.totals.zero_()
 
     def step(self, *, plain: bool = False, reached: int = 0) -> None:
-        """One round; `plain` leaves the draft out. `reached` are columns in use of the longest row, at least."""
+        """Run a round, or a plain decode step.
+
+        Args:
+            plain: whether to leave the draft out.
+            reached: lower bound on the number of tokens of the longest sequence.
+        """
         self.was_recorded, verification = False, "plain" if plain else "round"
         is_sparse = self.target.sparse is not None and self.target.sparse.acts_on(reached)
         if is_sparse:
@@ -120,17 +126,17 @@ class Round:
             self._take(self._run((verification, "verify"), lambda: self._verify(plain, is_sparse)))
 
     def catch_up(self) -> None:
-        """Let the draft run what plain steps have emitted, as much as one call takes."""
+        """Let the draft run the tokens that plain steps have emitted, as many as one call takes."""
         self._run(("catch up",), lambda: self.drafting.extend(self.progress))
 
     def forget_graphs(self) -> None:
-        """Weights lie elsewhere."""
+        """Drop the CUDA graphs, as the addresses of weights have changed."""
         self._graphs.clear()
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
     def _alone(self) -> TokenTree:
-        """A plain step is a tree of the root alone."""
+        """Return trees that consist of the root alone, for a plain decode step."""
         progress, itself = self.progress, self._itself
         return TokenTree(progress.root[:, None], self._parents, progress.position[:, None], itself, 0)
 
@@ -142,7 +148,7 @@ class Round:
         return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors, is_sparse=is_sparse)
 
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:
-        """Enter what the target makes of a tree."""
+        """Accept a path of each verified tree, and enter its tokens in the progress and the target's cache."""
         (tree, logits, features), progress = verified, self.progress
         before = None if features is None else progress.count.clone()
         if self._walk is not None:
@@ -159,7 +165,7 @@ class Round:
             progress.note(features, before, path)
 
     def _choices(self, tree: TokenTree, logits: Tensor) -> Tensor:
-        """The target's token at each node, int64 `[B, N]`."""
+        """Return the token that the target chooses at each node, int64 `[B, N]`."""
         if self._samples:
             below = (tree.positions - self.progress.position[:, None]).clamp(min=0).long()
             noise = self._noise(tree.depth + 1, logits.shape[2])
@@ -170,7 +176,7 @@ class Round:
         return torch.ops.effpass.top_tokens(logits.flatten(0, 1), 1)[1].view_as(tree.tokens)
 
     def _sampled(self) -> Sampled:
-        """What a draft asks, to propose what the target may sample."""
+        """Return the function by which a draft scores tokens with the noise that the target will sample with."""
         depth, vocabulary = self.draft.kind.depth, self.target.logits.shape[1]
         noise = self._noise(depth, vocabulary)
 
@@ -185,12 +191,12 @@ class Round:
         return sampled
 
     def _noise(self, columns: int, vocabulary: int) -> Tensor:
-        """Noise of the next columns of each row, `[B, columns, vocabulary]`."""
+        """Return the noise of the next columns of each sequence, `[B, columns, vocabulary]`."""
         step = torch.arange(columns, device=self.progress.count.device)
         return torch.ops.effpass.token_noise(self.progress.seed, self.progress.count[:, None] + step, vocabulary)
 
     def _distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities `[B, N, V]`, float32."""
+        """Return the processed probabilities, float32 `[B, N, V]`."""
         scores = logits.float()
         if self._processors:
             flat = scores.flatten(0, 1)
@@ -200,7 +206,7 @@ class Round:
     # -- the CUDA graph -----------------------------------------------------------------------------------------------
 
     def _run(self, key: Any, work: Callable[[], Any]) -> Any:
-        """`work`, recorded when it is first done; what it returns stays where it is."""
+        """Run `work`, as a CUDA graph that is recorded the first time; its result has a fixed address."""
         if self.target.model.device.type != "cuda":
             return work()
         if key not in self._graphs:

@@ -1,4 +1,8 @@
-"""A model with a cache that has room for a token tree: what a target and a draft model both are."""
+"""A session of the decode engine for token trees, used for the target and for draft models.
+
+It runs prompts as :class:`~effpass.runtime.session.Session` does, and then calls on the nodes of a tree, which are
+written to the slots after the prefix (:mod:`effpass.runtime.speculative.cache`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effpass.core.cache_name import cache_name
 from effpass.core.derived_arguments import DerivedArguments
 from effpass.core.errors import ModelError
 from effpass.runtime.session import Backend, Session
@@ -19,23 +24,26 @@ __all__ = ["TreeSession", "decoder_layers"]
 
 
 class TreeSession(Session):
-    """Runs a prompt as :class:`Session` does, and then trees.
+    """Runs prompts and token trees with one model.
 
     Args:
-        model: a transformers causal LM. Calls are made while `reading_cache` and :meth:`attached` are entered.
-        batch: rows of the buffers B.
-        capacity: slots of the prefix.
-        nodes: slots of the tree.
-        backend: compiles the model's calls for a CUDA graph; None runs the model as it is.
-        taps: layers whose inputs are handed out as *features*, side by side, `[..., len(taps) · D]`.
-        sparse: what sparse calls leave out; None where there are none.
+        model: a transformers causal LM, called within :func:`~effpass.runtime.attention.reading_cache` and
+            :meth:`attached`.
+        batch: batch size B of the buffers.
+        capacity: number of slots of the prefix.
+        nodes: number of slots of the tree.
+        backend: `torch.compile` backend for calls on trees in a CUDA graph; None runs the model's own operators.
+        taps: indices of the layers whose inputs, of hidden size D, are returned as *features*, concatenated to
+            `[..., len(taps) · D]`.
+        sparse: settings of sparse verification; None if all calls are dense.
 
     Attributes:
-        sparse: as given.
-        prompt_features: of the last prompt, `[rows, T, len(taps) · D]`; None without taps, and once it was dropped.
+        sparse: settings of sparse verification, or None.
+        prompt_features: `[rows, T, len(taps) · D]`, features of the last prompt; None without taps or after its user
+            has released them.
 
     Raises:
-        ModelError: the model has no such layers.
+        ModelError: if the list of the model's decoder layers is not found, or layers keep a state instead of keys.
     """
 
     cache: TreeCache
@@ -51,10 +59,10 @@ class TreeSession(Session):
         self._tapped = [decoder_layers(model)[index] for index in taps]
         self._inputs: list[Tensor] = []
         self._function = _with_features(model.forward, self._inputs, len(taps))
-        self._calls: dict[tuple[int, bool], Callable[..., Any]] = {}  # tokens, is sparse → compiled
+        self._calls: dict[tuple[int, bool], Callable[..., Any]] = {}  # by number of tokens, is sparse
         self._is_recording = False
         self.prompt_features: Tensor | None = None
-        # Nodes beyond the model's positions are beyond the longest answer too: what they give is never looked at.
+        # Nodes beyond the model's last position are clamped to it. No answer is that long, so their output is unused.
         text = model.config.get_text_config(decoder=True)
         longest = getattr(text, "max_position_embeddings", None)
         self._last_position = None if longest is None else longest - 1
@@ -67,12 +75,12 @@ class TreeSession(Session):
 
     @property
     def position(self) -> Tensor:
-        """int32 `[B]`: where each row's last token of the prompt stands; -1 in empty rows."""
+        """Position of the last prompt token of each sequence, int32 `[B]`; -1 for unused sequences."""
         return self._position[:, 0]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, the layers in `taps` hand out their inputs, and sparse calls are sparse."""
+        """Context in which the inputs of the layers in `taps` are captured, and sparse calls take effect."""
         inputs = self._inputs
 
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,18 +118,21 @@ class TreeSession(Session):
         is_sparse: bool = False,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits `[B, T, vocab]` and features of nodes, whose keys go to the tree's slots from `first` on.
+        """Run the model on nodes of trees.
 
         Args:
-            tokens: int64 `[B, T]`.
-            positions: int32 `[B, T]`; -1 for padding, whose logits mean nothing.
-            ancestors: int64 `[B, T, W]`.
-            first: see above.
-            is_sparse: the first node is a root, and the call leaves out what `sparse` says.
-            inputs: what the model takes beside them.
+            tokens: int64 `[B, T]`, tokens of the nodes.
+            positions: int32 `[B, T]`, their positions; -1 for padding, whose logits are meaningless.
+            ancestors: int64 `[B, T, W]`, their ancestor masks over the slots of the tree.
+            first: slot of the tree for the first of the nodes.
+            is_sparse: whether the call is sparse as set by `sparse`; its first node then has to be the root.
+            inputs: additional inputs of the model.
+
+        Returns:
+            Logits `[B, T, vocab]`, and features `[B, T, len(taps) · D]` or None without taps.
 
         Raises:
-            EffpassError: the nodes have no room.
+            EffpassError: if the tree has too few slots.
         """
         self.cache.enter(positions, ancestors, first)
         key, call = (tokens.shape[1], is_sparse), self._function
@@ -132,7 +143,7 @@ class TreeSession(Session):
             return call(
                 input_ids=tokens,
                 position_ids=positions.clamp(0, self._last_position),
-                past_key_values=self.cache,
+                **{cache_name(): self.cache},
                 effpass_cache=self.cache,
                 use_cache=True,
                 return_dict=True,
@@ -147,7 +158,7 @@ class TreeSession(Session):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside, calls are compiled for a CUDA graph."""
+        """Context in which calls are compiled, to be recorded in a CUDA graph."""
         with self._recording():
             self._is_recording = True
             try:
@@ -156,7 +167,7 @@ class TreeSession(Session):
                 self._is_recording = False
 
     def has_moved(self) -> bool:
-        """Whether weights lie elsewhere than when this was last asked; graphs read them where they lay."""
+        """Return whether CUDA graphs are outdated, because weights have other addresses than at the last call."""
         before, self._weights = self._weights, self._weight_addresses()
         moved = before != self._weights or any(isinstance(c, DerivedArguments) for c in self._compiled)
         if moved:
@@ -165,10 +176,10 @@ class TreeSession(Session):
 
 
 def decoder_layers(model: Any) -> Any:
-    """The list of a model's decoder layers.
+    """Return the list of a model's decoder layers.
 
     Raises:
-        ModelError: they are not where models have them.
+        ModelError: if the decoder has no attribute `layers` or `h`.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", getattr(decoder, "h", None))
@@ -178,7 +189,7 @@ def decoder_layers(model: Any) -> Any:
 
 
 def _with_features(forward: Callable[..., Any], inputs: list[Tensor], taps: int) -> Callable[..., Any]:
-    """`forward`, as a function that gives logits and features; `inputs` is filled by hooks."""
+    """Wrap `forward` in a function that returns logits and features; hooks append the features to `inputs`."""
 
     def call(**arguments: Any) -> tuple[Tensor, Tensor | None]:
         inputs.clear()

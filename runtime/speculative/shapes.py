@@ -1,8 +1,9 @@
-"""Trees of one shape: chains, and trees with so many children a node at each depth.
+"""Static trees, which have a fixed number of children per node at each depth, and the interfaces of all tree kinds.
 
-The children are the draft's best tokens; where the target samples, those that it would sample with the same noise.
+The children of a node are the draft's best tokens; if the target samples, the best ones after applying the noise that
+the target samples with.
 
-Shapes: B rows, N nodes, F nodes of a layer, V vocabulary.
+Shapes: B batch, N nodes, F nodes of a layer, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,33 +23,38 @@ from effpass.runtime.speculative.tree import TokenTree, check_tree
 
 __all__ = ["Grower", "Sampled", "Static", "Steps", "TreeKind", "chain"]
 
-#: Scores `[B, F, V]` of logits `[B, F, V]` at a depth, given `names` as in :class:`Steps`: the best is what the target
-#: would sample there, had it these logits.
+#: Function from logits `[B, F, V]`, their depth and `names` of :class:`Steps` to scores `[B, F, V]`. The token with the
+#: largest score is the one that the target would sample at that depth if it had these logits.
 Sampled = Callable[[Tensor, int, Tensor | None], Tensor]
 
 
 class Steps(Protocol):
-    """What a grower asks of a draft.
+    """Interface through which a grower runs a draft.
 
     Attributes:
-        names: int64 `[V]`: what to add to the draft's tokens for the target's; None where they are the same.
+        names: int64 `[V]`, offset from each token of the draft's vocabulary to the target's; None if they are the same.
     """
 
     names: Tensor | None
 
     def step(self, tokens: Tensor, positions: Tensor, ancestors: Tensor, up: Tensor, first: int) -> Tensor:
-        """Logits `[B, F, V]` of nodes in the draft's own tree, at its slots from `first` on.
+        """Run the draft on a layer of nodes and return their logits `[B, F, V]`.
 
-        `up` int64 `[B, F]` are the places of their parents in the layer before.
+        Args:
+            tokens: int64 `[B, F]`, tokens of the nodes, in the target's vocabulary.
+            positions: int32 `[B, F]`, their positions; -1 for padding.
+            ancestors: int64 `[B, F, W]`, their ancestor masks over the slots of the draft's own tree.
+            up: int64 `[B, F]`, index of each node's parent within the previous layer.
+            first: slot of the draft's tree for the first of the nodes.
         """
 
 
 class TreeKind(Protocol):
-    """Options of a kind of tree.
+    """Interface of the options of a kind of tree.
 
     Attributes:
-        nodes: of the verified tree, the root included; a fixed number, and those that are not needed pad it.
-        depth: the longest path.
+        nodes: number of nodes of the verified tree, including the root; smaller trees are padded to it.
+        depth: maximum depth of a node, 0 for the root.
     """
 
     @property
@@ -59,39 +65,47 @@ class TreeKind(Protocol):
 
     @property
     def steps(self) -> int:
-        """Slots that the draft's own tree needs: the nodes whose children are asked for, without the root."""
+        """Number of slots of the draft's own tree, which holds the expanded nodes without the root."""
 
     @property
     def widest(self) -> int:
-        """Children of one node at most."""
+        """Maximum number of children of a node."""
 
     @property
     def catches_up(self) -> int:
-        """Tokens that a draft catches up with in one call: what a round emits at most, or more where that makes the
-        call one of a layer's shape."""
+        """Number of emitted tokens that a draft runs in one call.
+
+        At least the maximum that a round emits; more if the call then has the same shape as that for a layer.
+        """
 
     def grower(self, rows: int, device: torch.device) -> Grower: ...
 
 
 class Grower(Protocol):
-    """Grows trees of one kind, for a number of rows, on one device."""
+    """Interface of an object that grows trees of one kind, for one batch size and device."""
 
     def grow(self, draft: Steps, root: Tensor, position: Tensor, logits: Tensor, sampled: Sampled | None) -> TokenTree:
-        """A tree below `root` int64 `[B]`, which stands at `position` int32 `[B]`; the draft's logits there `[B, V]`.
+        """Grow a tree.
 
-        `sampled` is given where the target samples.
+        Args:
+            draft: draft that gives the logits of nodes.
+            root: int64 `[B]`, token of the root.
+            position: int32 `[B]`, position of the root; -1 for sequences without a tree.
+            logits: `[B, V]`, logits of the draft at the root.
+            sampled: scores to choose children by if the target samples; None to choose by logits.
         """
 
 
 @dataclass(frozen=True)
 class Static:
-    """A tree of one shape.
+    """A tree of fixed shape.
 
     Attributes:
-        widths: children of every node by depth: `(4, 2, 1)` are 4 + 8 + 8 nodes below the root.
+        widths: number of children of every node, by depth; `(4, 2, 1)` has 4 + 8 + 8 nodes below the root.
 
     Raises:
-        EffpassError: no width, one below 1, or more nodes than the mask has bits.
+        EffpassError: if there are no widths, one is below 1, the tree is too deep, or it has more nodes than an
+            ancestor mask has bits.
     """
 
     widths: tuple[int, ...] = (4, 2, 1, 1)
@@ -133,7 +147,7 @@ class Static:
 
 
 def chain(depth: int = 5) -> Static:
-    """One path of `depth` tokens."""
+    """Return the kind of trees that are a single path of `depth` tokens below the root."""
     return Static((1,) * depth)
 
 
@@ -147,12 +161,12 @@ class _StaticGrower:
         self.kind, self.layers = kind, layers
         self.parents = torch.tensor([parents], device=device).expand(rows, -1)
         self.depths, self.ancestors = relations(self.parents, kind.depth)
-        # The draft's tree holds the nodes without the root and without the last layer, so node i stands in slot i - 1.
+        # The draft's tree holds the nodes without the root and without the last layer, so that node i is in slot i - 1.
         self.of_draft = pack(unpack(self.ancestors, kind.nodes)[:, :, 1:])
         self.up = self.parents - torch.tensor([max(0, parent) for parent in self._first_of_parents()], device=device)
 
     def _first_of_parents(self) -> list[int]:
-        """For each node the first node of its parent's layer."""
+        """Return, for each node, the first node of its parent's layer."""
         return [self.layers[max(0, depth - 1)].start for depth, layer in enumerate(self.layers) for _ in layer]
 
     def grow(self, draft: Steps, root: Tensor, position: Tensor, logits: Tensor, sampled: Sampled | None) -> TokenTree:
@@ -167,7 +181,7 @@ class _StaticGrower:
             if depth + 1 == kind.depth:
                 break
             layer = self.layers[depth + 1]
-            of = slice(layer.start, layer.stop)
-            above = torch.where((positions[:, of] >= 0)[..., None], self.of_draft[:, of], 0)
-            logits = draft.step(tokens[-1], positions[:, of].contiguous(), above, self.up[:, of], layer.start - 1)
+            span = slice(layer.start, layer.stop)
+            above = torch.where((positions[:, span] >= 0)[..., None], self.of_draft[:, span], 0)
+            logits = draft.step(tokens[-1], positions[:, span].contiguous(), above, self.up[:, span], layer.start - 1)
         return TokenTree(torch.cat(tokens, 1), self.parents, positions, ancestors, kind.depth)

@@ -1,10 +1,10 @@
-"""Channels of feed-forward networks that a tree shares: those in which its nodes have most, and no others, are read.
+"""A rule of sparse verification: all nodes of a tree share the feed-forward channels with the largest activations.
 
-    v_c = Σ_t a_tc²  over the nodes t;  the channels of the largest v stay                       a: act(W_gate x)
+    v_c = Σ_t a_tc²  over the nodes t;  the channels with the largest v are read                 a: act(W_gate x)
 
-The gate is computed whole and decides which rows of W_up and columns of W_down are read
-(:mod:`effpass.lowering.ops.chosen_channels`). A channel that goes would have added a · u, of which u is not known: what
-is lost in expectation is a².
+The gate is computed for all channels, and determines which rows of W_up and columns of W_down are read
+(:mod:`effpass.lowering.ops.chosen_channels`). A skipped channel would have contributed a · u with u = W_up x, which is
+not computed; a² is the expected loss.
 """
 
 from __future__ import annotations
@@ -22,28 +22,34 @@ from effpass.runtime.speculative.shared_experts import Call
 
 __all__ = ["ChannelBudget", "ChannelRule", "attached", "gated_networks", "lay_by_channel", "share_channels"]
 
-_PIECE = 16  # channels that go or stay are a multiple of it, for loads of whole pieces
+_PIECE = 16  # the number of channels that are read is a multiple of it, so that kernels load whole pieces
 
 
 class ChannelRule(Protocol):
-    """Which channels a call leaves out."""
+    """Interface of a rule for the channels that a call skips."""
 
     def run(self, network: Any, x: Tensor, is_node: Tensor) -> Tensor:
-        """Output `[..., D]` of a gated network for `x` `[..., D]`; `is_node` bool `[T]`, of its rows."""
+        """Compute the output `[..., D]` of a gated network.
+
+        Args:
+            network: feed-forward network, as :func:`gated_networks` finds it.
+            x: `[..., D]`, input for T tokens.
+            is_node: bool `[T]`, tokens that are nodes, and not padding.
+        """
 
 
 @dataclass(frozen=True)
 class ChannelBudget:
-    """How many channels of a network one call reads.
+    """Rule by which a call reads a fixed share of a network's channels.
 
     Attributes:
-        share: of the network's channels.
+        share: share of the network's channels to read.
     """
 
     share: float
 
     def of(self, channels: int) -> int:
-        """M: of a network with so many."""
+        """Return the number of channels M to read, of a network with `channels` channels."""
         kept = max(1, round(self.share * channels))
         return kept if kept < _PIECE or kept == channels else kept - kept % _PIECE
 
@@ -60,25 +66,29 @@ class ChannelBudget:
 
 
 def share_channels(active: Tensor, is_node: Tensor, kept: int) -> Tensor:
-    """Channels that stay, int32 `[kept]`, ascending.
+    """Return the channels with the largest sums of squares, int32 `[kept]`, ascending.
 
     Args:
-        active: `[T, F]`, the gate's output behind its activation.
-        is_node: bool `[T]`: whose channels count.
-        kept: M.
+        active: `[T, F]`, activated gate of each token.
+        is_node: bool `[T]`, tokens that count.
+        kept: number of channels M.
     """
     of_nodes = torch.where(is_node[:, None], active.float(), 0)
     return torch.ops.effpass.largest_channels(of_nodes.square().sum(0), kept)
 
 
 def lay_by_channel(network: Any) -> None:
-    """Let W_down lie in memory channel by channel, as the same weight: what reads a channel reads one piece."""
+    """Change the memory layout of W_down, in place, such that the weights of each channel are contiguous."""
     weight = network.down_proj.weight
     weight.data = weight.data.t().contiguous().t()
 
 
 def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Networks W_down (act(W_gate x) ∘ W_up x) of `model` that all tokens go through, and why others are none."""
+    """Find the feed-forward networks W_down (act(W_gate x) ∘ W_up x) that run on all tokens.
+
+    Returns:
+        The networks by name, and for each similar module that does not qualify the reason.
+    """
     found: dict[str, nn.Module] = {}
     others: dict[str, str] = {}
     known: dict[type, bool] = {}
@@ -87,12 +97,12 @@ def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
             continue
         linears = [module.gate_proj, module.up_proj, module.down_proj]
         if not isinstance(module.up_proj, nn.Module):
-            continue  # experts, which keep all their weights in one
+            continue  # experts whose weights are stacked in one tensor
         if any(type(part) is not nn.Linear or type(part.weight) is not nn.Parameter for part in linears):
             others[name] = "its weights are quantised, or have adapters"
         elif any(part.bias is not None or part.weight.is_meta for part in linears[1:]):
             others[name] = "its products have a bias, or are not in memory"
-        elif ".experts." not in f"{name}.":  # an expert sees some tokens only
+        elif ".experts." not in f"{name}.":  # an expert runs on some of the tokens only
             if type(module) not in known:
                 known[type(module)] = _is_plain(module)
             if known[type(module)]:
@@ -104,6 +114,7 @@ def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 @torch.no_grad()
 def _is_plain(network: Any) -> bool:
+    """Return whether the module computes just the formula of :func:`gated_networks`, tested on random input."""
     weight = network.up_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], generator=generator).to(weight)
@@ -113,7 +124,7 @@ def _is_plain(network: Any) -> bool:
 
 @contextmanager
 def attached(networks: Iterable[Any], rule: ChannelRule, call: Call) -> Iterator[None]:
-    """Inside, `networks`, as :func:`gated_networks` finds them, leave channels out in calls that are on."""
+    """Context in which `networks` skip channels by `rule`, in calls for which `call.is_on` is set."""
 
     def within(network: Any) -> Any:
         def forward(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Experts that a tree shares: those that its nodes together like best, and no others, are read.
+"""A rule of sparse verification: all nodes of a tree share the experts with the largest total routing weight.
 
-    V_e = Σ_t w_te  over the nodes t whose router chose e;  the B experts of the largest V stay
+    V_e = Σ_t w_te  over the nodes t that are routed to e;  the B experts with the largest V are read
 
-A node whose expert goes takes what stays of its own choice, with weights that are scaled to the sum that they had where
-the model's router makes the weights of its choice sum to 1 (MoE-Spec, https://arxiv.org/abs/2602.16052, "truncation").
+w_te is the weight that the router gives expert e for node t. A node whose expert is not read keeps the rest of its own
+experts. If the model's router normalizes the weights of a token to the sum 1, the remaining weights are scaled to the
+sum that all had (MoE-Spec, https://arxiv.org/abs/2602.16052, "truncation").
 """
 
 from __future__ import annotations
@@ -32,36 +33,36 @@ __all__ = [
 
 
 class ExpertRule(Protocol):
-    """Which experts a call leaves out."""
+    """Interface of a rule for the experts that a call skips."""
 
     def narrow(
         self, layer: int, chosen: Tensor, weights: Tensor, experts: int, is_node: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What stays of the choice of each token, anew.
+        """Return new experts `[T, k]` and weights `[T, k]` of each token, in which skipped experts have weight 0.
 
         Args:
-            layer: number of the layer, of those with experts.
-            chosen: int64 `[T, k]`.
-            weights: `[T, k]`.
-            experts: E, of the layer.
-            is_node: bool `[T]`: rows that are no padding.
+            layer: index of the layer among those with experts.
+            chosen: int64 `[T, k]`, experts that each token is routed to.
+            weights: `[T, k]`, their routing weights.
+            experts: number of experts E of the layer.
+            is_node: bool `[T]`, tokens that are nodes, and not padding.
         """
 
 
 @dataclass(frozen=True)
 class ExpertBudget:
-    """How many experts of a layer one call reads.
+    """Rule by which a call reads a fixed share of a layer's experts.
 
     Attributes:
-        share: of the layer's experts.
-        rescales: weights that stay are scaled to the sum of all.
+        share: share of the layer's experts to read.
+        rescales: whether the remaining weights of a token are scaled to the sum that all had.
     """
 
     share: float
     rescales: bool
 
     def of(self, experts: int, each: int) -> int:
-        """B: of a layer with so many `experts`, of which a token takes `each`; one token's always."""
+        """Return B for a layer with `experts` experts; at least the `each` experts that one token is routed to."""
         return min(experts, max(each, round(self.share * experts)))
 
     def narrow(
@@ -72,11 +73,11 @@ class ExpertBudget:
 
 
 class Call(Protocol):
-    """What a rule needs to know of the current call.
+    """State of the current call of the model that rules depend on.
 
     Attributes:
-        is_on: it leaves something out.
-        is_node: bool `[T]`: rows that are nodes, and no padding.
+        is_on: whether the call is sparse.
+        is_node: bool `[T]`, tokens that are nodes, and not padding.
     """
 
     is_on: bool
@@ -84,27 +85,27 @@ class Call(Protocol):
 
 
 def expert_modules(model: Any) -> dict[str, nn.Module]:
-    """The modules that get a choice of experts and its weights.
+    """Return the modules, by name, whose inputs are hidden states, chosen experts and routing weights.
 
     Raises:
-        ModelError: the model's experts have another form.
+        ModelError: if the model's experts have another form.
     """
     found = {name: module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "experts"}
     for name, module in found.items():
-        takes = len(inspect.signature(module.forward).parameters)  # hidden states, choice, weights
+        takes = len(inspect.signature(module.forward).parameters)  # hidden states, chosen experts, routing weights
         if not isinstance(getattr(module, "num_experts", None), int) or takes != 3:
             raise ModelError(f"{name} ({type(module).__name__}) keeps its experts in another form")
     return found
 
 
 def rescales(config: Any) -> bool:
-    """Whether a model's router makes the weights of a token's choice sum to 1."""
+    """Return whether a model's router normalizes the weights of a token's experts to the sum 1."""
     return bool(getattr(config.get_text_config(decoder=True), "norm_topk_prob", True))
 
 
 @contextmanager
 def attached(model: Any, rule: ExpertRule, call: Call) -> Iterator[None]:
-    """Inside, tokens of `model` leave experts out in calls that are on."""
+    """Context in which tokens skip experts of `model` by `rule`, in calls for which `call.is_on` is set."""
 
     def within(layer: int) -> Any:
         def narrow(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -127,23 +128,24 @@ def attached(model: Any, rule: ExpertRule, call: Call) -> Iterator[None]:
 def share_experts(
     chosen: Tensor, weights: Tensor, is_node: Tensor, experts: int, kept: int, rescales: bool
 ) -> tuple[Tensor, Tensor]:
-    """What stays of each token's choice; an expert that goes is another one's place, with weight 0.
+    """Restrict each token's experts to the B experts with the largest total weight.
 
     Args:
-        chosen: int64 `[T, k]`, of each token.
-        weights: `[T, k]`, likewise.
-        is_node: bool `[T]`: whose choice counts.
-        experts: E.
-        kept: B, of which at least k.
-        rescales: whether weights that stay are scaled to the sum of all.
+        chosen: int64 `[T, k]`, experts that each token is routed to.
+        weights: `[T, k]`, their routing weights.
+        is_node: bool `[T]`, tokens whose weights count.
+        experts: number of experts E of the layer.
+        kept: number of experts B to read, at least k.
+        rescales: whether the remaining weights of a token are scaled to the sum that all had.
 
     Returns:
-        `chosen` and `weights` anew; a token of which nothing stays has weights of 0.
+        New `chosen` and `weights`. A skipped expert is replaced by one that is read, with weight 0; a token without a
+        remaining expert has only weights of 0.
     """
     if kept >= experts:
         return chosen, weights
     wide = weights.float()
-    # One place for each pair in a dense table, and a sum down its columns: the same bits whatever the order.
+    # A dense table with one entry per pair, summed over tokens, is deterministic, unlike a scatter with atomic adds.
     table = torch.zeros(chosen.shape[0], experts, device=chosen.device)
     votes = table.scatter(1, chosen, wide * is_node[:, None]).sum(0)
     best = votes.topk(kept).indices
@@ -152,10 +154,10 @@ def share_experts(
 
 
 def weights_left(weights: Tensor, stays: Tensor, rescales: bool) -> Tensor:
-    """Weights float32 `[T, k]` of the experts that stay, 0 of others; scaled to the sum of all where `rescales`."""
+    """Set the weights float32 `[T, k]` of skipped experts to 0, and scale the rest to the former sum if `rescales`."""
     left = torch.where(stays, weights, 0)
     if not rescales:
         return left
-    # A token that keeps all of its experts has the very weights that it had.
+    # The factor is exactly 1 for tokens that keep all of their experts.
     factor = torch.where(stays.all(1), 1.0, weights.sum(1) / left.sum(1).clamp(min=1e-20))
     return left * factor[:, None]

@@ -1,4 +1,4 @@
-"""A model without some of its layers, as a draft for itself (https://arxiv.org/abs/2309.08168)."""
+"""Self-speculative decoding: a model without some of its layers as its own draft (https://arxiv.org/abs/2309.08168)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["skip_layers"]
 
 
 def skip_layers(model: Any, keep: Sequence[int]) -> Any:
-    """`model` with some of its decoder layers alone; the weights are shared.
+    """Return a copy of `model` with some of its decoder layers only, which shares its weights.
 
     Args:
         model: a transformers causal LM.
-        keep: numbers of the layers that stay, ascending.
+        keep: indices of the layers to keep, ascending.
 
     Raises:
-        ModelError: the model's layers are not where models have them.
-        EffpassError: `keep` is empty, not ascending, or names a layer that is not there.
+        ModelError: if the list of the model's decoder layers is not found.
+        EffpassError: if `keep` is empty or not ascending, or an index is out of range.
     """
     count = len(decoder_layers(model))
     if not keep or list(keep) != sorted(set(keep)) or not 0 <= keep[0] <= keep[-1] < count:
@@ -31,7 +31,7 @@ def skip_layers(model: Any, keep: Sequence[int]) -> Any:
             f"layers {list(keep)} can't be kept of a model with {count}",
             hint=f"name layers from 0 to {count - 1}, ascending",
         )
-    # The engine and what it put on the model are the model's own.
+    # The decode engine and the `generate` that it installed belong to the model, and are not copied.
     held = {name: model.__dict__.pop(name) for name in ("effpass_engine", "generate") if name in model.__dict__}
     try:
         small = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})

@@ -1,13 +1,16 @@
-"""Sparse verification: a target that reads less when it looks at a tree, the same for all nodes.
+"""Sparse verification: the target reads only a part of its cache and weights for a tree, the same for all nodes.
 
     attention   blocks of the prefix, chosen by the root's query (:mod:`effpass.lowering.ops.tree_blocks`)
-    channels    in which the tree's nodes together have most (:mod:`effpass.runtime.speculative.shared_channels`)
-    experts     those that the tree's nodes together like best (:mod:`effpass.runtime.speculative.shared_experts`)
+    channels    those with the largest sums of squared activations over the nodes
+                (:mod:`effpass.runtime.speculative.shared_channels`)
+    experts     those with the largest sums of routing weights over the nodes
+                (:mod:`effpass.runtime.speculative.shared_experts`)
 
-("Accelerate Speculative Decoding with Sparse Computation in Verification", https://arxiv.org/abs/2512.21911; its own
-rules for channels and experts, token by token, are in :mod:`effpass.runtime.speculative.token_rules`.) What is
-accepted is then what the sparse model says, and its keys and values are in the cache; so every few rounds the tokens
-since are run again, densely, and their keys and values take the place of those (SpecPV, https://arxiv.org/abs/2512.02337).
+The method follows "Accelerate Speculative Decoding with Sparse Computation in Verification"
+(https://arxiv.org/abs/2512.21911), whose own rules for channels and experts differ from token to token
+(:mod:`effpass.runtime.speculative.token_rules`). Acceptance then follows the sparse model, and the cache holds its keys
+and values. Every few rounds, the tokens since the last refresh are therefore run again densely, and their keys and
+values replace those of sparse calls (SpecPV, https://arxiv.org/abs/2512.02337).
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ ROOM = "effpass_sparse_verification"
 
 @dataclass(frozen=True)
 class SharedBlocks:
-    """Which part of a prefix a tree attends to.
+    """Choice of the part of a prefix that a tree attends to.
 
     Attributes:
-        share: of the slots beyond `dense_below`.
-        dense_below: slots that are read of every prefix; shorter ones wholly.
-        block: slots of a block.
-        anchors: layers that choose, ascending; others take the blocks of the last one before. None for all layers.
+        share: share of the slots beyond `dense_below` to read.
+        dense_below: number of slots of every prefix that are read in any case; shorter prefixes are read completely.
+        block: number of slots per block.
+        anchors: indices of the layers that choose blocks, ascending; the other layers use the choice of the last anchor
+            before them. None if all layers choose.
     """
 
     share: float = 0.25
@@ -49,13 +53,14 @@ class SharedBlocks:
 
 @dataclass(frozen=True)
 class SparseVerification:
-    """What the verifications of one model leave out.
+    """Settings of sparse verification for one model.
 
     Attributes:
-        blocks: of the prefix; None for none.
-        experts: which a call reads; None for all.
-        channels: likewise, of feed-forward networks that all tokens go through.
-        refresh: rounds after which tokens are run again densely; None for never.
+        blocks: choice of the blocks of the prefix to attend to; None to attend to all of it.
+        experts: rule for the experts that a call reads; None to read all that its tokens are routed to.
+        channels: rule for the channels that a call reads, in feed-forward networks that run on all tokens; None for
+            all.
+        refresh: number of rounds after which tokens are run again densely; None for never.
     """
 
     blocks: SharedBlocks | None = None
@@ -64,16 +69,16 @@ class SparseVerification:
     refresh: int | None = 8
 
     def acts_on(self, length: int) -> bool:
-        """Whether a verification behind `length` tokens is another than a dense one."""
+        """Return whether a verification after `length` tokens differs from a dense one."""
         if self.experts is not None or self.channels is not None:
             return True
         return self.blocks is not None and length > self.blocks.dense_below
 
     def tokens(self, depth: int) -> int:
-        """That a dense call runs again, of rounds with trees of `depth`; 0 where there is none.
+        """Return the maximum number of tokens that a dense call runs again, for trees of `depth`; 0 without refresh.
 
         Raises:
-            EffpassError: they are more than one call takes.
+            EffpassError: if one call can't run that many tokens.
         """
         if self.refresh is None:
             return 0
@@ -88,20 +93,20 @@ class SparseVerification:
 
 
 def settings_of(model: Any) -> SparseVerification | None:
-    """What the model was prepared with."""
+    """Return the settings that the pass `sparse_verification` has stored on the model; None if there are none."""
     return getattr(model, ROOM, None)
 
 
 class Verifier:
-    """Makes calls of one model sparse.
+    """Makes calls of one model sparse in experts and channels.
 
     Args:
         model: a transformers causal LM.
-        settings: see :class:`SparseVerification`.
+        settings: settings of sparse verification.
 
     Attributes:
-        is_on: the current call is sparse.
-        is_node: bool `[B · T]`: which rows of the current call are nodes, and not padding.
+        is_on: whether the current call is sparse.
+        is_node: bool `[B · T]`, tokens of the current sparse call that are nodes, and not padding.
     """
 
     is_node: Tensor
@@ -115,7 +120,7 @@ class Verifier:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Inside, calls while :attr:`is_on` are sparse; others are as they were."""
+        """Context with hooks on the model, which make calls sparse while :attr:`is_on` is set."""
         with ExitStack() as stack:
             if self.settings.experts is not None:
                 stack.enter_context(shared_experts.attached(self._model, self.settings.experts, self))
@@ -125,7 +130,7 @@ class Verifier:
 
     @contextmanager
     def on(self, positions: Tensor) -> Iterator[None]:
-        """Inside, calls are on nodes at `positions` int32 `[B, T]`, -1 for padding, and sparse."""
+        """Context in which calls are sparse; their tokens are at `positions`, int32 `[B, T]`, -1 for padding."""
         self.is_on, self.is_node = True, (positions >= 0).flatten()
         try:
             yield

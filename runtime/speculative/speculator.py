@@ -1,4 +1,9 @@
-"""Speculative decoding of one model with one draft: sessions, buffers and graphs, kept from call to call."""
+"""The speculative decoder of one model with one draft, which keeps sessions, buffers and CUDA graphs between calls.
+
+:mod:`effpass.runtime.speculative.open_draft` creates it from the names that a user gives, and
+:mod:`effpass.runtime.speculative.generation` takes a :class:`~effpass.runtime.speculative.round.Round` from it for each
+generation.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +30,12 @@ _CAPACITY_STEP = 256
 
 @dataclass(frozen=True)
 class Speculation:
-    """What a generation was, summed over the rows of its batch.
+    """Statistics of a generation, summed over the sequences of its batch.
 
     Attributes:
-        rounds: trees that were verified, plain steps (trees of a root alone) included.
-        verified: their nodes, without roots.
-        tokens: that were emitted.
+        rounds: number of verified trees, including plain steps, whose trees consist of a root alone.
+        verified: number of verified nodes, without roots.
+        tokens: number of tokens that these rounds emitted.
     """
 
     rounds: int
@@ -39,7 +44,7 @@ class Speculation:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a round, the one that follows the accepted path included."""
+        """Mean number of tokens per round, including the one that follows the accepted path."""
         return self.tokens / max(1, self.rounds)
 
     def __str__(self) -> str:
@@ -48,18 +53,19 @@ class Speculation:
 
 
 class Speculator:
-    """Makes rounds of a target and a draft.
+    """Creates and reuses the rounds of a target with a draft.
 
     Args:
-        engine: of the target.
-        draft: proposes.
-        switches: plain steps where rounds do not pay; False speculates always.
+        engine: decode engine of the target.
+        draft: draft that proposes trees.
+        switches: whether to switch to plain steps while they are faster than rounds; False to speculate always.
 
     Attributes:
-        last: what the last generation was.
+        last: statistics of the last generation; None before the first one.
 
     Raises:
-        ModelError: the draft is for another model, or the model's cache is of a kind that has no room for trees.
+        ModelError: if the draft is for another model, or a pass has replaced the model's cache by one without room for
+            trees.
     """
 
     last: Speculation | None = None
@@ -79,10 +85,12 @@ class Speculator:
 
     @contextmanager
     def round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:
-        """A round for `rows` sequences of up to `capacity` tokens; target and draft attend to their caches inside.
+        """Context with a round, and its pace, for `rows` sequences of up to `capacity` tokens.
+
+        Inside, the attention of target and draft reads their caches.
 
         Raises:
-            EffpassError: the device has no room.
+            EffpassError: if the device has too little memory.
         """
         engine, draft = self.engine, self.draft
         found: Round | None = None
@@ -105,12 +113,12 @@ class Speculator:
         batch = 1 << (rows - 1).bit_length() if engine.device.type == "cuda" else rows
         found = self._free.pop(batch, None)
         if found is None or found.target.capacity < capacity:
-            del found  # before a larger one is made
+            del found  # free its memory before a larger one is allocated
             capacity += -capacity % _CAPACITY_STEP
             kind, sparse = self.draft.kind, settings_of(engine.model)
             nodes = kind.nodes if sparse is None else max(kind.nodes, sparse.tokens(kind.depth))
             target = TreeSession(engine.model, batch, capacity, nodes, engine.backend, self.draft.taps, sparse)
             found = Round(target, self.draft, capacity)
-        elif any([found.target.has_moved(), found.drafting.has_moved()]):  # both take note
+        elif any([found.target.has_moved(), found.drafting.has_moved()]):  # a list, so that both update their state
             found.forget_graphs()
         return found

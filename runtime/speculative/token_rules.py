@@ -1,11 +1,13 @@
-"""What single tokens leave out: the rules of "Accelerate Speculative Decoding with Sparse Computation in Verification".
+"""Rules by which each token skips experts and channels on its own.
 
-    experts    the m of lowest weight go where their share of the token's weights is below β_m; of all m up to a most,
-               the largest;  β_m: the median of that share over texts, for each layer
-    channels   those with |a_c| < τ                                                                 a: act(W_gate x)
+    experts    skip the m experts of smallest weight, with the largest m up to a maximum for which their share of the
+               token's weights is below β_m;  β_m: median of that share over texts, for each layer
+    channels   skip those with |a_c| < τ                                                            a: act(W_gate x)
 
-https://arxiv.org/abs/2512.21911, sections on feed-forward networks and experts. Tokens of a tree leave out different
-ones, so that together they read nearly all: rules for a whole tree are compared with these, which save no time.
+These are the rules of "Accelerate Speculative Decoding with Sparse Computation in Verification"
+(https://arxiv.org/abs/2512.21911, sections on feed-forward networks and experts). The tokens of a tree skip different
+experts and channels, and together read nearly all of them, so that no time is saved. The rules serve as a baseline for
+those that all nodes of a tree share.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ __all__ = ["TokenChannels", "TokenExperts", "tail_shares"]
 
 @dataclass(frozen=True)
 class TokenExperts:
-    """How many of its experts a token leaves out.
+    """Rule by which a token skips its experts with small weights.
 
     Attributes:
-        most: experts.
-        shares: β_1 ... β_{k-1} of each layer of experts, in their order.
-        rescales: weights that stay are scaled to the sum of all.
+        most: maximum number of experts that a token skips.
+        shares: β_1 ... β_{k-1} of each layer with experts, in the order of the layers.
+        rescales: whether the remaining weights of a token are scaled to the sum that all had.
     """
 
     most: int
@@ -41,27 +43,27 @@ class TokenExperts:
         wide = weights.float()
         tails = tail_shares(wide).unbind(1)[: self.most]
         goes = torch.zeros(len(wide), dtype=torch.long, device=wide.device)
-        for m, (tail, limit) in enumerate(zip(tails, self.shares[layer], strict=False), 1):  # as many as may go
+        for m, (tail, limit) in enumerate(zip(tails, self.shares[layer], strict=False), 1):  # up to `most`
             goes = torch.where(tail < limit, m, goes)
         rank = wide.argsort(dim=1, stable=True).argsort(dim=1)
         stays = rank >= goes[:, None]
         left = weights_left(wide, stays, self.rescales)
-        best = chosen.gather(1, wide.argmax(1, keepdim=True))  # stands in for what goes, with weight 0
+        best = chosen.gather(1, wide.argmax(1, keepdim=True))  # replaces skipped experts, with weight 0
         return torch.where(stays, chosen, best), left.to(weights.dtype)
 
 
 def tail_shares(weights: Tensor) -> Tensor:
-    """Shares that the 1, 2, ... k - 1 lowest of each token's `weights` `[T, k]` have of its sum, `[T, k - 1]`."""
+    """Return the shares of the 1, 2, ... k - 1 smallest `weights` `[T, k]` of each token in its sum, `[T, k - 1]`."""
     ascending = weights.float().sort(dim=1).values
     return ascending.cumsum(1)[:, :-1] / ascending.sum(1, keepdim=True).clamp(min=1e-20)
 
 
 @dataclass(frozen=True)
 class TokenChannels:
-    """Which channels a token leaves out.
+    """Rule by which a token skips channels with small gates.
 
     Attributes:
-        least: τ, of the gate's output behind its activation.
+        least: threshold τ on the magnitude of the activated gate.
     """
 
     least: float

@@ -1,9 +1,9 @@
 """Token trees as tensors of fixed size.
 
-Node 0 is the *root*: the last token that was emitted, which the target has not seen yet. The others are proposals. A
-node stands behind its parent, so that every prefix of the nodes is a tree.
+Node 0 is the *root*, the last emitted token, which the target has not run yet. The other nodes are proposed tokens.
+Parents precede their children, so that every prefix of the list of nodes is a tree.
 
-Shapes: B rows, N nodes, W words of 64 bits.
+Shapes: B batch, N nodes, W words of 64 bits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MOST_DEPTH = 60
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Trees of one size, one for each row.
+    """A batch of trees of equal size, one for each sequence.
 
     Attributes:
-        tokens: int64 `[B, N]`.
-        parents: int64 `[B, N]`; -1 for the root, and for nodes that only pad the tree.
-        positions: int32 `[B, N]`; -1 for padding, and in rows that have ended.
-        ancestors: int64 `[B, N, W]`: see :mod:`effpass.lowering.ops.ancestors`.
-        depth: the largest depth there can be.
+        tokens: int64 `[B, N]`, token of each node.
+        parents: int64 `[B, N]`, parent of each node; -1 for the root and for nodes that only pad the tree.
+        positions: int32 `[B, N]`, position of each node's token; -1 for padding and for sequences that have ended.
+        ancestors: int64 `[B, N, W]`, ancestor masks (:mod:`effpass.lowering.ops.ancestors`).
+        depth: maximum depth of a node.
     """
 
     tokens: Tensor
@@ -40,7 +40,7 @@ class TokenTree:
 
 
 def check_tree(nodes: int, depth: int) -> None:
-    """Raise an :class:`EffpassError` for a tree that is larger than the mask of ancestors, or too deep."""
+    """Raise an :class:`EffpassError` for a tree that has more nodes than an ancestor mask has bits, or is too deep."""
     if depth > MOST_DEPTH:
         raise EffpassError(f"a tree of depth {depth}", hint=f"give {MOST_DEPTH} or less")
     if nodes > MOST_NODES:

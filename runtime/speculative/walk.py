@@ -1,4 +1,9 @@
-"""Acceptance by transformers' own processors and criteria, on the host, where they see whole sequences."""
+"""Acceptance of tree nodes on the host, by logits processors and stopping criteria that need whole sequences.
+
+:class:`~effpass.runtime.speculative.round.Round` uses it instead of the device operator
+:func:`~effpass.lowering.ops.tree_acceptance.accept_tokens` if a processor or criterion sees more than scores and last
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,17 @@ __all__ = ["Walk"]
 
 
 class Walk:
-    """Walks each row's tree from its root, node by node.
+    """Walks each sequence's tree from its root, node by node.
 
-    Processors and criteria see the row up to the node, as in plain decoding. The other rows stand beside it with as
-    many columns, padded where they have fewer, since some processors keep a state for each row of the batch; what they
-    say of those is not looked at.
+    Processors and criteria see the sequence up to the node, as in plain decoding. As some processors keep a state for
+    each sequence of the batch, they are called with all sequences, cut or padded to the same number of columns, and
+    their results for the other sequences are ignored.
 
     Args:
-        progress: of the generation.
-        rows: sequences in use.
-        processors, criteria: as transformers prepared them.
-        samples: a node's token is drawn, and else the best is taken.
+        progress: progress of the generation, which is updated.
+        rows: number of sequences in use.
+        processors, criteria: logits processors and stopping criteria that transformers prepared.
+        samples: whether tokens are sampled, instead of chosen greedily.
     """
 
     def __init__(
@@ -38,7 +43,12 @@ class Walk:
         self._processors, self._criteria, self._samples = processors, criteria, samples
 
     def accept(self, tree: TokenTree, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """As :func:`~effpass.lowering.ops.tree_acceptance.accept_tokens`, of logits `[B, N, V]`."""
+        """Accept a path of each sequence's tree, given the target's logits `[B, N, V]`.
+
+        Returns:
+            Nodes of the paths, int64 `[B, J]`, and the number of nodes to commit, int64 `[B]`, as
+            :func:`~effpass.lowering.ops.tree_acceptance.accept_tokens` returns them.
+        """
         progress, device = self._progress, logits.device
         ids, tokens, parents = progress.ids[: self._rows], tree.tokens.tolist(), tree.parents.tolist()
         counts, goes = progress.count.tolist(), (progress.position >= 0).tolist()
@@ -71,13 +81,13 @@ class Walk:
             scores = self._processors(seen, scores.expand(len(seen), -1).clone())[row]  # type: ignore[arg-type]
         if not self._samples:
             return int(scores.argmax(-1))
-        column = torch.full((row + 1, 1), seen.shape[1], device=scores.device)  # the noise knows the row
+        column = torch.full((row + 1, 1), seen.shape[1], device=scores.device)  # noise depends on `row`
         noise = torch.ops.effpass.token_noise(self._progress.seed, column, len(scores))[row, 0]
         return int((scores.softmax(-1) / noise).argmax(-1))
 
 
 def check_processors(processors: LogitsProcessorList, rows: int) -> None:
-    """Raise an :class:`EffpassError` for a processor that asks which row of the batch it sees."""
+    """Raise an :class:`EffpassError` for a processor that depends on the index of a sequence in the batch."""
     if rows > 1 and any(isinstance(p, PrefixConstrainedLogitsProcessor) for p in processors):
         raise EffpassError(
             f"prefix_allowed_tokens_fn of a batch of {rows} rows has no place in speculative decoding, which asks for"

@@ -1,1 +1,1 @@
-"""C2T's classifier for a model and its draft (`effpass train c2t`; https://arxiv.org/abs/2502.13652)."""
+"""Training of the C2T classifier for a model and its draft (`effpass train c2t`; https://arxiv.org/abs/2502.13652)."""

@@ -1,9 +1,10 @@
-"""How many tokens a tree gives for how many nodes, of trees that were collected.
+"""Emitted tokens as a function of verified nodes, for EAGLE-2 and C2T on collected trees.
 
-    EAGLE-2 verifies the n most probable candidates, C2T those of a confidence of β at least, up to n of them
+    EAGLE-2 verifies the n most probable candidates; C2T those with a confidence of at least β, up to n of them
 
-A tree emits one token more than it has accepted nodes. C2T is counted on the candidates that EAGLE-2 expanded; grown by
-C2T itself, a tree has others too.
+A tree emits one token more than it has accepted nodes. C2T is evaluated on the candidates that EAGLE-2 has expanded;
+trees that C2T grows itself also have other candidates. The curves determine β and the number of nodes that are stored
+with a classifier.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from effpass.trainers.c2t.trees import Trees
 __all__ = ["Point", "Sizes", "by_confidence", "by_probability", "choose", "saved"]
 
 BETAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-_SLACK = 0.005  # share of the tokens that a larger β may cost
+_SLACK = 0.005  # maximum share of the tokens to lose by a larger β
 
 
 @dataclass(frozen=True)
 class Point:
-    """
+    """A point of a curve.
+
     Attributes:
-        nodes: verified ones a tree, without the root.
-        tokens: emitted ones a tree.
+        nodes: mean number of verified nodes per tree, without the root.
+        tokens: mean number of emitted tokens per tree.
     """
 
     nodes: float
@@ -37,22 +39,22 @@ class Point:
 
 
 def by_probability(trees: Trees, sizes: Sequence[int]) -> list[Point]:
-    """EAGLE-2's curve: `sizes` nodes, the most probable."""
+    """Return the curve of EAGLE-2, which verifies the most probable nodes: one point for each of `sizes`."""
     rank = _rank(trees.probability)
     return [_point(trees, rank < size) for size in sizes]
 
 
 def by_confidence(trees: Trees, classifier: Classifier, betas: Sequence[float], most: int = 1 << 30) -> list[Point]:
-    """C2T's curve: nodes of a confidence of β at least, the `most` best of them."""
+    """Return the curve of C2T, which verifies up to `most` nodes with a confidence of at least β: one point per β."""
     worth = _worth(trees, classifier)
     rank = _rank(worth)
     return [_point(trees, (worth >= beta) & (rank < most)) for beta in betas]
 
 
 def saved(trees: Trees, classifier: Classifier, betas: Sequence[float] = BETAS) -> dict[float, float]:
-    """By β, the share of verified nodes that C2T saves over EAGLE-2 at the same tokens a tree.
+    """Return, for each β, the share of verified nodes that C2T saves over EAGLE-2 at the same tokens per tree.
 
-    EAGLE-2's nodes are interpolated on its curve; a β of more tokens than the curve has, or of none, is left out.
+    EAGLE-2's number of nodes is interpolated on its curve. A β whose number of tokens is outside the curve is omitted.
     """
     sizes = [*range(1, 33), *range(36, 257, 4)]
     curve = by_probability(trees, [size for size in sizes if size <= trees.probability.shape[1]])
@@ -66,12 +68,12 @@ def saved(trees: Trees, classifier: Classifier, betas: Sequence[float] = BETAS) 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a tree on one device is best given.
+    """Best tree sizes for one device.
 
     Attributes:
-        nodes: verified ones, the root included.
-        beta: β.
-        rate: tokens a second.
+        nodes: maximum number of verified nodes, including the root.
+        beta: threshold β on the confidence of a node.
+        rate: estimated throughput in tokens per second.
     """
 
     nodes: int
@@ -80,10 +82,12 @@ class Sizes:
 
 
 def choose(trees: Trees, classifier: Classifier, seconds: Mapping[int, float]) -> Sizes:
-    """The number of nodes with the most tokens a second, and the largest β that costs next to none of them.
+    """Choose the number of nodes with the highest throughput, and the largest β at which it loses almost no tokens.
 
     Args:
-        seconds: of a round, by nodes with the root.
+        trees: held-out trees.
+        classifier: classifier to choose for.
+        seconds: duration of a round, by the number of nodes including the root.
     """
     best: Sizes | None = None
     for nodes, time in seconds.items():
@@ -103,7 +107,7 @@ def _worth(trees: Trees, classifier: Classifier) -> Tensor:
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Places `[N, P]` of candidates in their tree's order, the largest first."""
+    """Return the rank `[N, P]` of each candidate in its tree, 0 for the largest value."""
     order = values.sort(dim=1, descending=True, stable=True).indices
     return torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
 

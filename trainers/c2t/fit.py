@@ -1,6 +1,7 @@
-"""From trees to a classifier: logistic loss, with so many candidates that were refused for each that was accepted.
+"""Training of the C2T classifier on collected trees.
 
-Features are brought to a mean of 0 and a deviation of 1 while it learns; the first layer takes that in at the end.
+The loss is logistic, on all accepted candidates and a random subset of the rejected ones in each epoch. Features are
+standardized during training; afterwards the standardization is folded into the first layer.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ from effpass.trainers.c2t.trees import Trees
 
 __all__ = ["fit"]
 
-_NEGATIVES = 16  # for a positive; the paper gives no number
-_BATCH, _RATE = 1024, 1e-2  # the rate falls to 0
+_NEGATIVES = 16  # rejected candidates per accepted one; the paper gives no number
+_BATCH, _RATE = 1024, 1e-2  # the learning rate decays linearly to 0
 
 
 def fit(trees: Trees, *, hidden: int, epochs: int, seed: int, say: Callable[[str], None]) -> Classifier:
-    """A classifier of `hidden` units, by Adam.
+    """Train a classifier with Adam.
+
+    Args:
+        trees: trees to train on.
+        hidden: number of hidden units.
+        epochs: number of passes over the trees.
+        seed: seed of the initialization and of the choice of candidates.
+        say: function that receives messages for the user.
 
     Raises:
-        EffpassError: nothing, or everything, was accepted.
+        EffpassError: if no candidate, or every candidate, was accepted.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

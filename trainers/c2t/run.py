@@ -1,4 +1,8 @@
-"""A run from a model, its draft and prompts to a classifier."""
+"""The training run of `effpass train c2t`.
+
+It collects trees while the model answers prompts, trains the classifier on them, measures the time of rounds with trees
+of several sizes on the device, and saves the classifier with the best sizes as an artifact.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,8 @@ from effpass.trainers.finetune.samples import file_hash
 
 __all__ = ["train_c2t"]
 
-_SIZES = (8, 16, 32, 64)  # of trees whose time is measured
-_ROUNDS = 24  # of each, at least
+_SIZES = (8, 16, 32, 64)  # numbers of nodes for which the time of a round is measured
+_ROUNDS = 24  # minimum number of rounds per measurement
 
 
 def train_c2t(
@@ -53,25 +57,28 @@ def train_c2t(
     backend: Any = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Collect trees, fit the classifier, and choose β and the size of a tree for the device.
+    """Collect trees, train the classifier, and choose β and the number of nodes for the device.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        draft: folder of a head or a model.
-        data: JSON lines of prompts; see :mod:`effpass.trainers.draft.answers`.
-        folder: where the artifact goes; ``DRAFT/c2t`` is where a tree looks for it.
-        top_k, depth: of the trees.
-        trees: that are collected; a twentieth is held out.
-        answer: tokens of an answer, at most.
-        hidden: units of the classifier.
-        epochs: over the trees.
-        seed: of the classifier and of what is held out.
-        dtype, device: of both models.
-        backend: compiles decode steps on a GPU.
-        say: gets lines for people.
+        source: model, as for `effpass.load_model`.
+        draft: draft of the model, the folder of an EAGLE-3 head or of a model.
+        data: JSON lines file of prompts (:mod:`effpass.trainers.draft.answers`).
+        folder: folder of the artifact to create; `c2t` trees load it from ``DRAFT/c2t``.
+        top_k, depth: sizes of the trees, as for :class:`~effpass.runtime.speculative.growing.C2T`.
+        trees: number of trees to collect, of which a twentieth is held out.
+        answer: maximum number of tokens of an answer.
+        hidden: number of hidden units of the classifier.
+        epochs: number of passes over the trees.
+        seed: seed of the order of the prompts and of training.
+        dtype, device: dtype and device of both models.
+        backend: `torch.compile` backend that compiles decode steps on a GPU; None runs the model's own operators.
+        say: function that receives messages for the user.
+
+    Returns:
+        The folder of the artifact.
 
     Raises:
-        EffpassError: a fault of the data, or of the models.
+        EffpassError: if arguments, data or models are unsuitable.
     """
     if folder.exists():
         raise ArtifactError(f"{folder} exists", hint="give another folder, or remove it")
@@ -112,7 +119,7 @@ def _accepted(trees: Trees) -> float:
 
 
 def _sizes(top_k: int, depth: int) -> list[int]:
-    """Those of which there are candidates enough."""
+    """Return the tree sizes to measure, those for which a tree has enough candidates."""
     most = top_k + (depth - 1) * top_k * top_k
     return [size for size in _SIZES if size - 1 <= most] or [most + 1]
 
@@ -121,7 +128,7 @@ def _seconds(
     loaded: LoadedModel, engine: Engine, draft: str, classifier: Classifier, prompts: list[np.ndarray], top_k: int,
     depth: int, nodes: int,
 ) -> float:  # fmt: skip
-    """What a round takes, with a tree of so many nodes."""
+    """Measure the duration of a round with trees of `nodes` nodes."""
     from effpass.runtime.speculative.generation import generate
 
     kind = C2T(classifier, 0.0, top_k, depth, nodes)

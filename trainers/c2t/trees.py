@@ -1,9 +1,9 @@
-"""Trees of a draft with what the model made of them.
+"""Collection of trees that a draft grows, with the candidates that the model accepts.
 
-Trees are grown as EAGLE-2's, and all of their candidates count, those that would not be verified too. A candidate is
-accepted where the text went on as its path does.
+Trees are grown by EAGLE-2, and all of their candidates are recorded, including those that would not be verified. A
+candidate is accepted if the model's greedy text continues along the candidate's path.
 
-Shapes: N trees, P candidates of a tree, K children of a node, D layers.
+Shapes: N trees, P candidates per tree, K children per node, D layers.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ __all__ = ["Trees", "Watched", "collect"]
 
 @dataclass(frozen=True)
 class Trees:
-    """
+    """Candidates of collected trees.
+
     Attributes:
-        top_k: K.
-        depth: D.
-        probability: float32 `[N, P]`: P of each candidate's path.
-        entropy: float32 `[N, P]`: of the distribution that it comes from, in nats.
-        layer: int64 `[P]`: 0 below the root.
-        parent: int64 `[N, P]`: place of its parent, -1 for the root.
-        accepted: bool `[N, P]`.
+        top_k: number of children per node K.
+        depth: number of layers D.
+        probability: float32 `[N, P]`, product of the draft's probabilities on each candidate's path.
+        entropy: float32 `[N, P]`, entropy of the distribution that the candidate comes from, in nats.
+        layer: int64 `[P]`, layer of the candidate, 0 below the root.
+        parent: int64 `[N, P]`, index of its parent among the candidates; -1 for the root.
+        accepted: bool `[N, P]`, whether the model accepts the candidate.
     """
 
     top_k: int
@@ -57,11 +58,11 @@ class Trees:
         return Trees(self.top_k, self.depth, probability, entropy, self.layer, parent, accepted)
 
     def features(self) -> Tensor:
-        """What the classifier sees: `[N, P, 3]`."""
+        """Return the inputs of the classifier, `[N, P, 3]`: probability, entropy and layer."""
         return torch.stack((self.probability, self.entropy, self.layer.float().expand_as(self.entropy)), -1)
 
     def along_paths(self, sure: Tensor) -> Tensor:
-        """The smallest of `sure` `[N, P]` on each candidate's path."""
+        """Return the smallest of the confidences `sure` `[N, P]` on each candidate's path, `[N, P]`."""
         worth = sure.clone()
         for layer in range(1, self.depth):
             here = self.layer == layer
@@ -71,7 +72,7 @@ class Trees:
 
 @dataclass(frozen=True)
 class Watched(Eagle2):
-    """EAGLE-2's trees, whose growers are kept."""
+    """EAGLE-2 trees whose growers are kept, to read all candidates of a tree."""
 
     growers: list[Growing] = field(default_factory=list, compare=False)
 
@@ -94,25 +95,25 @@ def collect(
     answer: int,
     say: Callable[[str], None],
 ) -> Trees:
-    """Greedy answers to prompts, one after the other, until there are enough trees.
+    """Collect trees while the model answers prompts greedily, one after the other.
 
     Args:
         loaded: the model with its tokenizer.
-        engine: of the model.
-        open_draft: makes the draft that grows trees of a kind.
-        prompts: tokens int32 `[T]` each.
-        top_k, depth: of the trees.
-        trees: how many.
-        answer: tokens of an answer, at most.
-        say: gets lines for people.
+        engine: decode engine of the model.
+        open_draft: function that creates the draft for a kind of tree.
+        prompts: token ids of the prompts, int32 `[T]` each.
+        top_k, depth: sizes of the trees, as for :class:`Eagle2`.
+        trees: number of trees to collect; fewer if the prompts do not give as many.
+        answer: maximum number of tokens of an answer.
+        say: function that receives messages for the user.
 
     Raises:
-        EffpassError: the prompts give none.
+        EffpassError: if the prompts give no trees.
     """
     kind = Watched(top_k, depth, min(256, 1 + top_k * depth))
     speculator = Speculator(engine, open_draft(kind), switches=False)
     longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
-    capacity = min(longest, max(map(len, prompts), default=0) + answer)  # one size of buffers for all
+    capacity = min(longest, max(map(len, prompts), default=0) + answer)  # the same for all prompts
     found: list[list[Tensor]] = []
     sizes = [top_k, *[top_k * top_k] * (depth - 1)]
     layer = torch.cat([torch.full((size,), number) for number, size in enumerate(sizes)])
@@ -136,7 +137,7 @@ def _of_prompt(
     loaded: LoadedModel, speculator: Speculator, kind: Watched, prompt: np.ndarray, room: int, layer: Tensor,
     capacity: int,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """Of each tree of one answer: probability, entropy, parent and acceptance `[P]`."""
+    """Return probability, entropy, parent and acceptance, `[P]` each, of every tree of one answer."""
     ids = torch.from_numpy(prompt).long()[None].to(loaded.model.device)
     grown: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
     text: list[int] = []
@@ -155,8 +156,8 @@ def _of_prompt(
                 round_.step()
                 grower = kind.growers[-1]
                 assert grower.entropies is not None
-                of_layers = grower.entropies[-kind.depth :]  # those of the last tree, or of the graph that grew it
-                # A frontier's entropies, once for each child.
+                of_layers = grower.entropies[-kind.depth :]  # of the last tree, or in the buffers of its CUDA graph
+                # The candidates below a node share its entropy.
                 entropy = torch.cat([e[0].repeat_interleave(kind.top_k) for e in of_layers])
                 pool = (grower.pool_tokens[0], grower.pool_worth[0], grower.pool_parents[0], entropy)
                 grown.append((column, *(part.cpu().clone() for part in pool)))  # type: ignore[arg-type]
@@ -170,9 +171,9 @@ def _of_prompt(
         pad_token_id=loaded.tokenizer.eos_token_id, custom_generate=loop,
     )  # fmt: skip
     rows = []
-    said = torch.tensor([*text, *[-1] * kind.depth])
+    padded = torch.tensor([*text, *[-1] * kind.depth])
     for column, tokens, probability, parent, entropy in grown:
-        accepted = tokens == said[(column + layer).clamp(max=len(said) - 1)]
+        accepted = tokens == padded[(column + layer).clamp(max=len(padded) - 1)]
         for number in range(1, kind.depth):
             here = layer == number
             accepted[here] &= accepted[parent[here]]

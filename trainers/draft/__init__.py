@@ -1,5 +1,5 @@
-"""EAGLE-3 heads: a draft that is learned for one model (`effpass train draft`).
+"""Training of EAGLE-3 heads, drafts for speculative decoding with one model (`effpass train draft`).
 
-The model answers the prompts of a data set, and the head learns to go on as the model does: from the inputs of some of
-its layers, and, unrolled over several tokens as in use (*training-time test*), from its own states.
+The model answers the prompts of a data set, and the head learns to predict the model's distribution: from the inputs of
+some of the model's layers, and, unrolled over several tokens as in use (*training-time test*), from its own states.
 """

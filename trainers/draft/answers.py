@@ -1,12 +1,12 @@
-"""What the model itself says: its answers to the prompts of a data set are what a draft has to foresee.
+"""Training data of draft heads: the model's own answers to the prompts of a data set, which a draft has to predict.
 
 A line of the data is one of::
 
-    {"messages": [{"role": "user", "content": "…"}, …]}     turns of the assistant at the end are left out
+    {"messages": [{"role": "user", "content": "…"}, …]}     assistant turns at the end are removed
     {"prompt": "…"}
 
-Further fields, a completion among them, are left alone. Answers are kept as they come, so that a run that was stopped
-goes on with the next ones.
+Other fields, such as completions, are ignored. Answers are written to a file batch by batch, so that a run that was
+interrupted continues with the next batch.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from effpass.trainers.finetune.samples import Sample, check_messages, read_lines
 
 __all__ = ["answer", "read_prompts"]
 
-_ROWS = 32  # prompts that are answered together
+_ROWS = 32  # number of prompts per batch
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[np.ndarray]:
-    """Tokens int32 `[T]` of each line's prompt.
+    """Return the token ids of each line's prompt, int32 `[T]`.
 
     Raises:
-        EffpassError: a line is no object of one of the forms; names file, line and field.
-        ModelError: messages, and no chat template.
+        EffpassError: if a line has neither form; the message names file, line and field.
+        ModelError: if there are messages and the tokenizer has no chat template.
     """
     found = []
     for number, row in read_lines(path):
@@ -70,27 +70,28 @@ def answer(
     loaded: LoadedModel, prompts: list[np.ndarray], path: Path, *, most: int, length: int, temperature: float,
     seed: int, say: Callable[[str], None],
 ) -> list[Sample]:  # fmt: skip
-    """Prompts with the model's answers, of which the answers are graded.
+    """Return the prompts with the model's answers as samples, whose graded tokens are the answers.
 
     Args:
         loaded: the model with its tokenizer.
-        prompts: see :func:`read_prompts`.
-        path: JSON lines, one for each prompt that was answered, in an order of their own.
-        most: tokens of an answer.
-        length: tokens of prompt and answer; longer prompts are left out.
-        temperature: 0 for the best tokens.
-        seed: of the draws; with the prompts it decides the answers, whatever is resumed.
-        say: gets lines for people.
+        prompts: token ids of the prompts, as :func:`read_prompts` returns them.
+        path: JSON lines file of the answers, one line per batch; answers that it holds are reused.
+        most: maximum number of tokens of an answer.
+        length: maximum number of tokens of prompt and answer; prompts without room for an answer are skipped.
+        temperature: sampling temperature; 0 for greedy decoding.
+        seed: seed of sampling; each batch has a seed of its own, so that answers do not depend on interruptions.
+        say: function that receives messages for the user.
 
     Raises:
-        EffpassError: no prompt leaves room for an answer.
+        EffpassError: if no prompt leaves room for an answer, the model answers nothing, or `path` holds the answers to
+            other prompts.
     """
     short = [number for number, prompt in enumerate(prompts) if len(prompt) < length]
     if not short:
         raise EffpassError(
             f"every prompt has {length} tokens or more, and a row has {length}", hint="--sequence-length"
         )
-    order = sorted(short, key=lambda number: len(prompts[number]))  # alike in length, or padding would be run
+    order = sorted(short, key=lambda number: len(prompts[number]))  # batches of similar lengths need little padding
     batches = [order[first : first + _ROWS] for first in range(0, len(order), _ROWS)]
     known = _read(path, batches)
     if known < len(batches):
@@ -116,7 +117,7 @@ def answer(
 
 
 def _read(path: Path, batches: list[list[int]]) -> int:
-    """How many batches are answered; a line that was not written to its end goes."""
+    """Return the number of batches that are answered, after removing a line that was written incompletely."""
     if not path.exists():
         return 0
     lines = path.read_text().splitlines(keepends=True)
@@ -132,7 +133,7 @@ def _read(path: Path, batches: list[list[int]]) -> int:
 def _answers(
     loaded: LoadedModel, prompts: list[np.ndarray], most: int, length: int, temperature: float
 ) -> list[list[int]]:
-    """Tokens of prompt and answer, the end included where it was said."""
+    """Return the token ids of prompts with answers, including the end-of-sequence token if it was generated."""
     model, tokenizer = loaded.model, loaded.tokenizer
     widest = max(map(len, prompts))
     new = max(1, min(most, length - widest))
@@ -154,7 +155,7 @@ def _answers(
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     answers = []
     for row, prompt in zip(out, prompts, strict=True):
-        said = row[widest:]
-        end = next((i for i, token in enumerate(said) if token in ends), len(said) - 1)
-        answers.append([*prompt.tolist(), *said[: end + 1]])
+        generated = row[widest:]
+        end = next((i for i, token in enumerate(generated) if token in ends), len(generated) - 1)
+        answers.append([*prompt.tolist(), *generated[: end + 1]])
     return answers

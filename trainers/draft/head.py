@@ -1,4 +1,4 @@
-"""A new head for a model."""
+"""Creation of a new EAGLE-3 head for a model, to be trained by :mod:`effpass.trainers.draft.run`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from effpass.trainers.finetune.samples import Sample
 
 __all__ = ["frequent_tokens", "head_config", "new_head"]
 
-# Of the model's config, what its head's layer has as well.
+# Fields of the model's config that are copied to the config of the head's layer.
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -32,11 +32,18 @@ _SHARED = (
 
 
 def head_config(config: Any, taps: tuple[int, ...] | None, vocabulary: int, layers: int) -> HeadConfig:
-    """The shape of a head for a model of `config` with `layers` layers.
+    """Return the config of a head for a model.
+
+    Args:
+        config: config of the model.
+        taps: indices of the layers whose inputs are the features, ascending; None for layers 2, `layers // 2` and
+            `layers - 3`, or all if there are at most 5.
+        vocabulary: maximum size of the draft's vocabulary.
+        layers: number of layers of the model.
 
     Raises:
-        EffpassError: a tap is no layer of the model.
-        ModelError: the model's config lacks what a layer needs.
+        EffpassError: if taps are not ascending, or a tap is no layer of the model.
+        ModelError: if the model's config lacks a size that the head's layer needs.
     """
     from transformers import LlamaConfig
 
@@ -52,14 +59,17 @@ def head_config(config: Any, taps: tuple[int, ...] | None, vocabulary: int, laye
     if missing:
         raise ModelError(f"the config of {text.model_type} has no {missing[0]}, by which a head's layer is made")
     rope = shared.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_type" not in rope:  # kinds of layers that differ have one each
+    if not isinstance(rope, dict) or "rope_type" not in rope:  # a dict per kind of layers
         shared["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     layer = LlamaConfig(**shared, num_hidden_layers=1, attention_bias=False, mlp_bias=False, tie_word_embeddings=False)
     return HeadConfig(layer, min(vocabulary, text.vocab_size), taps, norm_before_residual=True)
 
 
 def frequent_tokens(samples: Sequence[Sample], count: int, vocabulary: int) -> torch.Tensor:
-    """The `count` most frequent tokens of graded text, ascending; where there are fewer, the first others."""
+    """Return the `count` most frequent tokens of graded text, ascending.
+
+    If the text has fewer distinct tokens, the lowest other token ids are added.
+    """
     seen = np.zeros(vocabulary, dtype=np.int64)
     for sample in samples:
         np.add.at(seen, sample.tokens[sample.graded], 1)
@@ -68,7 +78,10 @@ def frequent_tokens(samples: Sequence[Sample], count: int, vocabulary: int) -> t
 
 
 def new_head(model: Any, config: HeadConfig, tokens: torch.Tensor, seed: int) -> EagleHead:
-    """A float32 head for `model`, whose rows of its output are the model's for `tokens` int64 `[U]`."""
+    """Create a float32 head for `model`, with the model's embeddings and random weights.
+
+    The weights of its `lm_head` are those of the model's output embeddings for `tokens`, int64 `[U]`.
+    """
     torch.manual_seed(seed)
     head = EagleHead(config)
     spread = getattr(config.layer, "initializer_range", 0.02)

@@ -1,4 +1,4 @@
-"""The loop that a head learns in."""
+"""The training loop of a draft head."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ __all__ = ["DraftLoop", "known_tokens"]
 
 
 class DraftLoop(AdapterTrainer, Loop):
-    """
+    """Trains a head to predict the distribution of its model.
+
     Args:
-        trained: the head, with its adapter where it has one.
+        trained: the head, with its adapter if there is one.
         target: the model.
-        settings: of the run.
-        args: the Trainer's.
-        batches: of this process.
-        first_step: how many steps are done already.
-        recorder: of metrics.
+        settings: settings of the run.
+        args: training arguments of the transformers `Trainer`.
+        batches: training batches.
+        first_step: number of steps that were done before this run was resumed.
+        recorder: recorder of metrics.
         held_out: texts to evaluate on.
     """
 
-    most_workers = 0  # rows are put together in less time than it takes to queue a step
+    most_workers = 0  # building a batch takes less time than queueing a step
 
     def __init__(
         self,
@@ -69,8 +70,8 @@ class DraftLoop(AdapterTrainer, Loop):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Divergence of held-out texts, and tokens that a round of a chain emits there."""
-        self.control.should_evaluate = False  # or it is done again at the end of the last step's epoch
+        """Compute the loss on held-out texts, and the mean number of tokens that a round with a chain emits on them."""
+        self.control.should_evaluate = False  # otherwise the Trainer evaluates again at the end of the last epoch
         model, steps, like = self.trained.model, self.settings.unrolled, self.batches
         was_training = model.training
         model.eval()
@@ -100,6 +101,6 @@ class DraftLoop(AdapterTrainer, Loop):
 
 
 def known_tokens(head: EagleHead) -> Tensor:
-    """int64 `[U]`: the tokens that a head proposes."""
+    """Return the tokens of the target that a head can propose, int64 `[U]`."""
     tokens = torch.arange(head.head_config.draft_vocabulary, device=head.device)
     return tokens if head.d2t is None else tokens + head.d2t

@@ -1,10 +1,11 @@
-"""What a head's proposals lose against the model, and how many of them would be accepted.
+"""The loss of a draft head against its model, and the number of its proposals that the model would accept.
 
     loss = Σ_s decay^s Σ_t w_t KL(p_t ‖ q_t^s) / Σ_s decay^s
 
-p is the model's distribution, over the tokens that the head knows and renormalised, q^s the head's at its step s.
+p is the model's distribution, renormalized over the tokens of the head's vocabulary; q^s is the head's distribution at
+unrolled step s (:mod:`effpass.trainers.draft.unrolled`); w are weights of the tokens.
 
-Shapes: B rows, T tokens, V vocabulary, U the draft's, S steps.
+Shapes: B batch, T tokens, V vocabulary of the model, U vocabulary of the draft, S steps.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ __all__ = ["accepted", "divergence"]
 def divergence(
     proposed: Sequence[Tensor], target: Tensor, tokens: Tensor, position_ids: Tensor, weights: Tensor, decay: float
 ) -> Tensor:
-    """The loss.
+    """Compute the loss.
 
     Args:
-        proposed: S logits `[B, T, U]`; those of step s at t speak of token t + 2 + s.
-        target: the model's logits `[B, T, V]`; those at t speak of token t + 1.
-        tokens: int64 `[U]`, that the head knows.
-        position_ids: int64 `[B, T]`.
-        weights: float `[B, T]` of foreseeing each token; 0 where nobody asks.
-        decay: weight of a step relative to the one before.
+        proposed: for each step, logits `[B, T, U]` of the head; those of step s at t predict token t + 2 + s.
+        target: `[B, T, V]`, logits of the model; those at t predict token t + 1.
+        tokens: int64 `[U]`, vocabulary of the head.
+        position_ids: int64 `[B, T]`, positions of the tokens, which start at 0 in each text of a row.
+        weights: float `[B, T]`, weight of predicting each token; 0 for tokens that do not count.
+        decay: weight of a step relative to the step before.
     """
     known = target.index_select(2, tokens)
     total, sum_of_weights = weights.new_zeros(()), 0.0
@@ -50,11 +51,17 @@ def divergence(
 def accepted(
     proposed: Sequence[Tensor], target: Tensor, tokens: Tensor, position_ids: Tensor, graded: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many proposals of a chain in a row are the model's best tokens, summed over starts, and how many starts.
+    """Count the proposals that the model accepts of chains that start at each token.
+
+    A proposal is accepted if it and all proposals before it in the chain are the model's best tokens.
 
     Args:
-        proposed, target, tokens, position_ids: as above.
-        graded: bool `[B, T]`; a start counts where its first proposal is graded and its last one of the same text.
+        proposed, target, tokens, position_ids: as for :func:`divergence`.
+        graded: bool `[B, T]`, tokens that count. A start counts if the token of its first proposal does, and its last
+            proposal belongs to the same text.
+
+    Returns:
+        Number of accepted proposals, summed over starts, and number of starts; both float64 `[]`.
     """
     steps = len(proposed)
     last = target.shape[1] - 1 - steps

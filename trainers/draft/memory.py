@@ -1,4 +1,4 @@
-"""The memory of a run for a draft head, on one device."""
+"""Estimate of the memory that the training of a draft head needs on one device."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ def estimate(
     bfloat16: bool,
     device: torch.device,
 ) -> Estimate:
-    """The memory of the head, of what its steps keep for the backward pass, and of the model that it learns from.
+    """Estimate the memory of the head, its activations for the backward pass, and the model.
 
     Args:
-        rows, length: of a micro-batch.
-        steps: that the head is unrolled for.
-        bfloat16: of computation, and of the model's weights.
+        model_config: config of the model.
+        head_config: sizes of the head.
+        optimizer: name of the optimizer.
+        rows, length: number of rows of a micro-batch, and of tokens per row.
+        steps: number of steps for which the head is unrolled.
+        bfloat16: whether computation and the model's weights are bfloat16.
+        device: device to train on.
     """
     element = 2 if bfloat16 else _FLOAT
     with torch.device("meta"), no_init_weights():
@@ -60,7 +64,7 @@ def estimate(
 
         with suppress(RuntimeError, NotImplementedError):
             activations = kept_bytes(head, forward, bfloat16=bfloat16)
-            # The model's logits, and its distribution over the head's tokens.
+            # The model's logits, and its distribution over the head's vocabulary.
             activations += rows * length * (vocabulary * element + head_config.draft_vocabulary * 2 * _FLOAT)
     state = learned * (2 * _FLOAT + STATE_BYTES[optimizer]) + frozen * element + (2 * learned if bfloat16 else 0)
     return Estimate(frozen + learned, state, activations, "", available(device))

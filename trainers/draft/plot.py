@@ -1,4 +1,4 @@
-"""What was accepted of a head's proposals, over the tokens that it learned from, as a picture."""
+"""Plot of a head's acceptance length and loss over the number of training tokens."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ __all__ = ["plot_acceptance"]
 
 
 def plot_acceptance(lines: list[dict[str, float]], path: Path) -> None:
-    """
+    """Plot the evaluations of a run.
+
     Args:
-        lines: of the metrics file.
-        path: a PNG.
+        lines: records of the metrics file.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

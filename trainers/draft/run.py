@@ -1,6 +1,7 @@
-"""A run from a model and a file of prompts or texts to the folder of a draft head.
+"""The training run of `effpass train draft`, from a model and a file of prompts or texts to a draft head.
 
-While it runs, answers, checkpoints and metrics stand in ``FOLDER.training``. `FOLDER` appears when all is done.
+During training, answers, checkpoints and metrics are in ``FOLDER.training``. ``FOLDER`` is created when training is
+complete.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from effpass.trainers.run_folder import METRICS, Recorder, check_places, last_ch
 
 __all__ = ["train_draft"]
 
-# What may differ between a run and its resumption; the micro-batches of a step move its gradient by rounding alone.
+# Settings that may change when a run is resumed; the number of micro-batches affects gradients by rounding only.
 _FREE = ("accumulate", "log_every", "evaluate_every", "save_every")
-_HELD_OUT = 32  # texts, or a twentieth of all where that is less
+_HELD_OUT = 32  # maximum number of held-out texts, which are a twentieth of all
 
 
 def train_draft(
@@ -56,24 +57,25 @@ def train_draft(
     resume: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Learn an EAGLE-3 head for a model.
+    """Train an EAGLE-3 head for a model.
 
     Args:
-        source: model, as `effpass.load_model` takes it.
-        data: JSON lines of prompts (see :mod:`effpass.trainers.draft.answers`) or, with ``answers=0``, of texts (see
-            :mod:`effpass.trainers.finetune.samples`).
-        folder: where the head goes; must not exist.
-        settings: of the run.
-        start: folder of a head to go on from; None for a new one.
-        resume: go on from the last checkpoint in ``FOLDER.training``.
-        say: gets lines for people.
+        source: model, as for `effpass.load_model`.
+        data: JSON lines file of prompts (:mod:`effpass.trainers.draft.answers`) or, with ``answers=0``, of texts
+            (:mod:`effpass.trainers.finetune.samples`).
+        folder: folder of the head to create; must not exist.
+        settings: settings of the run.
+        start: folder of a head to continue from; None for a new head.
+        resume: whether to continue from the last checkpoint in ``FOLDER.training``.
+        say: function that receives messages for the user.
 
     Returns:
-        `folder`, in the `speculators` format; beside it ``training.json``, ``metrics.jsonl`` and ``acceptance.png``.
+        `folder`, which holds the head in the `speculators` format, ``training.json``, ``metrics.jsonl`` and
+        ``acceptance.png``.
 
     Raises:
-        EffpassError: a fault of the settings or the data, no room on the device, something in the way of the output.
-        ModelError: the model can't be read, or is of a kind that a head can't be made for.
+        EffpassError: if settings or data are unsuitable, the device has too little memory, or `folder` exists.
+        ModelError: if the model can't be read, or no head can be created for its architecture.
     """
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
@@ -112,7 +114,7 @@ def train_draft(
         steps=settings.unrolled, bfloat16=bfloat16, device=args.device,
     )  # fmt: skip
     say(str(found))
-    if args.device.type == "cuda":  # the model's weights are there already
+    if args.device.type == "cuda":  # the model's weights are allocated already
         found = type(found)(found.parameters, found.state, found.activations, found.where, torch.cuda.mem_get_info()[1])
     check_memory(found, "raise --accumulate, or lower --batch, --sequence-length or --unrolled")
     batches = PackedBatches(
@@ -148,7 +150,7 @@ def train_draft(
 def _samples(
     loaded: LoadedModel, given: Any, data: Path, work: Path, settings: Settings, most: int, say: Callable[[str], None]
 ) -> tuple[list[Sample], int]:
-    """What is learned from, and how long a row is."""
+    """Return the samples to train on, and the number of tokens per row."""
     length = settings.sequence_length
     if not settings.answers:
         if length is None:
@@ -168,7 +170,7 @@ def _samples(
 
 
 def _split(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Held-out texts, and the others."""
+    """Split the samples into held-out texts and training texts."""
     if len(samples) < 2:
         raise EffpassError("one text alone is nothing to learn from", hint="give more lines")
     count = max(1, min(_HELD_OUT, len(samples) // 20))
@@ -180,7 +182,7 @@ def _trained(
     loaded: LoadedModel, shape: Any, samples: list[Sample], settings: Settings, head: EagleHead | None, steps: int,
     device: torch.device,
 ) -> Trained:  # fmt: skip
-    """The head, a new one where there is none, in float32; the model's embeddings are the model's."""
+    """Return `head`, or a new head if it is None, with float32 weights to train and the embeddings of the model."""
     if head is None:
         tokens = frequent_tokens(samples, shape.draft_vocabulary, shape.layer.vocab_size)
         head = new_head(loaded.model, shape, tokens, settings.seed)
@@ -200,7 +202,7 @@ def _trained(
 
 
 def _read_start(start: Path, shape: Any, layers: Any) -> EagleHead:
-    """The head that learning goes on from."""
+    """Load the head to continue from, and check that it fits the model."""
     head = read_head(start, layers)
     ours, theirs = shape.layer, head.config
     if (ours.hidden_size, ours.vocab_size) != (theirs.hidden_size, theirs.vocab_size):
@@ -215,7 +217,7 @@ def _read_start(start: Path, shape: Any, layers: Any) -> EagleHead:
 def _publish(
     folder: Path, work: Path, trained: Trained, loaded: LoadedModel, settings: Settings, facts: dict[str, Any]
 ) -> None:
-    """Write the result beside its place, then give it its name."""
+    """Write the result to a temporary folder, rename it to `folder`, and remove the working folder."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     head: Any = trained.model if trained.afa is None else trained.afa.merge()
     dtype = getattr(torch, settings.dtype)

@@ -1,4 +1,4 @@
-"""What a run for a draft head is told."""
+"""Settings of the training run of a draft head."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ from effpass.trainers.lm.config import OptimizerConfig, Schedule
 
 __all__ = ["RATE", "Settings"]
 
-RATE = 5e-4  # the learning rate where none is given
+RATE = 5e-4  # default learning rate
 
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """Settings of a run.
+
     Attributes:
-        optimizer: which, and its rates.
-        method: `full`, or `afa-lora` on a head that there is already.
-        schedule: of the learning rate.
-        steps: optimiser steps; None for those of `epochs`.
-        epochs: passes over the data, where `steps` is None.
-        batch: rows of an optimiser step, over all processes.
-        accumulate: micro-batches that a process runs for one step.
-        sequence_length: tokens of a row; None for those of the longest text, in steps of 64.
-        vocabulary: tokens that the head proposes: the most frequent ones of the data.
-        taps: layers of the model whose inputs are the features; None for the second, the middle and the last but three.
-        unrolled: S, steps that the head is run for.
+        optimizer: optimizer with its learning rate.
+        method: what is trained: all weights of the head, or an AFA adapter (:mod:`effpass.trainers.afa_lora`) of an
+            existing head.
+        schedule: learning rate schedule.
+        steps: number of optimizer steps; None to train for `epochs`.
+        epochs: number of passes over the data if `steps` is None.
+        batch: number of rows per optimizer step; a row is one sequence of packed texts.
+        accumulate: number of micro-batches per step.
+        sequence_length: number of tokens per row; None for that of the longest text, rounded up to a multiple of 64.
+        vocabulary: number of tokens that the head can propose, the most frequent ones of the data.
+        taps: indices of the model's layers whose inputs are the features; None for layers 2, L // 2 and L - 3 of a
+            model with L layers, or all layers if there are at most 5.
+        unrolled: number of steps S for which the head is unrolled.
         decay: weight of a step in the loss, relative to the step before.
-        answers: tokens of an answer that the model gives to a prompt, at most; 0 to learn from the texts as they are.
-        temperature: of these answers; 0 for the best tokens.
-        lora, anneal: of an AFA adapter.
-        dtype: of computation, and of the model's weights. What learns is float32 either way.
-        seed: of the head, the answers and the order of the data.
-        log_every, evaluate_every, save_every: steps; 0 for evaluations at the beginning and the end alone, and for no
-            checkpoints.
+        answers: maximum number of tokens of the answer that the model gives to a prompt; 0 to train on the texts of the
+            data.
+        temperature: sampling temperature of the answers; 0 for greedy decoding.
+        lora: settings of an AFA adapter.
+        anneal: activation and annealing of an AFA adapter.
+        dtype: dtype of computation and of the model's weights. Trained parameters are float32 in either case.
+        seed: seed of the head, the answers and the order of the data.
+        log_every, evaluate_every, save_every: number of steps between log lines, evaluations and checkpoints. With 0
+            there are evaluations only at the beginning and the end, and no checkpoints.
     """
 
     optimizer: OptimizerConfig
@@ -68,7 +73,7 @@ class Settings:
         least |= {"log_every": 1, "evaluate_every": 0, "save_every": 0, "temperature": 0}
         for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:  # NaN is neither
+            if value is not None and not value >= low:  # also true for NaN
                 raise EffpassError(f"{name}: got {value}, expected at least {low}")
         if not 0 < self.decay <= 1:
             raise EffpassError(f"decay: got {self.decay}, expected a weight from above 0 to 1")

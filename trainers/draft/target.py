@@ -1,4 +1,4 @@
-"""The model that a head is learned for, as a teacher."""
+"""The model that a head is trained for, which provides features and target distributions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Seen", "Target"]
 
 
 class Seen(NamedTuple):
-    """What the model makes of a text.
+    """Outputs of the model for a batch of texts.
 
     Attributes:
-        features: `[B, T, taps D]`: inputs of the tapped layers, side by side.
-        logits: `[B, T, V]`.
+        features: `[B, T, len(taps) · D]`, concatenated inputs of the tapped layers.
+        logits: `[B, T, V]`, logits of the model.
     """
 
     features: Tensor
@@ -25,11 +25,11 @@ class Seen(NamedTuple):
 
 
 class Target:
-    """A frozen model.
+    """A frozen model with access to the inputs of some of its layers.
 
     Args:
-        model: in `eval()` mode.
-        taps: layers whose inputs are the features.
+        model: a transformers causal LM, which is set to `eval()` mode and frozen.
+        taps: indices of the layers whose inputs are the features.
     """
 
     def __init__(self, model: Any, taps: tuple[int, ...]) -> None:
@@ -38,7 +38,12 @@ class Target:
 
     @torch.no_grad()
     def see(self, input_ids: Tensor, position_ids: Tensor) -> Seen:
-        """Run texts int64 `[B, T]`; positions start at 0 in each of a row."""
+        """Run the model without gradients.
+
+        Args:
+            input_ids: int64 `[B, T]`, token ids of packed texts.
+            position_ids: int64 `[B, T]`, positions of the tokens, which start at 0 in each text of a row.
+        """
         inputs: list[Tensor] = []
 
         def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""A head run as it will be used, at every token of a text at once (training-time test, arXiv 2503.01840, section 3).
+"""Unrolled steps of a head, at all tokens of a text in parallel (training-time test, arXiv 2503.01840, section 3).
 
-At step s the head proposes, from the features of tokens up to t, the token t + 2 + s. It attends to the features of
-tokens up to t (step 0), and to its own states of the steps since, which belong to t alone:
+In use, a head continues for several tokens from its own states. Training does the same: at step s the head predicts
+token t + 2 + s from the features of tokens up to t. It attends to step 0, whose inputs are these features, and to its
+own later steps, which belong to t only:
 
-    step s at t sees   step 0 at t' ≤ t   and   steps 1 ... s at t
+    step s at t attends to   step 0 at t' ≤ t   and   steps 1 ... s at t
 
-Tokens are the text's, as for a draft whose proposals were right so far. Texts that share a row do not see each other.
+Input tokens are those of the text, as for a draft whose previous proposals were all accepted. Texts that are packed
+into one row do not attend to each other.
 
-Shapes: B rows, T tokens, D width, H heads, G key-value heads, K key size, U the draft's vocabulary, S steps.
+Shapes: B batch, T tokens, D hidden size, H heads, G KV heads, K key size, U vocabulary of the draft, S steps.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ _NAME = "effpass_unrolled"
 
 @dataclass
 class _Steps:
-    """Keys `[B, G, T, K]` and values of every layer and step so far; stands in for a cache."""
+    """Keys and values of all previous steps, passed to the head in place of a cache.
+
+    Attributes:
+        sees: bool `[B, T, T]`, whether a query (second dimension) attends to a token (third) of step 0.
+        keys, values: for each layer, `[B, G, T, K]` of each step.
+    """
 
     sees: Tensor
     keys: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -44,7 +51,7 @@ class _Steps:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, steps: _Steps, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention of one step over step 0 and over what the same token said since."""
+    """Attend to step 0, and to the later steps at the same token."""
     keys, values = steps.keys[module.layer_idx], steps.values[module.layer_idx]
     batch, heads, tokens, size = query.shape
     grouped = query.view(batch, keys[0].shape[1], -1, tokens, size) * scaling
@@ -58,29 +65,29 @@ def _attend(
 
 
 def owners(position_ids: Tensor) -> Tensor:
-    """Which text of its row a token belongs to, int64 `[B, T]`; positions start at 0 in each."""
+    """Return the index of the text in its row that each token belongs to, int64 `[B, T]`, counted by positions of 0."""
     return (position_ids == 0).long().cumsum(1)
 
 
 def reaches(position_ids: Tensor, steps: int) -> Tensor:
-    """bool `[B, T]`: whether token t + 1 + `steps` is of the same text as token t."""
+    """Return whether token t + 1 + `steps` belongs to the same text as token t, bool `[B, T]`."""
     owner = owners(position_ids)
     return torch.nn.functional.pad(owner[:, 1 + steps :], (0, 1 + steps)) == owner
 
 
 def unroll(head: EagleHead, input_ids: Tensor, position_ids: Tensor, tapped: Tensor, steps: int) -> list[Tensor]:
-    """Logits of every step.
+    """Run the unrolled steps of a head.
 
     Args:
-        head: its attention implementation is this module's while it runs.
-        input_ids: int64 `[B, T]`.
-        position_ids: int64 `[B, T]`.
-        tapped: `[B, T, taps D]`: the target's features.
-        steps: S.
+        head: head to run, whose attention implementation is replaced by that of this module meanwhile.
+        input_ids: int64 `[B, T]`, token ids of packed texts.
+        position_ids: int64 `[B, T]`, positions of the tokens, which start at 0 in each text of a row.
+        tapped: `[B, T, len(taps) · D]`, features of the target.
+        steps: number of steps S.
 
     Returns:
-        S tensors `[B, T, U]`; those of step s speak of token t + 2 + s. What comes of tokens of another text, or behind
-        the row's end, means nothing.
+        Logits `[B, T, U]` of each step; those of step s at t predict token t + 2 + s. They are meaningless if that
+        token belongs to another text or is beyond the end of the row.
     """
     AttentionInterface.register(_NAME, _attend)
     before = head.config._attn_implementation

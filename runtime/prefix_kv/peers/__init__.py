@@ -1,1 +1,1 @@
-"""Other ways to share out a budget, to compare with."""
+"""Other methods of sharing out a cache budget, as policies to compare PrefixKV with."""

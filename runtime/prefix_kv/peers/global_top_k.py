@@ -1,4 +1,7 @@
-"""The tokens of largest importance over all layers together: the most attention in sum, little for some layers."""
+"""Keep the tokens with the largest importance over all layers together.
+
+This retains the largest possible sum of attention, but may leave some layers with few tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ __all__ = ["GlobalTopK"]
 
 
 class GlobalTopK(Policy):
-    """Maximises Σ_l C_l(K_l), where PrefixKV maximises min_l C_l(K_l)."""
+    """Policy that maximises Σ_l C_l(K_l), where PrefixKV maximises min_l C_l(K_l).
+
+    C_l(K) is the share of layer l's attention that its K most important tokens receive.
+    """
 
     name = "global_top_k"
     importance = "full"

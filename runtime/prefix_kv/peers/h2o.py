@@ -1,4 +1,4 @@
-"""H2O (https://arxiv.org/abs/2306.14048): tokens that received most attention, and as many of the last."""
+"""H2O (https://arxiv.org/abs/2306.14048): keep the tokens that received most attention and as many recent ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["H2O"]
 
 
 class H2O(Uniform):
-    """Half heavy hitters, half recent tokens, in every layer.
+    """Policy that keeps half heavy hitters and half recent tokens in every layer.
 
-    One set of tokens for all heads of a layer; while decoding, the sums of the prompt are kept and not added to.
+    All heads of a layer keep the same tokens. Attention is summed over the prompt only, and not while decoding.
     """
 
     name = "h2o"

@@ -1,4 +1,4 @@
-"""PyramidKV (https://arxiv.org/abs/2406.02069): SnapKV with fewer tokens in each later layer."""
+"""PyramidKV (https://arxiv.org/abs/2406.02069): SnapKV, where each layer keeps fewer tokens than the one before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BETA = 20  # the last layer keeps 1 / 20 of the mean
 
 
 class PyramidKV(SnapKV):
-    """An arithmetic sequence over the layers, from 2 - 1/20 to 1/20 of the mean."""
+    """Policy whose layers keep an arithmetic sequence of tokens, from 2 - 1/20 times the mean down to 1/20 of it."""
 
     name = "pyramid_kv"
 

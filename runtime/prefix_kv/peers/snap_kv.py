@@ -1,4 +1,4 @@
-"""SnapKV (https://arxiv.org/abs/2404.14469): keep the tokens that the prompt's last tokens attend to."""
+"""SnapKV (https://arxiv.org/abs/2404.14469): keep the tokens to which the last tokens of the prompt attend most."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["SnapKV"]
 
 
 class SnapKV(Policy):
-    """Ranks tokens by the attention that the last `window` tokens pay them, averaged over `kernel` positions.
+    """Policy that ranks tokens by the attention from the last `window` tokens, averaged over `kernel` positions.
 
-    Every layer keeps equally many tokens, and all heads of a layer the same ones, since they share the slots of one
-    cache. The window itself is kept, up to half of what a layer keeps.
+    Every layer keeps the same number of tokens, and all heads of a layer keep the same ones, as they share the slots of
+    the cache. The window itself is always kept, up to half of the tokens that a layer keeps.
     """
 
     name = "snap_kv"

@@ -1,4 +1,4 @@
-"""StreamingLLM (https://arxiv.org/abs/2309.17453): the first tokens and a sliding window."""
+"""StreamingLLM (https://arxiv.org/abs/2309.17453): keep the first tokens and a sliding window of the last ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["StreamingLLM"]
 
 
 class StreamingLLM(Policy):
-    """Attention sinks and the most recent tokens, in every layer. The last tokens keep the positions they had."""
+    """Policy that keeps attention sinks and the most recent tokens in every layer.
+
+    Tokens keep their original positions; they are not renumbered within the cache.
+    """
 
     name = "streaming_llm"
     importance = "none"

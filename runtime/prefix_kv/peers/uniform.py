@@ -1,4 +1,4 @@
-"""Every layer keeps equally many tokens."""
+"""Uniform budget: every layer keeps the same number of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Uniform"]
 
 
 class Uniform(Policy):
-    """Equal layers, by the attention that tokens receive from all others."""
+    """Policy with equal shares of all layers, which ranks tokens by the attention that they receive from all tokens."""
 
     name = "uniform"
     importance = "full"
