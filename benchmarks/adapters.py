@@ -163,7 +163,7 @@ def _sft(rank: int, device: str, smoke: bool) -> Iterator[Row]:
 
 
 def moe(device: str, smoke: bool) -> Iterator[Row]:
-    """Full fine-tuning of tiny-moe by each optimiser."""
+    """Full fine-tuning of tiny-moe by each optimizer."""
     model, task = _name("tiny-moe"), _TINY if smoke else _HALF_BYTES if device == "cuda" else _SMALL
     try:
         read_source(model)

@@ -26,7 +26,7 @@ Shape = tuple[int, int, int, int]
 
 
 class Raw(NamedTuple):
-    """What a layer projects: q and k not normalised, raw gates, logits of β; B, T, H, D.
+    """What a layer projects: q and k not normalized, raw gates, logits of β; B, T, H, D.
 
     `beta` [B, T, H] is KDA's, `erase` and `write` [B, T, H, D] are those of FG²-GDN.
     """

@@ -34,7 +34,7 @@ from benchmarks.rows import Row, bandwidth, row, sync
 from effpass.lowering.ops.expert_parallel_choice import Agreed, agreed, stages_of
 from effpass.lowering.ops.expert_parallel_cost import divisors, exchange
 from effpass.lowering.ops.expert_parallel_exchange import Ranks, ranks_of
-from effpass.lowering.ops.expert_parallel_routes import summarise
+from effpass.lowering.ops.expert_parallel_routes import summarize
 from effpass.lowering.ops.expert_parallel_simulator import simulate
 from effpass.lowering.ops.moe_ffn_cost import Shape
 from effpass.lowering.ops.moe_ffn_fit import random_layer
@@ -144,7 +144,7 @@ class Layer:
     def counts(self) -> np.ndarray:
         """[W, 3, W, L], as the ranks tell each other."""
         local = self.down.shape[0]
-        found, _ = self.ranks.counts(summarise(self.ids, self.ranks.size, local).counts, (0,))
+        found, _ = self.ranks.counts(summarize(self.ids, self.ranks.size, local).counts, (0,))
         return found.reshape(self.ranks.size, 3, self.ranks.size, local)
 
     @property

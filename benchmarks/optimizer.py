@@ -1,9 +1,9 @@
-"""Area `optimizer`: one step of MONA over the hidden matrices of a model, in turn with other optimisers.
+"""Area `optimizer`: one step of MONA over the hidden matrices of a model, in turn with other optimizers.
 
 gram-newton-schulz and dion take part where they can be imported. pip finds no distribution of dion: its authors publish
 it as a source repository alone (github.com/microsoft/dion), to be installed from a checkout.
 
-Parameters and gradients are bfloat16 and shared by all; states are each optimiser's own defaults. The bound is the
+Parameters and gradients are bfloat16 and shared by all; states are each optimizer's own defaults. The bound is the
 floating-point work of the Newton-Schulz form that we use, each symmetric product counted once, at the rate of a large
 bfloat16 product measured in the same run.
 """

@@ -31,7 +31,7 @@ class Row:
         peer: the peer's figure; None where a figure has no peer.
         peer_name: who that is.
         ratio: above 1 means effpass is ahead; None without a peer.
-        bound: the figure that the hardware allows, from ceilings measured in this run; None where not modelled.
+        bound: the figure that the hardware allows, from ceilings measured in this run; None where not modeled.
         unit: unit of `ours`, `peer` and `bound`.
         runs: how many timed repetitions the medians rest on.
         device: as the driver names it.

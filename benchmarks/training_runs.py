@@ -1,4 +1,4 @@
-"""One run of area `training`: a model, an optimiser, a rate and a seed, and the curve that it writes as it goes.
+"""One run of area `training`: a model, an optimizer, a rate and a seed, and the curve that it writes as it goes.
 
 Runs can share a machine in two ways. *One after the other*, `lanes=1`: with compiled layers and 32k tokens a step the
 kernels take longer than their launches, so a step fills the GPU by itself. *Side by side*, `lanes=N` processes, on the
@@ -294,7 +294,7 @@ def _rows(study: Study, seed: int) -> Rows:
 
 
 def _begin(job: Job, model: Any, device: str) -> tuple[Any, LambdaLR]:
-    """Set the weights of the job's seed, and make its optimiser and schedule."""
+    """Set the weights of the job's seed, and make its optimizer and schedule."""
     model.load_state_dict(_new_model(job.study, job.seed).state_dict())
     model.zero_grad()
     name, options = METHODS[job.method]

@@ -111,7 +111,7 @@ class BufferedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, capacity = self.slots.positions.shape
-        # Zeros, because a masked slot has weight 0, and 0 times uninitialised memory may be NaN.
+        # Zeros, because a masked slot has weight 0, and 0 times uninitialized memory may be NaN.
         sizes = [key_states.shape[3], value_states.shape[3]]
         if key_states.shape[1] == 1 and sizes[0] != sizes[1]:  # latents (MLA): both parts together are one key
             self.latents = key_states.new_zeros(batch, 1, capacity, sum(sizes))

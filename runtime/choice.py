@@ -128,7 +128,7 @@ class Choice:
         self._choose_from(logits, self.tokens[:, None])
         self._ids.index_copy_(1, answer.column, self.tokens[:, None])
         answer.column.add_(1)
-        self._end((self.tokens[:, None] == answer.ends).any(1))  # torch.isin may sort and synchronise
+        self._end((self.tokens[:, None] == answer.ends).any(1))  # torch.isin may sort and synchronize
 
     def _choose_from(self, logits: Tensor, seen: Tensor) -> None:
         logits = logits[: len(self.tokens)].to(torch.float32, copy=True)

@@ -14,7 +14,7 @@ def record(step: Callable[[], None], *, warm_up: Callable[[], None] | None = Non
     """Record `step` as a CUDA graph without executing its kernels.
 
     Args:
-        step: function that launches kernels on tensors of fixed address and does not synchronise.
+        step: function that launches kernels on tensors of fixed address and does not synchronize.
         warm_up: function that is called first, on the stream of the recording, to trigger compilation; it must restore
             all state that it changes. None for no warm-up.
 

@@ -110,7 +110,7 @@ def generate(
 
 
 class _Watch:
-    """Observes without synchronisation whether all sequences have ended, and passes tokens to the streamer."""
+    """Observes without synchronization whether all sequences have ended, and passes tokens to the streamer."""
 
     def __init__(self, choice: Choice, streamer: Any) -> None:
         self.choice = choice

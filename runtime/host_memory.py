@@ -28,7 +28,7 @@ _PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 class Slab:
-    """A zero-initialised block of host memory, which is freed when neither of its two tensors is referenced any more.
+    """A zero-initialized block of host memory, which is freed when neither of its two tensors is referenced any more.
 
     Attributes:
         tensor: the memory as a CPU tensor.

@@ -1,7 +1,7 @@
 """The decode engine's KV cache with keys and values offloaded to host memory.
 
 Keys and values of a layer are device tensors backed by mapped host memory, so all code that reads or writes a cache
-works on them, over the bus. Two frequent accesses are optimised:
+works on them, over the bus. Two frequent accesses are optimized:
 
 * A decode step writes its token to host memory and, if the token's block of slots has a *page* (a copy of the block on
   the device), to the page. It attends through the pages (:mod:`effpass.lowering.ops.block_pool`,
@@ -117,7 +117,7 @@ class Offload:
         return OffloadedCache(model, batch, capacity, layers, self, transfers)
 
     def counters(self) -> OffloadCounters:
-        """Sum the statistics of the caches in use since their creation; synchronises with the device."""
+        """Sum the statistics of the caches in use since their creation; synchronizes with the device."""
         sums, read, copied, waited = [0] * len(COUNTED), 0, 0, 0.0
         for cache in self.caches:
             for pool in cache.pools():

@@ -62,7 +62,7 @@ class Absorbed:
         if is_traceable_wrapper_subclass(weight):
             raise ModelError(
                 f"kv_b_proj of layer {self.layer_idx} holds a {type(weight).__name__}, and was absorbed as it was",
-                hint="quantise the model first, and prepare it then",
+                hint="quantize the model first, and prepare it then",
             )
         return weight.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
 

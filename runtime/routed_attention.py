@@ -258,7 +258,7 @@ def routed_attention(
 def ends_of(position_ids: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
     """Return the offsets of the N sequences in a flattened batch, followed by B · T: int32 [N + 1].
 
-    A sequence begins at the start of each row, and at each position 0. The call synchronises with the device if there
+    A sequence begins at the start of each row, and at each position 0. The call synchronizes with the device if there
     are positions; a data collator can avoid this by passing `cu_seq_lens_q` to the model.
 
     Args:

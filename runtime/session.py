@@ -2,7 +2,7 @@
 
 A decode step advances the position of every sequence, enters the positions in the cache, and runs the model on the new
 tokens. On a GPU the step is recorded once as a CUDA graph and then replayed; on a CPU the same code runs directly. No
-operation of a step synchronises with the device. :class:`~effpass.runtime.engine.Engine` creates and reuses sessions.
+operation of a step synchronizes with the device. :class:`~effpass.runtime.engine.Engine` creates and reuses sessions.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ class Session:
     def _recording(self) -> Iterator[None]:
         experts = getattr(self.model.config, "_experts_implementation", None)
         waits = experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
-        if waits:  # these synchronise to learn how many tokens each expert has
+        if waits:  # these synchronize to learn how many tokens each expert has
             self.model.set_experts_implementation("batched_mm")
         for slots in self.cache.distinct_slots():
             slots.is_replayed = True

@@ -19,7 +19,7 @@ __all__ = ["Audit", "chosen_slots", "recall_and_mass"]
 
 
 class Audit:
-    """Accumulates recall and mass over the decode steps of one layer, on its device and without synchronisation.
+    """Accumulates recall and mass over the decode steps of one layer, on its device and without synchronization.
 
     Attributes:
         sums: float64 `[3]`, sums of recall and of mass, and the number of summands.
@@ -37,7 +37,7 @@ class Audit:
         self.sums.add_(torch.stack(((recall * live).sum(), (mass * live).sum(), live.sum())))
 
     def result(self) -> tuple[float, float]:
-        """Return mean recall and mean mass, NaN before the first step; synchronises with the device."""
+        """Return mean recall and mean mass, NaN before the first step; synchronizes with the device."""
         recall, mass, count = self.sums.tolist()
         return (recall / count, mass / count) if count else (float("nan"), float("nan"))
 

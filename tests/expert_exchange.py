@@ -60,7 +60,7 @@ def start(ids: list[Tensor], weights: list[Tensor], local: int, stages: int, by:
         by: the module of operators, or that of kernels.
     """
     world = len(ids)
-    summaries = [by.summarise(each, world, local) for each in ids]
+    summaries = [by.summarize(each, world, local) for each in ids]
     counts = torch.stack([s.counts for s in summaries]).cpu().long().view(world, 3, world, local).numpy()
     plans = [routes.plan(counts, me, stages) for me in range(world)]
     first = torch.tensor([0, *(len(each) for each in ids)]).cumsum(0).tolist()

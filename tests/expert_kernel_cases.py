@@ -90,7 +90,7 @@ def compile_all() -> dict[str, int]:
     names = ("expert_routes", "expert_stage", "moe_grouped", "moe_route", "moe_library")
     modules = [importlib.import_module(f"effpass.lowering.kernels.{name}") for name in names]
     kernels = (
-        "_summarise",
+        "_summarize",
         "_depart",
         "_leaves",
         "_arrive",
@@ -108,7 +108,7 @@ def compile_all() -> dict[str, int]:
     ids = [torch.rand(tokens, world * local).topk(each).indices for _ in range(world)]
     weights = [torch.rand(tokens, each) for _ in range(world)]
     plain = start(ids, weights, local, 4)
-    summary = routes.summarise(ids[0], world, local)
+    summary = routes.summarize(ids[0], world, local)
     leaving = routes.departures(summary, ids[0], weights[0], plain.plans[0])
     pairs = routes.arrivals(plain.words[0], plain.plans[0])
     x = torch.empty(plain.plans[0].rows_got, 2048, dtype=torch.bfloat16)

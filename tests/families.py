@@ -120,7 +120,7 @@ def padded(length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def quantised(model: Any, scheme: str) -> Any:
+def quantized(model: Any, scheme: str) -> Any:
     """The model with torchao's weights, ``"int8"`` or ``"float8"``, in its linear layers; the others as they are."""
     ao = importlib.import_module("torchao.quantization")
     ao.quantize_(model, {"int8": ao.Int8WeightOnlyConfig, "float8": ao.Float8WeightOnlyConfig}[scheme]())

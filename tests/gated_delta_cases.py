@@ -154,7 +154,7 @@ def spread(x: Tensor | None) -> Tensor | None:
 def interpret() -> dict[str, dict[str, float]]:
     from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialized memory holds NaN
     _both_ways_in_float32(gated_delta_rule._Call)
     found: dict[str, dict[str, float]] = {}
     for name, case in SMALL.items():

@@ -1,4 +1,4 @@
-"""Tiny models with adapters of every kind, and with quantised weights, for tests of `merge_lora`."""
+"""Tiny models with adapters of every kind, and with quantized weights, for tests of `merge_lora`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, make, quantised
+from families import batch, make, quantized
 from torch import nn
 
 from effpass.passes.weights.merge_lora import MergeLora, MergeLoraOptions
@@ -93,7 +93,7 @@ CASES = {
 }
 
 
-# -- quantised weights ----------------------------------------------------------------------------------------------
+# -- quantized weights ----------------------------------------------------------------------------------------------
 
 
 class Linear4bit(nn.Linear):
@@ -121,29 +121,29 @@ def float8_linear(linear: nn.Linear) -> nn.Linear:
     def expand(scale: torch.Tensor) -> torch.Tensor:
         return scale.repeat_interleave(32, 0).repeat_interleave(32, 1)[:out, :features]
 
-    quantised = FP8Linear(features, out, block_size=(32, 32))
+    quantized = FP8Linear(features, out, block_size=(32, 32))
     blocks = (
         nn.functional.pad(linear.weight.detach(), (0, -features % 32, 0, -out % 32)).unfold(0, 32, 32).unfold(1, 32, 32)
     )
     scale = blocks.abs().amax(dim=(2, 3)) / 448
-    quantised.weight_scale_inv = nn.Parameter(scale)
-    quantised.weight = nn.Parameter(
+    quantized.weight_scale_inv = nn.Parameter(scale)
+    quantized.weight = nn.Parameter(
         (linear.weight.detach() / expand(scale)).to(torch.float8_e4m3fn), requires_grad=False
     )
-    quantised.bias = linear.bias
-    return quantised
+    quantized.bias = linear.bias
+    return quantized
 
 
 def bitsandbytes_linear(linear: nn.Linear) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
-    quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
-    quantised.load_state_dict(linear.state_dict())
-    return quantised.to("cpu")
+    quantized = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
+    quantized.load_state_dict(linear.state_dict())
+    return quantized.to("cpu")
 
 
 def torchao_linear(linear: nn.Linear) -> nn.Module:
     pytest.importorskip("torchao")
-    return quantised(linear, "int8")
+    return quantized(linear, "int8")
 
 
 SCHEMES = {"float8": float8_linear, "bitsandbytes": bitsandbytes_linear, "torchao": torchao_linear}
@@ -151,8 +151,8 @@ SCHEMES = {"float8": float8_linear, "bitsandbytes": bitsandbytes_linear, "torcha
 WITHIN = {"float8": ROUNDING, "bitsandbytes": 1e-3, "torchao": ROUNDING}
 
 
-def quantise(model: nn.Module, how: Any) -> nn.Module:
-    """Quantise one kind of adapted layer, and others that no adapter touches."""
+def quantize(model: nn.Module, how: Any) -> nn.Module:
+    """Quantize one kind of adapted layer, and others that no adapter touches."""
     names = ("q_proj", "k_proj") if how is bitsandbytes_linear else ("q_proj", "k_proj", "down_proj")
     for name, module in list(model.named_modules()):
         if name.endswith(names):

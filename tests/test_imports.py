@@ -230,7 +230,7 @@ def test_the_command_line_starts_without_torch():
     assert loaded_by("import effpass.cli; import effpass.cli.app", ("torch", "transformers", "peft", "onnx")) == []
 
 
-def test_the_optimiser_needs_torch_alone():
+def test_the_optimizer_needs_torch_alone():
     """What else learns stands on transformers' Trainer and on PEFT."""
     modules = ["effpass.trainers", *(name for name in SOURCES if belongs(name, "effpass.trainers.mona"))]
     assert len(modules) > 10

@@ -57,7 +57,7 @@ class Estimate:
             kept = f"{self.activations / 1e9:.2f} GB of activations" + (f" in {self.where}" if self.where else "")
         return (
             f"{self.parameters / 1e6:.2f} M parameters; {self.total / 1e9:.2f} GB on each device:"
-            f" {self.state / 1e9:.2f} GB of weights, gradients and optimiser state, and {kept}; available: {found}"
+            f" {self.state / 1e9:.2f} GB of weights, gradients and optimizer state, and {kept}; available: {found}"
         )
 
 

@@ -43,7 +43,7 @@ def prefix_kv(
     importance: Annotated[
         Importance, typer.Option(help="Attention from all tokens, from the last 64, or both; as in the recipe.")
     ] = Importance.both,
-    pool: Annotated[int, typer.Option(min=1, help="Neighbours over which that is averaged; as in the recipe.")] = 7,
+    pool: Annotated[int, typer.Option(min=1, help="Neighbors over which that is averaged; as in the recipe.")] = 7,
     sink: Annotated[int, typer.Option(min=0, help="First tokens that always stay; as in the recipe.")] = 4,
     recent: Annotated[int, typer.Option(min=1, help="Last tokens that always stay; as in the recipe.")] = 32,
     device: Device = "cpu",

@@ -43,7 +43,7 @@ def look(loaded: Any, recipe: Recipe | None, text: str, data: Path) -> Redundanc
 
 
 def show(console: Console, found: Redundancy) -> None:
-    """A table by layer, and how alike neighbours are."""
+    """A table by layer, and how alike neighbors are."""
     from rich import box
     from rich.table import Table
 

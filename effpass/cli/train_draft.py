@@ -54,7 +54,7 @@ def draft(
     clip: Clip = 1.0,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Optimiser steps.", show_default="those of --epochs"),  # type: ignore[arg-type]
+        typer.Option("--steps", help="Optimizer steps.", show_default="those of --epochs"),  # type: ignore[arg-type]
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 2,
     batch: Annotated[int, typer.Option("--batch", help="Rows of packed texts in a step.")] = 16,

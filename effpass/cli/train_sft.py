@@ -53,7 +53,7 @@ Validation = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option("--steps", help="Optimiser steps.", show_default="those of --epochs"),  # type: ignore[arg-type]
+    typer.Option("--steps", help="Optimizer steps.", show_default="those of --epochs"),  # type: ignore[arg-type]
 ]
 Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the data.")]
 Batch = Annotated[int, typer.Option("--batch", help="Rows of packed samples in a step.")]

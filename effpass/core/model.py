@@ -88,9 +88,9 @@ def load_model(
         check_reads_images(config, name)
     else:
         check_causal_lm(config, name, trust_remote_code=trust_remote_code)
-    quantised = getattr(config, "quantization_config", None)
+    quantized = getattr(config, "quantization_config", None)
     if dtype is None:
-        dtype = torch.float32 if quantised is None and _on_cpu(device_map) else "auto"
+        dtype = torch.float32 if quantized is None and _on_cpu(device_map) else "auto"
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     model: Any
@@ -108,7 +108,7 @@ def load_model(
             **{key: value for key, value in options.items() if value is not None},
         )
     except Exception as error:  # any error of transformers becomes one clear message
-        raise load_error(error, name, quantised) from error
+        raise load_error(error, name, quantized) from error
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
             f"the checkpoint of {name} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]})",

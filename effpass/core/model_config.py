@@ -73,13 +73,13 @@ def check_reads_images(config: Any, name: str) -> None:
         )
 
 
-def load_error(error: Exception, name: str, quantised: Any) -> ModelError:
+def load_error(error: Exception, name: str, quantized: Any) -> ModelError:
     """Convert an exception of transformers to a :class:`ModelError` with a clear message.
 
     Args:
         error: exception that transformers raised.
         name: source of the model as the user gave it.
-        quantised: `quantization_config` of the config; None for ordinary weights.
+        quantized: `quantization_config` of the config; None for ordinary weights.
     """
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
@@ -87,11 +87,11 @@ def load_error(error: Exception, name: str, quantised: Any) -> ModelError:
             f"{name} brings its own Python code, which effpass does not run unless asked",
             hint="read the code, then pass trust_remote_code=True (--trust-remote-code)",
         )
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         return ModelError(
-            f"{name} has weights quantised with {getattr(method, 'value', method)}, which can't be loaded here: {text}",
-            hint="install the library named above, or use the unquantised checkpoint",
+            f"{name} has weights quantized with {getattr(method, 'value', method)}, which can't be loaded here: {text}",
+            hint="install the library named above, or use the unquantized checkpoint",
         )
     if _caused_by(error, "HFValidationError"):
         return ModelError(f"{name!r} is no folder or file here, and no name of a model on the hub: {text[:200]}")

@@ -233,7 +233,7 @@ class _Retrace:
         # Inputs are identified by node and never by value, since equal calls share their values.
         call = _with_inputs(arguments, given)
         values = [self.value[n] for n in given]
-        if any(map(_is_quantised, values)):
+        if any(map(_is_quantized, values)):
             return self._left_as_it_is(node)
         recorded = pytree.tree_leaves(node.meta.get("example_value"))
         if not any(isinstance(v, Tensor) for v in (*values, *recorded)):
@@ -245,7 +245,7 @@ class _Retrace:
         """Copy a call on a quantized weight without tracing, since its inner tensors are not inputs of this graph."""
 
         def value(x: Tensor) -> Tensor:
-            return x if _is_quantised(x) else like(self.fake_mode, x)
+            return x if _is_quantized(x) else like(self.fake_mode, x)
 
         return self._emit(node, node.target, pytree.tree_map_only(Tensor, value, node.meta["example_value"]))
 
@@ -315,7 +315,7 @@ class _Retrace:
             region.__exit__(None, None, None)
 
 
-def _is_quantised(value: Any) -> bool:
+def _is_quantized(value: Any) -> bool:
     """Whether `value` is a tensor subclass with inner tensors, other than a DTensor, which can be traced through."""
     return is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor)
 

@@ -201,7 +201,7 @@ def held_bytes(root: Any, device: torch.device) -> int:
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a tensor subclass (quantised weights) consists of; an ordinary tensor itself."""
+    """The tensors that a tensor subclass (quantized weights) consists of; an ordinary tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _parts(getattr(tensor, name))]

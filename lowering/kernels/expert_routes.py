@@ -23,7 +23,7 @@ from effpass.lowering.kernels.moe_library import plain_options
 from effpass.lowering.kernels.moe_route import route
 from effpass.lowering.ops.expert_parallel_routes import Departures, Pairs, Plan, Summary
 
-__all__ = ["arrivals", "departures", "summarise"]
+__all__ = ["arrivals", "departures", "summarize"]
 
 _MOST_BLOCKS = 64  # maximum number of blocks, whose counts a program adds up at once
 
@@ -43,15 +43,15 @@ def _block(items: int, least: int) -> int:
     return max(least, triton.next_power_of_2(triton.cdiv(items, _MOST_BLOCKS)))
 
 
-def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
-    """Same as `expert_parallel_routes.summarise`, except that `first` and `last` are int32."""
+def summarize(experts: Tensor, ranks: int, local: int) -> Summary:
+    """Same as `expert_parallel_routes.summarize`, except that `first` and `last` are int32."""
     (tokens, each), device = experts.shape, experts.device
     block = _block(tokens, 32)
     blocks = triton.cdiv(tokens, block)
     counts = torch.zeros(blocks, 3, ranks * local, dtype=torch.int32, device=device)
     first, last = (torch.empty(tokens, ranks, dtype=torch.int32, device=device) for _ in range(2))
     if tokens:
-        _summarise[(blocks,)](
+        _summarize[(blocks,)](
             experts.contiguous(), first, last, counts, tokens, each, ranks, local, BLOCK=block,
             SLOTS=triton.next_power_of_2(each), **plain_options(device, 4),
         )  # fmt: skip
@@ -61,7 +61,7 @@ def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
 def departures(summary: Summary, experts: Tensor, weights: Tensor, plan: Plan, first_token: int = 0) -> Departures:
     """Same as `expert_parallel_routes.departures`, except that `back` is undefined where a token has no row on a rank.
 
-    `summary` must come from :func:`summarise`. Weights are sent as float32.
+    `summary` must come from :func:`summarize`. Weights are sent as float32.
     """
     assert isinstance(summary, _Counted)
     (tokens, ranks), each, device = summary.first.shape, experts.shape[1], experts.device
@@ -118,7 +118,7 @@ def _begins(counts: list[list[int]]) -> np.ndarray:
 
 
 @triton.jit(do_not_specialize=["tokens", "each", "ranks", "local"])
-def _summarise(experts, first, last, counts, tokens, each, ranks, local, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
+def _summarize(experts, first, last, counts, tokens, each, ranks, local, BLOCK: tl.constexpr, SLOTS: tl.constexpr):
     block, slot = tl.program_id(0), tl.arange(0, SLOTS)
     token = block * BLOCK + tl.arange(0, BLOCK)
     every = ranks * local

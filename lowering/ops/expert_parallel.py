@@ -143,7 +143,7 @@ def _spread(
         experts, weights = experts[first : first + share], weights[first : first + share]
     weights = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
     how = _how(x, weights, here)
-    summary = how.routes.summarise(experts, ranks.size, local)
+    summary = how.routes.summarize(experts, ranks.size, local)
     counts, headers = ranks.counts(summary.counts, (tokens, shape.each, int(replicated), stages))
     _agree(headers, replicated)
     counts = counts.reshape(ranks.size, 3, ranks.size, local)

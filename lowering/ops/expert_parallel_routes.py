@@ -9,7 +9,7 @@ on that rank, and its sum returns after the stage of its last one, so that the a
     returning sums    by stage of the last expert, computing rank, token
     pairs             by sending rank, token, place among its experts; each is one row of `words`
 
-Every rank receives three counts per expert from every rank (:func:`summarise`); all other sizes follow on the host, for
+Every rank receives three counts per expert from every rank (:func:`summarize`); all other sizes follow on the host, for
 any N (:func:`plan`). Positions stay on the device. This module computes them in plain PyTorch;
 :mod:`effpass.lowering.kernels.expert_routes` has kernels for GPUs.
 
@@ -30,7 +30,7 @@ from effpass.core.errors import EffpassError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Departures", "Pairs", "Plan", "Summary", "arrivals", "departures", "plan", "summarise"]
+__all__ = ["Departures", "Pairs", "Plan", "Summary", "arrivals", "departures", "plan", "summarize"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Summary:
     counts: Tensor
 
 
-def summarise(experts: Tensor, ranks: int, local: int) -> Summary:
+def summarize(experts: Tensor, ranks: int, local: int) -> Summary:
     """Summarize the expert ids `experts` [T, k]; ids of W·L or more belong to no rank.
 
     Raises:

@@ -58,7 +58,7 @@ def simulate(
     """Simulate one layer.
 
     Args:
-        counts: [W, 3, W, L], counts that the ranks exchange; see `expert_parallel_routes.summarise`.
+        counts: [W, 3, W, L], counts that the ranks exchange; see `expert_parallel_routes.summarize`.
         shape: the layer, with all E experts.
         stages: number of stages N, at least 1.
         link: measurements of the link between the ranks.

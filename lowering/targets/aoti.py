@@ -70,7 +70,7 @@ class AotiTarget(Target):
         return replace(limits, indices=tuple(indices))
 
     def load(self, file: Path, device: torch.device) -> Step:
-        # On a GPU the package synchronises several threads with events, which can't be captured in a CUDA graph.
+        # On a GPU the package synchronizes several threads with events, which can't be captured in a CUDA graph.
         one_thread = device.type != "cpu"
         try:
             return torch._inductor.aoti_load_package(

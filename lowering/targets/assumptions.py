@@ -1,6 +1,6 @@
 """Detection of the assumptions on sizes that Inductor makes while it compiles a decode graph.
 
-Inductor may specialise code for the sizes of the example that it compiles with, and records the condition as a guard.
+Inductor may specialize code for the sizes of the example that it compiles with, and records the condition as a guard.
 `torch.compile` checks guards at each call, but ahead-of-time compilation drops them, and the compiled code does not
 check them either. :func:`any_size` therefore inspects the guards after compilation and refuses code that is correct for
 some sizes only. One kind of guard is accepted: on GPUs Inductor indexes tensors with 32 bits where they are small, and

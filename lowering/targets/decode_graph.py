@@ -294,7 +294,7 @@ def trace(
 
 
 def sizes_stay_free() -> Any:
-    """Return a context manager in which tracing and compiling do not specialise on sizes of 0 and 1."""
+    """Return a context manager in which tracing and compiling do not specialize on sizes of 0 and 1."""
     import torch.fx.experimental._config as symbolic_shapes_config
 
     return symbolic_shapes_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]

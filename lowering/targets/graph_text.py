@@ -1,4 +1,4 @@
-"""Serialisation of a captured graph as JSON that can be loaded without executing anything from the file.
+"""Serialization of a captured graph as JSON that can be loaded without executing anything from the file.
 
 The Inductor target (:mod:`effpass.lowering.targets.inductor`) stores its graph in this form. ``torch.export.save`` is
 not suitable: loading its files unpickles, and evaluates strings as Python. Here an operator is a name, which is looked

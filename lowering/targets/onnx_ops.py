@@ -202,7 +202,7 @@ def _by_expert(rows: TFloat, weight: TFloat, ids: TInt) -> TFloat:
 def tidy(model: ir.Model) -> None:
     """Fold constants, merge equal nodes and remove unused ones, in place.
 
-    The exporter's own optimiser does little more for a decoder and takes ten times as long, since one of its rules
+    The exporter's own optimizer does little more for a decoder and takes ten times as long, since one of its rules
     compares every pair of Slice nodes.
     """
     common.InlinePass()(model)
@@ -224,7 +224,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def _divide_by_root(graph: ir.Graph) -> None:
-    """Rewrite x · (1 / √v) to x / √v, the form of RMSNorm that runtimes recognise and run as one kernel."""
+    """Rewrite x · (1 / √v) to x / √v, the form of RMSNorm that runtimes recognize and run as one kernel."""
     for node in list(graph):
         if node.op_type != "Reciprocal" or len(node.outputs[0].uses()) != 1:
             continue

@@ -88,7 +88,7 @@ def _no_translation(operator: str, node: str) -> ExportError:
 
 
 def _translation_error(error: BaseException) -> ExportError:
-    """Summarise the exporter's chain of exceptions in one sentence."""
+    """Summarize the exporter's chain of exceptions in one sentence."""
     node, operator, text = "", "", str(error)
     cause: BaseException | None = error
     while cause is not None:

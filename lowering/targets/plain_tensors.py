@@ -1,7 +1,7 @@
-"""Unwrapping of quantised weights into the plain tensors they consist of, while a graph is captured.
+"""Unwrapping of quantized weights into the plain tensors they consist of, while a graph is captured.
 
 Exported files hold plain tensors, not tensor subclasses. torchao's linear layers compute on the tensors inside their
-quantised weights with plain ATen operators, so a graph over these tensors, and a file made from it, does not need
+quantized weights with plain ATen operators, so a graph over these tensors, and a file made from it, does not need
 torchao.
 """
 
@@ -19,7 +19,7 @@ __all__ = ["plain_tensors"]
 
 @contextmanager
 def plain_tensors(model: nn.Module) -> Iterator[None]:
-    """Context manager in which the quantised weights of `model` are computed from parameters that are plain tensors.
+    """Context manager in which the quantized weights of `model` are computed from parameters that are plain tensors.
 
     A weight `x.weight` becomes `x.parametrizations.weight.original0` and so on. The model is restored on exit.
     """

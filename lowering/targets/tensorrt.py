@@ -4,7 +4,7 @@ The target uses TensorRT if it is installed, which needs a GPU, and otherwise Te
 a machine without a GPU. The engine itself is not executed: the check runs the ONNX file that the engine is built from,
 and the record next to the engine, ``{file}.json``, says so.
 
-An engine has two optimisation profiles. Both accept batch sizes B up to the largest batch; L is the largest length:
+An engine has two optimization profiles. Both accept batch sizes B up to the largest batch; L is the largest length:
 
 ======= ============ ============== ========================================
 profile T            P              used for
@@ -135,7 +135,7 @@ def _for_rtx(trt: Any) -> bool:
 
 
 def build_engine(source: Path, limits: Limits) -> Any:
-    """Build an engine and return it as a serialised buffer.
+    """Build an engine and return it as a serialized buffer.
 
     Args:
         source: path of the ONNX file of a decode graph.

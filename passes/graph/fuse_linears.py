@@ -54,7 +54,7 @@ class _Site:
         residual: value that is added to the only product; None if there is none.
         norm: norm to fuse into the operator; None if there is none.
         selected: slices between the norm and the products, the last one first. They select along other dimensions than
-            the normalised one, so the norm can be applied after them.
+            the normalized one, so the norm can be applied after them.
     """
 
     x: Node
@@ -169,7 +169,7 @@ def _why_not(site: _Site, surroundings: Surroundings) -> tuple[str, str] | None:
 
 
 def _norm_before(x: Node) -> tuple[RMSNorm | None, tuple[Node, ...]]:
-    """Return the norm that computes `x`, and the slices between them, none of which cut the normalised dimension."""
+    """Return the norm that computes `x`, and the slices between them, none of which cut the normalized dimension."""
     selected: list[Node] = []
     while x.target is aten.slice.Tensor and x.args[1:2] not in ((), (-1,), (x.meta["val"].dim() - 1,)):
         selected.append(x)
@@ -189,7 +189,7 @@ def _other_readers(norm: RMSNorm, selected: tuple[Node, ...], linears: set[Node]
 
 def _fused(program: Program, site: _Site) -> tuple[list[Node], list[Node]]:
     """Insert `fused_linear`; return the replaced nodes, and the new node for each of them."""
-    x, *norm = _normalised(program, site)
+    x, *norm = _normalized(program, site)
     old = [site.anchor] if site.residual is not None else [linear.node for linear in site.linears]
     weights, biases = [linear.weight for linear in site.linears], [linear.bias for linear in site.linears]
     target = torch.ops.effpass.fused_linear.default
@@ -203,7 +203,7 @@ def _fused(program: Program, site: _Site) -> tuple[list[Node], list[Node]]:
 
 def _gated(program: Program, site: _Site, gate: Gate) -> tuple[list[Node], list[Node]]:
     """Insert `gated_linear`; return the replaced node and the new one."""
-    x, *norm = _normalised(program, site)
+    x, *norm = _normalized(program, site)
     weights = [linear.weight for linear in gate.linears]
     if len(weights) == 1:  # gate and up are the two halves of its rows; the slices are views
         half = weights[0].meta["val"].shape[0] // 2
@@ -214,7 +214,7 @@ def _gated(program: Program, site: _Site, gate: Gate) -> tuple[list[Node], list[
     return [gate.product], [new]
 
 
-def _normalised(program: Program, site: _Site) -> tuple[Node, Node | None, float, float]:
+def _normalized(program: Program, site: _Site) -> tuple[Node, Node | None, float, float]:
     """Return the input of the new operator, and the weight, ε and offset of the norm that it applies."""
     if site.norm is None:
         return site.x, None, 0.0, 0.0

@@ -3,7 +3,7 @@
     out[t] = Σ_j weights[t, j] · W_down h(W_gate_up x[t])            with the weights of expert experts[t, j]
 
 The operator is `effpass::moe_ffn`; weights[t, j] is the routing weight of the j-th expert of token t, and h is the
-gate. The pass recognises layers written as grouped products of sorted rows or as batched products with a copy of an
+gate. The pass recognizes layers written as grouped products of sorted rows or as batched products with a copy of an
 expert's weights for each row (:mod:`effpass.passes.graph.moe_gemm_layer`), and layers written as a loop over experts
 (:mod:`effpass.passes.graph.moe_gemm_loop`). After the rewrite, the cost no longer depends on this form: weights are not
 copied, and the host does not wait for the number of rows of each expert unless the chosen kernel needs it. The kernel

@@ -1,9 +1,9 @@
-"""Recognise the gate between the two products of an expert, in the ways in which models write it.
+"""Recognize the gate between the two products of an expert, in the ways in which models write it.
 
     h = act(min(g, limit)) · (clamp(u, -limit, limit) + offset)         act(g) = g · σ(α g), GELU or ReLU
 
 g (gate) and u (up) are the two halves of one value [P, 2 F], or its even and odd columns, or two separate values. P is
-the number of pairs of a token and an expert, F the intermediate size of an expert. `moe_gemm` passes the recognised
+the number of pairs of a token and an expert, F the intermediate size of an expert. `moe_gemm` passes the recognized
 parameters to `effpass::moe_ffn`.
 """
 

@@ -1,4 +1,4 @@
-"""Recognise a layer of experts written as two grouped products of sorted rows, or as two batched products.
+"""Recognize a layer of experts written as two grouped products of sorted rows, or as two batched products.
 
     sorted:  order = sort(experts);  y = grouped(h(grouped(x[order // k], W_gate_up, ends)), W_down, ends)
              out[t] = Σ_j (weights[order] · y)[order⁻¹][t, j]

@@ -1,4 +1,4 @@
-"""Recognise a layer of experts that was traced from a loop over all experts.
+"""Recognize a layer of experts that was traced from a loop over all experts.
 
     mask = one_hot(experts)
     for each expert e:  j, t = where(mask[e]);  out[t] += weights[t, j] · W_down h(W_gate_up x[t])

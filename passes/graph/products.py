@@ -1,4 +1,4 @@
-"""Recognise the operators around matrix products that `fuse_linears` fuses with them: gates and residuals."""
+"""Recognize the operators around matrix products that `fuse_linears` fuses with them: gates and residuals."""
 
 from __future__ import annotations
 

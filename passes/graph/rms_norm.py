@@ -1,4 +1,4 @@
-"""Recognise RMSNorm in a program, in the ways in which models write it.
+"""Recognize RMSNorm in a program, in the ways in which models write it.
 
     n(x) = x / √(mean(x²) + ε) · (offset + weight)          https://arxiv.org/abs/1910.07467
 
@@ -31,7 +31,7 @@ class RMSNorm:
     """One RMSNorm over the last dimension.
 
     Attributes:
-        node: node that computes the normalised value, of the same dtype as `x`.
+        node: node that computes the normalized value, of the same dtype as `x`.
         x: input of the norm, `[..., D]`.
         weight: weight of the norm, `[D]`, of the same dtype as `x`.
         eps: ε.

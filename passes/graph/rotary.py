@@ -1,4 +1,4 @@
-"""Recognise rotary position embedding in its half-split form (https://arxiv.org/abs/2104.09864).
+"""Recognize rotary position embedding in its half-split form (https://arxiv.org/abs/2104.09864).
 
     rotated = x · cos + (−x₂, x₁) · sin
 

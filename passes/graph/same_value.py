@@ -1,7 +1,7 @@
 """Helpers that look through nodes which pass their input on unchanged, to the nodes that compute or read a value.
 
 Such nodes are aliases, casts to the dtype and device that a tensor already has, and dropout outside training. The
-pattern recognisers of the graph passes use these helpers so that they need not handle such nodes themselves.
+pattern recognizers of the graph passes use these helpers so that they need not handle such nodes themselves.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ up-projections to keys and values. For the attention of DeepSeek-V2 (https://arx
 transformers caches the latents and expands all of them to the keys and values of every head at every step. With the
 up-projections absorbed, a step projects its query and its output instead, and all heads share one key per token, whose
 first part is the value. W_UK and W_UV are views of `kv_b_proj`, so that no weight is copied or becomes stale. A
-quantised `kv_b_proj` is dequantised, because the absorbed form reads it along both dimensions, while its scales apply
+quantized `kv_b_proj` is dequantized, because the absorbed form reads it along both dimensions, while its scales apply
 to one of them. The pass acts in the decode engine; see :mod:`effpass.runtime.latent_attention`.
 """
 

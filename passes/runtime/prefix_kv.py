@@ -45,7 +45,7 @@ class PrefixKVOptions:
             None to run the search for each prompt.
         importance: score by which tokens are ranked: the attention that they receive from all tokens (`full`), from the
             last 64 (`window`), or from both.
-        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number; 1 to disable
+        pool: width of the window over which scores of neighboring tokens are averaged, an odd number; 1 to disable
             averaging.
         sink: number of tokens at the start of a sequence that are always kept.
         recent: number of tokens at the end of a sequence that are always kept.

@@ -67,7 +67,7 @@ class SparseAttentionOptions:
         sink: number of blocks at the start of the sequence that are always selected.
         recent: number of blocks at the end of the sequence that are always selected.
         levels: levels of selection: `both`; `blocks` attends to all keys of the selected blocks (Quest); `tokens`
-            scores the labels of all keys (Double Sparsity). A label is a key quantised to four bits per channel.
+            scores the labels of all keys (Double Sparsity). A label is a key quantized to four bits per channel.
         statistic: statistic by which a block is scored: `min_max` gives an upper bound of the scores of its keys,
             `mean` and `mean_std` give estimates.
         aggregation: reduction over the query heads that share a KV head: `sum` or `max`.

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 _DORA_VARIANTS = ("DoraLinearVariant", "DoraEmbeddingVariant")
 _ANNEALED = "AfaVariant"  # effpass.trainers.afa_lora: only a finished adapter is a product of two matrices
-KEPT = "quantised ({}); the adapter stays beside it"
+KEPT = "quantized ({}); the adapter stays beside it"
 
 
 # -- on the model ---------------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 def merge_attached(model: nn.Module, quantized: str) -> tuple[int, list[Refusal]]:
     """Merge the active adapters of `model` in place and remove PEFT's wrappers.
 
-    Either all adapters are merged or none, except that ``quantized="keep"`` leaves those of quantised layers attached.
+    Either all adapters are merged or none, except that ``quantized="keep"`` leaves those of quantized layers attached.
 
     Args:
         model: a PeftModel, or a transformers model with adapters added by `add_adapter`.
-        quantized: treatment of quantised layers, see :class:`~effpass.passes.weights.merge_lora.MergeLoraOptions`.
+        quantized: treatment of quantized layers, see :class:`~effpass.passes.weights.merge_lora.MergeLoraOptions`.
 
     Returns:
         The number of modules merged, and a refusal for each adapter that prevents merging or stays attached.
@@ -73,18 +73,18 @@ def merge_attached(model: nn.Module, quantized: str) -> tuple[int, list[Refusal]
     refusals = [Refusal(name, *reason) for name, layer in layers.items() if (reason := _why_not(layer))]
     trained = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" in n] if model.training else []
     refusals += [Refusal(n, "the adapter is being trained", "call model.eval() first") for n in trained]
-    quantised = {n: s for n, layer in layers.items() if (s := _base_scheme(layer)) is not None}
+    schemes = {n: s for n, layer in layers.items() if (s := _base_scheme(layer)) is not None}
     if quantized == "refuse":
         way_out = "merge_lora: {quantized: keep} or {quantized: dequantize}"
-        refusals += [Refusal(n, f"its weight is quantised ({s})", way_out) for n, s in quantised.items()]
+        refusals += [Refusal(n, f"its weight is quantized ({s})", way_out) for n, s in schemes.items()]
     if refusals or not layers:
         return 0, refusals
     base = inner_model(model)
     kept: list[str] = []
-    if quantised and quantized == "dequantize":
+    if schemes and quantized == "dequantize":
         dequantize_linears(base, getattr(base, "dtype", torch.float32))
     else:
-        kept = list(quantised)
+        kept = list(schemes)
     keeps_ties = any(getattr(c, "ensure_weight_tying", False) for c in getattr(base, "peft_config", {}).values())
     tied: dict[int, list[nn.Parameter]] = {}
     merged = {n: _merged_module(layer, tied, keeps_ties) for n, layer in layers.items() if n not in kept}
@@ -94,7 +94,7 @@ def merge_attached(model: nn.Module, quantized: str) -> tuple[int, list[Refusal]
         base.__dict__.pop("peft_config", None)
         base.__dict__.pop("_hf_peft_config_loaded", None)
     record_untied(base)
-    return len(merged), [Refusal(n, KEPT.format(quantised[n])) for n in kept]
+    return len(merged), [Refusal(n, KEPT.format(schemes[n])) for n in kept]
 
 
 def _base_scheme(layer: Any) -> str | None:

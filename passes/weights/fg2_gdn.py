@@ -168,8 +168,8 @@ class FG2GDN(Pass):
             for key, weight in getattr(parent, name).named_parameters():
                 if weight.is_meta or not weight.is_floating_point():
                     raise ModelError(
-                        f"layer {index}: {name}.{key} is {'not in memory' if weight.is_meta else 'quantised'}",
-                        hint="load the model whole and unquantised",
+                        f"layer {index}: {name}.{key} is {'not in memory' if weight.is_meta else 'quantized'}",
+                        hint="load the model whole and unquantized",
                     )
             if learned.hidden_size(index) != runs.config.hidden_size:
                 raise ArtifactError(

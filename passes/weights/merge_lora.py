@@ -63,8 +63,8 @@ class MergeLoraOptions:
         adapter: folder of a standard PEFT adapter. If neither `adapter` nor `adapters` is given, the adapters attached
             to the model are merged.
         adapters: several adapters, whose weighted updates are summed: `{path: ./a, weight: 0.7}`.
-        quantized: treatment of adapted layers whose weight is quantised. ``refuse`` raises an error that names the
-            layer, ``keep`` leaves the adapter attached to the layer without merging it, and ``dequantize`` dequantises
+        quantized: treatment of adapted layers whose weight is quantized. ``refuse`` raises an error that names the
+            layer, ``keep`` leaves the adapter attached to the layer without merging it, and ``dequantize`` dequantizes
             the whole model and merges.
     """
 
@@ -123,9 +123,9 @@ class MergeLora(WeightsPass):
                 "the model already has adapters attached, and merge_lora names another",
                 hint="name no adapter to merge the attached ones, or remove them with model.unload()",
             )
-        quantised = self._quantised(model)
+        quantized = self._quantized(model)
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-        for name in quantised:  # the shape of a packed weight is that of its storage
+        for name in quantized:  # the shape of a packed weight is that of its storage
             layer: Any = model.get_submodule(name)
             shapes[f"{name}.weight"] = (layer.out_features, layer.in_features)
         transposed = frozenset(n for n, m in model.named_modules() if stores_transposed(m))
@@ -133,26 +133,26 @@ class MergeLora(WeightsPass):
             adapter.check_fit(shapes, transposed)
         for name, change in self.plan.items():
             module = name.rpartition(".")[0]
-            if module in quantised:
-                self._check_quantised(module, quantised[module], change)
+            if module in quantized:
+                self._check_quantized(module, quantized[module], change)
             elif model.get_parameter(name).is_meta:
                 raise ModelError(f"{name} is not in memory (offloaded)", hint="load the model without offloading")
 
-    def _check_quantised(self, module: str, scheme: str, change: Change) -> None:
+    def _check_quantized(self, module: str, scheme: str, change: Change) -> None:
         if self.options.quantized == "refuse":
             raise ModelError(
-                f"{module} is quantised ({scheme}), and merging would quantise it a second time",
+                f"{module} is quantized ({scheme}), and merging would quantize it a second time",
                 hint="merge_lora: {quantized: keep} leaves the adapter beside such layers, {quantized: dequantize}"
-                " makes the model unquantised; or load the model unquantised",
+                " makes the model unquantized; or load the model unquantized",
             )
         if self.options.quantized == "keep" and change.tensors.keys() != {"a", "b"}:
             raise ModelError(
-                f"{module} is quantised ({scheme}), and its adapter is more than B A (DoRA, a bias or a full weight)",
+                f"{module} is quantized ({scheme}), and its adapter is more than B A (DoRA, a bias or a full weight)",
                 hint="merge_lora: {quantized: dequantize}, or attach the adapter with PEFT",
             )
 
-    def _quantised(self, model: nn.Module) -> dict[str, str]:
-        """Return the adapted modules whose weight is quantised, each with the name of its quantisation scheme."""
+    def _quantized(self, model: nn.Module) -> dict[str, str]:
+        """Return the adapted modules whose weight is quantized, each with the name of its quantization scheme."""
         modules = dict(model.named_modules())
         names = dict.fromkeys(name.rpartition(".")[0] for name in self.plan)
         return {n: s for n in names if n in modules and (s := scheme_of(modules[n])) is not None}
@@ -162,17 +162,17 @@ class MergeLora(WeightsPass):
         if not self.options.named:
             return attached_lora.merge_attached(model, self.options.quantized)
         self.check_model(model)
-        quantised = self._quantised(model)
-        if quantised and self.options.quantized == "dequantize":
+        quantized = self._quantized(model)
+        if quantized and self.options.quantized == "dequantize":
             dequantize_linears(model, getattr(model, "dtype", torch.float32))
-            quantised = {}
-        attached_lora.attach(model, {n: self.plan[f"{n}.weight"].tensors for n in quantised})
+            quantized = {}
+        attached_lora.attach(model, {n: self.plan[f"{n}.weight"].tensors for n in quantized})
         parameters = dict(model.named_parameters(remove_duplicate=False))
         done = [n for n in self.plan if getattr(parameters.get(n), "_effpass_merged", None) == self.key]
-        left_alone = {*done, *(f"{n}.weight" for n in quantised)}
+        left_alone = {*done, *(f"{n}.weight" for n in quantized)}
         plan = {n: change for n, change in self.plan.items() if n not in left_alone}
         fold_into(model, plan, keeps_ties=all(a.keeps_ties for a, _ in self.adapters), mark=self.key)
-        refusals = [Refusal(n, attached_lora.KEPT.format(s)) for n, s in quantised.items()]
+        refusals = [Refusal(n, attached_lora.KEPT.format(s)) for n, s in quantized.items()]
         return len(plan), refusals + [Refusal(n, "merged already by effpass.prepare") for n in done]
 
     # -- graph stage ------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class MergeLora(WeightsPass):
             return Refusal(name, "merged already by effpass.prepare")
         if scheme := tensor_scheme(weight.tensor):
             raise PassRefusedError(
-                f"merge_lora: {name} is quantised ({scheme}), and merging would quantise it a second time",
+                f"merge_lora: {name} is quantized ({scheme}), and merging would quantize it a second time",
                 hint="call effpass.prepare(model, recipe) before compiling, with merge_lora: {quantized: keep} or"
                 " {quantized: dequantize}",
             )

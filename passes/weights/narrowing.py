@@ -288,7 +288,7 @@ def _reduce(state: Narrowing, node: Node) -> Outcome:
 def _softmax(state: Narrowing, node: Node) -> Outcome:
     x, dim = _args(node)[:2]
     if dim % _dims(x) in state._of(x):
-        raise NotNarrowableError(f"{node.format_node()} normalises over a cut dimension")
+        raise NotNarrowableError(f"{node.format_node()} normalizes over a cut dimension")
     return dict(state._of(x)), None
 
 

@@ -50,7 +50,7 @@ _READ_OR_IRRELEVANT = {
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-# Initialisations that change the base weight when PEFT attaches the adapter. Adapters that were converted to plain LoRA
+# Initializations that change the base weight when PEFT attaches the adapter. Adapters that were converted to plain LoRA
 # are saved with init_lora_weights: true.
 _MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SUFFIX = re.compile(r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"

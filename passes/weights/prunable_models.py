@@ -60,7 +60,7 @@ def check_heads(families: Collection[str], before: Dimensions, parameters: Mappi
         name = next((n for n in parameters if n.endswith(end)), None)
         if name is not None and parameters[name].shape[0] != before.head_dim:
             raise ModelError(
-                f"{name} normalises over all heads together, so that dropping a head changes every other one",
+                f"{name} normalizes over all heads together, so that dropping a head changes every other one",
                 hint="prune ffn_channels only",
             )
 

@@ -1,6 +1,6 @@
-"""Detection and dequantisation of quantised weights; used by the passes that change or inspect weights.
+"""Detection and dequantization of quantized weights; used by the passes that change or inspect weights.
 
-Quantisation schemes are detected by the names of classes and attributes, so that no quantisation package needs to be
+Quantization schemes are detected by the names of classes and attributes, so that no quantization package needs to be
 imported for it.
 """
 
@@ -19,7 +19,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor_scheme(weight: Tensor) -> str | None:
-    """Return the scheme of a quantised weight, as ``"torchao Int8Tensor"`` or ``"torch.float8_e4m3fn"``, else None."""
+    """Return the scheme of a quantized weight, as ``"torchao Int8Tensor"`` or ``"torch.float8_e4m3fn"``, else None."""
     if type(weight).__module__.split(".")[0] == "torchao":
         return f"torchao {type(weight).__name__}"
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
@@ -28,7 +28,7 @@ def tensor_scheme(weight: Tensor) -> str | None:
 
 
 def scheme_of(module: nn.Module) -> str | None:
-    """Return the quantisation scheme of a layer, such as ``"bitsandbytes Linear4bit"``; None if it is not quantised."""
+    """Return the quantization scheme of a layer, such as ``"bitsandbytes Linear4bit"``; None if it is not quantized."""
     name = type(module).__name__
     if hasattr(module, "base_layer"):
         return None  # a PEFT wrapper exposes the weight of the layer inside it
@@ -42,10 +42,10 @@ def scheme_of(module: nn.Module) -> str | None:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    """Return the weight `[out, in]` of a quantised layer as float32.
+    """Return the weight `[out, in]` of a quantized layer as float32.
 
     Raises:
-        ModelError: weights of this scheme can't be dequantised here.
+        ModelError: weights of this scheme can't be dequantized here.
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -60,13 +60,13 @@ def dequantized(module: nn.Module) -> Tensor:
             module.state_dict()  # makes bitsandbytes convert the weight back from the layout of its CPU kernel
         return dequantize_module_weight(module).detach().float()
     raise ModelError(
-        f"the weight of a {type(module).__name__} ({scheme_of(module)}) can't be dequantised here",
-        hint="load the model unquantised",
+        f"the weight of a {type(module).__name__} ({scheme_of(module)}) can't be dequantized here",
+        hint="load the model unquantized",
     )
 
 
 def plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    """Return an ordinary `nn.Linear` of `dtype` that is equivalent to a quantised layer.
+    """Return an ordinary `nn.Linear` of `dtype` that is equivalent to a quantized layer.
 
     Raises:
         ModelError: as :func:`dequantized`.
@@ -91,29 +91,29 @@ def _from_float8(weight: Tensor, scale: Tensor | None, block_size: tuple[int, in
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace every quantised layer by an ordinary `nn.Linear` of `dtype`, and remove the quantisation config.
+    """Replace every quantized layer by an ordinary `nn.Linear` of `dtype`, and remove the quantization config.
 
-    All layers are replaced, not only those that an adapter changes, because loading a partially quantised checkpoint
-    would silently quantise it again.
+    All layers are replaced, not only those that an adapter changes, because loading a partially quantized checkpoint
+    would silently quantize it again.
 
     Returns:
         The number of layers replaced.
 
     Raises:
-        ModelError: one of them can't be dequantised; the model is unchanged.
+        ModelError: one of them can't be dequantized; the model is unchanged.
     """
-    quantised = {name: module for name, module in model.named_modules() if scheme_of(module) is not None}
+    quantized = {name: module for name, module in model.named_modules() if scheme_of(module) is not None}
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if tensor_scheme(parameter) and (owner not in quantised or isinstance(quantised[owner], nn.Embedding)):
+        if tensor_scheme(parameter) and (owner not in quantized or isinstance(quantized[owner], nn.Embedding)):
             raise ModelError(
-                f"{name} ({tensor_scheme(parameter)}) is no linear layer's weight and can't be dequantised here",
-                hint="load the model unquantised",
+                f"{name} ({tensor_scheme(parameter)}) is no linear layer's weight and can't be dequantized here",
+                hint="load the model unquantized",
             )
-    linears = {name: plain_linear(module, dtype) for name, module in quantised.items()}
+    linears = {name: plain_linear(module, dtype) for name, module in quantized.items()}
     for name, linear in linears.items():
         model.set_submodule(name, linear)
-    if quantised:
+    if quantized:
         for attribute in (
             "hf_quantizer",
             "quantization_method",
@@ -125,4 +125,4 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> int:
         config: Any = getattr(model, "config", None)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
-    return len(quantised)
+    return len(quantized)

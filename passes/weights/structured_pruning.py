@@ -160,7 +160,7 @@ class StructuredPruning(WeightsPass):
 
 def _check_weight(name: str, weight: Tensor, cut: Cut, dim: int) -> None:
     if scheme := tensor_scheme(weight):
-        raise PassRefusedError(f"{name} is quantised ({scheme})", hint="prune the unquantised model, then quantise it")
+        raise PassRefusedError(f"{name} is quantized ({scheme})", hint="prune the unquantized model, then quantize it")
     if weight.shape[dim] != cut.old_size:
         raise ArtifactError(
             f"structured_pruning: {name} is {tuple(weight.shape)}, the artifact prunes dimension {dim} of size"
@@ -187,7 +187,7 @@ def check_cut(model: Any, keep: KeepIndices) -> dict[str, Cut]:
     for name in [*cuts, *stacks]:
         module = model.get_submodule(name.rpartition(".")[0])
         if scheme := scheme_of(module) or tensor_scheme(parameters[name]):
-            raise ModelError(f"{name} is quantised ({scheme})", hint="prune the unquantised model, then quantise it")
+            raise ModelError(f"{name} is quantized ({scheme})", hint="prune the unquantized model, then quantize it")
         if parameters[name].is_meta:
             raise ModelError(f"{name} is not in memory (offloaded)", hint="load the model without offloading")
     check_result(model, keep, cuts)

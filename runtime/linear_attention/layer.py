@@ -60,7 +60,7 @@ class GatedDeltaAttention(nn.Module):
         decay_shape = (heads,) if settings.mode == "gdn" else (heads, key_size)
         self.f_proj = _linear(hidden_size, math.prod(decay_shape), 0 if settings.mode == "gdn" else rank)
         self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # 1-D: optimisers treat matrices differently
+        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # 1-D: optimizers treat matrices differently
         self.by_channel = settings.mode in ("fg2", "fg2+")
         steps, beta_rank = (heads * key_size, settings.beta_rank) if self.by_channel else (heads, 0)
         self.b_proj = _linear(hidden_size, steps, beta_rank)
@@ -72,7 +72,7 @@ class GatedDeltaAttention(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Initialise the parameters that do not belong to a linear layer."""
+        """Initialize the parameters that do not belong to a linear layer."""
         self.conv.reset_parameters()
         self.A_log.uniform_(*_RATES).log_()
         step = torch.empty_like(self.dt_bias).uniform_(*(math.log(x) for x in _STEPS)).exp_()
@@ -154,7 +154,7 @@ class GatedDeltaAttention(nn.Module):
         return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
 
     def _projected(self, out: Tensor, x: Tensor) -> Tensor:
-        """Normalise, gate and project the outputs [B, T, HV, V] of the recurrence to [B, T, D]."""
+        """Normalize, gate and project the outputs [B, T, HV, V] of the recurrence to [B, T, D]."""
         wide = out.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.norm_eps)
         gate = self.g_proj(x).view(out.shape)
@@ -166,7 +166,7 @@ class GatedDeltaAttention(nn.Module):
 
 
 def _linear(width: int, size: int, rank: int, bias: bool = False) -> nn.Module:
-    """Create a linear layer, factorised with the given rank; a rank of 0 stands for a full matrix."""
+    """Create a linear layer, factorized with the given rank; a rank of 0 stands for a full matrix."""
     if rank == 0:
         return nn.Linear(width, size, bias=bias)
     return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, size, bias=bias))

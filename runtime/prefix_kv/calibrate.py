@@ -48,7 +48,7 @@ def calibrate(
         model: a transformers causal LM.
         prompts: inputs of the prompts, each with `input_ids` `[1, T]` and, if it holds images, `pixel_values`.
         importance: attention that tokens are ranked by.
-        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number.
+        pool: width of the window over which scores of neighboring tokens are averaged, an odd number.
         sink: number of first tokens that are always kept.
         recent: number of last tokens that are always kept.
         chunk: number of tokens to run at once.

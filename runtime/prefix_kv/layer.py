@@ -103,7 +103,7 @@ class EvictingLayer(BufferedLayer):
         return self.decode([stored[:rows, :, : self.slots.length] for stored in self.storage()])
 
     def give_up(self, target: Tensor, length: int, most: int, latest: Tensor, sink: int, recent: int) -> None:
-        """Evict tokens until each sequence holds `target`; all sizes are known on the host, without synchronisation.
+        """Evict tokens until each sequence holds `target`; all sizes are known on the host, without synchronization.
 
         The oldest tokens are evicted, except the first ones, the last ones, pinned ones and those below the anchor.
 

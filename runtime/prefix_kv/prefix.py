@@ -25,8 +25,8 @@ class PrefixKV(Policy):
             tokens as soon as it has attended to the prompt. None to search for each prompt.
         importance: tokens whose attention is the score: all tokens (``"full"``, as in the paper), the last 64
             (``"window"``), or both with equal weight.
-        pool: width of the window over which scores of neighbouring tokens are averaged, an odd number, so that
-            neighbours tend to be kept together; 1 for no averaging, as in the paper.
+        pool: width of the window over which scores of neighboring tokens are averaged, an odd number, so that
+            neighbors tend to be kept together; 1 for no averaging, as in the paper.
     """
 
     def __init__(

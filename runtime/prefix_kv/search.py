@@ -4,7 +4,7 @@ Let C_l(K) be the share of layer l's attention that its K most important tokens 
 
     the largest p with Σ_l K_l(p) ≤ total,   K_l(p) = min { K : C_l(K) ≥ p }
 
-This maximises the share of attention in the layer that retains the smallest one (https://arxiv.org/abs/2412.03409,
+This maximizes the share of attention in the layer that retains the smallest one (https://arxiv.org/abs/2412.03409,
 section 3.2). Layers whose attention is spread over many tokens keep many, and layers that attend to few keep few.
 """
 

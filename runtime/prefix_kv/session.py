@@ -327,7 +327,7 @@ class BudgetSession(Session):
 
 
 def _column(values: Sequence[int], device: torch.device) -> Tensor:
-    """Copy `values` to the device as int64 `[B, 1]`, without synchronisation."""
+    """Copy `values` to the device as int64 `[B, 1]`, without synchronization."""
     if len(set(values)) == 1:
         return torch.full((len(values), 1), values[0], device=device)
     column = torch.tensor(values)[:, None]

@@ -148,7 +148,7 @@ class TreeCache(DecodeCache):
                 not other.is_initialized and other.is_sliding == layer.is_sliding
                 for other in map(self.buffers, range(len(self.layers)))
             )
-            # Zeros, because a masked slot has weight 0, and 0 times uninitialised memory may be NaN.
+            # Zeros, because a masked slot has weight 0, and 0 times uninitialized memory may be NaN.
             shape = (count, batch, groups, slots)
             if groups == 1 and sizes[0] != sizes[1]:  # latents (MLA): both parts together are one key
                 whole = keys.new_zeros(*shape, sum(sizes))

@@ -39,7 +39,7 @@ class DenseAgain:
     def begin(self) -> None:
         """Restart after a prompt, all of whose tokens were entered by dense calls."""
         # Maximum number of tokens per sequence that sparse calls have entered since the prompt or the last dense call,
-        # counted on the host to avoid synchronisation.
+        # counted on the host to avoid synchronization.
         self._entered = 0
 
     def is_due(self, tokens: int) -> bool:

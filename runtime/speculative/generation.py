@@ -96,7 +96,7 @@ def generate(
 
 
 class _Watch:
-    """Observes the lengths of the sequences without synchronisation, and informs the streamer and the pace."""
+    """Observes the lengths of the sequences without synchronization, and informs the streamer and the pace."""
 
     def __init__(self, round_: Round, rows: int, length: int, pace: Pace, streamer: Any) -> None:
         self._round, self._rows, self._pace, self._streamer = round_, rows, pace, streamer

@@ -8,7 +8,7 @@ verified.
 target accepts a node. Nodes below β are dropped at once, and the best `top_k` of the rest of a layer are kept and
 expanded.
 
-A tree is computed from the draft's logits in tensors of fixed shape, without synchronisation with the device. The
+A tree is computed from the draft's logits in tensors of fixed shape, without synchronization with the device. The
 operators that grow a layer and choose the best nodes are in :mod:`effpass.lowering.ops.tree_growth`.
 """
 

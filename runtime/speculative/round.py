@@ -1,7 +1,7 @@
 """One round of speculative decoding: the draft grows a tree, the target verifies it, and accepted tokens are entered.
 
 The *target* is the model to decode with, and the *draft* proposes a tree of tokens that may follow. Buffers have fixed
-sizes and a round does not synchronise with the device, so that on a GPU the whole round, draft and target, is one CUDA
+sizes and a round does not synchronize with the device, so that on a GPU the whole round, draft and target, is one CUDA
 graph. Logits processors and stopping criteria that see more than scores and last tokens are run on the host, as the
 objects that transformers prepared. They are called along the accepted path only, with the prefix of each node
 (:mod:`effpass.runtime.speculative.walk`), and such a round waits for the device.
@@ -55,7 +55,7 @@ class Round:
     Attributes:
         progress: tokens that were emitted, and the state of each sequence.
         drafting: state of the draft for this target.
-        is_fixed: whether rounds of the current generation run without synchronisation with the device.
+        is_fixed: whether rounds of the current generation run without synchronization with the device.
         was_recorded: whether the last step was recorded as a CUDA graph before it ran, so that its time does not count.
     """
 

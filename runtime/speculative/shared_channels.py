@@ -99,7 +99,7 @@ def gated_networks(model: Any) -> tuple[dict[str, nn.Module], dict[str, str]]:
         if not isinstance(module.up_proj, nn.Module):
             continue  # experts whose weights are stacked in one tensor
         if any(type(part) is not nn.Linear or type(part.weight) is not nn.Parameter for part in linears):
-            others[name] = "its weights are quantised, or have adapters"
+            others[name] = "its weights are quantized, or have adapters"
         elif any(part.bias is not None or part.weight.is_meta for part in linears[1:]):
             others[name] = "its products have a bias, or are not in memory"
         elif ".experts." not in f"{name}.":  # an expert runs on some of the tokens only

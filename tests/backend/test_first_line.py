@@ -88,7 +88,7 @@ def test_torch_compile_then_generate_runs_the_rewritten_program(runs):
     torch._dynamo.reset()
     other = torch.compile(model, backend="eager")
     assert torch.equal(tokens(other), expected)
-    assert runs["ran"] == 4, "other backends keep their behaviour"
+    assert runs["ran"] == 4, "other backends keep their behavior"
 
 
 def test_peft_model_then_generate(runs):

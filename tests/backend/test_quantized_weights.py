@@ -1,4 +1,4 @@
-"""Graphs whose weights are quantised: what a subclass of Tensor does with them stays its own affair."""
+"""Graphs whose weights are quantized: what a subclass of Tensor does with them stays its own affair."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, make, quantised
+from families import batch, make, quantized
 
 import effpass
 from effpass.backend import reports
@@ -19,7 +19,7 @@ SCHEMES = ("int8", "float8")
 
 
 def made(family: str, scheme: str) -> Any:
-    return quantised(make(family).to(torch.bfloat16), scheme)
+    return quantized(make(family).to(torch.bfloat16), scheme)
 
 
 def logits(model: Any, length: int) -> torch.Tensor:

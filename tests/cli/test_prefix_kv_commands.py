@@ -47,7 +47,7 @@ def test_a_profile_from_lines(run, tiny_model, tmp_path):
     assert (artifact.options["importance"], artifact.options["pool"]) == ("full", 3)
 
 
-def test_neighbours_have_a_middle(run, tiny_model, tmp_path):
+def test_neighbors_have_a_middle(run, tiny_model, tmp_path):
     (tmp_path / "data.txt").write_text(TEXT)
     out = run("calibrate", "prefix-kv", tiny_model, "--data", tmp_path / "data.txt", "-o", tmp_path / "p", "--pool", 4)
     assert out.exit_code == 1

@@ -40,7 +40,7 @@ def test_afa_lora_from_the_command_line_ends_as_a_file_that_generate_merges(llam
     )  # fmt: skip
     assert code == 0, said
     assert "40 samples, 81 graded tokens of 241; 6 steps of 4 rows of up to 64 tokens, 94% full, 6 epochs" in said
-    assert "GB of weights, gradients and optimiser state" in said
+    assert "GB of weights, gradients and optimizer state" in said
     assert "step 6/6" in said
     assert [line["anneal"] for line in metrics(out)] == [1, pytest.approx(1 / 3), 0, 0, 0]
     assert len(read_adapter(out).updates) == 4

@@ -1,7 +1,7 @@
 """Which passes stand together, on which models, with which weights: the table that tests run and documents show.
 
-A cell is run in two ways: as one recipe on the model in float32 and bfloat16, and, for quantised weights, with what
-changes weights first, then quantised, then the rest; an artifact of slices or sums of weights is no artifact of
+A cell is run in two ways: as one recipe on the model in float32 and bfloat16, and, for quantized weights, with what
+changes weights first, then quantized, then the rest; an artifact of slices or sums of weights is no artifact of
 rounded ones.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import make, quantised
+from families import make, quantized
 from torch import nn
 
 import effpass
@@ -60,7 +60,7 @@ class Made:
         return self.family.startswith("deepseek")
 
     def adapter(self, model: Any = None) -> dict[str, Any]:
-        """A LoRA adapter that does something, of attention and, where there are any, of experts' neighbours."""
+        """A LoRA adapter that does something, of attention and, where there are any, of experts' neighbors."""
         import peft
         from lora_models import stir
 
@@ -294,4 +294,4 @@ def weighted(model: nn.Module, weights: str, dtype: torch.dtype = torch.bfloat16
     if weights == "float32":
         return model
     model = model.to(dtype)
-    return model if weights == "bfloat16" else quantised(model, weights)
+    return model if weights == "bfloat16" else quantized(model, weights)

@@ -147,7 +147,7 @@ def test_a_model_converted_under_inference_mode():
 
 
 def test_a_weight_that_the_program_writes_is_read_in_place():
-    """`max_norm` renormalises the embedding inside the program: a value from outside would be stale."""
+    """`max_norm` renormalizes the embedding inside the program: a value from outside would be stale."""
 
     class Tied(nn.Module):
         def __init__(self):

@@ -177,7 +177,7 @@ def test_a_failed_computation_is_tried_again():
     assert torch.equal(run(weight)[-1], 2 * weight)
 
 
-def test_an_optimiser_step_reaches_everything():
+def test_an_optimizer_step_reaches_everything():
     weights, compute = parameters(2), Computed()
     run, other = doubled(weights, [0, 1], compute), nn.Parameter(torch.ones(1))
     other.grad = torch.ones(1)

@@ -166,13 +166,13 @@ def test_code_of_the_model_runs_only_when_asked(folder: Path) -> None:
     assert ran.exists()
 
 
-def test_quantised_weights_need_their_library(folder: Path) -> None:
+def test_quantized_weights_need_their_library(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     if _installed("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     message = refusal(folder)
-    assert "quantised with bitsandbytes" in message
-    assert "unquantised checkpoint" in message
+    assert "quantized with bitsandbytes" in message
+    assert "unquantized checkpoint" in message
 
 
 def _installed(name: str) -> bool:

@@ -45,7 +45,7 @@ def test_interpreted_kernels_against_plain_pytorch(interpreted, name):
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path):
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     kinds = {name.rstrip("0123456789") for name in shared}
-    of_routes = {f"expert_routes.{name}" for name in ("_summarise", "_depart", "_leaves", "_arrive")}
+    of_routes = {f"expert_routes.{name}" for name in ("_summarize", "_depart", "_leaves", "_arrive")}
     assert kinds == {*of_routes, "expert_stage._sums", "moe_grouped._grouped", "moe_route._combine", "moe_route._route",
                      "moe_library._gather", "moe_library._gate"}  # fmt: skip
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}

@@ -113,7 +113,7 @@ def test_sequences_do_not_see_each_other() -> None:
         torch.testing.assert_close(packed[begin:end], alone)
 
 
-def test_nothing_uninitialised_is_read() -> None:
+def test_nothing_uninitialized_is_read() -> None:
     """Memory that was not written holds NaN."""
     case = CASES["grouped, packed, an empty sequence"]
     *leaves, d_out = case.tensors(torch.float32)

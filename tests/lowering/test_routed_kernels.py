@@ -97,7 +97,7 @@ TYPES = [
 
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory holds NaN."""
+    """Uninitialized memory holds NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -60,7 +60,7 @@ def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path):
 
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory holds NaN."""
+    """Uninitialized memory holds NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Models with quantised weights in files: few bytes, no quantisation package to run them, and the model stays."""
+"""Models with quantized weights in files: few bytes, no quantization package to run them, and the model stays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, make, quantised
+from families import batch, make, quantized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import effpass
@@ -23,12 +23,12 @@ SUFFIXES = {"onnx": ".onnx", "inductor": ".safetensors", "aoti": ".pt2"}
 
 
 def made(scheme: str, dtype: torch.dtype) -> Any:
-    return quantised(make("llama").to(dtype), scheme)
+    return quantized(make("llama").to(dtype), scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("target", ["onnx", "inductor", pytest.param("aoti", marks=pytest.mark.slow)])
-def test_a_file_of_a_quantised_model(target: str, scheme: str, tmp_path: Path) -> None:
+def test_a_file_of_a_quantized_model(target: str, scheme: str, tmp_path: Path) -> None:
     model = made(scheme, torch.float32 if target == "onnx" else torch.bfloat16)
     weights = dict(model.named_parameters())
     file = tmp_path / f"model{SUFFIXES[target]}"
@@ -42,7 +42,7 @@ def test_a_file_of_a_quantised_model(target: str, scheme: str, tmp_path: Path) -
 
 
 def test_the_model_is_as_it_was_when_a_capture_fails() -> None:
-    model = quantised(make("qwen3", attention_bias=True).to(torch.bfloat16), "int8")  # biases stand behind weights
+    model = quantized(make("qwen3", attention_bias=True).to(torch.bfloat16), "int8")  # biases stand behind weights
     expected, weights = model(**batch(9)).logits, dict(model.named_parameters())
 
     def fail() -> None:

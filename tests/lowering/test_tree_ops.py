@@ -78,7 +78,7 @@ def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_against_loops(name: str, dtype: torch.dtype) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory holds NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialized memory holds NaN
     try:
         of = {"device": torch.device("cuda"), "dtype": dtype}
         (case,) = [case for known, case in tree_kernel_cases.cases(**of) if known == name]

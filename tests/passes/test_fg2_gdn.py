@@ -129,14 +129,14 @@ def test_other_models_layers_and_choices_are_refused(tmp_path):
     refused(make("llama"), "give each layer once", recipe(tmp_path / "a", layers=[]))
     refused(make("llama"), "give each layer once", recipe(tmp_path / "a", layers=[1, 1]))
     refused(make("llama"), "weights of the rest of the model", recipe(tmp_path / "rest", layers=[1]))
-    quantised = make("llama")
-    quantised.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(
+    quantized = make("llama")
+    quantized.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(
         torch.zeros(64, 64, dtype=torch.int8), requires_grad=False
     )
     given = json.loads((tmp_path / "one" / "effpass.json").read_text())
     given["fingerprint"]["weights"] = "any"
     (tmp_path / "one" / "effpass.json").write_text(json.dumps(given))
-    refused(quantised, "layer 1: self_attn.q_proj.weight is quantised", recipe(tmp_path / "one"))
+    refused(quantized, "layer 1: self_attn.q_proj.weight is quantized", recipe(tmp_path / "one"))
     hybrid = effpass.prepare(make("llama"), recipe(tmp_path / "one"))
     with pytest.raises(EffpassError, match="has linear attention already"):
         effpass.prepare(hybrid, recipe(tmp_path / "one"))

@@ -21,7 +21,7 @@ from effpass.passes.graph.fuse_rope_attention import FuseRopeAttention
 aten = torch.ops.aten
 
 # Two layers and the head. A dense layer: norm + q, k, v; o + residual; norm + gate + up; down + residual. Gemma and
-# OLMo normalise what they add, so o and down stay; OLMo has no norm in front of its products.
+# OLMo normalize what they add, so o and down stay; OLMo has no norm in front of its products.
 DENSE = {"effpass.fused_linear.default": 7, "effpass.gated_linear.default": 2}
 NORMED_RESIDUALS = {"effpass.fused_linear.default": 3, "effpass.gated_linear.default": 2}
 EXPERTS = {"effpass.fused_linear.default": 5}  # the router and the experts stay

@@ -1,4 +1,4 @@
-"""What `fuse_linears` recognises, on programs of a few lines."""
+"""What `fuse_linears` recognizes, on programs of a few lines."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_another_type():
 
 
 def test_a_weight_of_a_class_of_its_own():
-    """Quantised weights, distributed ones."""
+    """Quantized weights, distributed ones."""
 
     class Packed(torch.Tensor):
         pass

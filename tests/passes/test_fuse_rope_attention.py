@@ -1,4 +1,4 @@
-"""What `fuse_rope_attention` recognises, and what it leaves alone, on one attention layer over a cache."""
+"""What `fuse_rope_attention` recognizes, and what it leaves alone, on one attention layer over a cache."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def refused(layer: Layer, given: dict[str, torch.Tensor], **how: Any) -> str:
     return str(refusal)
 
 
-# -- what it recognises -----------------------------------------------------------------------------------------------
+# -- what it recognizes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", [K, K // 2], ids=["all", "half"])
@@ -270,7 +270,7 @@ def test_positions_that_come_another_way():
     )
 
 
-def test_neighbours_rotated_against_each_other():
+def test_neighbors_rotated_against_each_other():
     """GLM's way: features 0 and 1, 2 and 3, …"""
 
     def turned(x):

@@ -16,7 +16,7 @@ from lora_models import (
     attached,
     logits,
     merge,
-    quantise,
+    quantize,
     saved,
     stir,
     unchanged,
@@ -287,8 +287,8 @@ def test_not_merged_twice_after_prepare(tmp_path: Path) -> None:
     assert {r.reason for r in report.refusals} == {"merged already by effpass.prepare"}
 
 
-def test_a_quantised_weight_in_the_graph_is_an_error(tmp_path: Path) -> None:
+def test_a_quantized_weight_in_the_graph_is_an_error(tmp_path: Path) -> None:
     folder = saved(attached(make_options=ONE), tmp_path / "adapter")
-    with pytest.raises(PassRefusedError, match=r"q_proj\.weight is quantised \(torch\.int8\)") as error:
-        exported(quantise(make("llama", **ONE), Linear4bit), merge(folder))
+    with pytest.raises(PassRefusedError, match=r"q_proj\.weight is quantized \(torch\.int8\)") as error:
+        exported(quantize(make("llama", **ONE), Linear4bit), merge(folder))
     assert "effpass.prepare(model, recipe) before compiling" in str(error.value)

@@ -148,7 +148,7 @@ def test_weights_may_change_afterwards() -> None:
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "bitsandbytes"])
-def test_a_quantised_projection_is_dequantised(scheme: str) -> None:
+def test_a_quantized_projection_is_dequantized(scheme: str) -> None:
     model = make("deepseek_v3")
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj = SCHEMES[scheme](layer.self_attn.kv_b_proj)

@@ -184,8 +184,8 @@ def test_units_chosen_by_magnitude(tmp_path: Path) -> None:
     ("family", "units", "reason"),
     [
         ("gpt2", {"kv_groups": [[0]] * 2}, "their size is width / heads"),
-        ("olmo2", {"kv_groups": [[0]] * 2}, r"self_attn\.q_norm\.weight normalises over all heads together"),
-        ("olmo2", {"query_heads": [[[0], [0]]] * 2}, r"self_attn\.q_norm\.weight normalises over all heads together"),
+        ("olmo2", {"kv_groups": [[0]] * 2}, r"self_attn\.q_norm\.weight normalizes over all heads together"),
+        ("olmo2", {"query_heads": [[[0], [0]]] * 2}, r"self_attn\.q_norm\.weight normalizes over all heads together"),
         ("deepseek_v3", {"query_heads": [[[0]] * 4] * 2}, "each query head is the only one of its group"),
         ("qwen3_moe", {"ffn_channels": {0: [0], 1: [0]}}, "layer 0 has no mlp.down_proj or mlp.c_proj"),
         ("llama", {"kv_groups": {0: [0]}}, "layer 1 has .*o_proj.*, and the artifact leaves it out"),
@@ -232,11 +232,11 @@ def test_other_models(tmp_path: Path) -> None:
     pruning(folder).prepare(model)
     with pytest.raises(ModelError, match="already has the sizes"):
         pruning(folder).check_model(model)
-    quantised = build("llama")
-    q_proj = quantised.model.layers[0].self_attn.q_proj
+    quantized = build("llama")
+    q_proj = quantized.model.layers[0].self_attn.q_proj
     q_proj.weight = nn.Parameter(q_proj.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(EffpassError, match="q_proj"):
-        pruning(folder).check_model(quantised)
+        pruning(folder).check_model(quantized)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_the_order_of_tokens() -> None:
     assert mass.tolist() == [[0, 2 / 11, 2 / 11, 2 / 11, 7 / 11, 10 / 11, 1, 1]]
 
 
-def test_neighbours_are_kept_together() -> None:
+def test_neighbors_are_kept_together() -> None:
     positions, received = torch.arange(9, dtype=torch.int32)[None], torch.zeros(1, 9)
     received[0, 4], received[0, 8] = 9, 6
     alone, together = (PrefixKV(None, "full", pool=n).rank(received, received, positions, 0) for n in (1, 3))

@@ -205,10 +205,10 @@ def test_networks_that_compute_something_else_are_left_alone() -> None:
     assert others == {"model.layers.1.mlp": "Scaled computes something else"}
 
 
-def test_quantised_networks_are_left_alone() -> None:
+def test_quantized_networks_are_left_alone() -> None:
     ao = pytest.importorskip("torchao.quantization")
     model = families.make("llama")
     ao.quantize_(model.model.layers[0], ao.Int8WeightOnlyConfig())
     found, others = gated_networks(model)
     assert list(found) == ["model.layers.1.mlp"]
-    assert others == {"model.layers.0.mlp": "its weights are quantised, or have adapters"}
+    assert others == {"model.layers.0.mlp": "its weights are quantized, or have adapters"}

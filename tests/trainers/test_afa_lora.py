@@ -330,7 +330,7 @@ def test_beta_follows_the_steps_of_a_trainer_and_its_resume(tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_other_adapters_and_quantised_layers_are_refused():
+def test_other_adapters_and_quantized_layers_are_refused():
     schedule = AnnealSchedule(4)
     with pytest.raises(EffpassError, match="unknown activation 'rellu', did you mean 'relu'"):
         attach(make("llama"), schedule, activation="rellu")
@@ -344,9 +344,9 @@ def test_other_adapters_and_quantised_layers_are_refused():
         AfaLora(dora, schedule)
     with pytest.raises(ModelError, match="takes a PeftModel with one adapter, got Linear"):
         AfaLora(nn.Linear(2, 2), schedule)
-    quantised = make("llama")
-    layer = quantised.model.layers[1].mlp.up_proj
+    quantized = make("llama")
+    layer = quantized.model.layers[1].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj is quantised"):
-        attach(quantised, schedule)
-    assert not [name for name, _ in quantised.named_modules() if "lora" in name]
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj is quantized"):
+        attach(quantized, schedule)
+    assert not [name for name, _ in quantized.named_modules() if "lora" in name]

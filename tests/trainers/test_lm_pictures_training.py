@@ -323,7 +323,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(finished, tmp_path
     stages = [{**stage, "accumulate": 2} for stage in GOOD["stages"]]
     folder = train(write(tmp_path, stages=stages), tmp_path / "out", say=quiet)
     found, expected = ([line["loss"] for line in lines(f) if "loss" in line] for f in (folder, finished))
-    # MONA's orthogonalised updates are in bfloat16 on the way; six steps let the last bits grow.
+    # MONA's orthogonalized updates are in bfloat16 on the way; six steps let the last bits grow.
     assert found == pytest.approx(expected, rel=5e-3)
 
 

@@ -119,7 +119,7 @@ def test_overrides_that_do_not_fit(overrides, message):
         ((8, 3, 2, 2), Layout(convolution=True), [(1, 8, 12)]),
     ],
 )
-def test_each_matrix_is_orthogonalised_by_itself(shape, layout, matrices):
+def test_each_matrix_is_orthogonalized_by_itself(shape, layout, matrices):
     torch.manual_seed(0)
     parts = layout.parts(shape)
     assert [part.matrices for part in parts] == matrices
@@ -190,7 +190,7 @@ def test_arguments_out_of_range(options, message):
         ([("deep", nn.Parameter(torch.ones(2, 2, 2, 2, 2)))], None),
     ],
 )
-def test_parameters_that_can_not_be_optimised(parameters, message):
+def test_parameters_that_can_not_be_optimized(parameters, message):
     if message is None:
         assert MONA(parameters).param_groups[0]["algorithm"] == "mona"  # flattened like a convolution
         return

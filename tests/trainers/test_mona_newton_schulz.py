@@ -1,4 +1,4 @@
-"""Coefficients, forms and precision of the orthogonalisation."""
+"""Coefficients, forms and precision of the orthogonalization."""
 
 from __future__ import annotations
 

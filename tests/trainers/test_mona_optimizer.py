@@ -1,4 +1,4 @@
-"""MONA as an optimiser: state, checkpoints, schedules, accumulation, missing and broken gradients, compilation."""
+"""MONA as an optimizer: state, checkpoints, schedules, accumulation, missing and broken gradients, compilation."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def test_checkpoints_of_others_are_refused_before_anything_changes():
     before = copy.deepcopy(optimizer.state_dict())
     adam = torch.optim.AdamW(model.parameters())
     train(model, adam, range(1))
-    with pytest.raises(ArtifactError, match="the checkpoint is another optimiser's"):
+    with pytest.raises(ArtifactError, match="the checkpoint is another optimizer's"):
         optimizer.load_state_dict(adam.state_dict())
     with pytest.raises(ArtifactError, match=r"groups \(algorithm, parameters\) are .*'mona', 2"):
         MONA(model, overrides={"up.weight": "adamw"}).load_state_dict(before)
     narrow = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 4), nn.Linear(4, 8))
     with pytest.raises(ArtifactError, match=r"momentum of parameter 0 is \(16, 8\), the parameter \(4, 8\)"):
         MONA(narrow).load_state_dict(before)
-    with pytest.raises(ArtifactError, match="no state of an optimiser"):
+    with pytest.raises(ArtifactError, match="no state of an optimizer"):
         optimizer.load_state_dict({"model": {}})
     after = optimizer.state_dict()
     for key, state in before["state"].items():

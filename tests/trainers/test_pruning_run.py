@@ -308,12 +308,12 @@ def test_heads_that_make_no_groups_are_refused(text, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["odd"]
 
 
-def test_quantised_models_are_refused(text, tmp_path):
-    folder = checkpoint(tmp_path / "quantised")
+def test_quantized_models_are_refused(text, tmp_path):
+    folder = checkpoint(tmp_path / "quantized")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"are quantised \(gptq\)"):
+    with pytest.raises(ModelError, match=r"are quantized \(gptq\)"):
         run(folder, text, tmp_path)
 
 

@@ -345,7 +345,7 @@ def test_full_fine_tuning_of_a_mixture_of_experts_gives_a_stock_checkpoint(tmp_p
     loaded = effpass.load_model(out)
     assert type(loaded.model).__name__ == "Qwen3MoeForCausalLM"
     assert loaded.tokenizer.chat_template
-    assert any("GB of weights, gradients and optimiser state" in line for line in said)
+    assert any("GB of weights, gradients and optimizer state" in line for line in said)
     original, tuned = weights(model), weights(out)
     assert original.keys() == tuned.keys()
     assert all(not torch.equal(original[name], tuned[name]) for name in original if "experts" in name)
@@ -369,18 +369,18 @@ def test_rates_fall_as_the_schedule_says(llama, tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_long_samples_and_quantised_models_are_refused_before_anything_is_made(llama, tmp_path):
+def test_long_samples_and_quantized_models_are_refused_before_anything_is_made(llama, tmp_path):
     with pytest.raises(EffpassError, match=r"data\.jsonl:35: 7 tokens, and a row has 5 \(40 lines are too long\)"):
         run(llama, tmp_path, replace(SETTINGS, sequence_length=5))
     with pytest.raises(EffpassError, match=r"sequence_length: got 1000, and .* has 256 positions"):
         run(llama, tmp_path, replace(SETTINGS, sequence_length=1000))
-    quantised = checkpoint(tmp_path / "quantised")
-    config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(
+    quantized = checkpoint(tmp_path / "quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(ModelError, match=r"are quantised \(gptq\): they can't be trained"):
-        run(quantised, tmp_path)
+    with pytest.raises(ModelError, match=r"are quantized \(gptq\): they can't be trained"):
+        run(quantized, tmp_path)
     assert not list(tmp_path.glob("out*"))
 
 

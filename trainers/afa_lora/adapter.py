@@ -256,7 +256,7 @@ def _lora_layers(model: Any, name: str) -> dict[str, Any]:
             kind = type(layer).__name__ if variant is None else f"{type(layer).__name__}, {type(variant).__name__}"
             raise ModelError(
                 f"{path} is no plain LoRA on a linear layer ({kind})",
-                hint="AFA is for plain LoRA: no DoRA, no embeddings, no quantised layers",
+                hint="AFA is for plain LoRA: no DoRA, no embeddings, no quantized layers",
             )
         found[path] = layer
     return found

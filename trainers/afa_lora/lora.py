@@ -87,12 +87,12 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
             "the model has adapters attached already",
             hint="merge them first: effpass.prepare(model, {'version': 1, 'passes': ['merge_lora']})",
         )
-    quantised = {name: scheme for name, module in model.named_modules() if (scheme := scheme_of(module)) is not None}
-    if quantised:
-        name, scheme = next(iter(quantised.items()))
+    quantized = {name: scheme for name, module in model.named_modules() if (scheme := scheme_of(module)) is not None}
+    if quantized:
+        name, scheme = next(iter(quantized.items()))
         raise ModelError(
-            f"{name} is quantised ({scheme}): what is learned beside a quantised weight can't be merged exactly",
-            hint="load the model unquantised",
+            f"{name} is quantized ({scheme}): what is learned beside a quantized weight can't be merged exactly",
+            hint="load the model unquantized",
         )
     layers = linear_layers(model)
     wanted = (settings.targets,) if isinstance(settings.targets, str) else settings.targets

@@ -216,7 +216,7 @@ class SparsityTuner:
             raise EffpassError(
                 f"forward pass {self._next + 1} of a step for which {0 if self._mine is None else len(self._mine)}"
                 " micro-batches were announced",
-                hint="call tuner.begin_step(documents) before each optimiser step",
+                hint="call tuner.begin_step(documents) before each optimizer step",
             )
         self.attention.budgets = self._mine[self._next]
         if self._next == self._measures:

@@ -81,13 +81,13 @@ def make_trained(
 
 def check_trainable(config: Any, name: str) -> None:
     """Raise ModelError for a checkpoint with quantized weights, before the weights are read."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         raise ModelError(
-            f"the weights of {name} are quantised ({method}): they can't be trained, and an adapter learned beside them"
+            f"the weights of {name} are quantized ({method}): they can't be trained, and an adapter learned beside them"
             " can't be merged exactly",
-            hint="use the checkpoint that it was quantised from",
+            hint="use the checkpoint that it was quantized from",
         )
 
 

@@ -145,7 +145,7 @@ def colour(rng: np.random.Generator) -> _Scene:
 def left(rng: np.random.Generator) -> _Scene:
     """Ask for colour and kind of the shape directly to the left of another one, which is named by colour and kind."""
     row, column = rng.integers(3), rng.integers(2)
-    cells = {(int(row), int(column)), (int(row), int(column) + 1)}  # at least one pair of neighbours
+    cells = {(int(row), int(column)), (int(row), int(column) + 1)}  # at least one pair of neighbors
     cells |= set(_cells(rng, 3, int(rng.integers(1, 7))))
     drawn = rng.choice(len(_NAMES) * len(SHAPES), size=len(cells), replace=False)
     things = [

@@ -58,4 +58,4 @@ def check_parameter(name: str, parameter: Any) -> None:
     if not isinstance(parameter, Tensor):
         raise ModelError(f"{name} is a {type(parameter).__name__}, not a tensor", hint="MONA(model), or its parameters")
     if not parameter.is_floating_point():
-        raise ModelError(f"{name} is {parameter.dtype}: only real floating-point parameters can be optimised")
+        raise ModelError(f"{name} is {parameter.dtype}: only real floating-point parameters can be optimized")

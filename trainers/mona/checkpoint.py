@@ -18,20 +18,20 @@ _KEYS = {"mona": "momentum", "adamw": "exp_avg"}
 def check(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Raise ArtifactError unless `state_dict` is a state of MONA for the parameters in these groups."""
     if not {"state", "param_groups"} <= set(state_dict):
-        raise ArtifactError(f"no state of an optimiser: keys {sorted(map(str, state_dict))}")
+        raise ArtifactError(f"no state of an optimizer: keys {sorted(map(str, state_dict))}")
     saved = state_dict["param_groups"]
     kinds = [group.get("algorithm") for group in saved]
     if any(kind not in _KEYS for kind in kinds):
         known = sorted({key for group in saved for key in group} - {"params"})
         raise ArtifactError(
-            f"the checkpoint is another optimiser's: its groups have {', '.join(known)} and no algorithm",
+            f"the checkpoint is another optimizer's: its groups have {', '.join(known)} and no algorithm",
             hint="start MONA without it; the model's weights can be loaded alone",
         )
     ours = [(group["algorithm"], len(group["params"])) for group in groups]
     theirs = [(kind, len(group["params"])) for kind, group in zip(kinds, saved, strict=True)]
     if ours != theirs:
         raise ArtifactError(
-            f"the checkpoint's groups (algorithm, parameters) are {theirs}, this optimiser's {ours}",
+            f"the checkpoint's groups (algorithm, parameters) are {theirs}, this optimizer's {ours}",
             hint="build MONA as it was built for the checkpoint: same model, same overrides",
         )
     for own, group in zip(groups, saved, strict=True):

@@ -114,7 +114,7 @@ def _shard(whole: Box, coordinate: Sequence[int], mesh_shape: Sequence[int], pla
         if placement.is_replicate():
             continue
         if placement.is_partial():
-            raise ModelError(f"a parameter placed as {placement} has no values to optimise")
+            raise ModelError(f"a parameter placed as {placement} has no values to optimize")
         # With FSDP over tensor parallelism, FSDP shards what mesh dimensions to its right have sharded already.
         (strided if "Strided" in type(placement).__name__ else plain).append((dim, placement.dim))
     for dim, axis in [*plain, *reversed(strided)]:

@@ -39,7 +39,7 @@ def training_arguments(settings: Any, steps: int, folder: Path) -> TrainingArgum
         bf16=settings.dtype == "bfloat16",
         seed=settings.seed,
         logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,  # the filter would synchronise with the device at every micro-batch
+        logging_nan_inf_filter=False,  # the filter would synchronize with the device at every micro-batch
         eval_strategy="no",
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,

@@ -16,7 +16,7 @@ __all__ = ["GlobalTopK"]
 
 
 class GlobalTopK(Policy):
-    """Policy that maximises Σ_l C_l(K_l), where PrefixKV maximises min_l C_l(K_l).
+    """Policy that maximizes Σ_l C_l(K_l), where PrefixKV maximizes min_l C_l(K_l).
 
     C_l(K) is the share of layer l's attention that its K most important tokens receive.
     """
