@@ -12,21 +12,23 @@ that rewrote something, and ``TORCH_TRACE`` passes the same text to tlparse.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from effpass.core import cost
 from effpass.core.errors import EffpassError, PassRefusedError, RewriteError
+from effpass.core.outputs import largest_difference, outputs_of, rounding
 from effpass.core.pass_ import Match, Pass
 from effpass.core.program import Program, op_counts
 from effpass.core.report import PassReport, Refusal, Report
-from effpass.core.verify import snapshot, verify
+from effpass.core.verify import Snapshot, snapshot, verify
 
 if TYPE_CHECKING:
     from effpass.core.recipe import Recipe
@@ -153,51 +155,25 @@ class PassManager:
     def _run_one(self, planned: Planned, program: Program) -> PassReport:
         pass_ = planned.pass_
         entry = PassReport(pass_.name, pass_.exact)
-        parts = [program, *program.bodies]
-        ops_before = _ops(parts)
-        text_before = _readable(program) if _dumping() else ""
-        outputs_before = _float_outputs(program) if planned.verify else None
-        snapshots = [(part, snapshot(part)) for part in parts]
+        outputs = outputs_of(program) if planned.verify else None
+        before = _State.of(program)
         started = time.perf_counter()
-        try:
-            candidates = [list(pass_.find(part)) for part in parts]
-            entry.seconds = time.perf_counter() - started
-            has_match = any(isinstance(c, Match) for found in candidates for c in found)
-            cost_before = cost.total(program) if has_match else None  # not needed when nothing matches
-            started = time.perf_counter()
-            for part, found in zip(parts, candidates, strict=True):
+        with _failures_of(pass_):
+            candidates = [list(pass_.find(part)) for part in before.parts]
+        entry.seconds = time.perf_counter() - started
+        has_match = any(isinstance(c, Match) for found in candidates for c in found)
+        cost_before = cost.total(program) if has_match else None  # not needed when nothing matches
+        started = time.perf_counter()
+        with _failures_of(pass_):
+            for part, found in zip(before.parts, candidates, strict=True):
                 self._rewrite(pass_, part, found, entry)
-        except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
-            raise  # the latter is how Dynamo restarts its analysis, not a failure of the pass
-        except Exception as error:
-            raise RewriteError(
-                f"pass {pass_.name} failed: {type(error).__name__}: {error}",
-                hint="leave the pass out of the recipe, or report this with TORCH_LOGS='+effpass'",
-            ) from error
         entry.seconds += time.perf_counter() - started
         if entry.hits:
-            for part, before in snapshots:
-                verify(part, before, pass_.name)
-                part.recompile()
-            after = _ops(parts)
-            names = dict.fromkeys([*after, *ops_before])  # their union, in order
-            entry.ops = {op: after[op] - ops_before[op] for op in names if after[op] != ops_before[op]}
-            cost_after = cost.total(program)
             assert cost_before is not None
-            entry.flops = int(cost_after.flops - cost_before.flops)
-            entry.weight_bytes = int(cost_after.weight_bytes - cost_before.weight_bytes)
-            if _dumping():
-                _dump(pass_.name, text_before, _readable(program))
-        if outputs_before is not None:
-            outputs = _float_outputs(program)
-            differences = [_difference(a, b) for a, b in zip(outputs_before, outputs, strict=True)]
-            entry.max_difference = max(differences, default=0.0)
-            for difference, output in zip(differences, outputs_before, strict=True):
-                if pass_.exact and difference > _rounding(output):
-                    raise RewriteError(
-                        f"pass {pass_.name} says that it is exact, and an output differs by {difference:.2g}",
-                        hint="leave the pass out of the recipe, or let it say exact = False",
-                    )
+            before.verify(pass_.name)
+            before.record(program, cost_before, entry)
+        if outputs is not None:
+            _compare(pass_, outputs, outputs_of(program), entry)
         return entry
 
     @staticmethod
@@ -238,6 +214,71 @@ class PassManager:
         )
 
 
+@dataclass(frozen=True)
+class _State:
+    """A program before a pass.
+
+    Attributes:
+        parts: the program and the bodies of its higher-order operators.
+        snapshots: of each part, to verify the result with.
+        ops: how often each operator occurs.
+        text: readable form for dumps; empty when nobody reads dumps.
+    """
+
+    parts: list[Program]
+    snapshots: list[Snapshot]
+    ops: Counter[str]
+    text: str
+
+    @classmethod
+    def of(cls, program: Program) -> _State:
+        parts = [program, *program.bodies]
+        return cls(parts, [snapshot(part) for part in parts], _ops(parts), _readable(program) if _dumping() else "")
+
+    def verify(self, name: str) -> None:
+        """Raise a :class:`RewriteError` when the pass `name` left an invalid program."""
+        for part, before in zip(self.parts, self.snapshots, strict=True):
+            verify(part, before, name)
+            part.recompile()
+
+    def record(self, program: Program, cost_before: cost.Cost, entry: PassReport) -> None:
+        """Write into `entry` what a pass changed."""
+        after, cost_after = _ops(self.parts), cost.total(program)
+        names = dict.fromkeys([*after, *self.ops])  # their union, in order
+        entry.ops = {op: after[op] - self.ops[op] for op in names if after[op] != self.ops[op]}
+        entry.flops = int(cost_after.flops - cost_before.flops)
+        entry.weight_bytes = int(cost_after.weight_bytes - cost_before.weight_bytes)
+        if _dumping():
+            _dump(entry.name, self.text, _readable(program))
+
+
+@contextmanager
+def _failures_of(pass_: Pass) -> Iterator[None]:
+    """Turn an unexpected exception of `pass_` into a :class:`RewriteError`."""
+    try:
+        yield
+    except (EffpassError, torch._dynamo.exc.TensorifyScalarRestartAnalysis):
+        raise  # the latter is how Dynamo restarts its analysis, not a failure of the pass
+    except Exception as error:
+        raise RewriteError(
+            f"pass {pass_.name} failed: {type(error).__name__}: {error}",
+            hint="leave the pass out of the recipe, or report this with TORCH_LOGS='+effpass'",
+        ) from error
+
+
+def _compare(pass_: Pass, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], entry: PassReport) -> None:
+    """Record by how much outputs differ; raise a :class:`RewriteError` if an exact pass changed more than rounding."""
+    entry.max_difference = 0.0
+    for old, new in zip(before, after, strict=True):
+        difference = largest_difference(old, new)
+        entry.max_difference = max(entry.max_difference, difference)
+        if pass_.exact and difference > rounding(old):
+            raise RewriteError(
+                f"pass {pass_.name} says that it is exact, and an output differs by {difference:.2g}",
+                hint="leave the pass out of the recipe, or let it say exact = False",
+            )
+
+
 def _ops(parts: Sequence[Program]) -> Counter[str]:
     return sum((op_counts(p.graph) for p in parts), Counter[str]())
 
@@ -257,45 +298,5 @@ def _readable(program: Program) -> str:
 def _dump(name: str, before: str, after: str) -> None:
     for when, text in (("before", before), ("after", after)):
         log.debug("%s the pass %s\n%s", when, name, text)
-        torch._logging.trace_structured(
-            "artifact",
-            metadata_fn=lambda when=when: {"name": f"effpass_{name}_{when}", "encoding": "string"},  # type: ignore[misc]
-            payload_fn=lambda text=text: text,  # type: ignore[misc]
-        )
-
-
-def _float_outputs(program: Program) -> list[torch.Tensor]:
-    """The program's floating-point outputs on the inputs that it was traced with.
-
-    All inputs but the weights are copied, so that in-place writes (of caches) do not reach the caller's tensors.
-    """
-    if any(isinstance(x, torch._subclasses.FakeTensor) for x in program.inputs):
-        raise PassRefusedError("verify: true needs real inputs; this program was traced without them")
-    weights = set(program.weights)
-    placeholders = program.graph.find_nodes(op="placeholder")
-    inputs = [
-        x if n in weights or not isinstance(x, torch.Tensor) else x.detach().clone()
-        for n, x in zip(placeholders, program.inputs, strict=True)
-    ]
-    # Use the hints: int() would add a guard on the size, and one graph would be compiled per size.
-    inputs = [x.node.hint if isinstance(x, (torch.SymInt, torch.SymFloat)) else x for x in inputs]
-    devices = {x.device for x in inputs if isinstance(x, torch.Tensor) and x.device.type != "cpu"}
-    with torch.no_grad(), torch.random.fork_rng(devices):  # so that dropout is the same before and after the pass
-        flat, _ = torch.utils._pytree.tree_flatten(torch.fx.Interpreter(program.gm).run(*inputs))
-    return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Largest absolute difference; infinite when a NaN or infinity in one has no equal in the other."""
-    same = (before == after) | (before.isnan() & after.isnan())
-    found = (before.double() - after.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    return float(found.max()) if found.numel() else 0.0
-
-
-def _rounding(output: torch.Tensor) -> float:
-    """Tolerance for an exact pass: √ε times the largest absolute value, with ε the machine epsilon of the dtype.
-
-    It is larger than what a different order of summation changes.
-    """
-    largest = output.double().abs().nan_to_num(nan=0.0, posinf=0.0).amax() if output.numel() else 0.0
-    return float(torch.finfo(output.dtype).eps ** 0.5 * largest)
+        metadata = {"name": f"effpass_{name}_{when}", "encoding": "string"}
+        torch._logging.trace_structured("artifact", partial(dict, metadata), payload_fn=partial(str, text))

@@ -20,6 +20,7 @@ pattern is interpreted as follows:
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -54,7 +55,7 @@ def find_pattern(pass_: Pass, program: Program) -> Iterator[Match | Refusal]:
 
     ``match.nodes`` holds the arguments of the pattern by name. A place that has all operators of the pattern but can't
     be rewritten always yields a refusal with the reason. If there is no such place and no match, the place where most
-    operators fit yields one.
+    operators fit, two at least, yields one.
 
     Matches are yielded in reverse graph order, because an input of a match may be the value of a match before it in the
     graph, which must still exist when the later one is rewritten.
@@ -105,7 +106,8 @@ def inline_replacement(pass_: Pass, program: Program, match: Match) -> None:
     names = [name for name, value in given.items() if isinstance(value, Node)]
 
     def replacement(*tensors: torch.Tensor) -> Any:
-        return pass_.replacement(*{**given, **dict(zip(names, tensors, strict=True))}.values())
+        values = {**given, **dict(zip(names, tensors, strict=True))}
+        return pass_.replacement(*values.values())
 
     before = anchor.prev
     with program.graph.inserting_before(anchor):
@@ -151,11 +153,13 @@ def _patterns(pass_: Pass, program: Program) -> list[Pattern]:
     """The pattern, traced once per floating-point dtype of the program, since ``x.dtype`` becomes a literal in it."""
     values = [v for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
     dtypes = sorted({v.dtype for v in values if v.is_floating_point()}, key=str)
-    device = values[0].device if values else torch.device("cpu")
+    if not dtypes:
+        return []
+    device, _ = Counter(v.device for v in values).most_common(1)[0]  # a sequence length may be on another one
     known = _traced.setdefault(pass_, {})
-    for key in [(dtype, device) for dtype in dtypes]:
-        if key not in known:
-            known[key] = _trace(pass_, *key)
+    for dtype in dtypes:
+        if (dtype, device) not in known:
+            known[dtype, device] = _trace(pass_, dtype, device)
     return [known[dtype, device] for dtype in dtypes]
 
 
@@ -164,6 +168,8 @@ def _trace(pass_: Pass, dtype: torch.dtype, device: torch.device) -> Pattern:
     names = list(inspect.signature(pass_.pattern).parameters)
     if len(names) != len(examples):
         raise _invalid(pass_, f"takes {len(names)} arguments and example_inputs() gives {len(examples)}")
+    if odd := [example for example in examples if not isinstance(example, torch.Tensor)]:
+        raise _invalid(pass_, f"is traced on tensors, and example_inputs() gives {odd[0]!r}")
     own = {e.dtype for e in examples if e.is_floating_point()}
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     try:

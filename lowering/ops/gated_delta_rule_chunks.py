@@ -1,4 +1,4 @@
-"""Chunked form of the gated delta rule, forward and backward, in PyTorch. Exact for any decay, without a token loop.
+"""Chunked form of the gated delta rule, forward and backward, in PyTorch: no loop over tokens, no overflow.
 
     L_ij = Σ_d κ_id κ_jd e^(G_id − G_jd)  (j < i)        P_ij = Σ_d q̂_id κ_jd e^(G_id − G_jd)  (j ≤ i)
     B̃ = κ ⊙ e^G,  Q̃ = q̂ ⊙ e^G,  Ã = κ ⊙ e^(G_C − G)       W = (I + L)⁻¹ B̃,  u = (I + L)⁻¹ ζ
@@ -43,18 +43,20 @@ class Chunks(NamedTuple):
     total: int
 
     @classmethod
-    def of(cls, ends: list[int]) -> Chunks:
-        """Return the chunks of sequences that span ends[i] to ends[i + 1]."""
-        lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+    def of(cls, boundaries: list[int]) -> Chunks:
+        """Return the chunks of sequences that span boundaries[i] to boundaries[i + 1], from 0 to B T."""
+        lengths = [stop - start for start, stop in itertools.pairwise(boundaries)]
         size = 1
         while size < min(max(lengths), LONGEST):
             size *= 2
         counts = torch.tensor([-(-length // size) for length in lengths])
         first = [0, *counts.cumsum(0).tolist()]
-        start, stop, before = (torch.tensor(x).repeat_interleave(counts) for x in (ends[:-1], ends[1:], first[:-1]))
+        start, stop, before = (
+            torch.tensor(x).repeat_interleave(counts) for x in (boundaries[:-1], boundaries[1:], first[:-1])
+        )
         number = torch.arange(first[-1]) - before
         tokens = (start + number * size)[:, None] + torch.arange(size)
-        return cls(torch.where(tokens < stop[:, None], tokens, ends[-1]), first, ends[-1])
+        return cls(torch.where(tokens < stop[:, None], tokens, boundaries[-1]), first, boundaries[-1])
 
     def to(self, device: torch.device) -> Chunks:
         """Return the chunks with `tokens` on `device`."""
@@ -149,17 +151,19 @@ def _scores_backward(
 
 
 class _Inside(NamedTuple):
-    """Quantities of the chunks that do not depend on the states before them, named as in the equations."""
+    """Quantities of the chunks that do not depend on the states before them."""
 
-    q: Tensor
-    key: Tensor
+    q: Tensor  # q̂
+    key: Tensor  # κ
     g: Tensor
+    from_start: Tensor  # e^G, decay from the start of the chunk to each token
+    to_end: Tensor  # e^(G_C − G), decay from each token to the end of the chunk
     lower: Tensor  # L
     scores: Tensor  # P
     q_in: Tensor  # Q̃
     k_in: Tensor  # B̃
     k_out: Tensor  # Ã
-    w: Tensor
+    w: Tensor  # W
     u: Tensor
     decay: Tensor  # e^(G_C) as [n, HV, K or 1, 1]
 
@@ -167,15 +171,16 @@ class _Inside(NamedTuple):
 def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
     q, key, value, g = (chunks.pack(x) for x in prepared)
     sums = g.cumsum(-2)
-    grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
+    from_start, to_end = sums.exp(), (sums[..., -1:, :] - sums).exp()
     lower, scores = _scores(key, key, g, False), _scores(q, key, g, True)
-    k_in = key * grown
+    k_in = key * from_start
     # unitriangular=True takes the diagonal as ones and thus solves with I + L.
     w, u = torch.linalg.solve_triangular(lower, torch.cat((k_in, value), -1), upper=False, unitriangular=True).split(
         (key.shape[-1], value.shape[-1]), -1
     )
     decay = sums[..., -1:, :].exp().transpose(-1, -2)
-    return _Inside(q, key, g, lower, scores, q * grown, k_in, key * rest, w, u, decay)
+    q_in, k_out = q * from_start, key * to_end
+    return _Inside(q, key, g, from_start, to_end, lower, scores, q_in, k_in, k_out, w, u, decay)
 
 
 def _states(inside: _Inside, chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,21 +236,20 @@ def chunk_backward(
         )
     d_value = torch.linalg.solve_triangular(inside.lower.transpose(-1, -2), d_change, upper=True, unitriangular=True)
     key, q, g = inside.key, inside.q, inside.g
-    sums = g.cumsum(-2)
-    grown, rest = sums.exp(), (sums[..., -1:, :] - sums).exp()
     d_rows, d_columns = _scores_backward(key, key, g, -d_value @ change.transpose(-1, -2), False)
-    d_q, d_more = _scores_backward(q, key, g, d_output @ change.transpose(-1, -2), True)
-    d_rows = d_rows - (d_value @ befores.transpose(-1, -2)) * grown
-    d_q = d_q + (d_output @ befores.transpose(-1, -2)) * grown
-    of_rest = (change @ d_afters.transpose(-1, -2)) * rest
-    d_columns = d_columns + d_more + of_rest
+    d_q, d_columns_of_scores = _scores_backward(q, key, g, d_output @ change.transpose(-1, -2), True)
+    d_rows = d_rows - (d_value @ befores.transpose(-1, -2)) * inside.from_start
+    d_q = d_q + (d_output @ befores.transpose(-1, -2)) * inside.from_start
+    d_columns_of_state = (change @ d_afters.transpose(-1, -2)) * inside.to_end
+    d_columns = d_columns + d_columns_of_scores + d_columns_of_state
+    # κ occurs in rows i (with e^G_i) and in columns j (with e^−G_j); the names of its gradients say in which.
     # The gradient of G: rows carry e^G, columns e^−G, and the last token's G is also the decay of the chunk. g_t enters
     # G of all tokens from t on, so that its gradient is a reversed cumulative sum.
     d_sums = key * d_rows + q * d_q - key * d_columns
-    d_sums[..., -1, :] += (of_rest * key).sum(-2) + (inside.decay * d_afters * befores).sum(-1)
+    d_sums[..., -1, :] += (d_columns_of_state * key).sum(-2) + (inside.decay * d_afters * befores).sum(-1)
     if g.shape[-1] == 1:  # one decay per head
         d_sums = d_sums.sum(-1, keepdim=True)
     d_g = d_sums.flip(-2).cumsum(-2).flip(-2)
     batch = prepared.q.shape[0]
-    found = Prepared(*(chunks.unpack(x, batch) for x in (d_q, d_rows + d_columns, d_value, d_g)))
-    return found, d_state
+    gradients = Prepared(*(chunks.unpack(x, batch) for x in (d_q, d_rows + d_columns, d_value, d_g)))
+    return gradients, d_state

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -43,36 +44,54 @@ class FuseRotaryTable(GraphPass):
             yield refusal
             return
         surroundings = Surroundings.of(program)
-        for angles, scaling, cos, sin, inner in tables:
-            anchor = min(cos, sin, key=lambda node: surroundings.position[node])  # both are read only after it
-            reason = why_no_kernel(angles, angles.meta["val"].shape[:-1], (), operators.has_kernel)
-            if reason is None and (why := why_not_here(surroundings, inner, anchor)):
-                reason = (why, "")
-            if reason is not None:
-                yield Refusal(anchor.name, *reason)
+        for table in tables:
+            # Both are read only after the first of them.
+            anchor = min(table.cos, table.sin, key=lambda node: surroundings.position[node])
+            rows = table.angles.meta["val"].shape[:-1]
+            if no_kernel := why_no_kernel(table.angles, sizes=rows, others=(), has_kernel=operators.has_kernel):
+                yield Refusal(anchor.name, *no_kernel)
+            elif not_here := why_not_here(surroundings, table.inner, anchor):
+                yield Refusal(anchor.name, not_here)
             else:
-                yield Match(anchor, {"angles": angles, "scaling": scaling, "cos": cos, "sin": sin})
+                yield Match(anchor, {"table": table})
 
     def rewrite(self, program: Program, match: Match) -> None:
-        angles, scaling, *old = (match.nodes[name] for name in ("angles", "scaling", "cos", "sin"))
-        dtype = old[0].meta["val"].dtype
+        found: _Table = match.nodes["table"]
+        old = (found.cos, found.sin)
+        dtype = found.cos.meta["val"].dtype
         with program.graph.inserting_before(match.anchor):
-            table = program.graph.call_function(torch.ops.effpass.rotary_table.default, (angles, scaling, dtype))
+            table = program.graph.call_function(
+                torch.ops.effpass.rotary_table.default, (found.angles, found.scaling, dtype)
+            )
+            table.meta.update(match.anchor.meta)
             table.meta["val"] = tuple(node.meta["val"] for node in old)
             new = [program.graph.call_function(operator.getitem, (table, place)) for place in range(2)]
         for before, after in zip(old, new, strict=True):
-            after.meta["val"] = before.meta["val"]
+            after.meta.update(before.meta)
             before.replace_all_uses_with(after)
             erase_unread(program, before)
 
 
-def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
-    """Match a table that begins at `node`, a concatenation of angles with themselves that only a cos and a sin read.
+class _Table(NamedTuple):
+    """A matched table of cosines and sines.
 
-    Returns:
-        The angles, the scaling factor, the final nodes of the cosines and of the sines, and all nodes from `node` to
-        these; None if `node` does not begin a table.
+    Attributes:
+        angles: the angles, of which the table holds two copies side by side.
+        scaling: factor of the cosines and sines.
+        cos: the final node of the cosines.
+        sin: the final node of the sines.
+        inner: all nodes from the concatenation of the angles to `cos` and `sin`.
     """
+
+    angles: Node
+    scaling: float
+    cos: Node
+    sin: Node
+    inner: list[Node]
+
+
+def _table_at(node: Node) -> _Table | None:
+    """Match a table that begins at `node`, a concatenation of angles with themselves that only a cos and a sin read."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
     first, second = (source(part) for part in node.args[0])  # type: ignore[union-attr]
@@ -86,7 +105,7 @@ def _table_at(node: Node) -> tuple[Node, float, Node, Node, list[Node]] | None:
     (scaling, cos, of_cos), (sin_scaling, sin, of_sin) = ends
     if scaling != sin_scaling or cos.meta["val"].dtype != sin.meta["val"].dtype:
         return None
-    return first, scaling, cos, sin, [node, *of_cos, *of_sin]
+    return _Table(first, scaling, cos, sin, [node, *of_cos, *of_sin])
 
 
 def _scaled_and_cast(node: Node) -> tuple[float, Node, list[Node]]:

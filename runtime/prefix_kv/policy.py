@@ -26,8 +26,8 @@ class Policy:
         importance: attention that tokens are ranked by: that received from all tokens (``"full"``), from the last
             :attr:`window` ones (``"window"``), from both (``"both"``), or none (``"none"``).
         window: number of tokens at the end of the prompt whose attention is summed for ``"window"``.
-        slides: which tokens are evicted while decoding. If True, the oldest ones after the first `sink` tokens; if
-            False, the kept prompt tokens stay, and the oldest ones after them are evicted.
+        slides: whether tokens of the prompt are evicted while decoding. If True, the oldest tokens after the first
+            `sink` ones are evicted; if False, the kept prompt tokens stay, and the oldest ones after them are evicted.
     """
 
     name: str = "prefix_kv"
@@ -48,7 +48,17 @@ class Policy:
         return None
 
     def counts(self, mass: Tensor, totals: Sequence[int], low: Sequence[int], high: Tensor) -> list[list[int]]:
-        """Compute the number of tokens that each layer keeps of each sequence; see :func:`threshold_counts`."""
+        """Compute how many tokens each layer keeps of each sequence, as :func:`threshold_counts` does.
+
+        Args:
+            mass: `[B, L, S]`, cumulative importance of the tokens of each layer, the most important first.
+            totals: for each sequence, the number of tokens that its layers keep in total.
+            low: for each layer, the minimum number of tokens.
+            high: int64 `[B, L]`, number of tokens available.
+
+        Returns:
+            For each sequence, the counts of its layers.
+        """
         return threshold_counts(mass, totals, low, high)
 
     def rank(self, from_all: Tensor, from_last: Tensor, positions: Tensor, sink: int) -> Tensor:
@@ -60,8 +70,10 @@ class Policy:
             positions: int32 `[B, S]`, token positions, ascending apart from those that are -1.
             sink: number of first positions, which are always kept.
         """
+        if self.importance == "none":
+            raise NotImplementedError(f"{type(self).__name__} reads no attention, and has to rank tokens by itself")
         if self.importance == "both":
-            return _share(from_all, positions, sink) + _share(from_last, positions, sink)
+            return _normalized(from_all, positions, sink) + _normalized(from_last, positions, sink)
         return from_all if self.importance == "full" else from_last
 
     def recent(self, count: int, at_least: int) -> int:
@@ -74,7 +86,7 @@ class Policy:
         return at_least
 
 
-def _share(scores: Tensor, positions: Tensor, sink: int) -> Tensor:
+def _normalized(scores: Tensor, positions: Tensor, sink: int) -> Tensor:
     """Divide `scores` by the sum of those outside of the first `sink` positions, which are always kept."""
     return scores / scores.masked_fill(positions < sink, 0).sum(1, keepdim=True).clamp(min=1e-30)
 

@@ -16,7 +16,8 @@ from torch._dynamo.exc import BackendCompilerFailed, TensorifyScalarRestartAnaly
 from effpass.backend import reports
 from effpass.core.errors import PassRefusedError, RewriteError
 from effpass.core.exported import program_from_exported
-from effpass.core.manager import PassManager, Planned, _difference
+from effpass.core.manager import PassManager, Planned
+from effpass.core.outputs import largest_difference
 from effpass.core.pass_ import GraphPass, Match
 from effpass.core.program import Program
 from effpass.core.report import Refusal
@@ -220,6 +221,31 @@ def test_a_pass_that_says_it_is_exact_and_is_not():
         PassManager([Planned(Relu(), verify=True)]).run(made)
 
 
+def test_verify_looks_at_whole_numbers_too():
+    class Count(nn.Module):
+        def forward(self, x):
+            return (torch.relu(x) > 0).sum(), torch.relu(x).argmax() > 1
+
+    class Wrong(Relu):
+        def rewrite(self, program, match):
+            match.anchor.target = aten.neg.default
+
+    for exact in (False, True):
+        made = program_from_exported(torch.export.export(Count(), (torch.randn(4),)))
+        made.inputs = [torch.tensor([-1.0, 2.0, 3.0, 4.0])]
+        pass_ = type("Counted", (Wrong,), {"exact": exact, "find": _relus})()
+        if exact:
+            with pytest.raises(RewriteError, match="says that it is exact, and an output differs by 2"):
+                PassManager([Planned(pass_, verify=True)]).run(made)
+        else:
+            (entry,) = PassManager([Planned(pass_, verify=True)]).run(made).passes
+            assert (entry.hits, entry.max_difference) == (2, 2.0)
+
+
+def _relus(self, program):
+    yield from (Match(n, {}) for n in program.graph.find_nodes(op="call_function", target=aten.relu.default))
+
+
 def test_verify_draws_the_same_dropout():
     net = Net()
     exported = torch.export.export(net.train(), (torch.randn(2, 4),))
@@ -269,7 +295,7 @@ def test_verify_needs_real_inputs():
     ],
 )
 def test_difference(before, after, difference):
-    assert _difference(torch.tensor(before), torch.tensor(after)) == difference
+    assert largest_difference(torch.tensor(before), torch.tensor(after)) == difference
 
 
 # -- under torch.compile --------------------------------------------------------------------------------------------
