@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from effpass.core.errors import EffpassError, ModelError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import load_model
-from effpass.core.whole import write_text
 from effpass.passes.weights.fg2_gdn import make_artifact
 from effpass.runtime.linear_attention import GatedDeltaAttention, is_hybrid, make_hybrid
 from effpass.runtime.linear_attention.attention_layers import attention_layers
@@ -37,10 +36,10 @@ from effpass.trainers.finetune.samples import file_hash
 from effpass.trainers.lm.corpus import Corpus
 from effpass.trainers.lm.plots import plot_losses
 from effpass.trainers.memory import Estimate, check_memory
-from effpass.trainers.pruning.data import Rows, read_text, tokenize
+from effpass.trainers.pruning.data import Rows, begin_run, read_text
 from effpass.trainers.pruning.distillation import check_head
 from effpass.trainers.pruning.loop import OffsetRecorder, mean_loss
-from effpass.trainers.run_folder import METRICS, RUN, check_places, cut_metrics, last_checkpoint, read_metrics
+from effpass.trainers.run_folder import METRICS, check_places, cut_metrics, last_checkpoint, read_metrics
 
 __all__ = ["convert"]
 
@@ -106,7 +105,7 @@ def convert(
     teacher: Any = load_model(source, dtype=settings.dtype).model.to(device).requires_grad_(False)
     check_head(teacher)
     if not resume:
-        _prepare(work, run, data, validation, tokenizer, settings)
+        begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     student: Any = load_model(source, dtype="float32").model.to(device)
     original = Fingerprint.of(student)
     torch.manual_seed(settings.seed)
@@ -128,22 +127,6 @@ def convert(
     _publish(folder, work, original, made, trained, record)
     say(f"saved {folder}")
     return folder
-
-
-def _prepare(
-    work: Path, run: dict[str, Any], data: Path, validation: Path | None, tokenizer: Any, settings: Settings
-) -> None:
-    """Tokenize the data and record the run in the folder `work`, which is removed again if that fails."""
-    try:
-        for path, name in ((data, "data"), (validation, "validation")):
-            if path is not None:
-                tokenize(path, tokenizer, work / name)
-                rows = 1 if name == "validation" else settings.batch
-                read_text(work / name, rows, settings.sequence_length, path)
-        write_text(work / RUN, json.dumps(run, indent=2))
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
-        raise
 
 
 class _Run:

@@ -5,6 +5,8 @@ A resumed run therefore reads the same data as an uninterrupted one. A *row* is 
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effpass.core.errors import EffpassError
+from effpass.core.whole import write_text
 from effpass.trainers.finetune.samples import file_hash, read_lines
 from effpass.trainers.lm.corpus import Corpus, TextFile, read_corpus, write_corpus
+from effpass.trainers.run_folder import RUN
 
-__all__ = ["Rows", "read_text", "tokenize"]
+__all__ = ["Rows", "begin_run", "read_text", "tokenize"]
 
 # Key of the order of calibration data, which differs from that of training data.
 _CALIBRATION = 1
@@ -50,6 +54,40 @@ def tokenize(path: Path, tokenizer: Any, folder: Path) -> None:
         raise EffpassError("the tokenizer has no end-of-text token, by which a document ends")
     file = TextFile(str(path), path.name, file_hash(path), path.stat().st_size)
     write_corpus(folder, [file], tokenizer, 0.0, 0, str(path))
+
+
+def begin_run(
+    work: Path,
+    run: dict[str, Any],
+    data: Path,
+    validation: Path | None,
+    tokenizer: Any,
+    batch: int,
+    sequence_length: int,
+) -> None:
+    """Tokenize the texts of a run and record it in its folder `work`, which is removed again if that fails.
+
+    Args:
+        work: folder of the run.
+        run: description of the run, which a resumed run is compared with.
+        data: text to train on.
+        validation: held-out text; None for none.
+        tokenizer: tokenizer of the model.
+        batch: sequences of a batch, B; the text must fill one.
+        sequence_length: tokens per sequence, T.
+
+    Raises:
+        EffpassError: a text can't be read, or is too short for one batch.
+    """
+    try:
+        for path, name, rows in ((data, "data", batch), (validation, "validation", 1)):
+            if path is not None:
+                tokenize(path, tokenizer, work / name)
+                read_text(work / name, rows, sequence_length, path)
+        write_text(work / RUN, json.dumps(run, indent=2))
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
+        raise
 
 
 def read_text(folder: Path, batch: int, length: int, path: object) -> Corpus:

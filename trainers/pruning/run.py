@@ -32,14 +32,14 @@ from effpass.trainers.finetune.run import check_plots, check_same, explained, re
 from effpass.trainers.finetune.samples import file_hash
 from effpass.trainers.lm.corpus import Corpus
 from effpass.trainers.memory import Estimate, check_memory
-from effpass.trainers.pruning.data import Rows, read_text, tokenize
+from effpass.trainers.pruning.data import Rows, begin_run, read_text
 from effpass.trainers.pruning.distillation import check_head
 from effpass.trainers.pruning.loop import OffsetRecorder, mean_loss
 from effpass.trainers.pruning.memory import estimate
 from effpass.trainers.pruning.plots import plot_kept, plot_run
 from effpass.trainers.pruning.settings import Settings
 from effpass.trainers.pruning.stages import Problem, choose, cut, learn, recover, state_problem
-from effpass.trainers.run_folder import METRICS, RUN, check_places, cut_metrics, last_checkpoint, read_metrics
+from effpass.trainers.run_folder import METRICS, check_places, cut_metrics, last_checkpoint, read_metrics
 
 __all__ = ["prune"]
 
@@ -113,7 +113,7 @@ def prune(
     problem = state_problem(teacher, settings)
     check_head(teacher)
     if not resume:
-        _prepare(work, run, data, validation, tokenizer, settings)
+        begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     state = _Run(work, source, settings, problem, teacher, say, found, save_model is not None)
     keep = state.learned()
     model = state.recovered(keep) if save_model is not None else None
@@ -126,22 +126,6 @@ def prune(
     _publish(folder, work, keep, problem, {**run, "device": str(device), **state.facts(keep)})
     say(f"saved {folder}")
     return folder
-
-
-def _prepare(
-    work: Path, run: dict[str, Any], data: Path, validation: Path | None, tokenizer: Any, settings: Settings
-) -> None:
-    """Tokenize the data and record the run in the folder `work`, which is removed again if that fails."""
-    try:
-        for path, name in ((data, "data"), (validation, "validation")):
-            if path is not None:
-                tokenize(path, tokenizer, work / name)
-                rows = 1 if name == "validation" else settings.batch
-                read_text(work / name, rows, settings.sequence_length, path)
-        write_text(work / RUN, json.dumps(run, indent=2))
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)  # it holds no results yet
-        raise
 
 
 class _Run:
