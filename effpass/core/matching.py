@@ -20,7 +20,7 @@ from effpass.core.verify import snapshot
 if TYPE_CHECKING:
     from effpass.core.program import Program
 
-__all__ = ["Attempt", "Miss", "Pattern", "Surroundings", "is_no_cast", "is_size", "writes"]
+__all__ = ["Attempt", "Miss", "Pattern", "Surroundings", "is_noop_cast", "is_size", "writes"]
 
 aten = torch.ops.aten
 
@@ -55,7 +55,7 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), number) and node.target not in _READS_A_VALUE
 
 
-def is_no_cast(node: Node) -> bool:
+def is_noop_cast(node: Node) -> bool:
     """Whether `node` casts a tensor to the dtype and device that it already has, and thus returns the same tensor."""
     if node.target not in _CASTS:
         return False
@@ -180,14 +180,14 @@ class Attempt:
                 return f"overlaps the match at {taken[node].name}"
         for node in inner - {self.anchor}:
             for user in node.users:
-                passing = is_size(user) or is_no_cast(user)
+                passing = is_size(user) or is_noop_cast(user)
                 if user not in inner and not (passing and inner.issuperset(user.users)):
                     return f"its inner value {node.name} is also read by {user.name}"
         return surroundings.why_not_late(inner, self.anchor)
 
     def _bind(self, pattern: Any, found: Any, bound: _Bound) -> Iterator[_Bound]:
         """Yield all ways to assign `pattern` (a node, a literal or a list) to `found` that extend `bound`."""
-        while isinstance(found, Node) and is_no_cast(found):  # skip casts without effect; a pattern has none
+        while isinstance(found, Node) and is_noop_cast(found):  # skip casts without effect; a pattern has none
             found = found.all_input_nodes[0]
         if isinstance(pattern, (list, tuple)):
             if isinstance(found, (list, tuple)) and len(found) == len(pattern):

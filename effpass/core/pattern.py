@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from effpass.core.errors import RewriteError
 from effpass.core.inline import inline
-from effpass.core.matching import Attempt, Miss, Pattern, Surroundings, is_no_cast, is_size, writes
+from effpass.core.matching import Attempt, Miss, Pattern, Surroundings, is_noop_cast, is_size, writes
 from effpass.core.pass_ import Match
 from effpass.core.report import Refusal
 
@@ -152,9 +152,10 @@ _traced: WeakKeyDictionary[Pass, dict[Any, Pattern]] = WeakKeyDictionary()
 def _patterns(pass_: Pass, program: Program) -> list[Pattern]:
     """The pattern, traced once per floating-point dtype of the program, since ``x.dtype`` becomes a literal in it."""
     values = [v for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-    dtypes = sorted({v.dtype for v in values if v.is_floating_point()}, key=str)
-    if not dtypes:
+    if not values:
         return []
+    # Where all values are integers, the dtype does not matter: examples of other dtypes keep theirs.
+    dtypes = sorted({v.dtype for v in values if v.is_floating_point()}, key=str) or [torch.float32]
     device, _ = Counter(v.device for v in values).most_common(1)[0]  # a sequence length may be on another one
     known = _traced.setdefault(pass_, {})
     for dtype in dtypes:
@@ -180,7 +181,7 @@ def _trace(pass_: Pass, dtype: torch.dtype, device: torch.device) -> Pattern:
         raise _invalid(pass_, f"can't be traced: {type(error).__name__}: {error}") from error
     gm.graph.eliminate_dead_code()
     for node in list(gm.graph.nodes):
-        if is_no_cast(node):
+        if is_noop_cast(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
     for node in gm.graph.nodes:

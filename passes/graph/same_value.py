@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effpass.core.matching import is_no_cast
+from effpass.core.matching import is_noop_cast
 
 __all__ = ["cast_of", "dtype_of", "readers", "source"]
 
@@ -58,4 +58,4 @@ def _hands_on(node: Node) -> bool:
         return False
     if node.target is aten.dropout.default:
         return node.args[2] is False
-    return node.target is aten.alias.default or is_no_cast(node)
+    return node.target is aten.alias.default or is_noop_cast(node)

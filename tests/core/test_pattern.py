@@ -12,6 +12,7 @@ from effpass.core.errors import RewriteError
 from effpass.core.exported import program_from_exported
 from effpass.core.manager import PassManager
 from effpass.core.pass_ import GraphPass, Match
+from effpass.core.pattern import find_pattern
 from effpass.core.report import Refusal
 
 aten = torch.ops.aten
@@ -339,3 +340,27 @@ def test_operands_trade_places_unless_a_factor_is_one_s_own():
         (scaled, lambda x, y: torch.add(y.exp(), x, alpha=2), 0),
     ):
         assert len(found(pass_, exported(fn, one, other))[0]) == hits
+
+
+def test_whole_numbers_alone():
+    twice = make(lambda x: (x + x) // 2, lambda x: x * 1, torch.ones(3, dtype=torch.int64))
+    program = exported(lambda x: (x + x) // 2, torch.arange(4))
+    assert PassManager([twice]).run(program).hits == 1
+    assert torch.equal(program.gm(torch.arange(4))[0], torch.arange(4))
+
+
+def test_a_pattern_is_of_the_device_that_most_values_are_on():
+    """A length on the CPU is the first value of many a program on a GPU."""
+    seen = []
+
+    def pattern(x):
+        seen.append(x.device.type)
+        return torch.relu(x) + 1
+
+    program = exported(lambda n, x: (torch.relu(x * 2) + 1, n + 1), torch.tensor(3), torch.randn(4))
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() == 1:
+            node.meta["val"] = value.to("meta")
+    list(find_pattern(make(pattern, lambda x: x, torch.randn(3)), program))
+    assert seen == ["meta"]
