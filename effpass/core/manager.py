@@ -69,14 +69,14 @@ def _check_in_front(pass_: Pass, before: Sequence[Pass]) -> None:
     for other in before:
         if other.kind == "runtime":
             raise PassRefusedError(
-                f"{pass_.name} changes weights behind {other.name}, which measures the model's layers and heads",
-                hint=f"put {pass_.name} in front of {other.name}",
+                f"{pass_.name} changes weights after {other.name}, which depends on the model's layers and heads",
+                hint=f"put {pass_.name} before {other.name} in the recipe",
             )
         if pass_.changes and other.changes and _CHANGES.index(pass_.changes) < _CHANGES.index(other.changes):
             raise PassRefusedError(
-                f"{pass_.name} stands behind {other.name}, which changes {other.changes} of the model; the artifact of"
+                f"{pass_.name} comes after {other.name}, which changes {other.changes} of the model; the artifact of"
                 f" {pass_.name} was learned for the model as it was before",
-                hint=f"put {pass_.name} in front of {other.name}",
+                hint=f"put {pass_.name} before {other.name} in the recipe",
             )
 
 

@@ -115,8 +115,8 @@ class SparseVerificationPass(RuntimePass):
         others = [pass_.name for pass_ in (*before, *behind) if pass_.name in _OWN_CACHES]
         if others:
             raise PassRefusedError(
-                f"{others[0]} holds the cache in a way of its own, and speculative decoding, in which"
-                " sparse_verification acts, needs one with room for trees",
+                f"{others[0]} replaces the key-value cache, and sparse_verification acts in speculative decoding, which"
+                " needs a cache with room for token trees",
                 hint=f"leave one of {others[0]} and sparse_verification out",
             )
 

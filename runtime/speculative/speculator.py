@@ -74,7 +74,7 @@ class Speculator:
         model = engine.model
         if engine.new_session is not Session or getattr(model, "effpass_reader", None) is not None:
             raise ModelError(
-                "a pass of this model holds its cache in a way of its own (prefix_kv, sparse_attention), and"
+                "a pass has replaced the cache of this model (prefix_kv, sparse_attention), and"
                 " speculative decoding needs one with room for trees",
                 hint="leave the pass out of the recipe, or the draft out of the call",
             )

@@ -323,7 +323,7 @@ def test_after_a_merge(tmp_path: Path) -> None:
     with pytest.raises(PassRefusedError, match=r"both change \S+, which one graph can't do twice") as error:
         PassManager([merging, keep]).run(program_from_exported(copy.deepcopy(program)))
     assert "effpass.prepare(model, recipe)" in str(error.value)
-    with pytest.raises(PassRefusedError, match="merge_lora stands behind structured_pruning, which changes sizes"):
+    with pytest.raises(PassRefusedError, match="merge_lora comes after structured_pruning, which changes sizes"):
         PassManager([keep, merging]).run(program_from_exported(program))
 
 
