@@ -1,10 +1,10 @@
 """The wrapper around a compiled function that passes it up-to-date derived weights.
 
 This is the run-time part of the home ``cached`` of derived weights (:mod:`effpass.core.derived`). At every call it
-checks that each original is the same object, at the same address, with the same version counter. These checks are three
-loops that run in C, because they are the whole cost of derived weights when nothing changed (benchmark area
-``backend``, metric ``derived_check``). Every other event that can make a derived weight stale replaces
-``tokens.change`` (:mod:`effpass.core.live_weights`).
+checks that each original is the same object, at the same address, with the same version counter; before torch 2.13 also
+that it has the same strides. These checks are loops that run in C, because they are the whole cost of derived weights
+when nothing changed (benchmark area ``backend``, metric ``derived_check``). Every other event that can make a derived
+weight stale replaces ``tokens.change`` (:mod:`effpass.core.live_weights`).
 
 A CUDA graph that the user captures *around* the compiled function is replayed without these checks and must be captured
 again after the weights have changed. (Inductor's own CUDA graphs are inside the compiled function.)
@@ -31,6 +31,8 @@ __all__ = ["DerivedArguments", "Spec", "derived_bytes", "process_group_is_up"]
 
 _version = attrgetter("_version")
 _data_ptr = Tensor.data_ptr
+# Later versions of torch compile again when the strides of a weight change (`weight.data = weight.data.T`).
+_STRIDES_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
 # Collectives write to weights without changing an address or a version counter.
 process_group_is_up = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 
@@ -81,6 +83,7 @@ class _Seen(NamedTuple):
     change: list[Any]
     versions: list[int]
     pointers: list[int]
+    strides: list[tuple[int, ...]]
     values: tuple[Tensor, ...]
 
 
@@ -140,6 +143,7 @@ class DerivedArguments:
             and all(map(is_, originals, binding.originals))
             and list(map(_version, originals)) == seen.versions
             and list(map(_data_ptr, originals)) == seen.pointers
+            and (_STRIDES_ARE_GUARDED or list(map(Tensor.stride, originals)) == seen.strides)
             and not process_group_is_up()
         ):
             return seen.values
@@ -162,8 +166,9 @@ class DerivedArguments:
             binding.seen = None
             return self._supply(binding, blind)
         versions, pointers = list(map(_version, originals)), list(map(_data_ptr, originals))
+        strides = list(map(Tensor.stride, originals))
         values = self._supply(binding, blind)
-        binding.seen = _Seen(change, versions, pointers, values)  # in one assignment, for other threads
+        binding.seen = _Seen(change, versions, pointers, strides, values)  # in one assignment, for other threads
         return values
 
     def _supply(self, binding: _Binding, blind: bool) -> tuple[Tensor, ...]:
