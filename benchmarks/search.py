@@ -3,7 +3,7 @@
 Case `flagship` searches for memory within several limits of the loss, with recipes of at most three passes, and then
 measures all that it has left out, with the same requests and texts; `flagship_speed` does so for latency and
 throughput. A recipe is measured once in a run: the same figure counts for the search and for the best of all. Case
-`named` measures the recipes that have a name.
+`named` measures the recipes that have a name, for mixtures of experts (`EFFPASS_MODEL=models/tiny-moe`) one more.
 """
 
 from __future__ import annotations
@@ -107,13 +107,15 @@ def _rows(case: str, search: Search, found: Candidate, chosen: Candidate, measur
 
 
 def named(device: str, smoke: bool) -> Iterator[Row]:
-    """Each named recipe for dense models beside the model as it is."""
+    """Each recipe that has a name and is meant for the model, beside the model as it is."""
     from effpass import api
     from effpass.cli.demo_recipes import RECIPES
+    from effpass.runtime.speculative.shared_experts import expert_modules
 
     name, workload, load, texts = _what(device, smoke)
+    recipes = (*RECIPES, "moe-serving") if expert_modules(load()) else RECIPES
     dense = measure(api.prepare(load(), {"passes": []}), texts.selection, workload)
-    for recipe in RECIPES:
+    for recipe in recipes:
         trial = measure(api.prepare(load(), recipe), texts.selection, workload)
         case = f"{name}, {_told(workload)}"
         note = f"perplexity {math.exp(mean(trial.losses)):.3f}, dense {math.exp(mean(dense.losses)):.3f}"
