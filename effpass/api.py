@@ -10,33 +10,24 @@ The functions validate their arguments and call the pass manager (:mod:`effpass.
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from effpass.core import registry
+from effpass.checkpoints import check_savable, save
 from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.core.inspection import Inspection, inspect_model
 from effpass.core.live_weights import refresh
 from effpass.core.manager import PassManager, Planned
 from effpass.core.model import LoadedModel, inner_model, load_model
 from effpass.core.options import dump_options
+from effpass.core.plan import plan, read_recipe
 from effpass.core.prompt import prompt_inputs
 from effpass.core.recipe import Recipe
-from effpass.core.report import Report
 from effpass.core.roofline import ceilings, device_and_dtype, known
-from effpass.core.whole import put_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from effpass.lowering.targets.decode_graph import Step
-    from effpass.lowering.targets.export import ExportedDecoder
-    from effpass.lowering.targets.validate import Validation
+from effpass.exports import check_export, export, load_exported, validate
 
 __all__ = [
     "Inspection",
@@ -57,26 +48,6 @@ __all__ = [
     "swap_adapter",
     "validate",
 ]
-
-
-def read_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> Recipe | None:
-    """Read a recipe from a path or a mapping; a :class:`Recipe` and None are returned unchanged."""
-    if recipe is None or isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return Recipe.parse(dict(recipe), base=Path.cwd(), source="recipe")
-    return Recipe.load(Path(recipe))
-
-
-def _planned(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> list[Planned]:
-    parsed = read_recipe(recipe)
-    if parsed is not None:
-        return PassManager.from_recipe(parsed).planned
-    return [
-        Planned(registry.load(info.name)())
-        for info in registry.describe()
-        if info.error is None and info.exact and not info.needs_artifact and info.kind != "runtime"
-    ]
 
 
 def prepare(
@@ -102,7 +73,7 @@ def prepare(
     Raises:
         EffpassError: a pass can't act on `model`, in which case nothing was changed.
     """
-    prepared, second = _prepare(model, _planned(recipe))
+    prepared, second = _prepare(model, plan(recipe))
     if second:
         prepared.compile(backend="effpass", options={"passes": second}, **compile_options)
     _attach_engine(prepared, second)
@@ -179,7 +150,7 @@ def optimize(
     Raises:
         EffpassError: a pass can't act on `model`, in which case nothing was changed.
     """
-    prepared, second = _prepare(model, _planned(recipe))
+    prepared, second = _prepare(model, plan(recipe))
     options: dict[str, Any] = {"passes": second, "inner": inner}
     if mode is not None:
         from torch._inductor import list_mode_options
@@ -224,7 +195,7 @@ def inspect(
     for name, value, least in (("batch", batch, 1), ("tokens", tokens, 0), ("cache_length", cache_length, 1)):
         if value < least:
             raise EffpassError(f"{name} is {value}", hint=f"give {least} or more")
-    planned = _planned(recipe)
+    planned = plan(recipe)
     at = ceilings(*device_and_dtype(model)) if predict_for is None else known(predict_for)
     sizes = {"batch": batch, "tokens": tokens, "cache_length": cache_length}
     return inspect_model(model, planned, at, input_ids=input_ids, **sizes)
@@ -341,216 +312,6 @@ def custom_generate(
     if draft is None:
         return generation.generate(engine, input_ids, **prepared)
     return speculative.generate(speculative.speculator_of(engine, draft, tree), input_ids, **prepared)
-
-
-def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Check that :func:`save` can write a model prepared with `recipe` as a checkpoint.
-
-    Args:
-        recipe: recipe whose passes must all work on weights.
-        folder: folder of the checkpoint. It must not exist, or with `overwrite` be a checkpoint.
-        overwrite: replace an existing checkpoint.
-
-    Raises:
-        EffpassError: a pass does not work on weights, or `folder` can't be written.
-    """
-    for step in recipe.steps:
-        if registry.load(step.name).kind != "weights":
-            raise PassRefusedError(
-                f"{step.name} rewrites the graph or the runtime, which a checkpoint can't hold",
-                hint="leave it out of this recipe; apply it with torch.compile(backend='effpass') or `effpass export`",
-            )
-    _check_place(Path(folder), overwrite)
-
-
-def _check_place(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite:
-        raise EffpassError(f"{folder} exists", hint="choose another folder, or pass overwrite (--overwrite)")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise EffpassError(
-            f"{folder} is no checkpoint, and only a checkpoint is replaced", hint="choose another folder"
-        )
-
-
-def save(
-    model: Any, folder: str | Path, *, recipe: Recipe | None = None, tokenizer: Any = None, overwrite: bool = False
-) -> None:
-    """Save a prepared model as an ordinary checkpoint, atomically.
-
-    Args:
-        model: model returned by :func:`prepare`. Its `effpass_report`, if it has one, must count at least one rewrite.
-        folder: folder of the checkpoint; parent folders are created.
-        recipe: recipe to save in the folder as ``effpass.yaml``; None saves none.
-        tokenizer: tokenizer to save in the folder; None saves none.
-        overwrite: replace an existing checkpoint.
-
-    Raises:
-        EffpassError: nothing was rewritten, `recipe` is not one that a checkpoint can hold, or `folder` exists and is
-            not to be replaced.
-    """
-    folder = Path(folder).absolute()
-    if recipe is not None:
-        check_savable(recipe, folder, overwrite=overwrite)
-    else:
-        _check_place(folder, overwrite)
-    report: Report | None = getattr(model, "effpass_report", None)
-    if report is not None and not report.hits:
-        raise EffpassError("no pass changed a weight; nothing to save: " + "; ".join(report.lines()))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if recipe is not None:
-            recipe.save(temporary / "effpass.yaml")
-        put_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def export(
-    model: torch.nn.Module,
-    recipe: Recipe | str | Path | Mapping[str, Any] | None,
-    out: str | Path,
-    *,
-    target: str = "onnx",
-    max_batch: int | None = None,
-    max_length: int | None = None,
-    overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
-) -> ExportedDecoder:
-    """Rewrite `model` with `recipe`, export it to a file, and validate the file.
-
-    Weights passes act on the model itself, which is changed in place; graph passes act on the exported program. A file
-    that fails validation is removed.
-
-    Args:
-        model: a transformers causal LM or PeftModel in `eval()` mode, on the CPU. For ``inductor`` and ``aoti`` it may
-            be on one GPU, and the file then runs on a GPU.
-        recipe: as in :func:`prepare`.
-        out: path of the file to write.
-        target: ``"inductor"`` (.safetensors), ``"aoti"`` (.pt2), ``"onnx"`` (.onnx) or ``"tensorrt"`` (.engine).
-        max_batch: largest batch size that the file must support. None: any; 1 for a TensorRT engine.
-        max_length: largest number of positions, past and new together. None: as many as the model supports; at most
-            2048 for a TensorRT engine; any for ONNX.
-        overwrite: replace an existing file.
-        progress: called with one line per step.
-
-    Returns:
-        The file and its validation: export error and method loss of each case.
-
-    Raises:
-        EffpassError: a pass can't act, the export fails, or the file is out of tolerance.
-    """
-    from effpass.lowering.targets.export import export_decoder
-    from effpass.lowering.targets.target import find_target
-
-    parsed = read_recipe(recipe)
-    return export_decoder(
-        model,
-        parsed,
-        _planned(parsed),
-        Path(out),
-        target=find_target(target),
-        max_batch=max_batch,
-        max_length=max_length,
-        overwrite=overwrite,
-        progress=progress,
-    )
-
-
-def check_export(
-    model: str,
-    out: str | Path,
-    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
-    *,
-    target: str = "onnx",
-    overwrite: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
-    """Check that :func:`export` can write `out`, as far as that is known before the model is loaded.
-
-    Args:
-        model: source of the model, as in :func:`load_model`. Its config determines how much memory the export needs.
-        out: as in :func:`export`.
-        recipe: as in :func:`export`.
-        target: as in :func:`export`.
-        overwrite: as in :func:`export`.
-        device: device that the model would be loaded to.
-        dtype: as in :func:`load_model`.
-        trust_remote_code: as in :func:`load_model`.
-
-    Raises:
-        EffpassError: the export would fail.
-    """
-    from effpass.core.model import weights_size
-    from effpass.lowering.targets.export import check_passes
-    from effpass.lowering.targets.gpu import require_current
-    from effpass.lowering.targets.host_memory import check_memory
-    from effpass.lowering.targets.publish import check_output, check_room
-    from effpass.lowering.targets.target import find_target
-
-    found, kind = find_target(target), device.partition(":")[0]
-    found.require(kind)
-    check_output(Path(out), found, overwrite=overwrite)
-    if recipe is not None:
-        check_passes(_planned(recipe))
-    try:
-        place = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError):
-        return  # loading the model reports what is wrong with the device
-    require_current(place)
-    on_device = None if kind == "cpu" else {"": device}
-    weights = weights_size(model, dtype=dtype, device_map=on_device, trust_remote_code=trust_remote_code)
-    if weights is not None:
-        check_room(Path(out), weights[0])
-        check_memory(found, *weights, place, loaded=False)
-
-
-def load_exported(path: str | Path, *, allow_native: bool = False) -> Step:
-    """Load an exported file as a function ``(input_ids, attention_mask, position_ids, *past) -> outputs``.
-
-    The names and shapes of the tensors are those of :mod:`effpass.lowering.targets.decode_graph`. The tensors must be
-    on the CPU, or on PyTorch's current GPU for a file that was exported on a GPU. Calls with sizes outside the range of
-    the file, or with tensors on another device, are refused. The function of a GPU file may be used by one thread at a
-    time; its calls can be captured in a CUDA graph.
-
-    Args:
-        path: file written by :func:`export`. An ``inductor`` file is compiled now, which takes seconds to minutes.
-        allow_native: allow machine code from the file to run, which ``aoti`` needs. Only for files that you trust.
-
-    Raises:
-        ExportError: the file is not an exported file, was altered, was made for another machine or an absent GPU, or
-            contains machine code and `allow_native` is False.
-    """
-    from effpass.lowering.targets.validate import open_exported
-
-    return open_exported(Path(path), allow_native=allow_native)[0]
-
-
-def validate(
-    path: str | Path, *, allow_native: bool = False, progress: Callable[[str], None] | None = None
-) -> Validation:
-    """Check an exported file without its model: that it is unaltered, and that its outputs are right on this machine.
-
-    Args:
-        path: file written by :func:`export`.
-        allow_native: as in :func:`load_exported`.
-        progress: called with one line per step.
-
-    Returns:
-        The differences of each case. Its `ok` is True when all are within the tolerance of the file.
-
-    Raises:
-        ExportError: the file is not an exported file, is truncated or was altered, or contains machine code and
-            `allow_native` is False.
-    """
-    from effpass.lowering.targets.validate import validate_file
-
-    return validate_file(Path(path), allow_native=allow_native, progress=progress)
 
 
 def swap_adapter(model: torch.nn.Module, adapter: str | Path) -> int:

@@ -32,7 +32,7 @@ __all__ = ["DerivedArguments", "Spec", "derived_bytes", "process_group_is_up"]
 _version = attrgetter("_version")
 _data_ptr = Tensor.data_ptr
 # Later versions of torch compile again when the strides of a weight change (`weight.data = weight.data.T`).
-_STRIDES_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 13)
+_STRIDES_ARE_GUARDED = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
 # Collectives write to weights without changing an address or a version counter.
 process_group_is_up = torch.distributed.is_initialized if torch.distributed.is_available() else bool
 

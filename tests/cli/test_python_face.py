@@ -8,6 +8,8 @@ import torch
 import effpass
 from effpass import api
 from effpass.core.errors import EffpassError, ExportError, PassRefusedError
+from effpass.core.manager import Planned
+from effpass.core.plan import plan
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def test_a_pass_without_a_way_in_is_refused_before_anything_happens(model, toy_p
     monkeypatch.setitem(registry.BUILTIN, "lost", f"{__name__}:Lost")
     monkeypatch.setattr(registry, "load", lambda name, load=registry.load: Lost if name == "lost" else load(name))
     before = model.model.layers[0].self_attn.q_proj.weight.clone()
-    planned = [*api._planned({"passes": [{"merge_lora": {"adapter": str(tiny_adapter)}}]}), api.Planned(Lost())]
+    planned = [*plan({"passes": [{"merge_lora": {"adapter": str(tiny_adapter)}}]}), Planned(Lost())]
     with pytest.raises(PassRefusedError, match=r"lost rewrites neither models nor graphs of torch\.compile"):
         api._prepare(model, planned)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
