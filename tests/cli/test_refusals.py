@@ -176,7 +176,7 @@ def test_generate_refuses_what_it_cannot_start_with(refused, run, tiny_model, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["optimize"], "No such command 'optimize'"),
+        (["optimise"], "No such command 'optimise'"),
         (["inspect", "smollm2"], "Missing option '--recipe'"),
         (["optimize", "smollm2", "-r", "r.yaml"], "Missing option '--out'"),
         (["generate", "smollm2", "-p", "hi", "--max-new-tokens", "0"], "--max-new-tokens"),

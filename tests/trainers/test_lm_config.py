@@ -45,7 +45,7 @@ def test_the_default_optimizer_is_mona(tmp_path):
     ("changes", "message"),
     [
         ({"stepz": 1}, r"c\.yaml: stepz: unknown option; known: "),
-        ({"optimizer": {"lr": 1}}, r"c\.yaml: optimizer: unknown option, did you mean 'optimizer'\?"),
+        ({"optimiser": {"lr": 1}}, r"c\.yaml: optimiser: unknown option, did you mean 'optimizer'\?"),
         ({"optimizer": {"name": "adamw"}}, r"c\.yaml: optimizer\.lr: got .*: Field required"),
         ({"optimizer": {"name": "adam", "lr": 1.0}}, r"c\.yaml: optimizer\.name: got 'adam'"),
         ({"optimizer": {"name": "adamw", "lr": "1e-3"}}, r"c\.yaml: optimizer\.lr: got '1e-3' \(str\)"),
