@@ -18,27 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["check_savable", "save"]
 
 
-def check_savable(recipe: Recipe, folder: str | Path, *, overwrite: bool = False) -> None:
+def check_savable(recipe: Recipe | None, folder: str | Path, *, overwrite: bool = False) -> None:
     """Check that :func:`save` can write a model prepared with `recipe` as a checkpoint.
 
     Args:
-        recipe: recipe whose passes must all work on weights.
+        recipe: recipe whose passes must all work on weights; None if it is not saved.
         folder: folder of the checkpoint. It must not exist, or with `overwrite` be a checkpoint.
         overwrite: replace an existing checkpoint.
 
     Raises:
         EffpassError: a pass does not work on weights, or `folder` can't be written.
     """
-    for step in recipe.steps:
+    for step in recipe.steps if recipe is not None else ():
         if registry.load(step.name).kind != "weights":
             raise PassRefusedError(
                 f"{step.name} rewrites the graph or the runtime, which a checkpoint can't hold",
                 hint="leave it out of this recipe; apply it with torch.compile(backend='effpass') or `effpass export`",
             )
-    _check_place(Path(folder), overwrite)
-
-
-def _check_place(folder: Path, overwrite: bool) -> None:
+    folder = Path(folder)
     if folder.exists() and not overwrite:
         raise EffpassError(f"{folder} exists", hint="choose another folder, or pass overwrite (--overwrite)")
     if folder.exists() and not (folder / "config.json").is_file():
@@ -65,10 +62,7 @@ def save(
             not to be replaced.
     """
     folder = Path(folder).absolute()
-    if recipe is not None:
-        check_savable(recipe, folder, overwrite=overwrite)
-    else:
-        _check_place(folder, overwrite)
+    check_savable(recipe, folder, overwrite=overwrite)
     report: Report | None = getattr(model, "effpass_report", None)
     if report is not None and not report.hits:
         raise EffpassError("no pass changed a weight; nothing to save: " + "; ".join(report.lines()))

@@ -24,7 +24,7 @@ import torch
 
 from effpass.core import cost
 from effpass.core.errors import EffpassError, PassRefusedError, RewriteError
-from effpass.core.outputs import largest_difference, outputs_of, rounding
+from effpass.core.outputs import output_difference, outputs_of, rounding
 from effpass.core.pass_ import Match, Pass
 from effpass.core.program import Program, op_counts
 from effpass.core.report import PassReport, Refusal, Report
@@ -270,7 +270,7 @@ def _compare(pass_: Pass, before: Sequence[torch.Tensor], after: Sequence[torch.
     """Record by how much outputs differ; raise a :class:`RewriteError` if an exact pass changed more than rounding."""
     entry.max_difference = 0.0
     for old, new in zip(before, after, strict=True):
-        difference = largest_difference(old, new)
+        difference = output_difference(old, new)
         entry.max_difference = max(entry.max_difference, difference)
         if pass_.exact and difference > rounding(old):
             raise RewriteError(

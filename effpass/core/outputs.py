@@ -10,7 +10,7 @@ from torch import Tensor
 from effpass.core.errors import PassRefusedError
 from effpass.core.program import Program
 
-__all__ = ["largest_difference", "outputs_of", "rounding"]
+__all__ = ["output_difference", "outputs_of", "rounding"]
 
 
 def outputs_of(program: Program) -> list[Tensor]:
@@ -39,7 +39,7 @@ def outputs_of(program: Program) -> list[Tensor]:
     return [t for t in flat if isinstance(t, Tensor)]
 
 
-def largest_difference(before: Tensor, after: Tensor) -> float:
+def output_difference(before: Tensor, after: Tensor) -> float:
     """Largest absolute difference; infinite when a NaN or infinity in one has no equal in the other."""
     same = (before == after) | (before.isnan() & after.isnan())
     found = (before.double() - after.double()).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)

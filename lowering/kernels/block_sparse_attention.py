@@ -77,18 +77,14 @@ def selected(
     w: Tensor, spans: object, first: int, block_k: int, sink: int, recent: int, density: float, threshold: float,
     places: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Choose blocks from the pooled weights of some tiles, as `effpass::choose_key_blocks`.
+    """Choose blocks from the pooled weights of some tiles.
 
     Args:
         w: float32 [B, G, tiles, N], pooled weights; -1 for blocks that are not visible.
         spans: :class:`~effpass.lowering.ops.block_sparse_attention.Spans` of all blocks and tiles.
         first: index of the first tile of `w`.
-        block_k: slots per block.
-        sink: number of blocks at the start of the sequence that are always chosen.
-        recent: number of blocks before a tile that are always chosen.
-        density: share of the visible blocks that a tile attends to.
-        threshold: share of the pooled weight to hold instead; 0 to use `density`.
-        places: capacity of a list.
+
+    The other arguments are those of `effpass::choose_key_blocks`.
 
     Returns:
         Lists int32 [B, G, tiles, places], and counts int32 [B, G, tiles, 2] of whole and of all chosen blocks.

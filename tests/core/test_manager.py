@@ -17,7 +17,7 @@ from effpass.backend import reports
 from effpass.core.errors import PassRefusedError, RewriteError
 from effpass.core.exported import program_from_exported
 from effpass.core.manager import PassManager, Planned
-from effpass.core.outputs import largest_difference
+from effpass.core.outputs import output_difference
 from effpass.core.pass_ import GraphPass, Match
 from effpass.core.program import Program
 from effpass.core.report import Refusal
@@ -295,7 +295,7 @@ def test_verify_needs_real_inputs():
     ],
 )
 def test_difference(before, after, difference):
-    assert largest_difference(torch.tensor(before), torch.tensor(after)) == difference
+    assert output_difference(torch.tensor(before), torch.tensor(after)) == difference
 
 
 # -- under torch.compile --------------------------------------------------------------------------------------------
