@@ -83,7 +83,7 @@ def generate(
                 )
             options.update(draft=draft, tree=tree)
         pieces = api.generate(ready, loaded.tokenizer, text, **options)
-        with step("compiling, and reading the prompt"):  # a minute or more where no compiler cache is warm
+        with step("waiting for the first token"):  # a minute or more where graphs are compiled for it
             first = next(pieces, "")
         for piece in chain([first], pieces):
             if place.writes:
