@@ -223,6 +223,14 @@ def _widths(config: Any) -> tuple[int, int, int, int]:
     return config.num_key_value_heads, config.head_dim, config.head_dim, 2 * config.head_dim
 
 
+def _host_memory() -> tuple[int | None, str]:
+    """Bytes of host memory that keys and values may take, and their name: EFFPASS_HOST_MEMORY (GB), or most of it."""
+    if given := os.environ.get("EFFPASS_HOST_MEMORY"):
+        return int(float(given) * 1e9), f"{given} GB of host memory"
+    found = available_memory()
+    return None if found is None else int(0.85 * found), "host memory"
+
+
 def _largest(model: Any, length: int, kind: _Kind) -> tuple[int, str]:
     """The largest batch that fits, and what bounds it."""
     groups, key_size, _, width = _widths(model.config)
@@ -234,9 +242,9 @@ def _largest(model: Any, length: int, kind: _Kind) -> tuple[int, str]:
     if not kind.is_offloaded:
         return int(free // (of_all + index * kind.is_sparse)), "device memory"
     by_device = int(free // (heads * width * 2 * offload.block * offload.pages + index))
-    host = available_memory()
-    by_host = by_device if host is None else int(0.85 * host) // of_all
-    return min(by_host, by_device), "host memory" if by_host < by_device else "device memory"
+    host, name = _host_memory()
+    by_host = by_device if host is None else host // of_all
+    return min(by_host, by_device), name if by_host < by_device else "device memory"
 
 
 def _bound(model: Any, rows: int, length: int, kind: _Kind, device: str) -> float:

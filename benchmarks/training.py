@@ -73,8 +73,8 @@ def middle(device: str, smoke: bool) -> Iterator[Row]:
 
 
 def large(device: str, smoke: bool) -> Iterator[Row]:
-    """About 50 M parameters, one seed, two rates a method."""
-    yield from _study(_LARGE, device, smoke, seeds=1, width=2, reach=0, before=_MIDDLE)
+    """About 50 M parameters, one seed, two or three rates a method."""
+    yield from _study(_LARGE, device, smoke, seeds=1, width=2, reach=1, before=_MIDDLE)
 
 
 def miniature(device: str, smoke: bool) -> Iterator[Row]:
