@@ -9,6 +9,8 @@ import pytest
 import torch
 from ranks import start_ranks
 
+from effpass.trainers import MONA
+
 WORKER = Path(__file__).with_name("mona_worker.py")
 sys.path.insert(0, str(WORKER.parent))
 import mona_worker  # noqa: E402
@@ -67,6 +69,31 @@ def test_replicas_of_shards_equal_one_process(results):
 def test_any_placement_equals_one_process(world, results):
     expected = alone(lambda model: mona_worker.by_name(model.named_parameters()))
     assert_same(results(world, "placed"), expected)
+
+
+def test_kernels_get_no_addresses_of_dtensors(monkeypatch):
+    """Not even those of stacks that are sharded by whole experts, which no process has to exchange."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from effpass.trainers.mona import fused
+
+    monkeypatch.setattr(fused, "supported", lambda *_: True)  # as on a GPU
+    monkeypatch.setattr(fused, "Upload", lambda *_: lambda addresses: None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = torch.nn.Parameter(distribute_tensor(torch.randn(4, 6, 5), mesh, [Shard(0)]))
+        sharded.grad = distribute_tensor(torch.randn(4, 6, 5), mesh, [Shard(0)])
+        plain = torch.nn.Parameter(torch.randn(4, 6, 5))
+        plain.grad = torch.randn(4, 6, 5)
+        optimizer = MONA([sharded, plain])
+        plan, others = optimizer._plan(optimizer.param_groups[0], [sharded, plain])
+    finally:
+        dist.destroy_process_group()
+    assert [member.parameter for member in plan.members] == [plain]
+    assert others == [sharded]
 
 
 @pytest.mark.parametrize("world", WORLDS)

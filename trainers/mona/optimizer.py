@@ -280,6 +280,7 @@ class MONA(torch.optim.Optimizer):
                 fits = (
                     not compiling
                     and group["form"] == "exact"
+                    and not hasattr(parameter, "device_mesh")  # a DTensor has no address that kernels could read
                     and not is_shared(parameter, self._choices[parameter].layout, self.replicas)
                 )
                 if fits and fused.supported(member, self.newton_schulz):
