@@ -4,7 +4,7 @@ Cases named after lengths and ranks are *simulated*: steps are played on a laten
 the rows name (`table` measures one), or made up where the note says so. Peers are random batching with a fixed budget,
 which is the base, and the same batching by lengths alone. All sides have the same samples in a step, the same number
 of micro-batches, and the memory that random batching needs. `planner` times the planning here. `real` runs 4 processes
-and compares what the simulator says of them.
+and compares what the simulator says of them; `ranks` trains a model on the GPUs that torchrun started.
 """
 
 from __future__ import annotations
@@ -194,6 +194,12 @@ def real(device: str, smoke: bool) -> Iterator[Row]:
     return run(device, smoke)
 
 
+def ranks(device: str, smoke: bool) -> Iterator[Row]:
+    from benchmarks.balance_ranks import ranks as run
+
+    return run(device, smoke)
+
+
 def _run(name: str, device: str, smoke: bool) -> Iterator[Row]:
     module = importlib.import_module("benchmarks.balance_" + ("coverage" if name == "coverage" else "quality"))
     return getattr(module, name)(device, smoke)
@@ -202,5 +208,5 @@ def _run(name: str, device: str, smoke: bool) -> Iterator[Row]:
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     f"{lengths}-{ranks}": partial(simulated, lengths, ranks) for lengths in LENGTHS for ranks in RANKS
 }
-CASES |= {"planner": planner, "real": real, "table": table, **KERNELS}
+CASES |= {"planner": planner, "ranks": ranks, "real": real, "table": table, **KERNELS}
 CASES |= {name: partial(_run, name) for name in ("ablation", "coverage", "quality")}

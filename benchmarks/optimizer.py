@@ -160,4 +160,13 @@ def smollm2(device: str, smoke: bool) -> Iterator[Row]:
     yield from steps("tiny" if smoke else "smollm2", device, smoke)
 
 
-CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {"step_822m": step_822m, "smollm2": smollm2}
+def ranks_822m(device: str, smoke: bool) -> Iterator[Row]:
+    """The same matrices on the ranks that torchrun started."""
+    from benchmarks import optimizer_ranks  # which imports this module
+
+    yield from optimizer_ranks.ranks_822m(device, smoke)
+
+
+CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
+    "step_822m": step_822m, "smollm2": smollm2, "ranks_822m": ranks_822m,
+}  # fmt: skip

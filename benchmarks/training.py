@@ -19,10 +19,12 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks import training_ranks
 from benchmarks.rows import Row, row
 from benchmarks.training_data import TEXT
 from benchmarks.training_runs import METHODS, Job, Result, Study, finished, run_all, step_seconds
@@ -53,8 +55,9 @@ _MINIATURE = Study(
     "MoE 0.2 M", _moe(64, 3, 2, 1, 32, head_dim=32, num_experts=8, num_experts_per_tok=2), 300, 16, 128,
     ("$STDLIB/*.py",), has_sharpness=True, threads=1,
 )  # fmt: skip
+_SMALLEST = _moe(32, 1, 2, 1, 16, head_dim=16, num_experts=4, num_experts_per_tok=2)
 _SMOKE = replace(
-    _MINIATURE, name="smoke", model=_moe(32, 1, 2, 1, 16, head_dim=16, num_experts=4, num_experts_per_tok=2),
+    _MINIATURE, name="smoke", model=_SMALLEST,
     steps=4, batch=4, length=32, text=("$STDLIB/json/*.py", "$STDLIB/email/*.py"),
 )  # fmt: skip
 
@@ -94,6 +97,7 @@ def fine_tuning(device: str, smoke: bool) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "small": small, "middle": middle, "large": large, "fine_tuning": fine_tuning, "miniature": miniature,
+    "experts-500m": partial(training_ranks.experts, _moe(1024, 16, 16, 4, 576), _SMALLEST),
 }  # fmt: skip
 
 
