@@ -20,7 +20,7 @@ from benchmarks.backend import _free
 from benchmarks.kv_offload_steps import SPARSE, throughput
 from benchmarks.rows import Row, bandwidth, measure, row
 from benchmarks.sparse_attention_layers import GQA, MLA, TINY, Layers, Shape
-from benchmarks.sparse_attention_quality import retention
+from benchmarks.sparse_attention_quality import retention, retention_variants
 from benchmarks.sparse_attention_variants import variants_gqa, variants_mla
 from effpass.lowering.ops.block_sparse_attention import BlockSelection
 from effpass.lowering.ops.two_level_attention_index import Selection
@@ -254,4 +254,5 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "end_to_end": end_to_end,
     "end_to_end_mla": end_to_end_mla,
     "retention": retention,
+    "retention_variants": retention_variants,
 }

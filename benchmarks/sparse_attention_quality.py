@@ -7,7 +7,7 @@ counts was chosen for. All methods attend to as many keys. Where blocks alone lo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any
 
@@ -23,7 +23,7 @@ from effpass.runtime.session import Session
 from effpass.runtime.sparse_attention import SparseSettings
 from effpass.trainers.lm.tasks import TASKS, make_example, shortest
 
-__all__ = ["retention"]
+__all__ = ["retention", "retention_variants"]
 
 AREA = "sparse_attention"
 FULL, OURS = "full attention", "two levels"
@@ -39,10 +39,33 @@ def retention(device: str, smoke: bool) -> Iterator[Row]:
         "blocks only": Selection(tokens, block=block, levels="blocks", recent=1),
         "tokens only": Selection(tokens, block=block, levels="tokens"),
     }
+    yield from _asked(tuple(TASKS), tokens, kinds, device, smoke)
+
+
+def retention_variants(device: str, smoke: bool) -> Iterator[Row]:
+    """Other choices of blocks: more, smaller, by other statistics, and by the largest score over query heads."""
+    tokens, keys, block = (48, 192, 16) if smoke else (512, 8192, 64)
+    kinds: dict[str, Selection | None] = {
+        FULL: None,
+        "blocks only": Selection(tokens, block=block, levels="blocks", recent=1),
+        f"two levels of {2 * keys} keys": Selection(tokens, 2 * keys // block, block),
+        "two levels by means": Selection(tokens, keys // block, block, statistic="mean"),
+        "two levels by mean and deviation": Selection(tokens, keys // block, block, statistic="mean_std"),
+        "two levels, blocks of 32": Selection(tokens, keys // 32, 32),
+        "two levels, blocks of 16": Selection(tokens, keys // 16, 16),
+        "two levels, blocks of 16, by mean and deviation": Selection(tokens, keys // 16, 16, statistic="mean_std"),
+        "two levels, largest over heads": Selection(tokens, keys // block, block, aggregation="max"),
+    }
+    yield from _asked(("needle", "copy", "frequent"), tokens, kinds, device, smoke)
+
+
+def _asked(
+    tasks: Sequence[str], tokens: int, kinds: dict[str, Selection | None], device: str, smoke: bool
+) -> Iterator[Row]:
     for model, tokenizer, name in _models(device, smoke):
         absorb(model)
         length = min(_longest(model), int(os.environ.get("EFFPASS_PROMPT", 256 if smoke else 32768)))
-        for task in TASKS:
+        for task in tasks:
             if length >= shortest(task, {}):
                 yield from _task(model, tokenizer, name, task, length, tokens, kinds, device, smoke)
 

@@ -143,6 +143,27 @@ def simulated_rows(document: Path) -> str:
     return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
 
+def retention_rows(document: Path) -> str:
+    """The committed rows of area `sparse_attention` on trained models: a line for each choice of keys."""
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    weak = set()
+    for row in _rows("sparse_attention"):
+        if (how := row["metric"]).startswith(_ANSWERS):
+            column = re.sub(r" sha256:\w+|, \d+ bytes", "", row["case"])
+            columns[column] = None
+            if "no signal" in row["note"]:
+                weak.add(column)
+            found.setdefault(how.removeprefix(_ANSWERS), {})[column] = f"{row['ours']:.1f}"
+    shown = [column for column in columns if column not in weak]
+    lines = ["| attends to | " + " | ".join(shown) + " |", "|---|" + "--:|" * len(shown)]
+    lines += [f"| {how} | " + " | ".join(values.get(c, "") for c in shown) + " |" for how, values in found.items()]
+    return "\n".join(lines) + "\n" if found else _NONE
+
+
+_ANSWERS = "answers right, "
+
+
 def expert_rows(document: Path) -> str:
     """The committed rows of area `moe` of one device: a line for each load."""
     lines = [
@@ -268,8 +289,8 @@ def refused_rows(document: Path) -> str:
     return "\n".join(lines) + f"\n\n{count} of these could be built, and are not.\n"
 
 
-# Metrics of the ways to cut a launch that were compared.
-_CUT_OTHERWISE = r"two levels, (score|choose|attend|as it is)|full, \("
+# Metrics of the ways to cut a launch that were compared, and of answers, which have a table of their own.
+_CUT_OTHERWISE = rf"two levels, (score|choose|attend|as it is)|full, \(|{_ANSWERS}"
 
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
@@ -294,6 +315,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "balance": lambda document: measured_rows("balance", without=r"simulated (step|imbalance)|coverage of"),
     "simulated": simulated_rows,
     "sparse_attention": lambda document: measured_rows("sparse_attention", without=_CUT_OTHERWISE),
+    "retention": retention_rows,
     "speculative": lambda document: measured_rows("speculative"),
     "cost": cost_rows,
     "headline": headline_rows,

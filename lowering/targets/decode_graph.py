@@ -270,8 +270,8 @@ def trace(
         device: device of the arguments.
     """
     # Sizes of 0 and 1 would become constants of the graph. It is captured at other sizes, and executed at 0 and 1 when
-    # it is validated. Inductor tiles its loops for these sizes: few tokens on a cache of some hundred positions.
-    batch, tokens, past = 2, 3, 509
+    # it is validated. Inductor tiles its loops for these sizes: few tokens, and 1024 positions in the cache after them.
+    batch, tokens, past = 2, 3, 1021
     args = [
         torch.zeros(batch, tokens, dtype=torch.long),
         torch.ones(batch, past + tokens, dtype=torch.long),

@@ -71,6 +71,7 @@ def training_arguments(settings: Settings, steps: int, folder: Path) -> Training
         save_steps=settings.save_every or 500,
         save_total_limit=2,
         ignore_data_skip=True,  # the data loader already starts where the checkpoint ended
+        ddp_broadcast_buffers=False,  # all processes have loaded the same; a broadcast would wait for the first process
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
