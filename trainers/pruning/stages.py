@@ -163,8 +163,10 @@ def learn(
 
 # -- the cut ----------------------------------------------------------------------------------------------------------
 
-# Maximum deviation of logits that a different summation order may cause, relative to the largest logit.
-_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Maximum deviation of a token's logits (relative, root mean square) that a different summation order may cause in most
+# tokens. With SmolLM2 cut to half in float32 the median is 7e-7, and 2.5e-4 with one wrong channel in the last layer. The
+# maximum says less: some tokens amplify rounding to 3e-4.
+_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
@@ -190,8 +192,9 @@ def cut(model: Any, problem: Problem, learned: Learned, ids: Tensor) -> None:
             expected = model(input_ids=ids, use_cache=False).logits
         cut_model(model, learned.keep)
         found = model(input_ids=ids, use_cache=False).logits
-    far = float((found - expected).abs().max() / expected.abs().max())
-    if not far < _ROUNDING.get(found.dtype, 3e-2):
+    by_token = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    far = float(by_token.median())
+    if not far < _ROUNDING.get(found.dtype, 3e-2):  # also true for NaN
         raise EffpassError(
             f"the cut model's logits are {far:.2g} of their size from those of the masked one", hint="report this"
         )
