@@ -166,7 +166,7 @@ def _aoti_on_a_gpu(shape: str, past: int, runs: int) -> Iterator[Row]:
 
     The peer compiles the same graph, in Inductor's default mode, with attention as the file has it.
     """
-    from effpass.lowering.targets.decode_graph import plain_attention
+    from effpass.lowering.targets.tracing import plain_attention
 
     model = random_model(shape, "cuda", torch.bfloat16)
     case = f"{shape} decode, batch 1, past {past}, bfloat16"

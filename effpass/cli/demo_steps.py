@@ -159,7 +159,7 @@ def onnx_decoder(file: Path, model: Any, tokenizer: Any, prompt: Any, max_new_to
     """
     import torch
 
-    from effpass.lowering.targets.decode_graph import cache_layers
+    from effpass.lowering.targets.cache_layers import cache_layers
     from effpass.lowering.targets.onnx import onnx_step
 
     step = onnx_step(file)

@@ -18,11 +18,13 @@ import torch
 from effpass.core.errors import ExportError
 from effpass.lowering.targets import zip_file
 from effpass.lowering.targets.assumptions import any_size
-from effpass.lowering.targets.decode_graph import CPU, DEVICES, DecodeGraph, Step, plain_attention
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.device import CPU, DEVICES
 from effpass.lowering.targets.gpu import describe_gpu
 from effpass.lowering.targets.limits import Limits
 from effpass.lowering.targets.target import Target, compile_error, first_words
 from effpass.lowering.targets.tolerance import require_cpp_compiler, require_shared_cpp_runtime, require_triton
+from effpass.lowering.targets.tracing import plain_attention
 
 __all__ = ["AotiTarget"]
 

@@ -19,8 +19,8 @@ import torch
 from torch.export import ExportedProgram
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import sizes_stay_free
 from effpass.lowering.targets.limits import LARGEST_INDEX, Elements
+from effpass.lowering.targets.tracing import sizes_stay_free
 
 __all__ = ["any_size"]
 

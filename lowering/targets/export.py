@@ -21,7 +21,8 @@ from effpass.core.errors import ExportError, PassRefusedError
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager, Planned
 from effpass.core.report import Report
-from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph, model_device
+from effpass.lowering.targets.decode_graph import check_exportable, export_decode_graph
+from effpass.lowering.targets.device import model_device
 from effpass.lowering.targets.gpu import require_current
 from effpass.lowering.targets.host_memory import check_memory
 from effpass.lowering.targets.limits import Limits, check_limits, limited

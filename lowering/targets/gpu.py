@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CPU
+from effpass.lowering.targets.device import CPU
 
 __all__ = ["NAME", "available_gpu_memory", "check_gpu", "describe_gpu", "device_here", "require_current"]
 

@@ -6,7 +6,7 @@ import torch
 
 from effpass.core.available_memory import available_memory
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CPU
+from effpass.lowering.targets.device import CPU
 from effpass.lowering.targets.gpu import available_gpu_memory
 from effpass.lowering.targets.target import Target
 

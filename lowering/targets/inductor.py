@@ -22,21 +22,16 @@ from effpass.core.errors import ArtifactError, ExportError
 from effpass.core.strict_json import parse_json
 from effpass.core.tensor_file import check_safetensors, read_safetensors
 from effpass.lowering.targets.assumptions import any_size
-from effpass.lowering.targets.decode_graph import (
-    DEVICES,
-    CacheLayer,
-    DecodeGraph,
-    Step,
-    plain_attention,
-    relate_sizes,
-    trace,
-)
+from effpass.lowering.targets.cache_layers import CacheLayer
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.device import DEVICES
 from effpass.lowering.targets.graph_text import graph_from_text, graph_to_text
 from effpass.lowering.targets.limits import Limits, check_indices
 from effpass.lowering.targets.manifest import PREFIX, digest_of
 from effpass.lowering.targets.publish import sha256
 from effpass.lowering.targets.target import Target, compile_error
 from effpass.lowering.targets.tolerance import require_cpp_compiler, require_triton
+from effpass.lowering.targets.tracing import plain_attention, relate_sizes, trace
 
 __all__ = ["InductorTarget"]
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step
+from effpass.lowering.targets.cache_layers import CacheLayer
+from effpass.lowering.targets.decode_graph import Step
+from effpass.lowering.targets.device import CPU
 
 __all__ = ["LARGEST_INDEX", "Elements", "Limits", "check_indices", "check_limits", "limited", "model_length"]
 

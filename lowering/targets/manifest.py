@@ -19,7 +19,8 @@ from torch import Tensor
 
 from effpass.core.errors import ExportError
 from effpass.core.strict_json import parse_json
-from effpass.lowering.targets.decode_graph import DEVICES, CacheLayer
+from effpass.lowering.targets.cache_layers import CacheLayer
+from effpass.lowering.targets.device import DEVICES
 from effpass.lowering.targets.limits import Limits
 from effpass.lowering.targets.validation import Check, DecodeCase, Recording, Tolerance
 

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 
 from effpass.core.errors import ExportError, did_you_mean
-from effpass.lowering.targets.decode_graph import CPU, DecodeGraph, Step
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.device import CPU
 from effpass.lowering.targets.limits import Limits, model_length
 
 __all__ = ["TARGETS", "Target", "compile_error", "find_target", "first_words", "target_of_file"]

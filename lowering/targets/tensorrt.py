@@ -27,7 +27,8 @@ import torch
 
 from effpass.core.errors import ExportError
 from effpass.core.strict_json import parse_json
-from effpass.lowering.targets.decode_graph import CPU, DecodeGraph, Step
+from effpass.lowering.targets.decode_graph import DecodeGraph, Step
+from effpass.lowering.targets.device import CPU
 from effpass.lowering.targets.limits import Limits, model_length
 from effpass.lowering.targets.onnx import OnnxTarget
 from effpass.lowering.targets.publish import sha256

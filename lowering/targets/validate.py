@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CPU, Step
+from effpass.lowering.targets.decode_graph import Step
+from effpass.lowering.targets.device import CPU
 from effpass.lowering.targets.gpu import check_gpu, device_here
 from effpass.lowering.targets.limits import Limits, limited
 from effpass.lowering.targets.manifest import Manifest, unseal

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from effpass.core.cache_name import cache_name
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CPU, CacheLayer, Step, plain_attention
+from effpass.lowering.targets.cache_layers import CacheLayer
+from effpass.lowering.targets.decode_graph import Step
+from effpass.lowering.targets.device import CPU
+from effpass.lowering.targets.tracing import plain_attention
 
 __all__ = [
     "TOLERANCE",

@@ -15,7 +15,7 @@ from fixed_tolerance import fixed_tolerance
 
 import effpass
 from effpass.lowering.targets import export
-from effpass.lowering.targets.decode_graph import cache_layers
+from effpass.lowering.targets.cache_layers import cache_layers
 from effpass.passes.weights.quantized import dequantize_linears
 
 SUFFIXES = {"onnx": ".onnx", "inductor": ".safetensors", "aoti": ".pt2", "tensorrt": ".engine"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from effpass.core.errors import ExportError
-from effpass.lowering.targets.decode_graph import CacheLayer, DecodeGraph, cache_layers, export_decode_graph
+from effpass.lowering.targets.cache_layers import CacheLayer, cache_layers
+from effpass.lowering.targets.decode_graph import DecodeGraph, export_decode_graph
 from effpass.lowering.targets.validation import DecodeCase, record_model, record_step
 
 # float32, two layers, logits of about 0.5: a few hundred roundings of 6e-8

@@ -23,7 +23,7 @@ from effpass.core.program import Program
 from effpass.core.recipe import Recipe
 from effpass.lowering.targets import export, onnx_file, onnx_ops
 from effpass.lowering.targets import target as target_module
-from effpass.lowering.targets.decode_graph import CacheLayer
+from effpass.lowering.targets.cache_layers import CacheLayer
 from effpass.lowering.targets.export import ExportedDecoder
 from effpass.lowering.targets.onnx import OnnxTarget, export_onnx, onnx_step
 from effpass.lowering.targets.publish import check_output

@@ -23,7 +23,9 @@ from effpass.core.errors import ExportError
 from effpass.core.model import weights_size
 from effpass.lowering.targets import export, gpu, host_memory, publish, tolerance
 from effpass.lowering.targets.assumptions import any_size
-from effpass.lowering.targets.decode_graph import CacheLayer, DecodeGraph, export_decode_graph, model_device
+from effpass.lowering.targets.cache_layers import CacheLayer
+from effpass.lowering.targets.decode_graph import DecodeGraph, export_decode_graph
+from effpass.lowering.targets.device import model_device
 from effpass.lowering.targets.limits import Limits, check_indices, limited
 from effpass.lowering.targets.manifest import Manifest, seal
 from effpass.lowering.targets.onnx import OnnxTarget

@@ -164,8 +164,8 @@ def learn(
 # -- the cut ----------------------------------------------------------------------------------------------------------
 
 # Maximum deviation of a token's logits (relative, root mean square) that a different summation order may cause in most
-# tokens. With SmolLM2 cut to half in float32 the median is 7e-7, and 2.5e-4 with one wrong channel in the last layer. The
-# maximum says less: some tokens amplify rounding to 3e-4.
+# tokens. With SmolLM2 cut to half in float32, the median is 7e-7, and 2.5e-4 with one wrong channel in the last layer.
+# The maximum says less: some tokens amplify rounding to 3e-4.
 _ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
