@@ -148,16 +148,26 @@ def optimize(
         The model to use, as in :func:`prepare`.
 
     Raises:
-        EffpassError: a pass can't act on `model`, in which case nothing was changed.
+        EffpassError: a pass can't act on `model`, or `mode` or `inner` is unknown; nothing was changed then.
     """
+    options = _inner_options(inner, mode)
     prepared, second = _prepare(model, plan(recipe))
-    options: dict[str, Any] = {"passes": second, "inner": inner}
+    options["passes"] = second
+    prepared.compile(backend="effpass", options=options, dynamic=dynamic, fullgraph=fullgraph)
+    return prepared
+
+
+def _inner_options(inner: str, mode: str | None) -> dict[str, Any]:
+    """Options of the effpass backend for an inner backend, which must be registered, and a mode of Inductor."""
+    from effpass.backend import BackendOptions, inner_backend
+
+    options: dict[str, Any] = {"inner": inner}
+    inner_backend(BackendOptions.parse(options), mode)
     if mode is not None:
         from torch._inductor import list_mode_options
 
         options["inner_options"] = list_mode_options(mode)  # torch.compile takes a mode or options, not both
-    prepared.compile(backend="effpass", options=options, dynamic=dynamic, fullgraph=fullgraph)
-    return prepared
+    return options
 
 
 def inspect(
@@ -221,7 +231,8 @@ def generate(
         options: arguments of the model's `generate` (`max_new_tokens`, `do_sample`, ...).
 
     Yields:
-        Pieces of the text in order, while it is being generated. Closing the iterator ends the generation.
+        Pieces of the text in order, while it is being generated. Closing the iterator ends the generation. If the model
+        is generating for another iterator, the first piece comes after that has ended.
     """
     from threading import Thread
 
@@ -246,7 +257,7 @@ def generate(
                 model.generate(**inputs.to(model.device), streamer=streamer, **options)  # type: ignore[operator]
         except BaseException as error:
             failure.append(error)
-            streamer.end()
+            streamer.on_finalized_text("", stream_end=True)  # `end` would decode the rest, which may be what failed
 
     thread = Thread(target=run, daemon=True)
     thread.start()

@@ -24,14 +24,16 @@ from torch._dynamo.exc import InvalidBackend
 from torch.fx import GraphModule
 
 from effpass.core import registry
+from effpass.core.alone import alone
 from effpass.core.derived import DerivedArguments, derived_bytes
 from effpass.core.dynamo import NotRetraceableError, program_from_dynamo, weight_names
 from effpass.core.errors import RecipeError, did_you_mean
 from effpass.core.manager import PassManager, Planned
 from effpass.core.model import inner_model
+from effpass.core.plan import default_passes
 from effpass.core.report import Report
 
-__all__ = ["BackendOptions", "DecodeBackend", "effpass", "reports"]
+__all__ = ["BackendOptions", "DecodeBackend", "effpass", "inner_backend", "reports"]
 
 log = logging.getLogger("effpass")
 
@@ -108,25 +110,12 @@ class BackendOptions:
         elif self.recipe is not None:
             recipe = Recipe.load(Path(self.recipe))
         else:
-            return default_passes()
+            return [p for p in default_passes() if "backend" in p.pass_.entrances]
         return PassManager.from_recipe(recipe).planned
 
     @property
     def is_default(self) -> bool:
         return self.recipe is None and self.passes is None
-
-
-def default_passes() -> list[Planned]:
-    """Every exact pass that acts in the backend and needs no artifact: weights passes first, then by name.
-
-    Weights passes precede graph passes because they look for the matrix products of the weights that they change, which
-    a graph pass may have fused with other operators.
-    """
-    return [
-        Planned(registry.load(info.name)())
-        for info in sorted(registry.describe(), key=lambda info: info.kind != "weights")
-        if info.error is None and info.exact and not info.needs_artifact and "backend" in info.entrances
-    ]
 
 
 def effpass(
@@ -152,7 +141,7 @@ def effpass(
         EffpassError: the options are not valid, a pass can't act, or a rewrite failed.
     """
     parsed = BackendOptions.parse(options)
-    inner = _inner(parsed, mode)
+    inner = inner_backend(parsed, mode)
     planned = parsed.planned()
     names = weight_names(gm, parsed.prefix)
     planned = [p for p in planned if p.require or not parsed.is_default or p.pass_.could_act(names)]
@@ -195,12 +184,27 @@ class DecodeBackend:
         return effpass(gm, example_inputs, options={"passes": [*self.passes, *fusions], "inner": self.inner})
 
 
-def _inner(options: BackendOptions, mode: str | None) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+def inner_backend(
+    options: BackendOptions, mode: str | None
+) -> Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """Return the function that compiles a rewritten graph.
+
+    Args:
+        options: options of the effpass backend.
+        mode: a mode of Inductor; None for the default.
+
+    Raises:
+        RecipeError: the inner backend is not registered, or it has no such mode.
+    """
     if options.inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        try:
+            patches = {**(list_mode_options(mode) if mode else {}), **options.inner_options}
+        except RuntimeError as error:  # an unknown one
+            known = ", ".join(list_mode_options())
+            raise RecipeError(f"mode={mode!r} is no mode of Inductor", hint=f"modes: {known}") from error
         return lambda gm, inputs: compile_fx(gm, list(inputs), config_patches=patches or None)  # type: ignore[return-value]
     if mode is not None:
         raise RecipeError(f"mode={mode!r} is a mode of Inductor, and options['inner'] is {options.inner!r}")
@@ -254,12 +258,13 @@ def _let_generate_run_compiled() -> None:
             return original.generate(*args, **kwargs)
         # PeftModel.generate calls generate of the inner model.
         runs = inner_model(original)
-        before = runs._compiled_call_impl
-        runs._compiled_call_impl = self.dynamo_ctx(runs._call_impl)
-        try:
-            return original.generate(*args, **kwargs)
-        finally:
-            runs._compiled_call_impl = before
+        with alone(runs):
+            before = runs._compiled_call_impl
+            runs._compiled_call_impl = self.dynamo_ctx(runs._call_impl)
+            try:
+                return original.generate(*args, **kwargs)
+            finally:
+                runs._compiled_call_impl = before
 
     if not hasattr(OptimizedModule, "generate"):
         OptimizedModule.generate = generate  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ def save(
         EffpassError: nothing was rewritten, `recipe` is not one that a checkpoint can hold, or `folder` exists and is
             not to be replaced.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # a link to a folder stays a link
     check_savable(recipe, folder, overwrite=overwrite)
     report: Report | None = getattr(model, "effpass_report", None)
     if report is not None and not report.hits:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 import effpass.lowering.ops.cached_attention  # noqa: F401  (registers effpass::cached_attention)
+from effpass.core.alone import alone
 from effpass.core.errors import ModelError
 from effpass.runtime.cache import BufferedLayer, DecodeCache
 from effpass.runtime.latent_attention import Absorbed
@@ -112,7 +113,15 @@ def _attend(
 
 @contextmanager
 def reading_cache(model: Any) -> Iterator[None]:
-    """Context manager in which `model` attends through :func:`cached_attention` and must be given `effpass_cache`."""
+    """Context manager in which `model` attends through :func:`cached_attention` and must be given `effpass_cache`.
+
+    One thread at a time can be in it, per model.
+    """
+    with alone(model):
+        yield from _reading_cache(model)
+
+
+def _reading_cache(model: Any) -> Iterator[None]:
     AttentionInterface.register(NAME, cached_attention)
     text = model.config.get_text_config(decoder=True)
     # Only the language model has a cache; a vision tower keeps its attention implementation.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from effpass.core.alone import alone
 from effpass.core.errors import EffpassError, HostMemoryError, ModelError
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.cache import DecodeCache, layer_windows
@@ -75,6 +76,8 @@ class Engine:
     def session(self, rows: int, capacity: int, cache: DecodeCache | None = None) -> Iterator[Session]:
         """Context manager that yields a session, and in which `model` attends through the session's cache.
 
+        One thread at a time can be in it; others wait.
+
         Args:
             rows: number of sequences.
             capacity: number of tokens of prompt and answer together, per sequence.
@@ -83,6 +86,10 @@ class Engine:
         Raises:
             EffpassError: if the device has not enough memory, or `cache` does not fit.
         """
+        with alone(self.model):
+            yield from self._session(rows, capacity, cache)
+
+    def _session(self, rows: int, capacity: int, cache: DecodeCache | None) -> Iterator[Session]:
         session: Session | None = None
         try:
             session = self._take(rows, capacity) if cache is None else self._again(cache, rows, capacity)

@@ -52,6 +52,9 @@ def prefix_kv(
 ) -> None:
     """Learn a profile for the pass prefix_kv: what share of its tokens each layer keeps, for every budget."""
     lines = _read(data)
+    from effpass.core.artifact import check_replaceable
+
+    check_replaceable(output)
     has_images = any("image" in line for line in lines) if isinstance(lines, list) else False
     loaded = load(model, device, dtype, trust_remote_code, images=has_images)
     if loaded.tokenizer is None:

@@ -8,7 +8,7 @@ import typer
 
 from effpass.cli.console import stdout
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
-from effpass.cli.text import ArtifactFolder, TextFile, ids_of, pieces, read_text, tell_sample
+from effpass.cli.text import ArtifactFolder, TextFile, ids_of, most_tokens, pieces, read_text, tell_sample
 
 __all__ = ["sparse_attention"]
 
@@ -29,6 +29,9 @@ def sparse_attention(
 ) -> None:
     """Choose the channels of each layer's keys that `sparse_attention` keeps in four bits a number."""
     text = read_text(data)
+    from effpass.core.artifact import check_replaceable
+
+    check_replaceable(output)
     loaded = load(model, device, dtype, trust_remote_code)
     from effpass.passes.runtime.mla_absorption import absorb
     from effpass.runtime.sparse_channels import calibrate
@@ -36,7 +39,8 @@ def sparse_attention(
     ids = ids_of(text, loaded, model)
     is_latent = absorb(loaded.model) > 0
     artifact = calibrate(
-        loaded.model, pieces(ids, tokens, samples), channels=channels or (128 if is_latent else 32),
+        loaded.model, pieces(ids, most_tokens(tokens, loaded.model), samples),
+        channels=channels or (128 if is_latent else 32),
         provenance={"model": model, "data": data.name}, each=tell_sample,
     )  # fmt: skip
     artifact.save(output)

@@ -8,7 +8,7 @@ import typer
 
 from effpass.cli.console import stdout
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
-from effpass.cli.text import ArtifactFolder, TextFile, ids_of, pieces, read_text, tell_sample
+from effpass.cli.text import ArtifactFolder, TextFile, ids_of, most_tokens, pieces, read_text, tell_sample
 
 __all__ = ["sparse_verification"]
 
@@ -31,12 +31,16 @@ def sparse_verification(
 ) -> None:
     """Choose the layers that choose blocks in `sparse_verification`, and by which shares tokens may skip experts."""
     text = read_text(data)
+    from effpass.core.artifact import check_replaceable
+
+    check_replaceable(output)
     loaded = load(model, device, dtype, trust_remote_code)
     from effpass.runtime.speculative.calibrated import calibrate
     from effpass.runtime.speculative.redundancy import Budgets
 
     artifact = calibrate(
-        loaded.model, pieces(ids_of(text, loaded, model), tokens, samples, least=nodes + 1),
+        loaded.model,
+        pieces(ids_of(text, loaded, model), most_tokens(tokens, loaded.model), samples, least=nodes + 1),
         Budgets(attention, block, nodes=nodes), similarity=similarity,
         provenance={"model": model, "data": data.name}, each=tell_sample,
     )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,7 @@ def search(
     loaded = load(True)
     if loaded.tokenizer is None:
         raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
+    log.settle(_loaded(loaded.model))
     texts = Texts.of(text, other, loaded.tokenizer, workload)
     del loaded
     say = stderr()
@@ -104,6 +107,13 @@ def _texts(data: Path | None, validation: Path | None) -> tuple[str, str | None]
     return text, other
 
 
+def _loaded(model: Any) -> dict[str, str]:
+    """The dtype and a digest of the weights, which the name of a model does not say."""
+    from effpass.core.fingerprint import Fingerprint
+
+    return {"dtype": str(model.dtype), "weights": _hash(json.dumps(Fingerprint.of(model).to_json()))}
+
+
 def _hash(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
@@ -115,7 +125,11 @@ def _machine(device: str) -> dict[str, str]:
     from effpass.core.roofline import device_name
 
     is_here = device.partition(":")[0] == "cpu" or torch.cuda.is_available()  # loading says what is wrong with it
-    return {"device": device_name(torch.device(device)) if is_here else device, "torch": torch.__version__}
+    return {
+        "device": device_name(torch.device(device)) if is_here else device,
+        "torch": torch.__version__,
+        "effpass": version("effpass"),
+    }
 
 
 def show(found: Search, chosen: Candidate | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effpass.cli.console import step
-from effpass.cli.text import ids_of, pieces
+from effpass.cli.text import ids_of, most_tokens, pieces
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,9 +36,8 @@ def look(loaded: Any, recipe: Recipe | None, text: str, data: Path) -> Redundanc
         options.experts or defaults.experts,
     )  # fmt: skip
     ids = ids_of(text, loaded, str(data))
-    longest = getattr(loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TOKENS
     with step(f"looking at {data.name}"):
-        samples = pieces(ids, min(_TOKENS, longest), _SAMPLES, least=budgets.nodes + 1)
+        samples = pieces(ids, most_tokens(_TOKENS, loaded.model), _SAMPLES, least=budgets.nodes + 1)
         return measure(loaded.model, samples, budgets)
 
 

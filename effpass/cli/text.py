@@ -13,7 +13,7 @@ from effpass.cli.console import stderr
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ArtifactFolder", "TextFile", "ids_of", "pieces", "read_text", "tell_sample"]
+__all__ = ["ArtifactFolder", "TextFile", "ids_of", "most_tokens", "pieces", "read_text", "tell_sample"]
 
 TextFile = Annotated[
     Path,
@@ -57,6 +57,11 @@ def ids_of(text: str, loaded: Any, model: str) -> Tensor:
     if loaded.tokenizer is None:
         raise ModelError(f"{model} has no tokenizer", hint="save the tokenizer into the model's folder")
     return loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def most_tokens(tokens: int, model: Any) -> int:
+    """`tokens` of a sample, or as many as the model has positions for."""
+    return min(tokens, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or tokens)
 
 
 def pieces(ids: Tensor, length: int, count: int, least: int = 1) -> Iterator[Tensor]:

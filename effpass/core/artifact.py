@@ -29,7 +29,7 @@ from effpass.core.strict_json import parse_json
 from effpass.core.tensor_file import read_safetensors
 from effpass.core.whole import put_folder
 
-__all__ = ["Artifact", "TensorSpec", "read_safetensors"]
+__all__ = ["Artifact", "TensorSpec", "check_replaceable", "read_safetensors"]
 
 JSON_FILE = "effpass.json"
 TENSOR_FILE = "effpass.safetensors"
@@ -75,8 +75,8 @@ class Artifact:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        folder = Path(folder).absolute()
-        _check_replaceable(folder)
+        folder = Path(folder).resolve()  # a link to a folder stays a link
+        check_replaceable(folder)
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
         try:
             text = json.dumps(self._to_json(tensors), indent=2, allow_nan=False)
@@ -234,7 +234,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], specs: Map
             )
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raise an :class:`ArtifactError` if `folder` is a file, or holds files that are no part of an artifact."""
     if folder.is_dir():
         others = sorted(entry.name for entry in folder.iterdir() if entry.name not in (JSON_FILE, TENSOR_FILE))
         if others:

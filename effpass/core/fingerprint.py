@@ -177,7 +177,11 @@ class Fingerprint:
         for name, sketch in weights.items():
             if not (isinstance(sketch, list) and len(sketch) == 2 and all(type(v) in (int, float) for v in sketch)):
                 raise ValueError(f"weights[{name!r}] is {sketch!r}, expected [norm, projection]")
-        return cls(**{**content, "weights": {n: Sketch(float(a), float(b)) for n, (a, b) in weights.items()}})
+        try:
+            sketches = {name: Sketch(float(norm), float(projection)) for name, (norm, projection) in weights.items()}
+        except OverflowError as error:
+            raise ValueError(f"weights: {error}") from error
+        return cls(**{**content, "weights": sketches})
 
 
 def _table(named: Sequence[tuple[str, torch.Tensor]]) -> dict[str, dict[str, int]]:

@@ -18,6 +18,7 @@ import torch
 from effpass.core.errors import ModelError, did_you_mean
 from effpass.core.gguf import unpacked_checkpoint
 from effpass.core.model_config import check_causal_lm, check_reads_images, hub_is_out_of_reach, load_error, read_config
+from effpass.core.user_path import expand_user
 
 __all__ = ["LoadedModel", "inner_model", "load_model", "read_source", "weights_size"]
 
@@ -186,7 +187,7 @@ def _local_folder(name: str) -> Path | None:
     """The local checkpoint folder that `name` refers to (a GGUF file is unpacked); None for a hub id."""
     if name == "smollm2":
         return unpacked_checkpoint(_smollm2_file())
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if name and path.is_dir():
         return path
     if path.is_file():

@@ -18,14 +18,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from effpass.core.errors import EffpassError, did_you_mean
+from effpass.core.user_path import expand_user
 
-__all__ = ["dump_options", "read_options", "shown"]
+__all__ = ["dump_options", "has_defaults", "read_options", "shown"]
 
 _UNIONS = (Union, types.UnionType)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 _short.maxlevel = 3
+
+
+def has_defaults(options_class: type) -> bool:
+    """Whether every option of the dataclass has a default value."""
+    return not any(_required(field) for field in dataclasses.fields(options_class) if field.init)
 
 
 def read_options(options_class: type, given: object, *, base: Path, where: str) -> tuple[Any, list[str]]:
@@ -108,7 +114,7 @@ def _prepare(hint: Any, value: object, base: Path, where: str, faults: list[str]
     """Resolve the paths in `value`. Unknown keys of nested dataclasses are appended to `faults` and left out."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Path and isinstance(value, (str, Path)):
-        return os.fspath(base / Path(value).expanduser())
+        return os.fspath(base / expand_user(value))
     if origin is Annotated:
         return _prepare(args[0], value, base, where, faults)
     if origin in _UNIONS and str not in args:  # in `str | Path`, a string may be a name and is not resolved

@@ -8,9 +8,10 @@ from typing import Any
 
 from effpass.core import registry
 from effpass.core.manager import PassManager, Planned
+from effpass.core.options import has_defaults
 from effpass.core.recipe import Recipe
 
-__all__ = ["plan", "read_recipe"]
+__all__ = ["default_passes", "plan", "read_recipe"]
 
 
 def read_recipe(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> Recipe | None:
@@ -27,8 +28,17 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> list[Planned
     parsed = read_recipe(recipe)
     if parsed is not None:
         return PassManager.from_recipe(parsed).planned
-    return [
-        Planned(registry.load(info.name)())
-        for info in registry.describe()
-        if info.error is None and info.exact and not info.needs_artifact and info.kind != "runtime"
-    ]
+    return default_passes()
+
+
+def default_passes() -> list[Planned]:
+    """Build every exact pass on weights and graphs that needs neither an artifact nor an option.
+
+    Weights passes come first, then they are in the order of their names.
+
+    Weights passes precede graph passes because they look for the matrix products of the weights that they change, which
+    a graph pass may have fused with other operators.
+    """
+    infos = sorted(registry.describe(), key=lambda info: info.kind != "weights")
+    wanted = [i for i in infos if i.error is None and i.exact and not i.needs_artifact and i.kind != "runtime"]
+    return [Planned(found()) for found in (registry.load(i.name) for i in wanted) if has_defaults(found.Options)]

@@ -29,6 +29,7 @@ from effpass.core.options import dump_options, read_options, shown
 from effpass.core.pass_ import Pass
 from effpass.core.plain_yaml import MAX_BYTES, read_yaml, write_yaml
 from effpass.core.registry import STEP_KEYS, load
+from effpass.core.user_path import expand_user
 from effpass.core.whole import write_text
 
 __all__ = ["TARGETS", "Recipe", "Step", "named_recipes"]
@@ -77,7 +78,7 @@ class Recipe:
         Raises:
             RecipeError: the file does not exist, is larger than 1 MiB or not UTF-8, or :meth:`parse` finds a fault.
         """
-        path = Path(path).expanduser()
+        path = expand_user(path)
         own = named_recipes()
         if not path.is_file():
             path = own.get(os.fspath(path), path)

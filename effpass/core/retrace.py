@@ -351,14 +351,14 @@ def copy_placeholders(old: GraphModule, new: GraphModule) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    """A hashable form of nested arguments that tells 1, 1.0 and True apart."""
+    """A hashable form of nested arguments that tells 1, 1.0 and True apart, and 0.0 and -0.0."""
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *map(_frozen, value))
     if isinstance(value, dict):
         return ("dict", *((k, _frozen(v)) for k, v in value.items()))
     if isinstance(value, slice):
         return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
-    return (type(value), value)
+    return (float, value.hex()) if isinstance(value, float) else (type(value), value)
 
 
 def _metadata(value: Any) -> Any:

@@ -37,7 +37,7 @@ def put_folder(new: Path, place: Path) -> None:
 
     Args:
         new: folder on the same file system.
-        place: final path.
+        place: final path, which is no symbolic link.
 
     Raises:
         OSError: the folder can't be moved; an existing folder stays at `place`.

@@ -14,6 +14,7 @@ from typing import Any
 from effpass.backend import DECODE_PASSES
 from effpass.core import registry
 from effpass.core.errors import EffpassError
+from effpass.core.options import has_defaults
 from effpass.core.registry import PassInfo
 from effpass.search.workload import Goal, Workload
 
@@ -123,9 +124,5 @@ def _options(info: PassInfo, goal: Goal, workload: Workload) -> Iterator[Choice]
             candidates = max(_FEWEST, -(-2 * tokens // _BLOCK))
             options = {"tokens": tokens, "blocks": candidates, "dense_below": 1}
             yield Choice(name, f"{name} {tokens}", options, "channels")
-    elif not info.needs_artifact:
-        try:
-            registry.load(name).Options()
-        except TypeError:
-            return  # an option has no default
+    elif not info.needs_artifact and has_defaults(registry.load(name).Options):
         yield Choice(name, name, {})

@@ -37,6 +37,7 @@ class Log:
         predicted: predictions for all legal recipes, by recipe key.
         trials: results of the recipes measured so far, by recipe key, in the order of measurement.
         chosen: key of the recipe in ``recipe.yaml``, and whether it was confirmed on text that was not used to choose.
+        is_resumed: whether the search goes on from the files in the folder.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Log:
     predicted: dict[str, Estimate] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
+    is_resumed: bool = False
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], *, resume: bool) -> Log:
@@ -67,17 +69,32 @@ class Log:
                 raise EffpassError(f"{folder} exists", hint=hint)
             return cls(folder, settings)
         found = cls._read(folder)
+        found._compare(settings)
+        found.is_resumed = True
+        return found
+
+    def settle(self, settings: dict[str, Any]) -> None:
+        """Add settings that are known only once the model is loaded, or compare them in a resumed search.
+
+        Raises:
+            EffpassError: the search is resumed, and was one with other settings.
+        """
+        if self.is_resumed:
+            self._compare(settings)
+        else:
+            self.settings |= settings
+
+    def _compare(self, settings: dict[str, Any]) -> None:
         changed = [
-            f"{key} {found.settings.get(key)!r} -> {settings.get(key)!r}"
-            for key in sorted(settings.keys() | found.settings.keys())
-            if settings.get(key) != found.settings.get(key)
+            f"{key} {self.settings.get(key)!r} -> {value!r}"
+            for key, value in sorted(settings.items())
+            if self.settings.get(key) != value
         ]
         if changed:
             raise EffpassError(
-                f"this is not the search in {folder}: {'; '.join(changed)}",
+                f"this is not the search in {self.folder}: {'; '.join(changed)}",
                 hint="go on with the old settings, or start anew in another folder",
             )
-        return found
 
     @classmethod
     def _read(cls, folder: Path) -> Log:

@@ -8,6 +8,7 @@ prompt.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -113,6 +114,8 @@ def measure(model: Any, texts: Tensor, workload: Workload) -> Trial:
     groups = texts.split(_rows(model, workload))
     readings = [_read(model, group, workload) for group in groups]
     trial = Trial("measured", losses=[loss for reading in readings for loss in reading.losses])
+    if not all(map(math.isfinite, trial.losses)):
+        return Trial("failed", "its losses are not finite")
     if len(readings) > 1 and len(readings[-1].losses) == workload.batch:
         timed = readings[-1]  # the groups before it were the warm-up
     else:

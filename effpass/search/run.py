@@ -75,21 +75,29 @@ class Search:
             self.log.folder / ARTIFACTS, self.load, self.texts.calibration, self.workload, self.name, self.say
         )
         _check_length(calibrator.model, self.workload)
-        wanted, self.log.left_out = choices(calibrator.model, self.goal, self.workload, self.given)
+        wanted, left_out = choices(calibrator.model, self.goal, self.workload, self.given)
         usable, refused = calibrator.usable(wanted)
-        self.log.left_out |= refused
+        for choice in self.given:
+            if choice.label in refused:
+                raise EffpassError(f"{choice.label}: {refused[choice.label]}", hint="leave this --artifact out")
+        left_out |= refused
         calibrator.release()
         self.candidates = legal_recipes(usable, self.most)
         by_key = {candidate.key: candidate for candidate in self.candidates}
-        if set(self.log.predicted) != set(by_key):
-            self._predict()
+        untraced = {key: why for key, why in self.log.left_out.items() if key in by_key}
+        if set(self.log.predicted) | set(untraced) != set(by_key):
+            untraced = self._predict()
             self.log.predicted = {candidate.key: of for candidate, of in self.predicted.items()}
+        self.log.left_out = left_out | untraced
+        self.candidates = [candidate for candidate in self.candidates if candidate.key in self.log.predicted]
         self.predicted = {by_key[key]: of for key, of in self.log.predicted.items()}
         self.trials = {by_key[key]: trial for key, trial in self.log.trials.items() if key in by_key}
         self.log.save()
 
-    def _predict(self) -> None:
+    def _predict(self) -> dict[str, str]:
+        """Predict every candidate; returns those that can't be traced, with the reason."""
         traced: dict[Candidate, Traced | str] = {}
+        untraced: dict[str, str] = {}
         self.say(f"predicting {len(self.candidates)} legal recipes")
         for candidate in self.candidates:
             weights = candidate.weights
@@ -102,10 +110,10 @@ class Search:
                     traced[weights] = error.message
             found = traced[weights]
             if isinstance(found, str):
-                self.log.left_out[candidate.key] = found
+                untraced[candidate.key] = found
             else:
                 self.predicted[candidate] = found.with_passes(candidate.recipe.build()[len(weights.choices) :])
-        self.candidates = [candidate for candidate in self.candidates if candidate in self.predicted]
+        return untraced
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 

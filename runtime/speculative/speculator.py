@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from effpass.core.alone import alone
 from effpass.core.errors import ModelError
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.engine import Engine
@@ -87,11 +88,15 @@ class Speculator:
     def round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:
         """Context with a round, and its pace, for `rows` sequences of up to `capacity` tokens.
 
-        Inside, the attention of target and draft reads their caches.
+        Inside, the attention of target and draft reads their caches. One thread at a time can be in it; others wait.
 
         Raises:
             EffpassError: if the device has too little memory.
         """
+        with alone(self.engine.model):
+            yield from self._round(rows, capacity)
+
+    def _round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:
         engine, draft = self.engine, self.draft
         found: Round | None = None
         try:

@@ -335,3 +335,14 @@ def test_constants_of_equal_calls_do_not_replace_others():
     given = torch.randn(3, 2)
     program = program_from_dynamo(gm, [given])
     torch.testing.assert_close(program.gm(given), (shifted(given * ones**3),))
+
+
+def test_zeros_of_either_sign_are_two_constants():
+    class Signs(torch.nn.Module):
+        def forward(self, x):
+            return torch.copysign(x.sin().abs(), 0.0), torch.copysign(x.sin().abs(), -0.0)
+
+    x = torch.rand(4) + 0.5
+    plus, minus = torch.compile(Signs(), backend=through())(x)
+    assert (plus > 0).all()
+    assert (minus < 0).all()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from families import batch, make
+from tiny_checkpoint import make_checkpoint
 
 import effpass
 from effpass.core.errors import ArtifactError
@@ -78,3 +81,25 @@ def test_tensors_that_are_no_channels_are_refused(tmp_path):
     artifact.save(tmp_path / "a")
     with pytest.raises(ArtifactError, match=r"layers.0.channels does not ascend"):
         load_channels(tmp_path / "a")
+
+
+@pytest.mark.parametrize("command", ["prefix-kv", "sparse-attention", "sparse-verification"])
+def test_a_folder_with_other_files_is_refused_before_anything_is_loaded(run, tmp_path, command):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    done = run("calibrate", command, "no/model", "--data", tmp_path / "text.txt", "-o", tmp_path / "notes")
+    assert done.exit_code == 1
+    assert "holds mine.txt, which is no part of an artifact" in done.output
+
+
+def test_samples_are_no_longer_than_the_positions(run, tmp_path):
+    place = make_checkpoint(tmp_path / "short")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    done = run(
+        "calibrate", "sparse-attention", place, "-d", tmp_path / "text.txt", "-o", tmp_path / "c", "--channels", 4
+    )
+    assert done.exit_code == 0, done.output
+    assert "a sample of 64 tokens" in done.output

@@ -53,6 +53,9 @@ def test_a_search_stopped_and_gone_on_with(run, tiny_model, text, tmp_path, monk
     other = run(*words[:5], "1%", *words[6:], "--resume")
     assert other.exit_code == 1
     assert "quality_loss 0.05 -> 0.01" in other.stderr
+    other = run(*words, "--resume", "--dtype", "bfloat16")
+    assert other.exit_code == 1
+    assert "dtype 'torch.float32' -> 'torch.bfloat16'" in other.stderr
 
 
 def test_interrupted(run, tiny_model, text, tmp_path, monkeypatch):

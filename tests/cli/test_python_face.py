@@ -173,3 +173,48 @@ def test_generate_hands_on_what_goes_wrong_in_its_thread(model, tiny_model):
         list(effpass.generate(model, tokenizer, "hi", num_beams=2, max_new_tokens=2))
     with pytest.raises(EffpassError, match="the prompt is empty"):
         list(effpass.generate(model, tokenizer, ""))
+
+
+def test_optimize_checks_its_options_before_it_changes_the_model(tiny_model, tiny_adapter):
+    peft_model = adapted(tiny_model, tiny_adapter)
+    before = {name: value.clone() for name, value in peft_model.state_dict().items()}
+    for how, says in (
+        ({"mode": "bogus"}, "mode='bogus' is no mode of Inductor"),
+        ({"inner": "inductr"}, "no backend 'inductr' is registered, did you mean 'inductor'"),
+        ({"inner": "eager", "mode": "max-autotune"}, "is a mode of Inductor, and"),
+    ):
+        with pytest.raises(EffpassError, match=says):
+            effpass.optimize(peft_model, {"passes": ["merge_lora"]}, **how)
+    after = peft_model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_passes_that_need_an_option_are_no_part_of_the_default(model, monkeypatch):
+    from dataclasses import dataclass
+
+    from effpass.core import registry
+    from effpass.core.pass_ import GraphPass
+
+    @dataclass(frozen=True)
+    class Options:
+        scale: float
+
+    class Scaled(GraphPass):
+        """Scales."""
+
+        name, exact = "scaled", True
+
+    Scaled.Options = Options
+    monkeypatch.setattr(f"{__name__}.Scaled", Scaled, raising=False)
+    monkeypatch.setitem(registry.BUILTIN, "scaled", f"{__name__}:Scaled")
+    assert next(info for info in registry.describe() if info.name == "scaled").error is None
+    names = [planned.pass_.name for planned in plan(None)]
+    assert "scaled" not in names
+    assert names[0] == "merge_lora"  # weights first
+    effpass.prepare(model)
+
+
+def test_a_home_folder_that_is_not_there(refused, tiny_model):
+    for words in (("recipe", "check", "~nobody-here/r.yaml"), ("generate", "~nobody-here/m", "-p", "a")):
+        assert "~nobody-here" in refused(*words)

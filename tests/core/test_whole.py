@@ -159,3 +159,12 @@ def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
 def test_a_system_without_the_call(tmp_path, monkeypatch):
     monkeypatch.setattr(whole.ctypes, "CDLL", lambda name: object())
     assert not whole._exchange(tmp_path, tmp_path)
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    artifact(1.0).save(tmp_path / "v1")
+    (tmp_path / "latest").symlink_to("v1")
+    artifact(2.0).save(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert state(tmp_path / "v1") == ({"value": 2.0}, 2.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "v1"]

@@ -11,9 +11,10 @@ from families import CONFIGS, make, writes_angles_as_a_product
 
 import effpass.lowering.ops.cached_attention
 import effpass.lowering.ops.fused_linear
-from effpass.backend import default_passes, reports
+from effpass.backend import reports
 from effpass.core.dynamo import program_from_dynamo
 from effpass.core.manager import PassManager
+from effpass.core.plan import default_passes
 from effpass.lowering.ops.fused_linear import TOLERANCE
 from effpass.passes.graph.fuse_linears import FuseLinears
 from effpass.passes.graph.fuse_rope_attention import FuseRopeAttention

@@ -13,9 +13,10 @@ from product_programs import program_of
 from torch._dynamo.utils import counters
 
 import effpass
-from effpass.backend import DECODE_PASSES, DecodeBackend, default_passes, reports
+from effpass.backend import DECODE_PASSES, DecodeBackend, reports
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager
+from effpass.core.plan import default_passes
 from effpass.lowering.ops.moe_ffn import TOLERANCE
 from effpass.passes.graph.moe_gemm import MoeGemm
 

@@ -54,6 +54,39 @@ def test_closing_a_stream_ends_the_generation(loaded: Any, monkeypatch: pytest.M
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_streams_of_one_model_wait_for_each_other(loaded: Any) -> None:
+    model, tokenizer = loaded
+    ids = tokenizer("abc", return_tensors="pt")["input_ids"]
+    before = model(input_ids=ids).logits
+    texts = ("abc", "hello you", "x")
+    alone = ["".join(effpass.generate(model, tokenizer, t, max_new_tokens=30, do_sample=False)) for t in texts]
+    streams = [effpass.generate(model, tokenizer, t, max_new_tokens=30, do_sample=False) for t in texts]
+    first = [next(stream, "") for stream in streams]  # all have begun
+    assert [a + "".join(rest) for a, rest in zip(first, streams, strict=True)] == alone
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_a_tokenizer_that_fails_ends_the_stream(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded
+    said: list[str] = []
+
+    def decode(*_: Any, **__: Any) -> str:
+        raise IndexError("piece id is out of range")
+
+    def read() -> None:
+        try:
+            list(effpass.generate(model, tokenizer, "abc", max_new_tokens=4, do_sample=False))
+        except IndexError as error:
+            said.append(str(error))
+
+    monkeypatch.setattr(type(tokenizer), "decode", decode)
+    reader = threading.Thread(target=read, daemon=True)  # which would wait forever
+    reader.start()
+    reader.join(60)
+    assert said == ["piece id is out of range"]
+
+
 def test_stop_strings(loaded: Any) -> None:
     model, tokenizer = loaded
     inputs = tokenizer(["xyz", "qrs"], return_tensors="pt")

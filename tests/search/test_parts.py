@@ -221,6 +221,10 @@ def test_what_goes_wrong_is_a_result(load, texts, monkeypatch):
     def fail(*args: object) -> None:
         raise RuntimeError("no memory\nand more")
 
+    with monkeypatch.context() as broken:
+        broken.setattr("torch.nn.functional.cross_entropy", lambda *_, **__: torch.full((), float("nan")))
+        lost = try_out(load, DENSE, texts.selection, WORKLOAD)
+    assert (lost.status, lost.reason, lost.losses) == ("failed", "its losses are not finite", [])
     monkeypatch.setattr("effpass.search.measure.measure", fail)
     failed = try_out(load, DENSE, texts.selection, WORKLOAD)
     assert (failed.status, failed.reason) == ("failed", "RuntimeError: no memory")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from effpass.core.errors import EffpassError, did_you_mean
 from effpass.core.options import read_options, shown
 from effpass.core.plain_yaml import MAX_BYTES, read_yaml
+from effpass.core.user_path import expand_user
 
 __all__ = ["Config", "OptimizerConfig", "Schedule", "Source", "Stage", "load_config"]
 
@@ -213,7 +214,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         RecipeError: if the file is not readable as YAML.
         EffpassError: if the config is invalid. The message names every fault with its path, such as ``optimizer.lrr``.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     given = read_yaml(data, str(path), "config", "`version:`, `model:`, `data:`, `stages:` and `optimizer:`")
@@ -268,7 +269,7 @@ def _resolved(config: Config, base: Path) -> Config:
     from dataclasses import replace
 
     def absolute(text: str) -> str:
-        return os.fspath(base / Path(text).expanduser())
+        return os.fspath(base / expand_user(text))
 
     model: Mapping[str, Any] = config.model
     if "from" in model:

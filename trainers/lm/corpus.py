@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from effpass.core.errors import EffpassError
+from effpass.core.user_path import expand_user
 from effpass.trainers.lm.tokenizer import END, byte_ids
 
 __all__ = ["Corpus", "TextFile", "find_files", "read_corpus", "write_corpus"]
@@ -91,7 +92,7 @@ def find_files(patterns: list[str], base: Path, where: str) -> list[TextFile]:
             raise EffpassError(
                 f"{where}: the environment variable {name!r} in {pattern!r} is not set", hint=f"export {name}=FOLDER"
             ) from error
-        whole = os.fspath(base / Path(expanded).expanduser())
+        whole = os.fspath(base / expand_user(expanded))
         paths = [path for path in glob.glob(whole, recursive=True) if os.path.isfile(path)]
         if not paths:
             raise EffpassError(f"{where}: no file matches {pattern!r}, which is {whole}")
