@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -47,19 +48,34 @@ def demo(
 ) -> None:
     """Show the main job on SmolLM2-135M: adapter, recipe, torch.compile, ONNX. Takes a few minutes on two cores.
 
-    It needs no network and no GPU. Every number it prints was measured while it ran.
+    It needs no network and no GPU. Every number it prints was measured while it ran, except for the cost model's
+    prediction. The report stays, and all other files only with --keep.
     """
     if keep is not None and (keep.exists() and (not keep.is_dir() or any(keep.iterdir()))):
         raise EffpassError(f"{keep} exists and is no empty folder", hint="choose another folder")
-    with contextlib.ExitStack() as stack:
-        if keep is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effpass-demo-")))
-        else:
-            folder = keep
-            folder.mkdir(parents=True, exist_ok=True)
+    folder = keep or Path(tempfile.mkdtemp(prefix="effpass-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         run_demo("smollm2", folder.absolute(), workload=WORKLOAD if full else None)
-    if keep is not None:
-        stdout().print(f"Kept in {keep}: {', '.join(sorted(p.name for p in keep.iterdir()))}", markup=False)
+    finally:
+        if keep is None:
+            _remove_all_but(folder, REPORT)
+    kept = ", ".join(sorted(path.name for path in folder.iterdir()))
+    stdout().print(f"Kept in {folder}: {kept}", markup=False, soft_wrap=True)
+
+
+REPORT = "report.html"
+
+
+def _remove_all_but(folder: Path, name: str) -> None:
+    """Remove the contents of `folder` but for one file, and the folder if that leaves it empty."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != name:
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @dataclass
@@ -176,16 +192,16 @@ def run_demo(
             rounds,
         )
     remark = others.remark()
-    report = folder / "report.html"
+    story.say(_timings(seconds, _bytes(peft_model), _bytes(merged_model)))
+    if remark is not None:
+        story.say(remark)
+    report = folder / REPORT
     with story.step("inspect: what the recipe should gain on this CPU by the cost model, as a page"):
         inspection = steps.write_report(peft_model, source, recipe, report)
     story.say(f"    {report}", style="dim", markup=False, soft_wrap=True)
     story.say()
     story.say(_changes(backend.reports, exported))
     _say_how_exact(story, exported)
-    story.say(_timings(seconds, _bytes(peft_model), _bytes(merged_model)))
-    if remark is not None:
-        story.say(remark)
     _say_prediction(story, inspection)
     _conclude(story, seconds)
     if workload is not None:
@@ -298,7 +314,7 @@ def _say_prediction(story: _Story, inspection: Inspection) -> None:
         before, after = decode.stages[0].seconds, decode.stages[-1].seconds
         story.say(
             f"The cost model predicts {before * 1e3:.1f} ms per token compiled with the adapter beside, and"
-            f" {after * 1e3:.1f} ms merged; report.html shows where the time goes."
+            f" {after * 1e3:.1f} ms merged; {REPORT} shows where the time goes."
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from effpass.cli.console import megabytes, print_json, progress, stdout
-from effpass.cli.model import Device, Dtype, Json, Model, RecipeFile, TrustRemoteCode, load, read_recipe
+from effpass.cli.model import Device, Dtype, Json, Model, TrustRemoteCode, load, read_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,8 +21,17 @@ __all__ = ["checks_table", "export"]
 
 def export(
     model: Model,
-    recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write.", show_default=False)],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="To apply: a file, or a name. Default: none; the model is exported as it is.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +59,7 @@ def export(
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Export a model, rewritten by a recipe, as a file, and check the file.
+    """Export a model as a file, rewritten by a recipe if one is given, and check the file.
 
     Two differences are reported, and never mixed: the file against the rewritten model (export error), and the
     rewritten model against the original (method loss). A file that is out of tolerance is not kept, and the exit code
@@ -59,8 +68,10 @@ def export(
     that it is built from. What would run out of memory is refused before the model is loaded.
     """
     parsed = read_recipe(recipe)
-    assert parsed is not None
     from effpass import api
+    from effpass.core.recipe import Recipe
+
+    parsed = parsed or Recipe.parse({"passes": []})
 
     chosen = target or parsed.target or "onnx"
     api.check_export(

@@ -165,7 +165,10 @@ def _patterns(pass_: Pass, program: Program) -> list[Pattern]:
 
 
 def _trace(pass_: Pass, dtype: torch.dtype, device: torch.device) -> Pattern:
-    examples = list(pass_.example_inputs())
+    given = pass_.example_inputs()
+    if isinstance(given, torch.Tensor):  # would be iterated over its first dimension
+        raise _invalid(pass_, "is traced on the tensors of example_inputs(), which gives a single one and no list")
+    examples = list(given)
     names = list(inspect.signature(pass_.pattern).parameters)
     if len(names) != len(examples):
         raise _invalid(pass_, f"takes {len(names)} arguments and example_inputs() gives {len(examples)}")

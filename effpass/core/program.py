@@ -175,10 +175,6 @@ class Program:
         """The original weight that `node` is the placeholder of; None for any other node, even one computed from it."""
         return self.weights.get(node) if isinstance(node, Node) else None
 
-    def weight_named(self, name: str) -> Weight | None:
-        """The weight with this name or alias; None when the program has no such weight."""
-        return next((w for w in self.weights.values() if name in w.names), None)
-
     def linears(self) -> Iterator[Linear]:
         """Yield every use of a weight matrix in graph order, both `aten.linear` and GPT-2's `addmm`."""
         for node in list(self.graph.nodes):

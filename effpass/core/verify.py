@@ -93,7 +93,10 @@ def verify(program: Program, before: Snapshot, name: str) -> None:
     _verify_interface(program, before, name)
     for node in program.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and _yields_tensor(node):
-            raise RewriteError(f"pass {name}: new node {node.format_node()} has no value in meta['val']")
+            raise RewriteError(
+                f"pass {name}: new node {node.format_node()} has no value in meta['val']",
+                hint="set it to what the operator gives for the meta['val'] of the arguments: node.target(*values)",
+            )
     _verify_order(program, before, name)
 
 

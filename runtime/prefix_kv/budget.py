@@ -16,6 +16,13 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B)")
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
 def parse_bytes(name: str, given: str) -> int:
     """Parse a number of bytes with a unit, such as ``"512 MiB"`` or ``"8 GB"``.
 
@@ -24,7 +31,10 @@ def parse_bytes(name: str, given: str) -> int:
     """
     match = _BYTES.fullmatch(given.strip())
     if match is None or float(match[1]) == 0:
-        raise EffpassError(f"{name}: got {given!r}, expected bytes such as '512 MiB' or '8 GB'")
+        hint = (
+            f"a share or a number of tokens is written without quotes: {given.strip()}" if _is_number(given) else None
+        )
+        raise EffpassError(f"{name}: got {given!r}, expected bytes such as '512 MiB' or '8 GB'", hint=hint)
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -15,7 +15,7 @@ def test_demo_on_a_tiny_model(tiny_model, tmp_path, capsys, monkeypatch):
     from effpass import Recipe, backend
     from effpass.cli.demo import run_demo
 
-    monkeypatch.setattr(backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
+    monkeypatch.setattr(backend, "inner_backend", lambda options, mode: lambda gm, inputs: gm)
     run_demo(str(tiny_model), tmp_path, lessons=3, max_new_tokens=8, rounds=1, workload=(1, 128, 8, 2))
     shown = capsys.readouterr()
     assert shown.err == ""
