@@ -70,7 +70,7 @@ def cached_attention(
     scale = scaling or query.shape[-1] ** -0.5
     has_latents = isinstance(module, Absorbed)
     reader, out = effpass_cache.reader, None
-    if reader is not None and reader.keeps_queries and query.shape[2] > 1:
+    if reader is not None and reader.keeps_queries and (query.shape[2] > 1 or layer.slots.in_prompt):
         last = query[:, :, -1:]
         reader.keep_query(module.layer_idx, module.absorb(last) if has_latents else last.clone())
     if has_latents:

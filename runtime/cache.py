@@ -49,6 +49,7 @@ class Slots:
         seen: number of tokens entered, including evicted ones (*logical length*), on the host.
         is_replayed: whether the call is being recorded in a CUDA graph, whose replays have another `length`.
         is_dense: whether slot s of every sequence holds position s, for all slots in use; on the host.
+        in_prompt: whether the call runs tokens of a prompt, even if it is a single one; on the host.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -59,6 +60,7 @@ class Slots:
         self.seen = 0
         self.is_replayed = False
         self.is_dense = True
+        self.in_prompt = False
 
     @property
     def reads(self) -> int:
@@ -372,6 +374,11 @@ def layer_windows(config: Any) -> list[int]:
     if getattr(text, "num_kv_shared_layers", 0):
         raise ModelError(
             f"{text.model_type} shares key-value caches between layers; the decode engine has one per layer"
+        )
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise ModelError(
+            f"{text.model_type} attends within chunks, and the decode engine only to all tokens or to a window",
+            hint="transformers' own generate runs it",
         )
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

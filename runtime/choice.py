@@ -115,7 +115,7 @@ class Choice:
     def _key(self, rows: int) -> tuple[Any, ...]:
         """Return a key of the operations that `_fixed` performs; values in buffers are not part of it."""
         processors = tuple((type(p).__name__, *sorted(vars(p).items())) for p in self._processors)
-        return rows, self._samples, processors
+        return rows, self._samples, self._pads, processors
 
     def _fixed(self, logits: Tensor) -> None:
         answer, rows = self._session.answer, len(self.tokens)

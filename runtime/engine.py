@@ -105,6 +105,8 @@ class Engine:
             raise
         finally:
             if session is not None and not session.is_given:
+                if self.device.type == "cpu":  # on a GPU, batch sizes are few, and keeping one saves its CUDA graph
+                    self._free.clear()
                 self._free[session.batch] = session
 
     def give(self, session: Session) -> DecodeCache:
@@ -129,6 +131,8 @@ class Engine:
         session = self._free.pop(batch, None)
         if session is None or session.capacity < capacity:
             del session  # free it before a larger one is created
+            if getattr(self.model, "effpass_offload", None) is not None:
+                self._free.clear()  # the limit of host memory counts idle caches too
             capacity += -capacity % _CAPACITY_STEP
             session = self.new_session(self.model, batch, capacity, self.backend)
         session.begin(rows)
@@ -138,6 +142,11 @@ class Engine:
         session = cache.session
         if not isinstance(session, Session) or session.model is not self.model:
             raise EffpassError("the given cache is not one that this model's generate returned")
+        if session.is_broken:
+            raise EffpassError(
+                "the call that this cache was given to failed or was cancelled, and left some of its tokens in it",
+                hint="pass the conversation again without the cache",
+            )
         if session.rows != rows:
             raise EffpassError(f"the given cache holds {session.rows} sequences, and the prompt {rows}")
         if session.capacity < capacity:
@@ -181,4 +190,11 @@ def check_decodable(model: Any) -> None:
                 f"{path} waits for other ranks in every forward, and each ends with its own sequences",
                 hint="transformers' own generate runs it, with synced_gpus=True",
             )
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise ModelError(
+            f"{name} rotates all keys anew beyond {rope.get('original_max_position_embeddings')} positions (longrope),"
+            " and the decode engine keeps them as they are cached",
+            hint="transformers' own generate runs it",
+        )
     layer_windows(model.config)

@@ -7,7 +7,10 @@ sequences have ended, and tokens that were decoded beyond the end are removed.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,16 +72,22 @@ def generate(
     ids = input_ids.to(engine.device)
     cache = next((x for name in CACHE_NAMES if isinstance(x := model_kwargs.get(name), DecodeCache)), None)
     is_token = tokens_of(ids, model_kwargs.get("attention_mask"))
-    check_positions(model_kwargs.get("position_ids"), is_token)
+    check_positions(model_kwargs.get("position_ids"), is_token, ids.shape[1])
+    _check_types(engine.model, model_kwargs.get("token_type_ids"))
     rows, length = ids.shape
     new = new_tokens(engine.model, length, stopping_criteria)
-    with torch.inference_mode(False), torch.no_grad(), engine.session(rows, length + new, cache) as session:
+    with (
+        torch.inference_mode(False), torch.no_grad(), engine.session(rows, length + new, cache) as session,
+        _breaking(session, cache),
+    ):  # fmt: skip
         known = session.length
         if known >= length:
             raise EffpassError(
                 f"the prompt has {length} tokens, of which the cache holds {known}",
                 hint="pass the whole conversation, with at least one token that the cache has not seen",
             )
+        if is_token is not None:
+            _check_mask(session, is_token[:, :known])
         more = {name: x.to(engine.device) if isinstance(x, Tensor) else x for name, x in images.items()}
         if keep_tokens is not None:
             more["keep"] = _kept(keep_tokens, ids, session)[:, known:]
@@ -104,6 +113,44 @@ def generate(
                 result[cache_name()] = engine.give(session)
             return GenerateDecoderOnlyOutput(**result)
     return result["sequences"]
+
+
+@contextmanager
+def _breaking(session: Session, cache: DecodeCache | None) -> Iterator[None]:
+    """Context manager that marks the session of a given `cache` if the call fails or is cancelled after it began."""
+    before = session.length
+    try:
+        yield
+    except BaseException:
+        session.is_broken = cache is not None and session.length != before
+        raise
+
+
+def _check_mask(session: Session, is_token: Tensor) -> None:
+    """Raise an :class:`EffpassError` if tokens that the cache holds are masked, which the engine can't hide any more.
+
+    Args:
+        session: session of the cache.
+        is_token: bool `[rows, K]`, mask of the tokens that the cache holds.
+    """
+    held, seen = session.positions() + 1, is_token.sum(1)
+    if bool((held != seen).any()):
+        row = int((held != seen).nonzero()[0])
+        raise EffpassError(
+            f"attention_mask has {int(seen[row])} tokens of sequence {row} that the cache holds, and it holds"
+            f" {int(held[row])}",
+            hint="a sequence that ended early was padded in the cache; pass the whole conversation without the cache",
+        )
+
+
+def _check_types(model: Any, token_type_ids: Tensor | None) -> None:
+    """Raise an :class:`EffpassError` if the model would embed `token_type_ids`; vision models mask images by them."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    if token_type_ids is not None and takes and model.config.get_text_config() is model.config:
+        raise EffpassError(
+            "token_type_ids: the decode engine has none",
+            hint="leave them out, or call transformers' own: type(model).generate(model, ...)",
+        )
 
 
 # -- copying the state to the host ---------------------------------------------------------------------------------
@@ -224,14 +271,20 @@ def _kept(keep_tokens: Tensor, ids: Tensor, session: Session) -> Tensor:
     return keep_tokens.to(ids.device)
 
 
-def check_positions(position_ids: Tensor | None, is_token: Tensor | None) -> None:
-    """Raise an :class:`EffpassError` unless positions count the tokens of each sequence, as the engine does."""
+def check_positions(position_ids: Tensor | None, is_token: Tensor | None, length: int) -> None:
+    """Raise an :class:`EffpassError` unless positions count the tokens of each sequence, as the engine does.
+
+    Args:
+        position_ids: int `[B, T]`, for the last T of `length` tokens; None for positions that were not given.
+        is_token: bool `[B, length]`; None for no padding.
+        length: number of tokens of each sequence.
+    """
     if position_ids is None:
         return
     given = position_ids.to(torch.long)
     count = torch.arange(given.shape[1], device=given.device)
     if is_token is None:
-        plain = torch.equal(given - given[:, :1], count.expand_as(given))
+        plain = torch.equal(given, (count + length - given.shape[1]).expand_as(given))
     else:
         counted = is_token.to(given.device).cumsum(1)[:, -given.shape[1] :] - 1
         plain = torch.equal(given[is_token[:, -given.shape[1] :]], counted[is_token[:, -given.shape[1] :]])

@@ -211,7 +211,8 @@ class _Offloaded(BufferedLayer):
 
     def joined(self, key: Tensor, value: Tensor, tokens: int) -> Tensor:
         # In a prefill `key` and `value` are not views of `latents`, whose copy may still be under way.
-        return super().joined(key, value, tokens) if tokens == 1 else torch.cat((key, value), -1)
+        is_step = tokens == 1 and not self.slots.in_prompt
+        return super().joined(key, value, tokens) if is_step else torch.cat((key, value), -1)
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         assert self.pool is not None
@@ -233,7 +234,7 @@ class OffloadedLayer(_Offloaded):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[2] == 1:
+        if key_states.shape[2] == 1 and not self.slots.in_prompt:
             return self._step(key_states, value_states)
         assert self.pool is not None
         rows, tokens, key_size = key_states.shape[0], key_states.shape[2], key_states.shape[3]

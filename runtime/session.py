@@ -104,6 +104,7 @@ class Session:
         rows: number of sequences in use.
         length: number of tokens per sequence that were entered into the cache, including padding (*logical length*).
         is_given: whether the user holds the cache.
+        is_broken: whether a call that was given the cache failed or was cancelled; it then holds tokens of that call.
         gives_up: whether the cache evicts tokens; `prefill` then accepts `keep`, a mask of tokens to keep.
     """
 
@@ -122,6 +123,7 @@ class Session:
         self.rows = batch
         self.length = 0
         self.is_given = False
+        self.is_broken = False
         self._keeps_one = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         # The position of an unused sequence stays -1: its tokens are padding, which reads nothing and is never read.
         self._position = torch.full((batch, 1), -1, dtype=torch.int32, device=device)
@@ -155,6 +157,7 @@ class Session:
         self._index.zero_()
         self._moves.zero_()
         self._moves[:rows] = 1
+        self._set_in_prompt(False)
 
     def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int, **inputs: Any) -> None:
         """Run the next prompt tokens of every sequence, and store the logits of the last ones in :attr:`logits`.
@@ -181,6 +184,7 @@ class Session:
             self._graph = self._model = None
         if any(isinstance(c, DerivedArguments) for c in self._compiled):
             self._graph = None  # replays would not update derived weights, which the caller of compiled code does
+        self._set_in_prompt(True)
         rows, tokens = input_ids.shape
         before = self._position[:rows]
         if is_token is None:
@@ -198,7 +202,16 @@ class Session:
         before = self._position[: len(positions)]
         before.copy_(positions.amax(1, keepdim=True).maximum(before))
         torch.clamp(self._position, min=0, out=self._index)
+        self._set_in_prompt(False)
         self.cache.changed()
+
+    def _set_in_prompt(self, value: bool) -> None:
+        for slots in self.cache.distinct_slots():
+            slots.in_prompt = value
+
+    def positions(self) -> Tensor:
+        """Return the position of each sequence's last token, int32 `[rows]`; -1 for a sequence without tokens."""
+        return self._position[: self.rows, 0]
 
     def step(self, tail: Tail | None = None) -> None:
         """Run a decode step on :attr:`tokens`; the logits go to `tail`, or to :attr:`logits` if there is none."""

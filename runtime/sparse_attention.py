@@ -101,6 +101,8 @@ class SparseReader:
             return None
         if tokens > 1:
             return self._prompt(cache, layer, query, keys, values, scale, softcap)
+        if layer.slots.in_prompt:  # a piece of one token; the index is updated after the prompt
+            return None
         state = self.layers.get(index)
         if state is None or not state.is_sparse:
             return None

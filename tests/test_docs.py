@@ -91,7 +91,7 @@ def tiny(tmp_path_factory, workplace, monkeypatch):
     make_adapter(folder, workplace / "other_adapter")
     loader = effpass.api.load_model
     monkeypatch.setattr(effpass, "load_model", lambda name: loader(folder), raising=False)
-    monkeypatch.setattr(effpass.backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
+    monkeypatch.setattr(effpass.backend, "inner_backend", lambda options, mode: lambda gm, inputs: gm)
     return workplace
 
 

@@ -174,6 +174,11 @@ class SparseAttention(Pass):
                 " are",
                 hint="set kv_cache_dtype: auto in prefix_kv, or leave sparse_attention out",
             )
+        if budget is not None and self.options.prompts is not None:
+            raise PassRefusedError(
+                "prefix_kv stages a prompt while it chooses what to keep, and its tokens attend to all others",
+                hint="leave out prefill_density and prefill_threshold, or prefix_kv",
+            )
         self._pruning = next((pass_ for pass_ in before if isinstance(pass_, StructuredPruning)), None)
 
     def check_model(self, model: torch.nn.Module) -> None:

@@ -79,7 +79,7 @@ class BudgetSession(Session):
 
     def begin(self, rows: int) -> None:
         super().begin(rows)
-        self._lengths, self._pinned = [0] * rows, 0
+        self._lengths, self._pinned, self._settled_at = [0] * rows, 0, 0
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,8 @@ class BudgetSession(Session):
             EffpassError: if the budget is smaller than the number of protected tokens.
         """
         rows, tokens = input_ids.shape
-        before, known = self.length, list(self._lengths)
+        before, steps = self.length, self.length - self._settled_at
+        known = [n + steps for n in self._lengths]
         if is_token is None:
             lengths = [n + tokens for n in known]
         else:
@@ -127,7 +128,7 @@ class BudgetSession(Session):
         for index in self.keyed:
             slots = self._kept(index).slots
             slots.seen = self.length
-            slots.is_dense = is_token is None and slots.length == self.length == max(lengths)
+            slots.is_dense = is_token is None and slots.length == self.length == min(lengths)
             slots.positions[rows:] = -1
         for index in range(len(self.cache)):
             if not self.cache.buffers(index).keeps_keys:

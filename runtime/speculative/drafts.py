@@ -25,9 +25,13 @@ class Draft(Protocol):
     Attributes:
         kind: kind of the trees to grow.
         taps: indices of the target's layers whose inputs the draft reads, as in :class:`TreeSession`.
+        models: models that the draft runs.
     """
 
     taps: tuple[int, ...]
+
+    @property
+    def models(self) -> tuple[Any, ...]: ...
 
     @property
     def kind(self) -> TreeKind: ...

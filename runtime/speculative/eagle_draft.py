@@ -57,6 +57,10 @@ class EagleDraft:
         if self.head.embed_tokens.weight.is_meta:
             self.head.share(target)
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        return (self.head,)
+
     def running(self) -> AbstractContextManager[None]:
         return reading_cache(self.head)
 

@@ -65,7 +65,7 @@ def generate(
     _check_speculative(generation_config, model_kwargs)
     ids = input_ids.to(engine.device)
     is_token = tokens_of(ids, model_kwargs.get("attention_mask"))
-    check_positions(model_kwargs.get("position_ids"), is_token)
+    check_positions(model_kwargs.get("position_ids"), is_token, ids.shape[1])
     rows, length = ids.shape
     check_processors(logits_processor, rows)
     limit = length + new_tokens(engine.model, length, stopping_criteria)

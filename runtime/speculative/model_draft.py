@@ -60,6 +60,10 @@ class ModelDraft:
         if self.model.device != target.device:
             raise ModelError(f"the draft is on {self.model.device}, and the model on {target.device}")
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        return (self.model,)
+
     def running(self) -> AbstractContextManager[None]:
         return reading_cache(self.model)
 

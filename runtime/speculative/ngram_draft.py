@@ -44,6 +44,10 @@ class NGramDraft:
     def check(self, target: Any) -> None:
         """Do nothing, as every model is supported."""
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        return ()
+
     def running(self) -> AbstractContextManager[Any]:
         return nullcontext()
 

@@ -93,7 +93,7 @@ class Speculator:
         Raises:
             EffpassError: if the device has too little memory.
         """
-        with alone(self.engine.model):
+        with alone(self.engine.model, *self.draft.models):
             yield from self._round(rows, capacity)
 
     def _round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:

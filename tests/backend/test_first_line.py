@@ -24,7 +24,7 @@ def _toys(toy_passes, monkeypatch):
 def runs(monkeypatch):
     """Counts runs of compiled functions: wraps what the inner backend returns."""
     counted = {"compiled": 0, "ran": 0}
-    original = backend_module._inner
+    original = backend_module.inner_backend
 
     def inner(options, mode):
         compile_ = original(options, mode)
@@ -41,7 +41,7 @@ def runs(monkeypatch):
 
         return counting
 
-    monkeypatch.setattr(backend_module, "_inner", inner)
+    monkeypatch.setattr(backend_module, "inner_backend", inner)
     return counted
 
 
@@ -178,7 +178,7 @@ def test_empty_passes_turn_everything_off(runs, caplog):
 def test_an_inner_backend_that_is_not_there(inner, message, monkeypatch):
     monkeypatch.setattr(backend_module, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=message):
-        backend_module._inner(BackendOptions.parse({"inner": inner}), None)
+        backend_module.inner_backend(BackendOptions.parse({"inner": inner}), None)
 
 
 def test_torch_tensorrt_is_imported_to_be_found(toy_passes, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_runtime_pass_needs_prepare():
 
 def test_mode_and_fullgraph_pass_through():
     with pytest.raises(RecipeError, match="is a mode of Inductor, and options\\['inner'\\] is 'aot_eager'"):
-        backend_module._inner(BackendOptions.parse(OPTIONS), "max-autotune")
+        backend_module.inner_backend(BackendOptions.parse(OPTIONS), "max-autotune")
     model, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
     compiled = torch.compile(model, backend="effpass", mode="default", fullgraph=True)
     with torch.no_grad():

@@ -194,7 +194,7 @@ def test_a_graph_pass_runs_in_generate(run, recipe_file, tiny_model, toy_passes,
     """`touch` rewrites graphs only, so the model is compiled, and its text must not change."""
     import effpass.backend
 
-    monkeypatch.setattr(effpass.backend, "_inner", lambda options, mode: lambda gm, inputs: gm)
+    monkeypatch.setattr(effpass.backend, "inner_backend", lambda options, mode: lambda gm, inputs: gm)
     effpass.backend.reports.clear()
     options = ["generate", tiny_model, "-p", "hi", "--max-new-tokens", 3]
     assert run(*options, "-r", recipe_file("- touch")).stdout == run(*options).stdout

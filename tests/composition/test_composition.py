@@ -49,9 +49,9 @@ EVERY = [
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meaning is checked here, and a model a minute is too slow for it."""
-    inner = effpass.backend._inner
+    inner = effpass.backend.inner_backend
     monkeypatch.setattr(
-        effpass.backend, "_inner", lambda options, mode: inner(replace(options, inner="aot_eager"), mode)
+        effpass.backend, "inner_backend", lambda options, mode: inner(replace(options, inner="aot_eager"), mode)
     )
 
 

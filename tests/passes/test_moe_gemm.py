@@ -364,7 +364,7 @@ def test_a_loop_that_leaves_an_expert_out():
 
 def test_prompts_of_any_length_share_the_graphs_of_a_prepared_model(monkeypatch):
     """The engine reads a prompt through the compiled model: a graph of the first length, one of a step, one of all."""
-    monkeypatch.setattr("effpass.backend._inner", lambda options, mode: lambda gm, inputs: gm)
+    monkeypatch.setattr("effpass.backend.inner_backend", lambda options, mode: lambda gm, inputs: gm)
     torch._dynamo.reset()
     counters.clear()
     model = effpass.prepare(make("qwen3_moe"), {"version": 1, "passes": ["moe_gemm"]})

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TextStreamer
 
 import effpass
+from effpass.core.errors import EffpassError, ModelError
 from effpass.runtime.attach import attach
 from effpass.runtime.engine import Engine
 from effpass.runtime.session import Session
@@ -245,3 +246,98 @@ def test_a_failure_inside_gives_the_buffers_back() -> None:
     assert list(model.effpass_engine._free.values()) == kept
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6), expected)
+
+
+def test_a_prompt_whose_last_piece_is_one_token() -> None:
+    """It is no decode step: what an earlier request has left behind is not read."""
+    sparse = {"sparse_attention": {"tokens": 32, "blocks": 4, "block": 16, "dense_below": 1}}
+    answers = []
+    for earlier in (False, True):
+        model = effpass.prepare(families.make("llama"), {"version": 1, "passes": [sparse]})
+        model.effpass_engine.prefill_tokens = 40
+        if earlier:
+            model.generate(input_ids=families.batch(81, seed=5)["input_ids"][:1], max_new_tokens=3, eos_token_id=None)
+        ids = families.batch(81)["input_ids"][:1]
+        answers.append(model.generate(input_ids=ids, max_new_tokens=8, eos_token_id=None))
+    assert torch.equal(*answers)
+    longer = families.make("llama").generate(input_ids=ids, max_new_tokens=1, eos_token_id=None)
+    assert torch.equal(answers[0][:, : longer.shape[1]], longer)  # the prompt itself is dense
+
+
+def test_one_new_token_continues_a_pipelined_selection() -> None:
+    sparse = {"sparse_attention": {"tokens": 32, "blocks": 4, "block": 16, "dense_below": 1, "pipelined": True}}
+    model = effpass.prepare(families.make("llama"), {"version": 1, "passes": [sparse]})
+    ids = families.batch(60)["input_ids"][:1]
+    how = {"eos_token_id": None, "return_dict_in_generate": True}
+    first = model.generate(input_ids=ids, max_length=100, stopping_criteria=[_After(70)], **how)
+    again = model.generate(first.sequences, max_new_tokens=4, past_key_values=first.past_key_values, **how)
+    assert again.sequences.shape[1] == 74
+
+
+class _After:
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= self.length)
+
+
+def test_rows_that_ended_early_are_not_hidden_silently() -> None:
+    """Their padding is in the cache; a mask over it is refused, and the cache can be left out."""
+    given = families.batch(11)
+    inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+    free = families.make("llama").generate(**inputs, max_new_tokens=12, eos_token_id=None)
+    model, end = prepared(), int(free[0, 11 + 2])
+    how = {"return_dict_in_generate": True, "pad_token_id": 0, "max_length": 60, "stopping_criteria": [_After(20)]}
+    first = model.generate(**inputs, eos_token_id=end, **how)
+    whole = torch.cat([first.sequences, families.batch(5, seed=3)["input_ids"]], 1)
+    mask = torch.cat([inputs["attention_mask"], (whole[:, 11:] != 0).long()], 1)
+    with pytest.raises(EffpassError, match="a sequence that ended early was padded in the cache"):
+        model.generate(input_ids=whole, attention_mask=mask, max_new_tokens=4, past_key_values=first.past_key_values)
+
+
+def test_a_call_that_fails_takes_its_cache_with_it() -> None:
+    ids, model = families.batch(9)["input_ids"][:1], prepared()
+    how = {"eos_token_id": None, "return_dict_in_generate": True, "max_length": 60, "stopping_criteria": [_After(14)]}
+    first = model.generate(input_ids=ids, **how)
+    whole = torch.cat([first.sequences, ids], 1)
+
+    class Broken:
+        def put(self, value: Any) -> None:
+            if value.ndim == 1:
+                raise RuntimeError("the connection is closed")
+
+        def end(self) -> None: ...
+
+    given = {"max_new_tokens": 4, "past_key_values": first.past_key_values, "eos_token_id": None}
+    with pytest.raises(RuntimeError, match="the connection is closed"):
+        model.generate(input_ids=whole, streamer=Broken(), **given)
+    with pytest.raises(EffpassError, match="failed or was cancelled, and left some of its tokens in it"):
+        model.generate(input_ids=whole, **given)
+
+
+def test_what_the_engine_does_not_compute_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, Llama4TextConfig, Phi3Config
+
+    from effpass.runtime.cache import layer_windows
+    from effpass.runtime.engine import check_decodable
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=0)
+    model = effpass.prepare(GPT2LMHeadModel(config).eval(), NO_PASSES)
+    ids = families.batch(9)["input_ids"][:1]
+    for name, value in (("token_type_ids", torch.ones_like(ids)), ("position_ids", torch.arange(20, 29)[None])):
+        with pytest.raises(EffpassError, match=name):
+            model.generate(input_ids=ids, max_new_tokens=3, **{name: value})
+    with pytest.raises(ModelError, match="attends within chunks"):
+        layer_windows(Llama4TextConfig(num_hidden_layers=4))
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    long = Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, intermediate_size=32,
+        vocab_size=96, max_position_embeddings=256, original_max_position_embeddings=64, rope_scaling=rope,
+        pad_token_id=0,
+    )  # fmt: skip
+    from transformers import Phi3ForCausalLM
+
+    with pytest.raises(ModelError, match="longrope"):
+        check_decodable(Phi3ForCausalLM(long))

@@ -374,6 +374,20 @@ def test_a_second_call_goes_on_with_a_cache_that_was_returned() -> None:
     assert torch.equal(again.sequences, first.sequences)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_second_turn_under_a_budget_of_everything_is_transformers(family: str, padding: int) -> None:
+    """What was decoded since the last eviction counts too when the next prompt is budgeted."""
+    given = inputs(41, padding=padding)
+    how = {"eos_token_id": None, "return_dict_in_generate": True, "max_length": 160}
+    model = budgeted(families.make(family), settings(Policy(), "1 GiB"))
+    first = model.generate(**given, max_new_tokens=None, stopping_criteria=[After(41 + 38)], **how)
+    second = turn(first, given["attention_mask"], 7)
+    answer = model.generate(**second, max_new_tokens=20, past_key_values=first.past_key_values, eos_token_id=None)
+    theirs = families.make(family).generate(**second, max_new_tokens=20, eos_token_id=None)
+    assert torch.equal(answer, theirs)
+
+
 # -- as it is recorded -------------------------------------------------------------------------------------------------
 
 

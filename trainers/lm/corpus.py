@@ -171,7 +171,9 @@ def _documents(path: str) -> Iterator[str]:
     if not path.endswith(".jsonl"):
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other line separators may stand in a string
+        if not line.strip():
+            continue
         try:
             values = list(json.loads(line).values())
         except (ValueError, AttributeError) as error:
