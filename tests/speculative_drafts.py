@@ -65,6 +65,7 @@ class Fixed:
     """
 
     taps: tuple[int, ...] = ()
+    models: tuple[Any, ...] = ()
 
     def __init__(self, texts: Tensor, parents: list[int], wrong: tuple[int, ...] = ()) -> None:
         self.texts, self.wrong = texts, list(wrong)
