@@ -116,10 +116,9 @@ def prune(
         begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     state = _Run(work, source, settings, problem, teacher, say, found, save_model is not None)
     keep = state.learned()
-    model = state.recovered(keep) if save_model is not None else None
-    if model is not None:
-        assert save_model is not None
+    if save_model is not None:
         if not is_saved:
+            model = state.recovered(keep)
             write_text(saved, str(save_model))  # from now on, an existing checkpoint is a complete one of this run
             save_pruned(model.to(getattr(torch, settings.dtype)), save_model, tokenizer)
         say(f"saved {save_model}")
