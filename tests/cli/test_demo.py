@@ -72,3 +72,24 @@ def test_demo_as_a_user_runs_it(run, tmp_path):
         "recipe.yaml",
         "report.html",
     ]
+
+
+def test_the_demo_keeps_its_report_alone(run, monkeypatch, tmp_path):
+    from effpass.cli import demo
+
+    def tell(source, folder, **_):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_text("w")
+        (folder / "model.onnx").write_text("m")
+        (folder / demo.REPORT).write_text("r")
+
+    monkeypatch.setattr(demo, "run_demo", tell)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    assert f"Kept in {folder}: report.html" in result.stdout
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: 1 / 0)
+    assert run("demo").exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
