@@ -205,6 +205,14 @@ def test_text_that_is_not_text_is_refused(tmp_path):
         write_corpus(tmp_path / "out", find_files(["a.jsonl"], tmp_path, "d"), None, 0.0, 0, "d")
 
 
+def test_lines_of_json_end_with_a_line_feed_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "one\u2028two"}\n\n{"a": "three"}\n', encoding="utf-8")
+    write_corpus(tmp_path / "out", find_files(["a.jsonl"], tmp_path, "d"), None, 0.0, 0, "d")
+    text = bytes(read_corpus(tmp_path / "out").training.astype("uint8")).decode("utf-8", "replace")
+    assert "one\u2028two" in text
+    assert "three" in text
+
+
 def test_too_little_text_to_hold_out(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1000)
     with pytest.raises(EffpassError, match=r"1001 tokens are too few to hold out a share of 0\.1 in blocks of 16384"):
