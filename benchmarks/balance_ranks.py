@@ -11,7 +11,6 @@ the same samples in a step and take turns. A rank's own time ends with its last 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -39,12 +38,9 @@ BASE = next(iter(WAYS))
 
 def ranks(device: str, smoke: bool) -> Iterator[Row]:
     """The five ways on samples of two kinds."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        print("skipped: start it with torchrun --standalone --nproc-per-node N -m benchmarks balance ...")
+    group = start(device, AREA)
+    if group is None:
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    group = start(device)
-    assert group is not None
     of = TINY if device == "cpu" else replace(LARGE, steps=TINY.steps) if smoke else LARGE
     kinds = {name: Data(draw, of, group.size) for name, draw in LENGTHS.items()}
     model = Model(of, device, group.me, max(data.most for data in kinds.values()))

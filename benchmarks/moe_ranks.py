@@ -47,13 +47,14 @@ MOST_STAGES = 10  # that are timed
 RUNS, CALLS = 7, 4
 
 
-def start(device: str) -> Ranks | None:
+def start(device: str, area: str = AREA) -> Ranks | None:
     """The ranks that torchrun started, each on its own device; None, and a line that says so, in one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        print("skipped: start it with torchrun --nproc-per-node N -m benchmarks moe ...")
+        print(f"skipped: start it with torchrun --nproc-per-node N -m benchmarks {area} ...")
         return None
     if not dist.is_initialized():
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no NVLink multicast
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")

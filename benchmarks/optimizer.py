@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Row, measure, row
+from benchmarks.rows import Row, measure, row, sync
 
 AREA = "optimizer"
 
@@ -65,27 +65,37 @@ def matmul_rate(device: str) -> float:
     return 2 * size**3 / measure(lambda: a @ a, device, warmup=3, runs=7).median
 
 
-def in_turn(functions: dict[str, Step], device: str, warmup: int, runs: int) -> dict[str, float]:
+def seconds(step: Step, device: str) -> float:
+    """Of one step."""
+    sync(device)
+    started = time.perf_counter()
+    step()
+    sync(device)
+    return time.perf_counter() - started
+
+
+def in_turn(
+    functions: dict[str, Step], device: str, warmup: int, runs: int, timed: Callable[[Step], float] | None = None
+) -> dict[str, float]:
     """Median seconds of each, measured round by round so that a drift of the machine meets all alike.
 
     Each round begins with another one: a chip at its power limit is slower after some steps than after others, and
     nobody shall always follow the same one.
+
+    Args:
+        timed: runs a step and gives its seconds; None for :func:`seconds`.
     """
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    timed = timed or (lambda step: seconds(step, device))
     for function in functions.values():
         for _ in range(warmup):
             function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    taken: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(runs):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            sync()
-            started = time.perf_counter()
-            functions[name]()
-            sync()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: median(values) for name, values in seconds.items()}
+            taken[name].append(timed(functions[name]))
+    return {name: median(values) for name, values in taken.items()}
 
 
 def peers(matrices: list[torch.nn.Parameter]) -> Iterator[tuple[str, Step]]:

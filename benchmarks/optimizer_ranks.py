@@ -10,10 +10,7 @@ of the slowest rank, medians over steps; rows are rank 0's.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from benchmarks.moe_ranks import over_ranks, start
-from benchmarks.optimizer import AREA, Step, in_turn, matmul_rate, parameters, work
+from benchmarks.optimizer import AREA, Step, in_turn, matmul_rate, parameters, seconds, work
 from benchmarks.optimizer_ranks_equal import equality
 from benchmarks.rows import Row, row, sync
 from effpass.lowering.ops.expert_parallel_exchange import Ranks
@@ -36,12 +33,9 @@ TORCH = "torch.optim.Muon"
 
 def ranks_822m(device: str, smoke: bool) -> Iterator[Row]:
     """16 layers of width 2048 on all ranks, and a small model that they train as one GPU does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        print("skipped: start it with torchrun --nproc-per-node N -m benchmarks optimizer ...")
+    ranks = start(device, AREA)
+    if ranks is None:
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    ranks = start(device)
-    assert ranks is not None
     waiting = dist.new_group(backend="gloo")  # ranks that wait in it leave their GPUs alone
     for rows in (times(ranks, waiting, device, smoke), equality(ranks, waiting, device, smoke)):
         for found in rows:
@@ -70,7 +64,7 @@ def times(ranks: Ranks, waiting: Any, device: str, smoke: bool) -> Iterator[Row]
         ours = {own: MONA(matrices, lr=1e-5, replicas=replicas, **o) for own, o in OURS.items()}
         functions: dict[str, Step] = {own: optimizer.step for own, optimizer in ours.items()}
         functions |= torch_muon(matrices, held, ranks)
-        taken = of_slowest(functions, ranks, device, warmup, runs)
+        taken = in_turn(functions, device, warmup, runs, lambda step: of_slowest(step, ranks, device))
         for own in OURS:
             common: dict[str, Any] = {"device": device, "runs": runs, "bound": bound}
             where = f"{case}, {ranks.size} ranks, {held}"
@@ -88,35 +82,11 @@ def times(ranks: Ranks, waiting: Any, device: str, smoke: bool) -> Iterator[Row]
         del ours, functions, matrices
 
 
-def of_slowest(functions: dict[str, Step], ranks: Ranks, device: str, warmup: int, runs: int) -> dict[str, float]:
-    """Median seconds of each on the slowest rank, all ranks beginning together; another one begins each round."""
-    for function in functions.values():
-        for _ in range(warmup):
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for turn in range(runs):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            sync(device)
-            dist.barrier(ranks.group)
-            sync(device)
-            started = time.perf_counter()
-            functions[name]()
-            sync(device)
-            seconds[name].append(over_ranks(time.perf_counter() - started, ranks, device, dist.ReduceOp.MAX))
-    return {name: median(values) for name, values in seconds.items()}
-
-
-class _Matrices(nn.Module):
-    """What `fully_shard` needs around parameters."""
-
-    def __init__(self, matrices: list[nn.Parameter]) -> None:
-        super().__init__()
-        self.matrices = nn.ParameterList(matrices)
-
-    def forward(self) -> None:
-        raise NotImplementedError
+def of_slowest(step: Step, ranks: Ranks, device: str) -> float:
+    """Seconds of a step on the slowest rank, all ranks beginning together."""
+    sync(device)
+    dist.barrier(ranks.group)
+    return over_ranks(seconds(step, device), ranks, device, dist.ReduceOp.MAX)
 
 
 def sharded(matrices: list[nn.Parameter], ranks: Ranks, device: str) -> list[Any]:
@@ -125,7 +95,9 @@ def sharded(matrices: list[nn.Parameter], ranks: Ranks, device: str) -> list[Any
     for matrix in matrices:
         matrix.grad = None
     mesh = init_device_mesh(device, (ranks.size,))
-    module: Any = fully_shard(_Matrices(matrices), mesh=mesh)
+    module: Any = nn.Module()
+    module.matrices = nn.ParameterList(matrices)
+    fully_shard(module, mesh=mesh)
     found: list[Any] = list(module.parameters())
     for parameter, grad in zip(found, grads, strict=True):
         assert grad is not None

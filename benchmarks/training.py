@@ -27,10 +27,9 @@ from typing import Any
 from benchmarks import training_ranks
 from benchmarks.rows import Row, row
 from benchmarks.training_data import TEXT
-from benchmarks.training_runs import METHODS, Job, Result, Study, finished, run_all, step_seconds
+from benchmarks.training_runs import METHODS, OURS, Job, Result, Study, finished, run_all, step_seconds
 
 AREA = "training"
-OURS = ("AdamW", "Muon", "MONA")
 # Whom a method's rows are compared with; the others with AdamW.
 _PEERS: dict[str, tuple[str, ...]] = {"AdamW": (), "MONA": ("AdamW", "Muon")}
 # The rate that every sweep begins at, where no smaller model has shown a better one.

@@ -30,11 +30,10 @@ import torch
 from benchmarks.rows import Row, row
 from benchmarks.torchrun import torchrun
 from benchmarks.training_data import TEXT
-from benchmarks.training_runs import METHODS
+from benchmarks.training_runs import METHODS, OURS
 from effpass.core.plain_yaml import write_yaml
 
 AREA = "training"
-OURS = ("AdamW", "Muon", "MONA")
 # Half of the best ones at 15 M parameters.
 RATES = "5e-4,2e-3,2e-3"
 BATCH, LENGTH, STEPS = 256, 256, 200

@@ -32,7 +32,7 @@ from effpass.trainers.lm.model import compile_layers, make_model, model_config, 
 from effpass.trainers.lm.optimizers import make_optimizer, rate
 from effpass.trainers.lm.tokenizer import load_tokenizer
 
-__all__ = ["METHODS", "Job", "Result", "Study", "finished", "run", "run_all", "step_seconds"]
+__all__ = ["METHODS", "OURS", "Job", "Result", "Study", "finished", "run", "run_all", "step_seconds"]
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("adamw", {}),
@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "MONA": ("mona", {}),
     "torch.optim.Muon": ("muon", {}),
 }
+OURS = ("AdamW", "Muon", "MONA")
 _EVERY = 20  # steps between two points of a curve
 _SHARPNESS_ROWS = 32
 
