@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,33 @@ def test_a_cut_that_is_not_what_the_masks_were_is_an_error(model, monkeypatch):
     monkeypatch.setattr(stages, "cut_model", other)
     with pytest.raises(EffpassError, match=r"the cut model's logits are .* from those of the masked one"):
         stages.cut(whole, problem, learned, torch.arange(32).view(2, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.parametrize("how", ["magnitude", "random", "activation", "taylor"])
+def test_the_bound_lies_between_the_rounding_of_a_real_cut_and_one_wrong_channel(monkeypatch, how):
+    whole = effpass.load_model("smollm2").model
+    torch.manual_seed(0)
+    ids = torch.randint(100, 40000, (2, 256))
+    problem = stages.state_problem(whole, SETTINGS)
+    settings = replace(SETTINGS, keep=0.5, choose=how)
+    learned = stages.choose(whole, problem, settings, _Calibration())
+    original, bound = stages.cut_model, stages._ROUNDING[torch.float64]
+
+    def wrong(cut: Any, keep: Any) -> None:
+        original(cut, keep)
+        with torch.no_grad():
+            cut.model.layers[-1].mlp.down_proj.weight[:, 100] = 0
+
+    monkeypatch.setitem(stages._ROUNDING, torch.float64, bound / 10)
+    pruned = copy.deepcopy(whole)
+    stages.cut(pruned, problem, learned, ids)
+    assert {p.dtype for p in pruned.parameters()} == {torch.float32}
+    monkeypatch.setitem(stages._ROUNDING, torch.float64, 3 * bound)
+    monkeypatch.setattr(stages, "cut_model", wrong)
+    with pytest.raises(EffpassError, match="from those of the masked one"):
+        stages.cut(copy.deepcopy(whole), problem, learned, ids)
 
 
 class _Calibration:
