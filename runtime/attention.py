@@ -118,17 +118,13 @@ def reading_cache(model: Any) -> Iterator[None]:
     One thread at a time can be in it, per model.
     """
     with alone(model):
-        yield from _reading_cache(model)
-
-
-def _reading_cache(model: Any) -> Iterator[None]:
-    AttentionInterface.register(NAME, cached_attention)
-    text = model.config.get_text_config(decoder=True)
-    # Only the language model has a cache; a vision tower keeps its attention implementation.
-    part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
-    before = text._attn_implementation
-    model.set_attn_implementation(NAME if part is None else {part: NAME})
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before if part is None else {part: before})
+        AttentionInterface.register(NAME, cached_attention)
+        text = model.config.get_text_config(decoder=True)
+        # Only the language model has a cache; a vision tower keeps its attention implementation.
+        part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
+        before = text._attn_implementation
+        model.set_attn_implementation(NAME if part is None else {part: NAME})
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before if part is None else {part: before})

@@ -87,27 +87,24 @@ class Engine:
             EffpassError: if the device has not enough memory, or `cache` does not fit.
         """
         with alone(self.model):
-            yield from self._session(rows, capacity, cache)
-
-    def _session(self, rows: int, capacity: int, cache: DecodeCache | None) -> Iterator[Session]:
-        session: Session | None = None
-        try:
-            session = self._take(rows, capacity) if cache is None else self._again(cache, rows, capacity)
-            with reading_cache(self.model):
-                yield session
-        except torch.OutOfMemoryError as error:
-            session = None
-            self._release()
-            raise self.no_room(rows, capacity) from error
-        except HostMemoryError:
-            session = None
-            self._release()
-            raise
-        finally:
-            if session is not None and not session.is_given:
-                if self.device.type == "cpu":  # on a GPU, batch sizes are few, and keeping one saves its CUDA graph
-                    self._free.clear()
-                self._free[session.batch] = session
+            session: Session | None = None
+            try:
+                session = self._take(rows, capacity) if cache is None else self._again(cache, rows, capacity)
+                with reading_cache(self.model):
+                    yield session
+            except torch.OutOfMemoryError as error:
+                session = None
+                self._release()
+                raise self.no_room(rows, capacity) from error
+            except HostMemoryError:
+                session = None
+                self._release()
+                raise
+            finally:
+                if session is not None and not session.is_given:
+                    if self.device.type == "cpu":  # on a GPU, batch sizes are few, and keeping one saves its CUDA graph
+                        self._free.clear()
+                    self._free[session.batch] = session
 
     def give(self, session: Session) -> DecodeCache:
         """Give the session's cache to the user; the engine then writes to it only if the user passes it back."""

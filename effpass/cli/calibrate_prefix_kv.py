@@ -12,6 +12,7 @@ import typer
 
 from effpass.cli.console import step
 from effpass.cli.model import Device, Dtype, Model, TrustRemoteCode, load
+from effpass.cli.text import most_tokens
 from effpass.core.errors import EffpassError, ModelError
 
 __all__ = ["prefix_kv"]
@@ -117,8 +118,7 @@ def _prompts(lines: Any, loaded: Any, path: Path, samples: int, tokens: int) -> 
 def _pieces(text: str, loaded: Any, path: Path, samples: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Pieces of a text that are spread over it evenly."""
     ids = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", tokens)
-    tokens = min(tokens, positions, ids.shape[1])
+    tokens = min(most_tokens(tokens, loaded.model), ids.shape[1])
     count = min(samples, ids.shape[1] // tokens) if tokens else 0
     if not count:
         raise EffpassError(f"{path}: holds no tokens", hint="give some pages of text")

@@ -34,10 +34,8 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any] | None) -> list[Planned
 def default_passes() -> list[Planned]:
     """Build every exact pass on weights and graphs that needs neither an artifact nor an option.
 
-    Weights passes come first, then they are in the order of their names.
-
-    Weights passes precede graph passes because they look for the matrix products of the weights that they change, which
-    a graph pass may have fused with other operators.
+    They are in the order of their names, but weights passes precede graph passes, because they look for the matrix
+    products of the weights that they change, which a graph pass may have fused with other operators.
     """
     infos = sorted(registry.describe(), key=lambda info: info.kind != "weights")
     wanted = [i for i in infos if i.error is None and i.exact and not i.needs_artifact and i.kind != "runtime"]

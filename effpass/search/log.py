@@ -11,6 +11,7 @@ The files are written atomically, so that the folder is usable whenever the proc
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = ["ARTIFACTS", "Log"]
 
 _FILE, ARTIFACTS = "search.json", "artifacts"
 _SCHEMA = 1
+OF_THE_MODEL = ("dtype", "weights")  # settings that are known only once it is loaded
 
 
 @dataclass
@@ -69,26 +71,26 @@ class Log:
                 raise EffpassError(f"{folder} exists", hint=hint)
             return cls(folder, settings)
         found = cls._read(folder)
-        found._compare(settings)
+        found._compare(settings, settings.keys() | found.settings.keys() - set(OF_THE_MODEL))
         found.is_resumed = True
         return found
 
     def settle(self, settings: dict[str, Any]) -> None:
-        """Add settings that are known only once the model is loaded, or compare them in a resumed search.
+        """Add the settings :data:`OF_THE_MODEL`, or compare them in a resumed search.
 
         Raises:
             EffpassError: the search is resumed, and was one with other settings.
         """
         if self.is_resumed:
-            self._compare(settings)
+            self._compare(settings, settings)
         else:
             self.settings |= settings
 
-    def _compare(self, settings: dict[str, Any]) -> None:
+    def _compare(self, settings: dict[str, Any], keys: Iterable[str]) -> None:
         changed = [
-            f"{key} {self.settings.get(key)!r} -> {value!r}"
-            for key, value in sorted(settings.items())
-            if self.settings.get(key) != value
+            f"{key} {self.settings.get(key)!r} -> {settings.get(key)!r}"
+            for key in sorted(keys)
+            if self.settings.get(key) != settings.get(key)
         ]
         if changed:
             raise EffpassError(

@@ -94,24 +94,21 @@ class Speculator:
             EffpassError: if the device has too little memory.
         """
         with alone(self.engine.model, *self.draft.models):
-            yield from self._round(rows, capacity)
-
-    def _round(self, rows: int, capacity: int) -> Iterator[tuple[Round, Pace]]:
-        engine, draft = self.engine, self.draft
-        found: Round | None = None
-        try:
-            found = self._take(rows, capacity)
-            with reading_cache(engine.model), found.target.attached(), draft.running():
-                found.target.begin(rows)
-                yield found, self._paces.setdefault(found.target.batch, Pace(switches=self._switches))
-        except torch.OutOfMemoryError as error:
-            found = None
-            self._free.clear()
-            engine.release()
-            raise engine.no_room(rows, capacity) from error
-        finally:
-            if found is not None:
-                self._free[found.target.batch] = found
+            engine, draft = self.engine, self.draft
+            found: Round | None = None
+            try:
+                found = self._take(rows, capacity)
+                with reading_cache(engine.model), found.target.attached(), draft.running():
+                    found.target.begin(rows)
+                    yield found, self._paces.setdefault(found.target.batch, Pace(switches=self._switches))
+            except torch.OutOfMemoryError as error:
+                found = None
+                self._free.clear()
+                engine.release()
+                raise engine.no_room(rows, capacity) from error
+            finally:
+                if found is not None:
+                    self._free[found.target.batch] = found
 
     def _take(self, rows: int, capacity: int) -> Round:
         engine = self.engine
