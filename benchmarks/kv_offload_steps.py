@@ -231,20 +231,28 @@ def _host_memory() -> tuple[int | None, str]:
     return None if found is None else int(0.85 * found), "host memory"
 
 
+def _device_memory() -> tuple[int, str]:
+    """Bytes of the device that are left for caches, and what bounds them: EFFPASS_DEVICE_MEMORY (GB), or all of it."""
+    free = torch.cuda.mem_get_info()[0] - SPARE
+    if given := os.environ.get("EFFPASS_DEVICE_MEMORY"):
+        return min(free, int(float(given) * 1e9) - torch.cuda.memory_reserved() - SPARE), f"{given} GB of the device"
+    return free, "device memory"
+
+
 def _largest(model: Any, length: int, kind: _Kind) -> tuple[int, str]:
     """The largest batch that fits, and what bounds it."""
     groups, key_size, _, width = _widths(model.config)
     offload: Offload = model.effpass_offload
     heads = model.config.num_hidden_layers * groups
-    free, of_all = torch.cuda.mem_get_info()[0] - SPARE, heads * width * 2 * (length + 256)
+    (free, name), of_all = _device_memory(), heads * width * 2 * (length + 256)
     # Two statistics of a block, a label of all channels at four bits with its range, and scores of the block.
     index = heads * (key_size * 2 * 2 / offload.block + key_size / 2 + 4 + 12 / offload.block) * length
     if not kind.is_offloaded:
-        return int(free // (of_all + index * kind.is_sparse)), "device memory"
+        return int(free // (of_all + index * kind.is_sparse)), name
     by_device = int(free // (heads * width * 2 * offload.block * offload.pages + index))
-    host, name = _host_memory()
+    host, name_of_host = _host_memory()
     by_host = by_device if host is None else host // of_all
-    return min(by_host, by_device), name if by_host < by_device else "device memory"
+    return min(by_host, by_device), name_of_host if by_host < by_device else name
 
 
 def _bound(model: Any, rows: int, length: int, kind: _Kind, device: str) -> float:
@@ -273,11 +281,11 @@ class _Run:
     bounded: str
 
 
-def _runs(model: Any, kind: _Kind, length: int, share: float, device: str, small: bool) -> dict[int, _Run]:
+def _runs(model: Any, kind: _Kind, length: int, share: float, device: str, small: bool) -> Iterator[tuple[int, _Run]]:
+    """Each batch, as soon as it is measured."""
     largest, bounded = (2, "smoke") if small else _largest(model, length, kind)
     given = os.environ.get("EFFPASS_BATCHES", kind.batches).split(",")
     batches = {largest if b == "largest" else int(b) for b in given}
-    found = {}
     for rows in sorted(b for b in batches if 0 < b <= largest):
         bound = rows / _bound(model, rows, length, kind, device)
         with torch.no_grad(), reading_cache(model), _only(model, *kind.kept):
@@ -294,8 +302,7 @@ def _runs(model: Any, kind: _Kind, length: int, share: float, device: str, small
         told = f"a step {seconds * 1e3:.2f} ms, {rows / seconds / bound:.0%} of the bound"
         if kind.is_offloaded:
             told += f"; {share:.2%} of the pages taken away before each step; {note}"
-        found[rows] = _Run(rows / seconds, bound, told, bounded if rows == largest else "")
-    return found
+        yield rows, _Run(rows / seconds, bound, told, bounded if rows == largest else "")
 
 
 def throughput(area: str, shape: str, length: int, kinds: Sequence[_Kind], device: str, smoke: bool) -> Iterator[Row]:
@@ -304,10 +311,11 @@ def throughput(area: str, shape: str, length: int, kinds: Sequence[_Kind], devic
     if small:
         shape, length = f"tiny-{shape.partition('-')[0]}", 512
     model = _model(shape, device, TINY if small else {})
-    found = {kind: _runs(model, kind, length, _misses(3.0), device, small) for kind in (FULL, *kinds)}
-    full = found[FULL]
-    for kind, runs in found.items():
-        for rows, run in runs.items():
+    full: dict[int, _Run] = {}
+    for kind in (FULL, *kinds):
+        for rows, run in _runs(model, kind, length, _misses(3.0), device, small):
+            if kind is FULL:
+                full[rows] = run
             case = f"{shape}, {length} tokens x {rows}" + (f" (the most: {run.bounded})" if run.bounded else "")
             against = {"": rows} if kind is not FULL and rows in full else {}
             if kind is not FULL and run.bounded and full:

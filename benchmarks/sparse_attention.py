@@ -26,7 +26,12 @@ from effpass.lowering.ops.block_sparse_attention import BlockSelection
 from effpass.lowering.ops.two_level_attention_index import Selection
 
 AREA = "sparse_attention"
-LEVELS = {"both": "two levels", "blocks": "blocks only", "tokens": "tokens only"}
+# Name, levels, and the size of a block; the first level keeps as many keys in blocks of any size.
+WAYS = (
+    ("two levels", "both", 64), ("two levels, blocks of 32", "both", 32), ("two levels, blocks of 16", "both", 16),
+    ("blocks only", "blocks", 64), ("tokens only", "tokens", 64),
+)  # fmt: skip
+FIRST_LEVEL = 8192
 
 
 def _lengths(device: str, smoke: bool) -> list[int]:
@@ -68,8 +73,9 @@ def decode(shape: Shape, device: str, smoke: bool) -> Iterator[Row]:
             for name, seconds in dense.items():
                 yield row(AREA, case, f"full: {name}", seconds * 1e6, "us", device=device, bound=read / rate * 1e6,
                           runs=9, note=f"{read / rate / seconds:.0%} of the bandwidth")  # fmt: skip
-            for levels, what in LEVELS.items():
-                how = Selection(tokens=tokens, blocks=8 if small else 128, block=16 if small else 64, levels=levels)
+            for what, levels, size in WAYS:
+                size, kept = (max(16, size // 4), 128) if small else (size, FIRST_LEVEL)
+                how = Selection(tokens=tokens, blocks=kept // size, block=size, levels=levels)
                 step = layers.sparse(how)
                 seconds = layers.seconds(step, smoke)
                 moved = shape.bytes(how, length, element)[1] * batch
@@ -81,7 +87,7 @@ def decode(shape: Shape, device: str, smoke: bool) -> Iterator[Row]:
                     peer=dense[peer] * 1e6 if counts else None, peer_name=f"full: {peer}", bound=moved / rate * 1e6,
                     runs=9, note=note,
                 )  # fmt: skip
-                if device == "cuda" and levels == "both":
+                if device == "cuda" and what == WAYS[0][0]:
                     with torch.inference_mode():
                         parts = _kernel_seconds(step, len(layers.caches))
                     of_index = sum(value for name, value in parts.items() if name in ("_score", "_choose"))
