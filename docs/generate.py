@@ -167,21 +167,22 @@ _ANSWERS = "answers right, "
 def expert_rows(document: Path) -> str:
     """The committed rows of area `moe` of one device: a line for each load."""
     lines = [
-        "| layer, load | effpass, µs | times grouped_mm's | times batched_mm's | of the bound | lost by the choice |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| layer, load | effpass, µs | times grouped_mm's | times batched_mm's | others | of the bound |"
+        " lost by the choice |",
+        "|---|--:|--:|--:|---|--:|--:|",
     ]
     loads: dict[str, dict[str, Any]] = {}
     for row in _rows("moe"):
         if row["metric"] in ("layer of experts", "lost by the choice of the kernel") and "ranks" not in row["case"]:
             loads.setdefault(row["case"], {})[row["peer_name"] or row["metric"]] = row
     for case, found in loads.items():
-        first = found["transformers grouped_mm"]
-        other = found.get("transformers batched_mm")
-        lost = found["lost by the choice of the kernel"]
+        first, other = found.pop("transformers grouped_mm"), found.pop("transformers batched_mm", None)
+        lost = found.pop("lost by the choice of the kernel")
+        more = "; ".join(f"{name.removesuffix(', grouped_mm')} {row['ratio']:.2f}" for name, row in found.items())
         lines.append(
             f"| {case}: {first['note'].split(';')[0]} | {first['ours']:.4g} | {first['ratio']:.2f} |"
-            f" {'' if other is None else format(other['ratio'], '.2f')} | {first['ours'] / first['bound']:.2f} |"
-            f" {lost['ours']:.1f} % |"
+            f" {'' if other is None else format(other['ratio'], '.2f')} | {more} |"
+            f" {first['ours'] / first['bound']:.2f} | {lost['ours']:.1f} % |"
         )
     return "\n".join(lines) + "\n" if lines[2:] else _NONE
 

@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -70,6 +71,16 @@ class Loop(Trainer):
         self._balance: float = getattr(model.config, "router_aux_loss_coef", 0.0)
         has_router = "output_router_logits" in inspect.signature(model.forward).parameters
         self.asks_router = {"output_router_logits": True} if has_router else {}
+
+    def compute_loss_context_manager(self) -> ExitStack[bool | None]:
+        """Return the autocast of a loss, also of what it computes outside the model's forward.
+
+        On a GPU, the context of the Trainer casts nothing, and accelerate casts only in the forward of a model that it
+        has prepared. Evaluations before the first step have none.
+        """
+        contexts = super().compute_loss_context_manager()
+        contexts.enter_context(self.accelerator.autocast())
+        return contexts
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         is_cuda = self.args.device.type == "cuda"

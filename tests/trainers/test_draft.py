@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from families import make
 from speculative_drafts import sure_checkpoint
 from tiny_tuning import checkpoint, metrics, quiet, sums, weights, write
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Trainer
 
 import effpass
 from effpass.core.errors import EffpassError, ModelError
@@ -267,6 +268,14 @@ def test_an_annealed_adapter_on_a_head(llama: Path, finished: Path, tmp_path: Pa
     assert moved == {name for name in before if "proj" in name or name == "fc.weight"}
     assert read_head(adapted).head_config.taps == read_head(finished).head_config.taps
     assert [line["anneal"] for line in metrics(adapted) if "anneal" in line][-1] == 0
+
+
+def test_a_run_in_bfloat16_casts_by_itself(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, the Trainer's own context casts nothing, and accelerate casts in `forward` alone."""
+    monkeypatch.setattr(Trainer, "compute_loss_context_manager", lambda self: ExitStack())
+    half = replace(SETTINGS, dtype="bfloat16", steps=20, save_every=0, evaluate_every=20)
+    lines = [line for line in metrics(run(llama, tmp_path, half)) if "eval_loss_validation" in line]
+    assert lines[-1]["eval_loss_validation"] < lines[0]["eval_loss_validation"] / 2
 
 
 def test_texts_as_they_are(llama: Path, tmp_path: Path) -> None:

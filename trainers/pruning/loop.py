@@ -103,8 +103,7 @@ class Distiller(AdapterTrainer, Loop):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         if self.learner is not None:
             self.learner.masks.refresh()
-        with self.accelerator.autocast():  # for the heads: accelerate wraps only the forward of the model
-            loss, parts = self.distillation.loss(model, self.teacher, inputs["input_ids"])
+        loss, parts = self.distillation.loss(model, self.teacher, inputs["input_ids"])
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0) + value
         self._count += 1
