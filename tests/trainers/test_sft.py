@@ -414,12 +414,13 @@ def test_two_processes_give_the_losses_of_one(llama, tmp_path, method):
     settings = replace(SETTINGS, method=method, optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.0), steps=6,
                        lora=LoraSettings(4), anneal=Anneal(end=0.5), save_every=0)  # fmt: skip
     one = run(llama, tmp_path, settings)
+    adapter = [] if method == "full" else ["--rank", 4, "--anneal-end", 0.5]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29627",
         "-m", "effpass", "--debug", "train", "sft", llama, "--data", tmp_path / "data.jsonl",
         "--validation", tmp_path / "validation.jsonl", "-o", tmp_path / "two", "--method", method, "--lr", 3e-3,
-        "--steps", 6, "--batch", 4, "--accumulate", 2, "--sequence-length", 32, "--rank", 4, "--anneal-end", 0.5,
-        "--log-every", 2, "--save-every", 0,
+        "--steps", 6, "--batch", 4, "--accumulate", 2, "--sequence-length", 32,
+        "--log-every", 2, "--save-every", 0, *adapter,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
