@@ -114,8 +114,10 @@ class Exchange:
         for route, received, wait in going:
             wait()
             matrices = torch.zeros((route.slots, route.m, route.n), dtype=held, device=device)
-            for t, flat in zip((t for side in route.owned for t in side), received, strict=True):
-                matrices[t.slot].view(t.matrix.size)[t.block.within(t.matrix)] = flat.view(t.block.size)
+            owned = [t for side in route.owned for t in side]
+            places = [matrices[t.slot].view(t.matrix.size)[t.block.within(t.matrix)] for t in owned]
+            if owned:  # in few launches
+                torch._foreach_copy_(places, [f.view(t.block.size) for t, f in zip(owned, received, strict=True)])
             solved = newton_schulz(matrices)
             pieces = [
                 [solved[t.slot].reshape(t.matrix.size)[t.block.within(t.matrix)] for t in to] for to in route.results
