@@ -32,6 +32,7 @@ from effpass.core.manager import PassManager, Planned
 from effpass.core.model import inner_model
 from effpass.core.plan import default_passes
 from effpass.core.report import Report
+from effpass.lowering import regions  # noqa: F401  (registers the inner backend of decode steps)
 
 __all__ = ["BackendOptions", "DecodeBackend", "effpass", "inner_backend", "reports"]
 
@@ -171,12 +172,12 @@ class DecodeBackend:
 
     Attributes:
         passes: recipe items that run before the fusions of `DECODE_PASSES`.
-        inner: inner backend. The fusions leave few operators, and CUDA graphs capture them without further
-            compilation, so the default is ``"eager"``.
+        inner: inner backend. The fusions leave few operators in most models, which CUDA graphs capture as they are;
+            the default compiles the runs of small operators that are left in the others.
     """
 
     passes: tuple[Any, ...] = ()
-    inner: str = "eager"
+    inner: str = "effpass_regions"
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         named = {item if isinstance(item, str) else next(iter(item)) for item in self.passes}
