@@ -28,7 +28,7 @@ from effpass.trainers.finetune.samples import Sample, check_messages, read_lines
 
 __all__ = ["answer", "read_prompts"]
 
-_ROWS = 32  # number of prompts per batch
+_ROWS = 64  # number of prompts per batch
 
 
 def read_prompts(path: Path, tokenizer: Any) -> list[np.ndarray]:
