@@ -19,7 +19,6 @@ from effpass.cli.train_options import (
     Dropout,
     Dtype,
     LogEvery,
-    Lr,
     Model,
     Optimizer,
     Output,
@@ -47,7 +46,10 @@ def draft(
     method: Annotated[str, typer.Option("--method", help="What learns: full (the head) or afa-lora.")] = "full",
     resume: Resume = False,
     optimizer: Optimizer = "mona",
-    lr: Lr = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Largest learning rate.", show_default="5e-4"),  # type: ignore[arg-type]
+    ] = None,
     lr_schedule: Schedule = "cosine",
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear growth of the rate.")] = 50,
     weight_decay: WeightDecay = 0.0,

@@ -24,7 +24,7 @@ from effpass.trainers.draft.answers import answer, read_prompts
 from effpass.trainers.draft.head import frequent_tokens, head_config
 from effpass.trainers.draft.loss import accepted, divergence
 from effpass.trainers.draft.run import train_draft
-from effpass.trainers.draft.settings import Settings
+from effpass.trainers.draft.settings import RATE, Settings
 from effpass.trainers.draft.unrolled import unroll
 from effpass.trainers.finetune.samples import Sample
 from effpass.trainers.finetune.settings import Anneal
@@ -335,3 +335,13 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="has no tokenizer"):
         run(tmp_path / "bare", tmp_path)
+
+
+def test_the_rate_that_the_help_names() -> None:
+    from typer.testing import CliRunner
+
+    from effpass.cli.app import app
+
+    shown = CliRunner().invoke(app, ["train", "draft", "--help"], env={"COLUMNS": "200"}).output
+    (line,) = [line for line in shown.splitlines() if "--lr " in line]
+    assert float(line.partition("[default:")[2].partition("]")[0].strip(" ()")) == RATE
