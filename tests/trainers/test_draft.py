@@ -295,7 +295,14 @@ def test_runs_that_can_not_be(llama: Path, tmp_path: Path, change: dict[str, Any
     with pytest.raises(EffpassError) as caught:
         run(llama, tmp_path, replace(SETTINGS, **change))
     assert message in str(caught.value)
-    assert not (tmp_path / "head").exists()
+    assert not list(tmp_path.glob("head*"))
+
+
+def test_texts_that_are_too_long_leave_no_folder(llama: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", {"text": "1 + 2 = 3, 2 + 3 = 5"}, {"text": "1"})
+    with pytest.raises(EffpassError, match=r"data.jsonl:1: \d+ tokens, and a row has 8"):
+        run(llama, tmp_path, replace(SETTINGS, answers=0, sequence_length=8))
+    assert not list(tmp_path.glob("head*"))
 
 
 def test_a_head_of_another_model(llama: Path, finished: Path, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def train_draft(
     most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
     if settings.sequence_length is not None and settings.sequence_length > most:
         raise EffpassError(f"sequence_length: got {settings.sequence_length}, and {source} has {most} positions")
-    given: Any = read_prompts(data, tokenizer) if settings.answers else read_samples(data, tokenizer)
+    # Texts are checked before the folder is made; answers are kept in it.
+    texts = None if settings.answers else _texts(read_samples(data, tokenizer), data, settings, most)
+    prompts = read_prompts(data, tokenizer) if settings.answers else []
     run = {
         "command": "draft",
         "model": source,
@@ -106,7 +108,7 @@ def train_draft(
     head = None if start is None else _read_start(start, shape, layers)
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     begin(work, run, first_step, resume=resume)
-    samples, length = _samples(loaded, given, data, work, settings, most, say)
+    samples, length = texts or _answered(loaded, prompts, work, settings, most, say)
     held_out, samples = _split(samples, settings.seed)
     bfloat16 = settings.dtype == "bfloat16"
     found = estimate(
@@ -147,23 +149,27 @@ def train_draft(
     return folder
 
 
-def _samples(
-    loaded: LoadedModel, given: Any, data: Path, work: Path, settings: Settings, most: int, say: Callable[[str], None]
-) -> tuple[list[Sample], int]:
-    """Return the samples to train on, and the number of tokens per row."""
+def _texts(samples: list[Sample], data: Path, settings: Settings, most: int) -> tuple[list[Sample], int]:
+    """Return the texts of the data as samples to train on, and the number of tokens per row."""
     length = settings.sequence_length
-    if not settings.answers:
-        if length is None:
-            length = min(most, -(-max(len(sample.tokens) for sample in given) // 64) * 64)
-        check_lengths(given, length, data, most)
-        return given, length
+    if length is None:
+        length = min(most, -(-max(len(sample.tokens) for sample in samples) // 64) * 64)
+    check_lengths(samples, length, data, most)
+    return samples, length
+
+
+def _answered(
+    loaded: LoadedModel, prompts: list[Any], work: Path, settings: Settings, most: int, say: Callable[[str], None]
+) -> tuple[list[Sample], int]:
+    """Return the prompts with the model's answers as samples to train on, and the number of tokens per row."""
+    length = settings.sequence_length
     room = most if length is None else length
     samples = answer(
-        loaded, given, work / "answers.jsonl", most=settings.answers, length=room, temperature=settings.temperature,
+        loaded, prompts, work / "answers.jsonl", most=settings.answers, length=room, temperature=settings.temperature,
         seed=settings.seed, say=say,
     )  # fmt: skip
-    if len(samples) < len(given):
-        say(f"{len(given) - len(samples)} prompts have no room for an answer in {room} tokens, or got none")
+    if len(samples) < len(prompts):
+        say(f"{len(prompts) - len(samples)} prompts have no room for an answer in {room} tokens, or got none")
     if length is None:
         length = min(most, -(-max(len(sample.tokens) for sample in samples) // 64) * 64)
     return samples, length
