@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.adapters_runs import Cycles, Found, Questions, Run, held_out, results
+from benchmarks.adapters_runs import Cycles, Drafting, Found, Questions, Run, held_out, results
 from benchmarks.rows import Row, measure_pair, row
 from effpass.core.errors import ModelError
 from effpass.core.model import read_source
@@ -202,6 +202,25 @@ def grpo(device: str, smoke: bool) -> Iterator[Row]:
     yield from _compared(found, case, "reward missing to 1 in the last fifth, AFA-LoRA", "", device, note)
 
 
+def draft(device: str, smoke: bool) -> Iterator[Row]:
+    """The draft head that EFFPASS_DRAFT names learns code, which it has not seen: tokens that its rounds still lack."""
+    head = os.environ.get("EFFPASS_DRAFT")
+    if head is None:
+        print("draft: set EFFPASS_DRAFT to the folder of a head of the model")
+        return
+    task = Drafting(head, 40, 4, 2, 512, 2) if smoke or device != "cuda" else Drafting(head, 4000, 100, 16, 768, 5)
+    model = _name("smollm2")
+    runs = {
+        method: Run(task, model, device, method, 0 if method == "full" else 8, _optimizer(), 0.0, 0)
+        for method in METHODS
+    }
+    if (found := _tuned(runs, _FIRST, smoke)) is None:
+        return
+    note = f"{_optimizer()}, {task.steps} steps of {task.batch} x {task.length} tokens, {task.proposed} tokens proposed"
+    case = f"draft head of {Path(model).name}, functions of the standard library, rank 8"
+    yield from _compared(found, case, "tokens that a round lacks, AFA-LoRA", "", device, note)
+
+
 # -- what it takes ----------------------------------------------------------------------------------------------------
 
 
@@ -289,4 +308,5 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     **{f"rank-{rank}": functools.partial(_sft, rank) for rank in (8, 1, 64)},
     "moe": moe,
     "grpo": grpo,
+    "draft": draft,
 }

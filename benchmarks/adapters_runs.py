@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import math
 import os
 import random
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from effpass.trainers.lm.config import OptimizerConfig, Schedule
 from effpass.trainers.lm.model import set_experts
 from effpass.trainers.run_folder import Recorder
 
-__all__ = ["Cycles", "Found", "Questions", "Run", "held_out", "results"]
+__all__ = ["Cycles", "Drafting", "Found", "Questions", "Run", "held_out", "results"]
 
 # On a GPU no step waits for the device. A loss that is not finite still ends a run.
 _OPTIONS: dict[str, dict[str, Any]] = {"mona": {"capturable": True, "nan_policy": "skip"}, "adamw": {"fused": True}}
@@ -60,10 +62,23 @@ class Cycles:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """A draft head on the functions of the standard library: texts, steps, rows of a step and their tokens, and tokens
+    that it proposes in a round."""
+
+    head: str
+    texts: int
+    steps: int
+    batch: int
+    length: int
+    proposed: int
+
+
+@dataclass(frozen=True)
 class Run:
     """`rank` is 0 for full fine-tuning."""
 
-    task: Questions | Cycles
+    task: Questions | Cycles | Drafting
     model: str
     device: str
     method: str
@@ -78,7 +93,8 @@ class Found:
     """What a run came to; lower is better.
 
     Attributes:
-        value: loss of an answer's token in nats, or the reward that is missing to 1; infinite where the run diverged.
+        value: loss of an answer's token in nats, the reward that is missing to 1, or the tokens that are missing to the
+            most that a round of a draft gives; infinite where the run diverged.
         error: standard error of `value` over questions.
         seconds: of the run.
     """
@@ -99,9 +115,8 @@ def results(runs: Sequence[Run]) -> list[Found | None]:
 def _result(run: Run) -> Found:
     started = time.perf_counter()
     try:
-        value, error = (
-            _learn_answers(run, run.task) if isinstance(run.task, Questions) else _learn_reward(run, run.task)
-        )
+        learn: Any = {Questions: _learn_answers, Cycles: _learn_reward, Drafting: _learn_drafting}[type(run.task)]
+        value, error = learn(run, run.task)
     except EffpassError as failed:  # a rate at which the loss or a gradient is no number
         print(f"{run}: {failed.message}", flush=True)
         value, error = math.inf, math.inf
@@ -225,3 +240,48 @@ def _learn_reward(run: Run, task: Cycles) -> tuple[float, float]:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines if "reward" in line]
     return 1 - mean(rewards[-max(1, task.steps // 5) :]), 0.0
+
+
+# -- a draft head -----------------------------------------------------------------------------------------------------
+
+
+def functions(count: int, longest: int) -> list[str]:
+    """Functions of the standard library in ASCII, evenly chosen, from 200 to `longest` characters long."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        lines = text.splitlines()
+        parts = ["\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes]
+        found += [part for part in parts if 200 <= len(part) <= longest and part.isascii()]
+    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
+
+
+def _learn_drafting(run: Run, task: Drafting) -> tuple[float, float]:
+    """What is missing to the most tokens that a round gives, on texts that are held out."""
+    from effpass.trainers.draft.run import train_draft
+    from effpass.trainers.draft.settings import Settings as DraftSettings
+
+    is_cuda = run.device == "cuda"
+    settings = DraftSettings(
+        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        method=run.method,  # type: ignore[arg-type]
+        schedule=Schedule(warmup=2, kind="cosine", final=0.0),
+        steps=task.steps,
+        batch=task.batch,
+        sequence_length=task.length,
+        unrolled=task.proposed,
+        answers=0,
+        lora=LoraSettings(run.rank or 1),
+        dtype="bfloat16" if is_cuda else "float32",
+        seed=run.seed,
+        log_every=1000,
+        save_every=0,
+    )
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / "functions.jsonl"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in functions(task.texts, task.length)))
+        out = train_draft(run.model, data, Path(place) / "out", settings, start=Path(task.head), say=lambda line: None)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lengths = [line["eval_acceptance_length"] for line in lines if "eval_acceptance_length" in line]
+    return 1 + task.proposed - lengths[-1], 0.0

@@ -43,7 +43,7 @@ def draft(
     start: Annotated[
         Path | None, typer.Option("--from", metavar="HEAD", help="Go on from this head.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option("--method", help="What learns: full (the head) or afa-lora.")] = "full",
+    method: Annotated[str, typer.Option("--method", help="What learns: full (the head), lora or afa-lora.")] = "full",
     resume: Resume = False,
     optimizer: Optimizer = "mona",
     lr: Annotated[
@@ -98,8 +98,6 @@ def draft(
     from effpass.trainers.draft.run import train_draft
     from effpass.trainers.draft.settings import RATE, Settings
 
-    if method not in ("full", "afa-lora"):
-        raise EffpassError(f"--method: got {method!r}; known: afa-lora, full")
     common = what_learns(
         method=method, optimizer=optimizer, lr=RATE if lr is None else lr, schedule=lr_schedule, warmup=warmup,
         weight_decay=weight_decay, clip=clip, rank=rank, alpha=alpha, dropout=dropout, targets="all-linear",

@@ -80,8 +80,10 @@ def train_draft(
     work = folder.with_name(f"{folder.name}.training")
     check_places(folder, work, resume)
     check_plots()
-    if settings.method == "afa-lora" and start is None:
-        raise EffpassError("afa-lora adapts a head that there is", hint="--from HEAD, or --method full for a new one")
+    if settings.method != "full" and start is None:
+        raise EffpassError(
+            f"{settings.method} adapts a head that there is", hint="--from HEAD, or --method full for a new one"
+        )
     config, tokenizer = read_model(source)
     most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", 1 << 20)
     if settings.sequence_length is not None and settings.sequence_length > most:
@@ -204,7 +206,8 @@ def _trained(
             parameter.requires_grad_(True)
         return Trained(head)
     torch.manual_seed(settings.seed)
-    return make_trained(head, "afa-lora", settings.lora, settings.anneal, settings.anneal.schedule(steps))
+    anneal = settings.anneal.schedule(steps) if settings.method == "afa-lora" else None
+    return make_trained(head, settings.method, settings.lora, settings.anneal, anneal)
 
 
 def _read_start(start: Path, shape: Any, layers: Any) -> EagleHead:
@@ -225,7 +228,9 @@ def _publish(
 ) -> None:
     """Write the result to a temporary folder, rename it to `folder`, and remove the working folder."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    head: Any = trained.model if trained.afa is None else trained.afa.merge()
+    head: Any = trained.finish()
+    if trained.peft is not None:
+        head = trained.afa.merge() if trained.afa is not None else head.merge_and_unload()
     dtype = getattr(torch, settings.dtype)
     for name, parameter in head.named_parameters():
         if not name.startswith("embed_tokens"):

@@ -21,8 +21,8 @@ class Settings:
 
     Attributes:
         optimizer: optimizer with its learning rate.
-        method: what is trained: all weights of the head, or an AFA adapter (:mod:`effpass.trainers.afa_lora`) of an
-            existing head.
+        method: what is trained: all weights of the head, or an adapter of an existing head: LoRA or AFA-LoRA
+            (:mod:`effpass.trainers.afa_lora`).
         schedule: learning rate schedule.
         steps: number of optimizer steps; None to train for `epochs`.
         epochs: number of passes over the data if `steps` is None.
@@ -46,7 +46,7 @@ class Settings:
     """
 
     optimizer: OptimizerConfig
-    method: Literal["full", "afa-lora"] = "full"
+    method: Literal["full", "lora", "afa-lora"] = "full"
     schedule: Schedule = field(default_factory=lambda: Schedule(warmup=50))
     steps: int | None = None
     epochs: int = 2
