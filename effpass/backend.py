@@ -42,7 +42,7 @@ log = logging.getLogger("effpass")
 reports: list[Report] = []
 
 #: Passes that reduce the kernel launches of a decoder layer; the decode engine applies them to its steps.
-DECODE_PASSES = ("fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm")
+DECODE_PASSES = ("fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm", "fuse_routing")
 
 _said: set[str] = set()
 

@@ -67,6 +67,7 @@ class Pass:
         changes: for a pass on weights, the extent of the change: the values of weights, their sizes, or whole layers.
             The artifact of such a pass was learned for the model as it was loaded, so the pass can't follow one that
             changes more. None disables this check.
+        follows: names of passes whose results this one rewrites, so that it can act only behind them.
 
     Args:
         options: validated instance of `Options`; None stands for the defaults.
@@ -79,6 +80,7 @@ class Pass:
     kind: ClassVar[Literal["weights", "graph", "runtime"]]
     entrances: ClassVar[tuple[Entrance, ...]]
     changes: ClassVar[Literal["values", "sizes", "layers"] | None] = None
+    follows: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options

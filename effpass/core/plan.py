@@ -35,8 +35,10 @@ def default_passes() -> list[Planned]:
     """Build every exact pass on weights and graphs that needs neither an artifact nor an option.
 
     They are in the order of their names, but weights passes precede graph passes, because they look for the matrix
-    products of the weights that they change, which a graph pass may have fused with other operators.
+    products of the weights that they change, which a graph pass may have fused with other operators. Passes that
+    rewrite the results of others are last.
     """
     infos = sorted(registry.describe(), key=lambda info: info.kind != "weights")
     wanted = [i for i in infos if i.error is None and i.exact and not i.needs_artifact and i.kind != "runtime"]
-    return [Planned(found()) for found in (registry.load(i.name) for i in wanted) if has_defaults(found.Options)]
+    classes = sorted((registry.load(i.name) for i in wanted), key=lambda found: bool(found.follows))
+    return [Planned(found()) for found in classes if has_defaults(found.Options)]

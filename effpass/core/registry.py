@@ -36,6 +36,7 @@ BUILTIN = {
     "fuse_linears": "effpass.passes.graph.fuse_linears:FuseLinears",
     "fuse_rope_attention": "effpass.passes.graph.fuse_rope_attention:FuseRopeAttention",
     "fuse_rotary_table": "effpass.passes.graph.fuse_rotary_table:FuseRotaryTable",
+    "fuse_routing": "effpass.passes.graph.fuse_routing:FuseRouting",
     "kv_offload": "effpass.passes.runtime.kv_offload:KVOffload",
     "merge_lora": "effpass.passes.weights.merge_lora:MergeLora",
     "mla_absorption": "effpass.passes.runtime.mla_absorption:MLAAbsorption",

@@ -172,4 +172,4 @@ def test_by_default_they_run_behind_passes_that_change_weights():
     """An adapter is merged in the products that the model wrote, which are gone afterwards."""
     first, *others = [planned.pass_.name for planned in default_passes()]
     assert first == "merge_lora"
-    assert others == ["fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm"]
+    assert others == ["fuse_linears", "fuse_rope_attention", "fuse_rotary_table", "moe_gemm", "fuse_routing"]

@@ -16,11 +16,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from effpass.core import registry
 from effpass.core.manager import PassManager
 from effpass.core.program import Program
-from effpass.lowering.ops import cached_attention, fused_linear, rotary_table
+from effpass.lowering.ops import cached_attention, fused_linear, moe_router, rotary_table
 from effpass.lowering.ops.moe_ffn import TOLERANCE
 
 GRAPH_PASSES = sorted(
-    name for name, place in registry.BUILTIN.items() if ".graph." in place and registry.load(name).exact
+    (name for name, place in registry.BUILTIN.items() if ".graph." in place and registry.load(name).exact),
+    key=lambda name: (bool(registry.load(name).follows), name),
 )
 # In CI the same programs every time; the slow tests draw new ones.
 FUZZ = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -32,7 +33,7 @@ def _kernels(monkeypatch):
     """As on a GPU: the operators' plain bodies compute."""
     import transformers.integrations.moe  # noqa: F401  (registers grouped_mm_fallback)
 
-    for operators in (cached_attention, fused_linear, rotary_table):
+    for operators in (cached_attention, fused_linear, moe_router, rotary_table):
         monkeypatch.setattr(operators, "has_kernel", lambda device, dtype, rows: True)
 
 
@@ -96,9 +97,12 @@ def test_all_passes_together():
 
 
 def test_all_passes_together_with_a_dynamic_batch():
-    """Kernels for few rows stay away where the batch makes the rows; it makes none of the table of angles."""
+    """Kernels for few rows stay away where the batch makes the rows; it makes none of the table of angles.
+
+    That of routers is for any number.
+    """
     hits = all_of(GRAPH_PASSES, dynamic=True)
-    assert {name for name, count in hits.items() if count} == {"fuse_rotary_table", "moe_gemm"}
+    assert {name for name, count in hits.items() if count} == {"fuse_rotary_table", "fuse_routing", "moe_gemm"}
 
 
 @pytest.mark.slow
