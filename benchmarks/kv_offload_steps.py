@@ -106,6 +106,7 @@ def _filled(model: Any, rows: int, length: int, device: str) -> Session:
     session._index.fill_(length - 1)
     session._moves.zero_()
     session.tokens.fill_(5)
+    session.step()  # compiles and records
     return session
 
 

@@ -192,9 +192,9 @@ def _note(found: list[float], times: float, config: Any, size: Size, started: fl
 
 def pretraining(form: str, device: str, smoke: bool) -> Iterator[Row]:
     """Loss of held-out text, in bits a byte, by position to 16384, after training on rows of 2048."""
-    size, read = Size(256, 256, 6, 4, 64, 2048, 400, 16), 16384
+    size, read = Size(264, 256, 6, 4, 64, 2048, 400, 16), 16384
     if smoke or device != "cuda":
-        size, read = Size(256, 16, 2, 1, 16, 32, 2, 2), 128
+        size, read = Size(264, 16, 2, 1, 16, 32, 2, 2), 128
     patterns = TEXT if os.environ.get("EFFPASS_DATA") else CODE
     config = configs(size)[form]
     held_out = text_rows(patterns, 1, 1, read, 0).held_out["text"][0][: 2 if smoke or device != "cuda" else 16]
