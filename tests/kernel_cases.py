@@ -93,7 +93,8 @@ def linear_errors(kernels: Any, rows: int, inner: int, norm: bool, offset: float
         return torch.randn(*shape, **of)
 
     torch.manual_seed(rows * inner)
-    x, sizes, eps = some(rows, inner) * 3, (70, 33, 5), 1e-6
+    # The first alone has more tiles than an interpreted GPU has multiprocessors.
+    x, sizes, eps = some(rows, inner) * 3, (70 if inner < 2048 else 326, 33, 5), 1e-6
     weights = [some(size, inner) * inner**-0.5 for size in sizes]
     biases = [None, some(33), some(5)]
     norm_weight = some(inner) if norm else None
@@ -101,10 +102,10 @@ def linear_errors(kernels: Any, rows: int, inner: int, norm: bool, offset: float
     products = [n @ w.double().T + (0 if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
     got = kernels.fused_linear(x, weights, biases, norm_weight, eps, offset, None)
     found = {f"product {i}": error(g, p) for i, (g, p) in enumerate(zip(got, products, strict=True))}
-    residual = some(rows, 70)
+    residual = some(rows, sizes[0])
     (one,) = kernels.fused_linear(x, weights[:1], [None], norm_weight, eps, offset, residual)
     found["residual"] = error(one, products[0] + residual.double())
-    up, name = some(70, inner) * inner**-0.5, ACTIVATIONS[(rows + inner) % 4]
+    up, name = some(sizes[0], inner) * inner**-0.5, ACTIVATIONS[(rows + inner) % 4]
     gated = kernels.gated_linear(x, weights[0], up, norm_weight, eps, offset, name)
     found[name] = error(gated, activation(products[0], name) * (n @ up.double().T))
     return found
@@ -249,6 +250,8 @@ LINEARS = {
     "two rows": (2, 72, True, 0.0),
     "17 rows": (17, 200, False, 0.0),
     "64 rows": (64, 136, True, 1.0),
+    "3 rows, long": (3, 2056, True, 0.0),
+    "40 rows, long": (40, 2304, False, 0.0),
 }
 # B, H, G, T, S, K, V, filled, window, softcap, padding
 ATTENTIONS = {

@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["counters", "descriptor", "interpreted", "launch_options", "multiprocessors", "overlaps"]
+__all__ = ["counters", "descriptor", "interpreted", "launch_options", "multiprocessors", "overlaps", "shared_memory"]
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -95,3 +95,12 @@ def launch_options(device: torch.device, num_warps: int, num_stages: int = 1) ->
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors, which is the least number of programs that run at once; 4 on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the maximum bytes of shared memory of a program; those of compute capability 9.0 on a CPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))

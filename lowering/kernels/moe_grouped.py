@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps, shared_memory
 from effpass.lowering.kernels.moe_gate import gate
 from effpass.lowering.kernels.moe_route import combine, route
 
@@ -72,12 +72,10 @@ def fits(tiles: tuple[Tile, Tile], device: torch.device) -> bool:
     """Return whether the loads in flight of either product fit into the shared memory of a multiprocessor."""
     if device.type != "cuda":
         return True
-    properties = torch.cuda.get_device_properties(device)
-    room = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     first, second = tiles
     # A step has the same number of bytes along the inner dimension for every dtype.
     widths = ((first, first.rows + 2 * first.columns), (second, second.rows + second.columns))
-    return all(2 * tile.depth * tile.stages * wide <= room for tile, wide in widths)
+    return all(2 * tile.depth * tile.stages * wide <= shared_memory(device) for tile, wide in widths)
 
 
 def moe_ffn(

@@ -7,7 +7,6 @@ has HEADS rows, a power of two, of which the first REPEAT = H / G are used.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps, shared_memory
 from effpass.lowering.kernels.routed_index import TILE
 
 __all__ = [
@@ -109,15 +108,6 @@ def tiling(kernel: str, sizes: Sizes, element_size: int, device: torch.device) -
     return how._replace(
         block_m=max(how.block_m, sizes.HEADS), block_n=block_n, products=min(how.products, sizes.BLOCK // block_n)
     )
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Return the maximum bytes of shared memory of a program."""
-    if device.type != "cuda":
-        return _ROOM
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def piece_size(tokens: int, places: int, groups: int, step: int, device: torch.device) -> int:

@@ -24,11 +24,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps, shared_memory
 
 __all__ = ["MOST_ROWS", "fused_linear", "gated_linear", "supported"]
 
 MOST_ROWS = 64  # maximum number of tokens
+_BESIDE = 3072  # bytes of shared memory that reductions may need beside tiles
+_LONG = 2048  # inner size from which several tokens are read by one program per multiprocessor
 
 
 def supported(
@@ -141,26 +143,38 @@ def few_rows_shape(
 ) -> dict[str, int]:
     """Return the tile for several tokens, and into how many parts the inner dimension is split.
 
-    Two programs fit on a multiprocessor at once, so the inner dimension is split into as many parts as these can
-    process. Adding the parts costs microseconds; gated products are therefore left whole for fewer tiles already.
+    A long inner dimension is read by one program per multiprocessor, with most of its shared memory in flight; more
+    tiles than that are made wider, and fewer are split. A short one is read by two programs per multiprocessor. Adding
+    the parts costs microseconds; gated products are therefore left whole for fewer tiles already.
     """
     tiles, room = sum(triton.cdiv(size, 64) for size in sizes), multiprocessors(device)
-    whole = tiles >= (room // 2 if gated else 2 * room)
-    block_k, stages = (256, 2) if (gated and whole) or inner >= 8192 else (128, 4)
-    if gated and rows > 32:
-        block_k, stages = 128, 3  # as much as fits into shared memory
-    if whole and (inner % 128 or (gated and rows > 16 and tiles > room)):
-        block_k, stages = 64, 6
+    block_m, block_n, num_warps = 16 if rows <= 16 else 32 if rows <= 32 else 64, 64, 4
+    if inner < _LONG:
+        whole, programs = tiles >= (room // 2 if gated else 2 * room), 2 * room
+        block_k, stages = (256, 2) if gated and whole else (128, 4)
+        if gated and rows > 32:
+            block_k, stages = 128, 3
+        if whole and (inner % 128 or (gated and rows > 16 and tiles > room)):
+            block_k, stages = 64, 6
+    elif tiles > room:
+        whole, programs, block_n = True, room, 128
+        block_k, num_warps, stages = (64, 4, 4) if gated or rows > 32 else (128, 8, 4)
+    else:
+        whole, programs = gated and tiles >= room // 2, room
+        block_k, stages = (128, 4) if gated else (256, 3)
     block_k = min(block_k * 2 // element_size, triton.next_power_of_2(inner))
+    limit, columns = shared_memory(device) - _BESIDE, block_n * (2 if gated else 1) + block_m
+    while 2 * columns * block_k * element_size > limit:  # two stages at least
+        block_k //= 2
     steps = triton.cdiv(inner, block_k)
-    wanted = 1 if whole else max(1, min(round(2 * room / tiles), inner // block_k))
+    wanted = 1 if whole else max(1, min(round(programs / tiles), inner // block_k))
     return {
-        "BLOCK_M": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-        "BLOCK_N": 64,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "SPLITS": triton.cdiv(steps, triton.cdiv(steps, wanted)),
-        "num_warps": 4,
-        "num_stages": stages,
+        "num_warps": num_warps,
+        "num_stages": min(stages, limit // (columns * block_k * element_size)),
     }
 
 

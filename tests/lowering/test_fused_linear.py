@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import kernel_cases
 import pytest
 import torch
@@ -103,3 +105,31 @@ def test_gated_linear_refuses():
         ops.gated_linear(x, weight, weight, None, 0.0, 0.0, "gelu_tan")
     with pytest.raises(EffpassError, match=r"gate \(4, 16\) and up \(5, 16\)"):
         ops.gated_linear(x, weight, torch.ones(5, 16), None, 0.0, 0.0, "silu")
+
+
+@pytest.mark.parametrize("limit", [227 << 10, 163 << 10, 99 << 10])
+def test_tiles_of_several_tokens(limit, monkeypatch):
+    """At least two stages fit into the shared memory of any GPU, and the parts cover the inner dimension."""
+    small_linear = pytest.importorskip("effpass.lowering.kernels.small_linear")
+    monkeypatch.setattr(small_linear, "shared_memory", lambda device: limit)
+    monkeypatch.setattr(small_linear, "multiprocessors", lambda device: 132)
+    sizes = [(4096, 1024, 1024), (14336,), (4096,), (128256,), (576,), (1536,), (96,)]
+    for rows, inner, outputs, gated, element in itertools.product(
+        (2, 17, 64), (72, 576, 2048, 2056, 14336), sizes, (False, True), (2, 4)
+    ):
+        shape = small_linear.few_rows_shape(rows, inner, outputs, gated, element, torch.device("cuda"))
+        columns = shape["BLOCK_N"] * (2 if gated else 1) + shape["BLOCK_M"]
+        assert shape["num_stages"] >= 2
+        assert shape["num_stages"] * columns * shape["BLOCK_K"] * element < limit
+        steps = -(-inner // shape["BLOCK_K"])
+        assert 1 <= shape["SPLITS"] <= steps
+        assert shape["BLOCK_M"] >= rows
+    # The products of an 8B model with 8 tokens are read by about one program per multiprocessor.
+    shapes = [small_linear.few_rows_shape(8, *of, 2, torch.device("cuda")) for of in _OF_8B]
+    assert [(s["BLOCK_N"], s["SPLITS"]) for s in shapes] == [(64, 1), (64, 2), (128, 1), (64, 2), (128, 1)]
+
+
+_OF_8B = [
+    (4096, (4096, 1024, 1024), False), (4096, (4096,), False), (4096, (14336,), True), (14336, (4096,), False),
+    (4096, (128256,), False),
+]  # fmt: skip
