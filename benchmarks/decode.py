@@ -22,6 +22,7 @@ from torch import Tensor
 import effpass
 from benchmarks.backend import _compile, _decode_step, _dtype, _free, _weight_bytes
 from benchmarks.decode_chain import chain
+from benchmarks.decode_products import products
 from benchmarks.rows import Row, bandwidth, measure, row, sync
 from benchmarks.shapes import head_dim, random_model
 
@@ -210,6 +211,7 @@ def first_token(device: str, smoke: bool) -> Iterator[Row]:
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "floor": floor,
     "chain": chain,
+    "products": products,
     "batch1": batch1,
     "batches": batches,
     "dynamic": dynamic,

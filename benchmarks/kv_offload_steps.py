@@ -12,11 +12,12 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ import effpass
 from benchmarks.backend import _dtype, _free, _weight_bytes
 from benchmarks.rows import Row, bandwidth, row
 from benchmarks.shapes import random_model
+from effpass import backend
+from effpass.backend import DECODE_PASSES, DecodeBackend
 from effpass.core.available_memory import available_memory
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops.block_pool import COUNTED
@@ -33,7 +36,7 @@ from effpass.runtime.kv_offload import Offload, OffloadedCache
 from effpass.runtime.session import Session
 from effpass.runtime.sparse_cost import step_bytes
 
-__all__ = ["SPARSE", "glm_48k", "glm_96k", "qwen3_48k", "qwen3_96k", "step", "throughput"]
+__all__ = ["SPARSE", "glm_48k", "glm_96k", "qwen3_48k", "qwen3_96k", "small_operators", "step", "throughput"]
 
 AREA = "kv_offload"
 RESULTS = Path(__file__).parent / "results" / "kv_offload.jsonl"
@@ -329,6 +332,44 @@ def throughput(area: str, shape: str, length: int, kinds: Sequence[_Kind], devic
                     peer_name="" if peer is None else f"full attention, batch {batch}", lower_is_better=False,
                     bound=run.bound, runs=16, note=run.note + gain,
                 )  # fmt: skip
+
+
+# What the decode engine does with the small operators of a step: its inner backend, and whether routers are fused.
+SMALL_OPERATORS = {
+    "as they are": ("eager", False),
+    "routers fused": ("eager", True),
+    "compiled": ("effpass_regions", False),
+    "routers fused, the others compiled": ("effpass_regions", True),
+}
+
+
+def small_operators(device: str, smoke: bool) -> Iterator[Row]:
+    """Steps of seven layers of GLM-4.7-Flash's shape, full and sparse, by what is done with their small operators."""
+    small = smoke or device == "cpu"
+    shape = "tiny-glm" if small else "glm-4.7-flash"
+    model = _model(shape, device, TINY if small else {}, **({} if small else {"num_hidden_layers": 7}))
+    usual: DecodeBackend = model.effpass_engine.backend
+    for rows, length in ((1, 512),) if small else ((1, 49152), (4, 98304)):
+        for kind in (FULL, SPARSE):
+            before: float | None = None
+            for name, (inner, fused) in SMALL_OPERATORS.items():
+                passes = tuple(p for p in DECODE_PASSES if fused or p != "fuse_routing")
+                model.effpass_engine.backend = replace(usual, inner=inner)
+                with (
+                    patch.object(backend, "DECODE_PASSES", passes), torch.no_grad(), reading_cache(model),
+                    _only(model, *kind.kept),
+                ):  # fmt: skip
+                    session = _filled(model, rows, length, device)
+                    seconds, _ = _seconds(session, 0, 4 if small else 24, device)
+                    del session
+                    _free(device)
+                yield row(
+                    "sparse_attention", f"{shape}, {model.config.num_hidden_layers} layers, {length} tokens x {rows}",
+                    f"{kind.name}, small operators {name}", seconds * 1e6, "us", device=device, peer=before,
+                    peer_name="" if before is None else "as they are", runs=24,
+                )  # fmt: skip
+                before = before or seconds * 1e6
+                torch._dynamo.reset()
 
 
 def qwen3_48k(device: str, smoke: bool) -> Iterator[Row]:

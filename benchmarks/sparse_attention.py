@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.backend import _free
-from benchmarks.kv_offload_steps import SPARSE, throughput
+from benchmarks.kv_offload_steps import SPARSE, small_operators, throughput
 from benchmarks.rows import Row, bandwidth, measure, row
 from benchmarks.sparse_attention_layers import GQA, MLA, TINY, Layers, Shape
 from benchmarks.sparse_attention_quality import retention, retention_variants
@@ -259,6 +259,7 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "prefill_tilings": prefill_tilings,
     "end_to_end": end_to_end,
     "end_to_end_mla": end_to_end_mla,
+    "small_operators": small_operators,
     "retention": retention,
     "retention_variants": retention_variants,
 }

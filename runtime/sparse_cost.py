@@ -1,12 +1,13 @@
 """Cost model of sparse attention in a decode step, and the length from which on it is faster than dense attention.
 
-    dense(S)  = latency + B S R / bandwidth
-    sparse(S) = launches · latency + B (S I + C L + k R) / bandwidth
+    dense(S)  = latency + S R / (rate · bandwidth)
+    sparse(S) = chain · latency + (S I + C L + k R) / bandwidth
 
-with B sequences of S tokens, R bytes of keys and values per token, I bytes of the index that are read per token, C
+with a sequence of S tokens, R bytes of keys and values per token, I bytes of the index that are read per token, C
 candidate keys with labels of L bytes each, and k keys that are attended to. `latency` is the time of one small
-attention kernel and `launches` the number of kernel launches; latency and bandwidth are measured
-(:mod:`effpass.core.roofline`).
+attention kernel; latency and bandwidth are measured (:mod:`effpass.core.roofline`). `chain` is the time of the sparse
+kernels without their bytes, in such latencies: the steps of each depend on one another. `rate` is the share of the
+bandwidth at which the dense kernel reads. Both were measured on an H200 (rows of area `sparse_attention`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from effpass.core.roofline import Ceilings
 from effpass.lowering.ops.two_level_attention_index import STATISTICS, Selection
 
 __all__ = ["break_even", "step_bytes"]
+
+# By the levels of the choice, for heads and for latents.
+_CHAIN = {"blocks": (2.1, 5.5), "tokens": (6.6, 13.1), "both": (3.6, 7.2)}
+_RATE_OF_LATENTS = 0.66  # bound by its matrix products
 
 
 def step_bytes(
@@ -63,11 +68,12 @@ def break_even(
     Args:
         at: measured bandwidth and latency of the device.
     """
-    launches = 2 if how.levels == "blocks" else 3
+    rate = _RATE_OF_LATENTS if latent else 1.0
+    more = (_CHAIN[how.levels][latent] - 1) * at.latency["attention"]
 
     def gain(length: int) -> float:
         dense, sparse = step_bytes(how, length, groups, key_size, value_size, channels, element, latent)
-        return (dense - sparse) / at.bandwidth - (launches - 1) * at.latency["attention"]
+        return (dense / rate - sparse) / at.bandwidth - more
 
     low, high = how.tokens, 1 << 30
     if gain(high) <= 0:
