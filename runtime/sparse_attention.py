@@ -32,9 +32,10 @@ class SparseSettings:
 
     Attributes:
         selection: settings of the choice of keys in decode steps.
-        dense_below: number of tokens below which a layer uses the default attention.
+        dense_below: number of tokens below which a layer uses the default attention in decode steps.
         channels: int32 `[G, C]` by layer, channels of the keys that labels are made from; None for all channels.
         prefill: settings of the choice of blocks in prefill; None for dense prefill.
+        prefill_below: number of tokens below which prefill is dense.
         audits: quality measurements by layer; None for no measurement.
     """
 
@@ -42,6 +43,7 @@ class SparseSettings:
     dense_below: int
     channels: Mapping[int, Tensor] | None = None
     prefill: BlockSelection | None = None
+    prefill_below: int = 0
     audits: dict[int, Audit] | None = None
 
     def __call__(self) -> SparseReader:
@@ -137,7 +139,7 @@ class SparseReader:
     ) -> Tensor | None:  # fmt: skip
         selection, slots = self.settings.prefill, layer.slots
         reads = keys.shape[2]
-        if selection is None or reads < max(self.settings.dense_below, selection.least):
+        if selection is None or reads < max(self.settings.prefill_below, selection.least):
             return None
         positions = slots.positions[: query.shape[0], :reads]
         return block_sparse(selection, query, keys, values, positions, cache.query_positions, scale, softcap)

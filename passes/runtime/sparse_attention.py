@@ -74,7 +74,8 @@ class SparseAttentionOptions:
         pipelined: whether to select tokens in the blocks that the previous step selected.
         artifact: folder of calibrated channels written by `effpass calibrate sparse-attention`, to which labels are
             restricted; None for labels of all channels.
-        dense_below: length in tokens below which attention is dense; None to determine it with the cost model.
+        dense_below: length in tokens below which attention is dense; with None, the cost model determines it for decode
+            steps, and prompts are sparse as soon as they have blocks to leave out.
         prefill_density: share of the blocks that prompts attend to; None for all.
         prefill_threshold: share of the pooled attention weight that the blocks selected for a prompt must hold, used
             instead of `prefill_density`; None to disable.
@@ -239,7 +240,9 @@ class SparseAttention(Pass):
             channels = self._pruning.keep.of_kept_heads(channels)
         audits = {index: Audit(runs.device) for index in full} if options.audit else None
         below = self._break_even(runs) if options.dense_below is None else options.dense_below
-        runs.effpass_reader = SparseSettings(options.selection, below, channels, options.prompts, audits)
+        runs.effpass_reader = SparseSettings(
+            options.selection, below, channels, options.prompts, options.dense_below or 0, audits
+        )
         engine_of(runs).release()
         return len(full), left_alone
 

@@ -174,6 +174,17 @@ def test_a_pipeline_begins_with_the_query_of_latents() -> None:
     assert min(share for share, _ in recall(narrow).values()) > 0.5
 
 
+def test_prompts_are_sparse_from_the_given_length_on() -> None:
+    """Without one, decode steps alone are dense as long as that is faster."""
+    model = families.make("llama")
+    options = {"prefill_density": 0.5}
+    for below, expected in ((None, 0), (24, 24)):
+        ready = prepared(model, {"sparse_attention": {**options, **({} if below is None else {"dense_below": below})}})
+        settings = ready.effpass_reader
+        assert settings.prefill_below == expected
+        assert settings.dense_below == 24 if below else settings.dense_below > 2048
+
+
 def test_short_contexts_are_dense_and_the_switch_is_seen() -> None:
     model, given = families.make("llama"), families.batch(20)
     ready = prepared(model, {"sparse_attention": {**NARROW, "dense_below": 24}})
