@@ -191,13 +191,13 @@ def run(model: Path, folder: Path, settings: Settings = SETTINGS, **options: Any
 
 @pytest.fixture(scope="module")
 def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = replace(SETTINGS, steps=60, evaluate_every=20, save_every=0, log_every=10)
+    settings = replace(SETTINGS, steps=60, evaluate_every=25, save_every=0, log_every=10)
     return run(llama, tmp_path_factory.mktemp("finished"), settings)
 
 
 def test_a_run_learns_what_the_model_says(llama: Path, finished: Path) -> None:
     lines = [line for line in metrics(finished) if "eval_acceptance_length" in line]
-    assert [line["step"] for line in lines] == [0, 20, 40, 60]
+    assert [line["step"] for line in lines] == [0, 25, 50, 60]
     lengths = [line["eval_acceptance_length"] for line in lines]
     assert lengths[0] < 1.5
     assert lengths[-1] > 2.5  # of four

@@ -142,7 +142,7 @@ def train_draft(
         if first_step == 0:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if not settings.evaluate_every or batches.steps % settings.evaluate_every:
+        if not settings.evaluate_every:  # otherwise the Trainer has evaluated after the last step
             trainer.evaluate()
     facts = {**run, "steps": batches.steps, "sequence_length": length, "texts": len(samples), "graded": graded,
              "device": str(args.device)}  # fmt: skip

@@ -172,7 +172,7 @@ def tune(
         if first_step == 0:
             trainer.evaluate()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if not settings.evaluate_every or batches.steps % settings.evaluate_every:
+        if not settings.evaluate_every:  # otherwise the Trainer has evaluated after the last step
             trainer.evaluate()
     if sparse is not None:
         sparse.close()
