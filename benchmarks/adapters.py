@@ -71,6 +71,14 @@ def _optimizer() -> str:
     return os.environ.get("EFFPASS_OPTIMIZER", "mona")
 
 
+def _by_method(task: Questions | Cycles | Drafting, model: str, device: str, rank: int) -> dict[str, Run]:
+    """A run of each method, of any rate, with seed 0."""
+    return {
+        method: Run(task, model, device, method, 0 if method == "full" else rank, _optimizer(), 0.0, 0)
+        for method in METHODS
+    }
+
+
 def _tuned(runs: dict[str, Run], first: dict[str, tuple[float, ...]], smoke: bool) -> dict[str, list[Found]] | None:
     """Each one's results over seeds at its best rate, and notes of the sweep; None where runs are missing.
 
@@ -150,11 +158,7 @@ def _sft(rank: int, device: str, smoke: bool) -> Iterator[Row]:
     """Full, LoRA and AFA-LoRA of one rank, on all linear layers."""
     is_large = device == "cuda" and not smoke
     model, task = _name("smollm2" if is_large else "tiny-long"), _HALF if is_large else _TINY if smoke else _SMALL
-    runs = {
-        method: Run(task, model, device, method, 0 if method == "full" else rank, _optimizer(), 0.0, 0)
-        for method in METHODS
-    }
-    if (found := _tuned(runs, _FIRST, smoke)) is None:
+    if (found := _tuned(_by_method(task, model, device, rank), _FIRST, smoke)) is None:
         return
     before, sampling = held_out(model, device, task), found["afa-lora"][0].error
     note = f"±{sampling:.4f} over questions; {before.loss:.4f} before; {_optimizer()}, {task.train} questions learned"
@@ -191,11 +195,7 @@ def grpo(device: str, smoke: bool) -> Iterator[Row]:
     is_large = device == "cuda" and not smoke
     model = _name("smollm2" if is_large else "tiny-long")
     task = Cycles(2, 2, 4, 4) if smoke else Cycles(40, 4, 8, 32) if is_large else Cycles(24, 4, 8, 12)
-    runs = {
-        method: Run(task, model, device, method, 0 if method == "full" else 8, _optimizer(), 0.0, 0)
-        for method in METHODS
-    }
-    if (found := _tuned(runs, _FIRST, smoke)) is None:
+    if (found := _tuned(_by_method(task, model, device, 8), _FIRST, smoke)) is None:
         return
     note = f"{_optimizer()}, {task.steps} cycles of {task.prompts} x {task.group} completions of {task.tokens} tokens"
     case = f"{Path(model).name}, GRPO, counting, rank 8"
@@ -210,11 +210,7 @@ def draft(device: str, smoke: bool) -> Iterator[Row]:
         return
     task = Drafting(head, 40, 4, 2, 512, 2) if smoke or device != "cuda" else Drafting(head, 4000, 100, 16, 768, 5)
     model = _name("smollm2")
-    runs = {
-        method: Run(task, model, device, method, 0 if method == "full" else 8, _optimizer(), 0.0, 0)
-        for method in METHODS
-    }
-    if (found := _tuned(runs, _FIRST, smoke)) is None:
+    if (found := _tuned(_by_method(task, model, device, 8), _FIRST, smoke)) is None:
         return
     note = f"{_optimizer()}, {task.steps} steps of {task.batch} x {task.length} tokens, {task.proposed} tokens proposed"
     case = f"draft head of {Path(model).name}, functions of the standard library, rank 8"

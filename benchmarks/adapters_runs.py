@@ -125,6 +125,11 @@ def _result(run: Run) -> Found:
     return found
 
 
+def _optimizer(run: Run) -> OptimizerConfig:
+    options = _OPTIONS.get(run.optimizer, {}) if run.device == "cuda" else {}
+    return OptimizerConfig(run.rate, run.optimizer, 0.0, options=options)  # type: ignore[arg-type]
+
+
 # -- supervised -------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +171,7 @@ def _learn_answers(run: Run, task: Questions) -> tuple[float, float]:
     """Loss of the test questions under the finished model, its adapter linear."""
     is_cuda = run.device == "cuda"
     settings = Settings(
-        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        _optimizer(run),
         method=run.method,  # type: ignore[arg-type]
         schedule=Schedule(warmup=2, kind="cosine", final=0.0),
         batch=task.batch,
@@ -220,7 +225,7 @@ def _learn_reward(run: Run, task: Cycles) -> tuple[float, float]:
 
     is_cuda = run.device == "cuda"
     settings = GrpoSettings(
-        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        _optimizer(run),
         method=run.method,  # type: ignore[arg-type]
         steps=task.steps,
         prompts=task.prompts,
@@ -264,7 +269,7 @@ def _learn_drafting(run: Run, task: Drafting) -> tuple[float, float]:
 
     is_cuda = run.device == "cuda"
     settings = DraftSettings(
-        OptimizerConfig(run.rate, run.optimizer, 0.0, options=_OPTIONS.get(run.optimizer, {}) if is_cuda else {}),  # type: ignore[arg-type]
+        _optimizer(run),
         method=run.method,  # type: ignore[arg-type]
         schedule=Schedule(warmup=2, kind="cosine", final=0.0),
         steps=task.steps,

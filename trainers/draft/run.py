@@ -33,7 +33,7 @@ from effpass.trainers.draft.plot import plot_acceptance
 from effpass.trainers.draft.settings import Settings
 from effpass.trainers.draft.target import Target
 from effpass.trainers.finetune.loop import check_packing, training_arguments
-from effpass.trainers.finetune.packing import PackedBatches, check_lengths
+from effpass.trainers.finetune.packing import PackedBatches, check_lengths, row_length
 from effpass.trainers.finetune.run import begin, check_plots, check_same, explained, learned_line, pad_token, read_model
 from effpass.trainers.finetune.samples import Sample, file_hash, read_samples
 from effpass.trainers.finetune.trained import Trained, make_trained
@@ -155,7 +155,7 @@ def _texts(samples: list[Sample], data: Path, settings: Settings, most: int) -> 
     """Return the texts of the data as samples to train on, and the number of tokens per row."""
     length = settings.sequence_length
     if length is None:
-        length = min(most, -(-max(len(sample.tokens) for sample in samples) // 64) * 64)
+        length = min(most, row_length(samples))
     check_lengths(samples, length, data, most)
     return samples, length
 
@@ -173,7 +173,7 @@ def _answered(
     if len(samples) < len(prompts):
         say(f"{len(prompts) - len(samples)} prompts have no room for an answer in {room} tokens, or got none")
     if length is None:
-        length = min(most, -(-max(len(sample.tokens) for sample in samples) // 64) * 64)
+        length = min(most, row_length(samples))
     return samples, length
 
 

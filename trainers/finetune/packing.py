@@ -20,11 +20,16 @@ from torch.utils.data import Dataset
 from effpass.core.errors import EffpassError
 from effpass.trainers.finetune.samples import Sample
 
-__all__ = ["PackedBatches", "check_lengths", "make_rows", "pack"]
+__all__ = ["PackedBatches", "check_lengths", "make_rows", "pack", "row_length"]
 
 # Maximum number of open rows: few enough to keep the order of samples random, and enough to fill rows well.
 _OPEN = 64
-_ROUND = 64  # unpacked rows are padded to a multiple of this number of tokens
+_ROUND = 64  # rows are padded to a multiple of this number of tokens
+
+
+def row_length(samples: Sequence[Sample]) -> int:
+    """Return the number of tokens per row that the longest sample needs."""
+    return -(-max(len(sample.tokens) for sample in samples) // _ROUND) * _ROUND
 
 
 def check_lengths(samples: Sequence[Sample], length: int, path: object, most: int) -> None:

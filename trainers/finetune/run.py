@@ -31,7 +31,7 @@ from effpass.trainers.balance.table import read_table, write_table
 from effpass.trainers.finetune.balanced import LATENCY, BalancedRows, load_tuner, make_sparse
 from effpass.trainers.finetune.loop import Tuner, check_packing, training_arguments
 from effpass.trainers.finetune.memory import estimate, host_line
-from effpass.trainers.finetune.packing import PackedBatches, check_lengths
+from effpass.trainers.finetune.packing import PackedBatches, check_lengths, row_length
 from effpass.trainers.finetune.processes import Processes
 from effpass.trainers.finetune.samples import file_hash, read_samples
 from effpass.trainers.finetune.settings import Settings
@@ -100,7 +100,7 @@ def tune(
     held_out = read_samples(validation, tokenizer) if validation is not None else []
     length = settings.sequence_length
     if length is None:
-        length = -(-max(len(sample.tokens) for sample in samples) // 64) * 64
+        length = row_length(samples)
     most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", length)
     if settings.sequence_length is None:
         length = min(length, most)
