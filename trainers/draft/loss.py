@@ -33,15 +33,16 @@ def divergence(
         weights: float `[B, T]`, weight of predicting each token; 0 for tokens that do not count.
         decay: weight of a step relative to the step before.
     """
-    known = target.index_select(2, tokens)
+    log_p = target.index_select(2, tokens).log_softmax(-1, dtype=torch.float32)
+    p = log_p.exp()
+    certainty = (p * log_p).sum(-1)
     total, sum_of_weights = weights.new_zeros(()), 0.0
     for step, logits in enumerate(proposed):
         last = logits.shape[1] - 2 - step
         if last <= 0:
             break
-        log_q = logits[:, :last].float().log_softmax(-1)
-        log_p = known[:, 1 + step : -1].float().log_softmax(-1)
-        lost = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_q = logits[:, :last].log_softmax(-1, dtype=torch.float32)
+        lost = certainty[:, 1 + step : -1] - (p[:, 1 + step : -1] * log_q).sum(-1)
         counts = weights[:, 2 + step :] * reaches(position_ids, 1 + step)[:, :last]
         total = total + decay**step * (lost * counts).sum()
         sum_of_weights += decay**step
