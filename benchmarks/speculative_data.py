@@ -1,8 +1,8 @@
 """Prompts of area `speculative`: five test sets, and prompts to learn drafts from that are in none of them.
 
 ``python -m benchmarks.speculative_data --data FOLDER -o prompts.jsonl`` writes the latter: GSM8K's training questions,
-passages of `FOLDER/text` to sum up or go on with, functions of the standard library to complete, and questions about
-its modules.
+passages of `FOLDER/text` and `FOLDER/wikitext-2` to sum up or go on with, functions of the standard library to
+complete, questions about its modules, and everyday tasks, each about many topics.
 """
 
 from __future__ import annotations
@@ -30,6 +30,46 @@ _QUESTIONS = (
     "When would you use Python's module {}? Give an example.",
     "Explain {} to somebody who has never programmed.",
 )
+_EVERYDAY = (
+    "What is {}?",
+    "Who knows most about {}, and how did they come to it?",
+    "When did people first think about {}?",
+    "Why does {} matter?",
+    "How does {} work?",
+    "Name three books about {}.",
+    "Explain {} to a child of ten.",
+    "Write a short story in which {} plays a part.",
+    "Write a poem of eight lines about {}.",
+    "Write an email to a colleague who asked about {}. Be polite and brief.",
+    "Give me five tips that have to do with {}, as a numbered list.",
+    "What are the advantages and disadvantages of {}?",
+    "Plan a lesson about {} for a class of twelve-year-olds.",
+    "You are an expert on {}. Introduce yourself and your work.",
+    "Pretend to be a journalist and interview somebody about {}.",
+    "Compare {} with something that is often confused with it.",
+    "Write an outline of an essay about {}, with headings.",
+    "Is it true that {} will be forgotten in a hundred years? Argue for both sides.",
+    "Draft a speech of two minutes about {}.",
+    "Write a Python function that has to do with {}, with an example of its use.",
+    "Which numbers describe {} best, and how are they measured?",
+    "Write a dialogue between two friends who disagree about {}.",
+    "What would change for a small town without {}?",
+    "Put the history of {} into a table with years and events.",
+    "What should a beginner know about {}?",
+)
+_TOPICS = (
+    "photosynthesis, inflation, volcanoes, the printing press, chess, jazz, vaccines, black holes, compost, "
+    "democracy, earthquakes, the stock market, sleep, cheese, glaciers, electric cars, bees, the Roman Empire, "
+    "recursion, gravity, coral reefs, coffee, marathons, public libraries, encryption, the moon, bread, opera, "
+    "traffic lights, rainbows, antibiotics, knitting, the Silk Road, prime numbers, tides, trains, poetry, solar "
+    "panels, dinosaurs, friendship, tea, bridges, the human heart, weather forecasts, football, sorting "
+    "algorithms, oceans, museums, money, wolves, languages, databases, gardening, the Renaissance, radio, yoga, "
+    "insurance, mushrooms, maps, supply and demand, the brain, cinema, chemical bonds, deserts, elections, "
+    "magnets, whales, cooking oil, swimming, satellites, folk tales, probability, taxes, steel, migration of "
+    "birds, headaches, operating systems, spices, windmills, the piano, climate change, shipping, drama, "
+    "batteries, soil, negotiation, mountain climbing, dreams, glass, machine learning, rivers, painting, "
+    "calendars, honesty, bicycles, genes, lighthouses"
+)
 
 
 @cache
@@ -52,7 +92,7 @@ def test_prompts(name: str, count: int) -> list[str]:
 def training_prompts(count: int, seed: int = 0) -> list[str]:
     """`count` prompts of all kinds, in an order of their own."""
     rng = np.random.default_rng(seed)
-    kinds = [list(_questions()), list(_passages()), list(_functions()), list(_modules())]
+    kinds = [list(kind()) for kind in (_questions, _passages, _functions, _modules, _tasks)]
     chosen: list[str] = []
     for kind in kinds:
         order = rng.permutation(len(kind))[: count // len(kinds) + 1]
@@ -68,7 +108,7 @@ def _questions() -> Iterator[str]:
 
 
 def _passages() -> Iterator[str]:
-    for path in sorted((_data() / "text").glob("*.txt")):
+    for path in [*sorted((_data() / "text").glob("*.txt")), _data() / "wikitext-2" / "valid.txt"]:
         text = path.read_text(encoding="utf-8")
         for number, first in enumerate(range(0, len(text) - _LONGEST, _LONGEST)):
             yield _TASKS[number % len(_TASKS)].format(text[first : first + _LONGEST].strip())
@@ -93,6 +133,11 @@ def _modules() -> Iterator[str]:
     for name, _ in _sources():
         if not name.startswith("_"):
             yield from (question.format(name) for question in _QUESTIONS)
+
+
+def _tasks() -> Iterator[str]:
+    for topic in _TOPICS.split(", "):
+        yield from (task.format(topic) for task in _EVERYDAY)
 
 
 def main() -> None:
