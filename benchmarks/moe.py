@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
-from benchmarks import moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric
+from benchmarks import moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric, moe_tiles
 from benchmarks.backend import _compile, _decode_step, _dtype, _free
 from benchmarks.decode import NO_PASSES, PROMPT, _greedy
 from benchmarks.optimizer import matmul_rate as measured_rate
@@ -44,6 +44,8 @@ SEVERAL_GPUS = ("qwen3-30b-a3b", "deepseek-v2")
 TINY = Shape(2, 4, 64, 96)
 TOKENS = (1, 16, 128, 1024, 8192)
 LARGEST_GRAPH = 1024
+#: Loads at which the fastest tile depends on the routing.
+CLOSE = (("mixtral-8x7b", 128), ("qwen3-30b-a3b", 1024))
 GATE = ("silu", 1.0, 0.0, 0.0, False)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, experts, weights
 
@@ -237,32 +239,32 @@ def fit(device: str, smoke: bool) -> Iterator[Row]:
                   device=device)  # fmt: skip
 
 
-def autotuned(device: str, smoke: bool) -> Iterator[Row]:
-    """Inductor's max-autotune on transformers' grouped_mm; minutes of compilation, so at fewer loads."""
+def _autotuned(name: str, device: str, smoke: bool) -> Iterator[Row]:
+    """Inductor's max-autotune on transformers' grouped_mm; about a minute of compilation for each number of tokens."""
     if device != "cuda":
         return
-    tokens = tuple(int(n) for n in os.environ.get("EFFPASS_TOKENS", "16,1024,8192").split(","))
-    for name, shape in SHAPES.items():
-        with torch.inference_mode():
-            gate_up, down = random_layer(shape, torch.device(device), _dtype(device))
-        for count in tokens:
-            torch._dynamo.reset()
-            mode = "max-autotune-no-cudagraphs"  # captured by hand, like the others
-            call = torch.compile(_transformers("grouped_mm", gate_up, down), fullgraph=True, mode=mode)
-            ids, weights = _routings(shape, count, 2 if count > LARGEST_GRAPH else 4, False, device)
-            x = torch.randn(count, shape.width, device=device, dtype=gate_up.dtype)
+    shape = SHAPES[name]
+    with torch.inference_mode():
+        gate_up, down = random_layer(shape, torch.device(device), _dtype(device))
+    for tokens in (int(n) for n in os.environ.get("EFFPASS_TOKENS", "16,1024,8192").split(",")):
+        torch._dynamo.reset()
+        mode = "max-autotune-no-cudagraphs"  # captured by hand, like the others
+        call = torch.compile(_transformers("grouped_mm", gate_up, down), fullgraph=True, mode=mode)
+        for routing, skewed in (("even", False), ("skewed", True)):
+            ids, weights = _routings(shape, tokens, 2 if tokens > LARGEST_GRAPH else 4, skewed, device)
+            x = torch.randn(tokens, shape.width, device=device, dtype=gate_up.dtype)
             with torch.no_grad():
                 ours, theirs = (
-                    _seconds(side, x, ids, weights, count <= LARGEST_GRAPH, device)
+                    _seconds(side, x, ids, weights, tokens <= LARGEST_GRAPH, device)
                     for side in (_ours(gate_up, down), call)
                 )
             yield row(
-                AREA, f"{name}, {count} tokens, even", "layer of experts", ours * 1e6, "us", device=device,
+                AREA, f"{name}, {tokens} tokens, {routing}", "layer of experts", ours * 1e6, "us", device=device,
                 peer=theirs * 1e6, peer_name="Inductor max-autotune, grouped_mm",
                 bound=max(_bound(shape, ids, device)) * 1e6, runs=7,
             )  # fmt: skip
-        del gate_up, down
-        _free(device)
+    del gate_up, down, call
+    _free(device)
 
 
 def stack(device: str, smoke: bool) -> Iterator[Row]:
@@ -308,8 +310,9 @@ def _qwen3_moe(device: str, layers: int) -> Any:
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "fit": fit,
     **{name: lambda device, smoke, name=name: _layer(name, device, smoke) for name in SHAPES},  # type: ignore[misc]
-    "autotuned": autotuned,
+    **{f"autotuned-{name}": functools.partial(_autotuned, name) for name in SHAPES},
     "stack": stack,
+    "tiles": functools.partial(moe_tiles.tiles, tuple((name, SHAPES[name], n) for name, n in CLOSE), _routings),
     **{f"eps-{name}": functools.partial(moe_ranks.layers, name, SHAPES[name]) for name in SEVERAL_GPUS},
     **{f"eps-stack-{name}": functools.partial(moe_ranks_stack.stack, name) for name in SEVERAL_GPUS},
     f"eps-decode-{moe_ranks_decode.NAME}": moe_ranks_decode.decode,

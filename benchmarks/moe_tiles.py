@@ -1,0 +1,75 @@
+"""Other tiles of the grouped kernels, for area `moe`: the loads at which no tile is the fastest for every routing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.backend import _free
+from benchmarks.rows import Row, row
+from effpass.lowering.ops.kernel_choice import triton_kernels
+from effpass.lowering.ops.moe_ffn_cost import Shape
+from effpass.lowering.ops.moe_ffn_fit import random_layer, seconds_a_call
+
+__all__ = ["tiles"]
+
+AREA = "moe"
+GATE = ("silu", 1.0, 0.0, 0.0, False)
+Routings = Callable[[Shape, int, int, bool, str], tuple[Tensor, Tensor]]
+
+
+def _variants(kernels: Any) -> dict[str, tuple[Any, Any]]:
+    """Tiles of the first and the second product, by a description; the kernels' own begin with `tiles of`."""
+    own = kernels.TILES
+    (first, second), (first32, second32) = own[64], own[32]
+    return {
+        **{f"tiles of {rows} rows": own[rows] for rows in (32, 64, 128)},
+        # More programs per multiprocessor: the last wave takes a smaller part of the time.
+        "64 rows, 3 stages": (replace(first, stages=3), replace(second, stages=3)),
+        "64 rows, 3 stages in the second product": (first, replace(second, stages=3)),
+        "64 rows, 64 columns in the second product": (first, replace(second, columns=64)),
+        "64 rows, 64 columns and depth 128 in the second product": (first, replace(second, columns=64, depth=128)),
+        "64 rows, then 32": (first, second32),
+        "32 rows, then 64": (first32, second),
+        "64 rows, weights as the tall operand": (
+            replace(first, depth=128, stages=2, tall_weights=True),
+            replace(second, depth=128, stages=2, tall_weights=True),
+        ),
+    }
+
+
+def tiles(loads: tuple[tuple[str, Shape, int], ...], routings: Routings, device: str, smoke: bool) -> Iterator[Row]:
+    """Time every variant on every load (name, layer, tokens), even and skewed, against the fastest of the own tiles."""
+    kernels = triton_kernels("moe_grouped")
+    if device != "cuda" or kernels is None:
+        return
+    for name, shape, tokens in loads:
+        with torch.inference_mode():
+            gate_up, down = random_layer(shape, torch.device(device), torch.bfloat16)
+        for routing, skewed in (("even", False), ("skewed", True)):
+            ids, weights = routings(shape, tokens, 4, skewed, device)
+            x = torch.randn(tokens, shape.width, device=device, dtype=torch.bfloat16)
+            with torch.inference_mode():
+                seconds = _seconds(kernels, x, ids, weights, gate_up, down)
+            own = min((v for v in seconds if v.startswith("tiles of")), key=lambda v, of=seconds: of[v])  # type: ignore[misc]
+            for variant, taken in seconds.items():
+                yield row(
+                    AREA, f"{name}, {tokens} tokens, {routing}", f"layer of experts, {variant}", taken * 1e6, "us",
+                    device=device, peer=seconds[own] * 1e6, peer_name=own, runs=7,
+                )  # fmt: skip
+        del gate_up, down
+        _free(device)
+
+
+def _seconds(kernels: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> dict[str, float]:
+    def timed(of: tuple[Any, Any]) -> float:
+        def call(turn: int) -> Tensor:
+            return kernels.moe_ffn(x, ids[turn], weights, gate_up, None, down, None, *GATE, of)
+
+        return seconds_a_call(call, len(ids), captured=True)
+
+    return {name: timed(of) for name, of in _variants(kernels).items() if kernels.fits(of, x.device)}
