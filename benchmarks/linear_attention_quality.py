@@ -5,8 +5,9 @@ has no bound on what it keeps; `window` is attention over as many tokens as have
 state's bytes. One learning rate for all, tuned for none.
 
 Recall is MQAR (https://arxiv.org/abs/2312.04927): pairs of key and value, then every key once more among random tokens,
-mostly soon; the model says its value. A case is named by pairs and channels of a head. A model learns from rows with an
-eighth, a quarter, a half and all of the pairs in turn, without which it does not begin to recall in so few steps.
+mostly soon; the model says its value. A case is named by pairs, channels of a head and form. A model learns from rows
+with an eighth, a quarter, a half and all of the pairs in turn, without which it does not begin to recall in so few
+steps.
 """
 
 from __future__ import annotations
@@ -159,24 +160,22 @@ def recall_accuracy(model: Any, size: Size, pairs: int, device: str) -> float:
     return right / int(graded.sum())
 
 
-def recall(pairs: int, channels: int, device: str, smoke: bool) -> Iterator[Row]:
-    """Accuracy of each form, over the seeds."""
+def recall(pairs: int, channels: int, form: str, device: str, smoke: bool) -> Iterator[Row]:
+    """Accuracy over the seeds."""
     size = Size(512, 128, 2, 2, channels, 8 * pairs, 2000, 64)
     if smoke or device != "cuda":
         pairs, size = 8, Size(32, 16, 2, 1, 16, 64, 3, 4)
-    of_forms = configs(size)
-    for form in FORMS:
-        started, found = time.perf_counter(), []
-        for seed in SEEDS:
-            generator = torch.Generator(device).manual_seed(seed)
-            model = train(
-                of_forms[form], size, seed, device,
-                lambda step, generator=generator: _easier(size, pairs, 1 << 3 - step % 4, generator, device),  # type: ignore[misc]
-            )  # fmt: skip
-            found.append(recall_accuracy(model, size, pairs, device))
-        case = f"{form}, {pairs} pairs in {size.longest} tokens, heads of {size.channels}"
-        yield row(AREA, case, "recall", 100 * statistics.fmean(found), "%", device=device, lower_is_better=False,
-                  runs=len(found), note=_note(found, 100, of_forms[form], size, started))  # fmt: skip
+    config, started, found = configs(size)[form], time.perf_counter(), []
+    for seed in SEEDS:
+        generator = torch.Generator(device).manual_seed(seed)
+        model = train(
+            config, size, seed, device,
+            lambda step, generator=generator: _easier(size, pairs, 1 << 3 - step % 4, generator, device),  # type: ignore[misc]
+        )  # fmt: skip
+        found.append(recall_accuracy(model, size, pairs, device))
+    case = f"{form}, {pairs} pairs in {size.longest} tokens, heads of {size.channels}"
+    yield row(AREA, case, "recall", 100 * statistics.fmean(found), "%", device=device, lower_is_better=False,
+              runs=len(found), note=_note(found, 100, config, size, started))  # fmt: skip
 
 
 def _note(found: list[float], times: float, config: Any, size: Size, started: float) -> str:
@@ -236,6 +235,6 @@ def _spans(length: int) -> Iterator[tuple[int, int]]:
 LOADS = ((16, 16), (32, 16), (64, 16), (32, 32), (64, 32), (128, 32))
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
-    **{f"recall-{pairs}x{channels}": partial(recall, pairs, channels) for pairs, channels in LOADS},
+    **{f"recall-{n}x{channels}-{form}": partial(recall, n, channels, form) for n, channels in LOADS for form in FORMS},
     **{f"pretraining-{form}": partial(pretraining, form) for form in FORMS},
 }

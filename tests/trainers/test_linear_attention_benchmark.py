@@ -53,7 +53,7 @@ def test_training_repeats_itself(form):
 
 
 def test_rows_of_recall_and_of_text(tmp_path: Path):
-    names = ["recall-16x16", "pretraining-fg2+"]
+    names = [*(f"recall-16x16-{form}" for form in FORMS), "pretraining-fg2+"]
     assert set(linear_attention_quality.CASES) <= set(linear_attention.CASES)
     for name in names:
         for row in linear_attention.CASES[name]("cpu", True):
