@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import set_up
 
-KERNELS = ("_one_row", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp", "_received")
+KERNELS = ("_one_row", "_whole_rows", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp", "_received")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -86,8 +87,16 @@ def error(got: Tensor, expected: Tensor) -> float:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def linear_errors(kernels: Any, rows: int, inner: int, norm: bool, offset: float, **of: Any) -> dict[str, float]:
-    """Errors of `fused_linear` with three weights and with a residual, and of `gated_linear`."""
+def linear_errors(
+    kernels: Any, rows: int, inner: int, norm: bool, offset: float, room: int | None = None, **of: Any
+) -> dict[str, float]:
+    """Errors of `fused_linear` with three weights and with a residual, and of `gated_linear`.
+
+    `room` is the number of multiprocessors by which tiles are chosen, if kernels are tested.
+    """
+    if room is not None and hasattr(kernels, "multiprocessors"):
+        with mock.patch.object(kernels, "multiprocessors", lambda device: room):
+            return linear_errors(kernels, rows, inner, norm, offset, **of)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, **of)
@@ -252,6 +261,12 @@ LINEARS = {
     "64 rows": (64, 136, True, 1.0),
     "3 rows, long": (3, 2056, True, 0.0),
     "40 rows, long": (40, 2304, False, 0.0),
+    "3 rows, whole": (3, 200, True, 1.0, 132),
+    "16 rows, whole, without norm": (16, 256, False, 0.0, 132),
+    "32 rows, whole": (32, 72, True, 0.0, 132),
+    "7 rows, whole and wide": (7, 1544, True, 0.0, 132),
+    "7 rows, not whole": (7, 136, True, 0.0, 1),
+    "30 rows, not whole": (30, 200, True, 1.0, 1),
 }
 # B, H, G, T, S, K, V, filled, window, softcap, padding
 ATTENTIONS = {
@@ -349,6 +364,11 @@ def compile_all() -> dict[str, int]:
         linear.fused_linear(x, [some(2048, 2048), some(1024, 2048)], [None, some(1024)], norm, 1e-6, 0.0, None)
         linear.gated_linear(x, some(6144, 2048), some(6144, 2048), norm, 1e-6, 1.0, "silu")
         linear.fused_linear(some(rows, 9216), [some(2048, 9216)], [None], None, 0.0, 0.0, x)
+    for rows, inner in ((8, 576), (32, 576), (8, 1536), (32, 1536)):
+        x, norm = some(rows, inner), some(inner)
+        linear.fused_linear(x, [some(576, inner), some(192, inner)], [None, some(192)], norm, 1e-6, 0.0, None)
+        linear.gated_linear(x, some(1536, inner), some(1536, inner), norm, 1e-6, 1.0, "silu")
+        linear.fused_linear(x, [some(576, inner)], [None], None, 0.0, 0.0, some(rows, 576))
     for tokens in (1, 4):
         q, k, v, norm = some(1, tokens, 32, 128), some(1, tokens, 8, 128), some(1, tokens, 8, 128), some(128)
         decode.rope_cached_attention(

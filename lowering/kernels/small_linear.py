@@ -5,7 +5,8 @@
 
 The products of one token are computed in float32, with a few outputs per program. Several tokens are padded to 16, 32
 or 64 and use tensor cores, with the weights as the tall operand and accumulation in float32; w ⊙ x is rounded to the
-dtype of x for them. A program starts to load (or prefetch) its weights before it waits for the preceding launch
+dtype of x for them. If the inner dimension is short, a program holds whole rows of the weights, else it runs over their
+columns in a loop. It starts to load (or prefetch) its weights before it waits for the preceding launch
 (:mod:`effpass.lowering.kernels.launch`).
 
 RMSNorm takes no extra pass: y = (Σ_k W_k w_k x_k) / √(mean(x²) + ε), with both sums in one loop. If there are too few
@@ -31,6 +32,7 @@ __all__ = ["MOST_ROWS", "fused_linear", "gated_linear", "supported"]
 MOST_ROWS = 64  # maximum number of tokens
 _BESIDE = 3072  # bytes of shared memory that reductions may need beside tiles
 _LONG = 2048  # inner size from which several tokens are read by one program per multiprocessor
+_ROOM = 1152  # bytes of weights that a thread holds at most
 
 
 def supported(
@@ -115,6 +117,11 @@ def _launch(
         options = launch_options(x.device, shape.pop("num_warps"))
         _one_row[grid](*tensors, *numbers, **shape, **common, **options)
         return
+    if shape := whole_rows_shape(rows, inner, sizes, gated, norm_weight is not None, x.element_size(), x.device):
+        grid = (sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes),)
+        options = launch_options(x.device, shape.pop("num_warps"))
+        _whole_rows[grid](*tensors, rows, *numbers, **shape, **common, **options)
+        return
     shape = few_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device)
     tiles, splits = sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes), shape["SPLITS"]
     parts = done = None
@@ -136,6 +143,34 @@ def one_row_shape(inner: int, outputs: int, gated: bool, device: torch.device) -
         block_n, block_k = 2, 1024 if inner == 2048 else 2048
     block_n //= 2 if gated else 1  # per weight
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": max(1, min(block_k // 256, 8))}
+
+
+def whole_rows_shape(
+    rows: int, inner: int, sizes: Sequence[int], gated: bool, norm: bool, element_size: int, device: torch.device
+) -> dict[str, int] | None:
+    """Return the tile for up to 32 tokens if programs are to hold whole rows of the weights, else None.
+
+    The rows of a program fill the registers, from :data:`_ROOM` bytes per thread on they don't fit. Many outputs are
+    computed 64 at a time, few ones 16 or 32 to employ more multiprocessors. The columns of 16 outputs are dealt out to
+    the warps, which would otherwise repeat one another's products.
+    """
+    tiles, room = sum(triton.cdiv(size, 64) for size in sizes), multiprocessors(device)
+    if rows > 32 or inner >= _LONG or tiles > 2 * room:
+        return None
+    first = 1 << (inner.bit_length() - 1)
+    rest = triton.next_power_of_2(inner - first) if inner > first else 0
+    block_n = 64 if 6 * tiles > room else 16 if rows <= 16 or inner > 1024 else 32
+    while block_n * (first + rest) * (2 if gated else 1) * element_size > _ROOM * 128 and block_n > 16:
+        block_n //= 2
+    parts = 4 if block_n == 16 and (inner > 1024 or (rows <= 16 and not norm)) else 1
+    return {
+        "BLOCK_M": 16 if rows <= 16 else 32,
+        "BLOCK_N": block_n,
+        "FIRST": max(first, 16 * parts),
+        "REST": max(rest, 16 * parts) if rest else 0,
+        "PARTS": parts,
+        "num_warps": 4,
+    }
 
 
 def few_rows_shape(
@@ -287,6 +322,109 @@ def _one_row(
     else:
         result = result * factor + added
     tl.store(y + rows, result.to(y.dtype.element_ty), mask=rows < size)
+
+
+@triton.jit
+def _down(x, PARTS: tl.constexpr):
+    """A column of a matrix, or of each of `PARTS` matrices."""
+    if PARTS == 1:
+        return x[:, None]
+    else:
+        return x[None, :, None]
+
+
+@triton.jit
+def _across(first, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """`WIDTH` consecutive numbers as a row of a matrix, or dealt out to the rows of `PARTS` matrices."""
+    part: tl.constexpr = WIDTH // PARTS
+    if PARTS == 1:
+        return first + tl.arange(0, WIDTH)[None, :]
+    else:
+        return first + (tl.arange(0, PARTS) * part)[:, None, None] + tl.arange(0, part)[None, None, :]
+
+
+@triton.jit
+def _squares(x, PARTS: tl.constexpr):
+    if PARTS == 1:
+        return tl.sum(x * x, 1)
+    else:
+        return tl.sum(tl.sum(x * x, 2), 0)
+
+
+@triton.jit
+def _times(weight, value, total, PARTS: tl.constexpr):
+    """`total` and the products [N, M] of `weight` [N, K] and `value` [M, K], or those of `PARTS` such matrices."""
+    if PARTS == 1:
+        return tl.dot(weight, tl.trans(value), total, input_precision="ieee")
+    else:
+        return tl.dot(weight, tl.permute(value, (0, 2, 1)), total, input_precision="ieee")
+
+
+@triton.jit
+def _scaled(value, scale, offset, square, PARTS: tl.constexpr):
+    """`value` times the norm's weight, in its dtype, and the sums of its squares."""
+    wide = value.to(tl.float32)
+    return (wide * (offset + scale.to(tl.float32))).to(value.dtype), square + _squares(wide, PARTS)
+
+
+@triton.jit(do_not_specialize=["count", "n0", "n1", "n2"])
+def _whole_rows(
+    x, w0, w1, w2, b0, b1, b2, norm, residual, y0, y1, y2, count, n0, n1, n2, inner: tl.constexpr, eps, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    w, y, size, first, bias = _tile_of(
+        tl.program_id(0), w0, w1, w2, b0, b1, b2, y0, y1, y2, n0, n1, n2, ACTIVATION, BLOCK_N
+    )  # fmt: skip
+    gated: tl.constexpr = ACTIVATION != ""
+    rows, tokens = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    of_weight = _down(tl.minimum(rows, size - 1) * inner, PARTS)
+    of_x = _down(tl.minimum(tokens, count - 1) * inner, PARTS)
+    # The columns are two ranges of powers of two.
+    columns, others = _across(0, FIRST, PARTS), _across(FIRST, REST if REST > 0 else PARTS, PARTS)
+    if PDL:
+        gdc_launch_dependents()
+    weight = tl.load(w + of_weight + columns)
+    if gated:
+        weight_up = tl.load(w1 + of_weight + columns)
+    if norm is not None:
+        scale = tl.load(norm + columns)
+    if REST > 0:
+        other_weight = tl.load(w + of_weight + others, mask=others < inner, other=0)
+        if gated:
+            other_weight_up = tl.load(w1 + of_weight + others, mask=others < inner, other=0)
+        if norm is not None:
+            other_scale = tl.load(norm + others, mask=others < inner, other=0)
+    if PDL:
+        gdc_wait()
+    value = tl.load(x + of_x + columns)
+    if REST > 0:
+        other_value = tl.load(x + of_x + others, mask=others < inner, other=0)
+    places = tokens[None, :] * size + rows[:, None]
+    inside_y = (tokens < count)[None, :] & (rows < size)[:, None]
+    added = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) + bias[:, None]
+    if residual is not None:  # loaded here, where nothing waits for it yet
+        added += tl.load(residual + places, mask=inside_y, other=0).to(tl.float32)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    if norm is not None:
+        value, square = _scaled(value, scale, offset, square, PARTS)
+    if PARTS == 1:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        total = tl.zeros([PARTS, BLOCK_N, BLOCK_M], tl.float32)
+    total_up = total
+    total = _times(weight, value, total, PARTS)
+    if gated:
+        total_up = _times(weight_up, value, total_up, PARTS)
+    if REST > 0:
+        if norm is not None:
+            other_value, square = _scaled(other_value, other_scale, offset, square, PARTS)
+        total = _times(other_weight, other_value, total, PARTS)
+        if gated:
+            total_up = _times(other_weight_up, other_value, total_up, PARTS)
+    if PARTS > 1:
+        total, total_up = tl.sum(total, 0), tl.sum(total_up, 0)
+    _finish(total, total_up, square, added, y, places, inside_y, inner, eps, norm is not None, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["count", "n0", "n1", "n2"])
