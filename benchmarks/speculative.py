@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +21,87 @@ from benchmarks import speculative_sparse, speculative_speed
 from benchmarks.backend import _dtype
 from benchmarks.rows import Row, row, sync
 from benchmarks.speculative_common import AREA, _drafts, _ids, _model, _sets
-from benchmarks.speculative_data import test_prompts
+from benchmarks.speculative_data import test_prompts, training_prompts
 from effpass.runtime.speculative import Speculator
 from effpass.runtime.speculative.generation import generate
 from effpass.runtime.speculative.open_draft import open_draft
 
+_TREES = ("chain:2", "chain:3", "chain:5", "eagle2:top_k=4,depth=3,nodes=8", "eagle2:top_k=4,depth=4,nodes=12",
+          "eagle2:top_k=4,depth=5,nodes=16", "eagle2:top_k=8,depth=5,nodes=32")  # fmt: skip
+_TRIED = 6  # training prompts by which a tree is chosen
 
-def _rate(run: Callable[[Tensor], Any], prompts: Sequence[Tensor], new: int, device: str) -> float:
-    """Tokens a second over `prompts`, prompts included in the time."""
-    seconds = 0.0
+
+def _rate(run: Callable[[Tensor], Tensor], prompts: Sequence[Tensor], device: str) -> float:
+    """Tokens of answers a second over `prompts`, prompts included in the time."""
+    seconds, tokens = 0.0, 0
     for ids in prompts:
         sync(device)
         started = time.perf_counter()
-        run(ids)
+        found = run(ids)
         sync(device)
         seconds += time.perf_counter() - started
-    return new * len(prompts) / seconds
+        tokens += found.shape[1] - ids.shape[1]
+    return tokens / seconds
+
+
+class _Speculated:
+    """Answers with a draft and a tree, and counts rounds, nodes and tokens."""
+
+    def __init__(self, model: Any, draft: str, tree: str, longest: Tensor, fixed: dict[str, Any]) -> None:
+        self.model, self.how, self.totals = model, {**fixed, "draft": draft, "tree": tree}, np.zeros(3)
+        for _ in range(2):  # the first call records, and begins with plain steps
+            model.generate(longest, **self.how)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        found = self.model.generate(ids, **self.how)
+        last = self.model.effpass_engine.last_speculation
+        self.totals += (last.rounds, last.verified, last.tokens)
+        return found
 
 
 def text(device: str, smoke: bool) -> Iterator[Row]:
-    """Tokens a second on the five sets, by draft and tree, against our greedy decoding and transformers'."""
+    """Tokens a second on the five sets, by draft and tree, against our greedy decoding and transformers'.
+
+    Answers end where the model ends them. The trees of each kind are the fastest of :data:`_TREES` on training prompts.
+    """
     model, tokenizer, name = _model(device, smoke)
-    count, new = (1, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "8")), 128)
-    fixed: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    count, new = (1, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "16")), 512)
+    fixed: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     own = type(model).generate
-    for prompts_of in _sets(smoke):
-        prompts = [_ids(tokenizer, prompt, device) for prompt in test_prompts(prompts_of, count)]
-        longest = max(prompts, key=lambda ids: ids.shape[1])
-        model.generate(longest, **fixed)  # records, with buffers for all
-        base = _rate(lambda ids: model.generate(ids, **fixed), prompts, new, device)
-        theirs = _rate(lambda ids: own(model, ids, **fixed, prompt_lookup_num_tokens=7), prompts[:2], new, device)
-        case = f"{name}, {prompts_of}, {count} prompts x {new} tokens, {_dtype(device)}".replace("torch.", "")
+    sets = {of: [_ids(tokenizer, prompt, device) for prompt in test_prompts(of, count)] for of in _sets(smoke)}
+    tried = [_ids(tokenizer, prompt, device) for prompt in training_prompts(1 if smoke else _TRIED, seed=1)]
+    longest = max(chain(tried, *sets.values()), key=lambda ids: ids.shape[1])
+    dtype = str(_dtype(device)).removeprefix("torch.")
+    cases = {of: f"{name}, {of}, {len(prompts)} prompts, up to {new} tokens, {dtype}" for of, prompts in sets.items()}
+    model.generate(longest, **fixed)  # records, with buffers for all
+    base = {}
+    for of, prompts in sets.items():
+        base[of] = _rate(lambda ids: model.generate(ids, **fixed), prompts, device)
+        theirs = _rate(lambda ids: own(model, ids, **fixed, prompt_lookup_num_tokens=7), prompts[:1], device)
         yield row(
-            AREA, case, "greedy decoding", base, "tokens/s", device=device, peer=theirs,
-            peer_name="transformers, prompt lookup of 7 tokens, 2 prompts", lower_is_better=False, runs=count,
+            AREA, cases[of], "greedy decoding", base[of], "tokens/s", device=device, peer=theirs,
+            peer_name="transformers, prompt lookup of 7 tokens, 1 prompt", lower_is_better=False, runs=len(prompts),
         )  # fmt: skip
-        for draft in _drafts():
-            trees = ["chain:7"] if draft == "ngram" else ["chain:5", "eagle2"]
-            if draft != "ngram" and Path(draft, "c2t").is_dir():
-                trees.append("c2t")
-            for tree in trees:
-                how = {**fixed, "draft": draft, "tree": tree}
-                for _ in range(2):  # the first call records, and begins with plain steps
-                    model.generate(longest, **how)
-                totals = np.zeros(3)
-
-                def run(ids: Tensor, how: Any = how, totals: Any = totals) -> None:
-                    model.generate(ids, **how)
-                    found = model.effpass_engine.last_speculation
-                    totals += (found.rounds, found.verified, found.tokens)
-
-                rate = _rate(run, prompts, new, device)
-                rounds, nodes, tokens = totals
+    for draft in _drafts():
+        if draft == "ngram":
+            trees = ["chain:7"]
+        else:
+            rates = {tree: _rate(_Speculated(model, draft, tree, longest, fixed), tried, device)
+                     for tree in (_TREES[1::4] if smoke else _TREES)}  # fmt: skip
+            print(f"{draft}, tokens/s on {len(tried)} training prompts: {rates}", flush=True)
+            trees = [
+                max((t for t in rates if t.startswith(kind)), key=rates.__getitem__) for kind in ("chain", "eagle2")
+            ]
+            trees += ["c2t"] if Path(draft, "c2t").is_dir() else []
+        for tree in trees:
+            speculated = _Speculated(model, draft, tree, longest, fixed)
+            for of, prompts in sets.items():
+                speculated.totals[:] = 0
+                rate = _rate(speculated, prompts, device)
+                rounds, nodes, tokens = speculated.totals
                 yield row(
-                    AREA, case, f"{Path(draft).name}, {tree}", rate, "tokens/s", device=device, peer=base,
-                    peer_name="our greedy decoding", lower_is_better=False, runs=count,
+                    AREA, cases[of], f"{Path(draft).name}, {tree}", rate, "tokens/s", device=device, peer=base[of],
+                    peer_name="our greedy decoding", lower_is_better=False, runs=len(prompts),
                     note=f"{tokens / rounds:.2f} tokens a step, {nodes / rounds:.1f} nodes verified",
                 )  # fmt: skip
 
@@ -86,47 +113,55 @@ def c2t(device: str, smoke: bool) -> Iterator[Row]:
     count, new = (1, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "8")), 96)
     sizes = (4, 16) if smoke else (4, 8, 12, 16, 24, 32, 48, 64)
     betas = (0.2,) if smoke else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    sets = {of: [_ids(tokenizer, prompt, device) for prompt in test_prompts(of, count)] for of in _sets(smoke)}
     compiled, engine.backend = engine.backend, None  # counts alone: nothing is compiled
     try:
         for draft in _drafts():
             if not Path(draft, "c2t").is_dir():
                 continue
-            for prompts_of in _sets(smoke):
-                prompts = [_ids(tokenizer, prompt, device) for prompt in test_prompts(prompts_of, count)]
-                curve = [_counts(model, draft, f"eagle2:nodes={n}", prompts, new) for n in sizes]
-                nodes, tokens = (np.array(x) for x in zip(*curve, strict=True))
+            curves = [_counts(model, draft, f"eagle2:nodes={n}", sets, new) for n in sizes]
+            found = {beta: _counts(model, draft, f"c2t:nodes=64,beta={beta}", sets, new) for beta in betas}
+            for of in sets:
+                nodes, tokens = (np.array(x) for x in zip(*(curve[of] for curve in curves), strict=True))
                 for beta in betas:
-                    mine = _counts(model, draft, f"c2t:nodes=64,beta={beta}", prompts, new)
+                    mine = found[beta][of]
                     inside = tokens.min() <= mine[1] <= tokens.max()
                     equal = float(np.interp(mine[1], tokens, nodes)) if inside else None
                     note = f"{mine[1]:.3f} tokens a round"
                     if equal is not None:
                         note += f", {1 - mine[0] / equal:.1%} fewer nodes"
                     yield row(
-                        AREA, f"{name}, {Path(draft).name}, {prompts_of}, {count} prompts x {new} tokens",
+                        AREA, f"{name}, {Path(draft).name}, {of}, {len(sets[of])} prompts x {new} tokens",
                         f"nodes a round, β {beta}", mine[0], "", device=device, peer=equal,
-                        peer_name="EAGLE-2's trees at the same tokens a round", runs=count, note=note,
+                        peer_name="EAGLE-2's trees at the same tokens a round", runs=len(sets[of]), note=note,
                     )  # fmt: skip
     finally:
         engine.backend = compiled
 
 
-def _counts(model: Any, draft: str, tree: str, prompts: Sequence[Tensor], new: int) -> tuple[float, float]:
-    """Nodes verified and tokens emitted a round, over prompts."""
+def _counts(
+    model: Any, draft: str, tree: str, sets: dict[str, list[Tensor]], new: int
+) -> dict[str, tuple[float, float]]:
+    """Nodes verified and tokens emitted a round, over the prompts of each set."""
     speculator = Speculator(model.effpass_engine, open_draft(model.effpass_engine, draft, tree), switches=False)
-    totals = np.zeros(3)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         return generate(speculator, input_ids, **prepared)
 
-    for ids in sorted(prompts, key=lambda ids: -ids.shape[1]):  # buffers for the longest serve all
+    def answer(ids: Tensor) -> tuple[int, int, int]:
         type(model).generate(
             model, ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=loop
         )
         found = speculator.last
         assert found is not None
-        totals += (found.rounds, found.verified, found.tokens)
-    return totals[1] / totals[0], totals[2] / totals[0]
+        return found.rounds, found.verified, found.tokens
+
+    answer(max(chain(*sets.values()), key=lambda ids: ids.shape[1]))  # buffers for the longest serve all
+    counts = {}
+    for of, prompts in sets.items():
+        rounds, verified, tokens = np.sum([answer(ids) for ids in prompts], 0)
+        counts[of] = (verified / rounds, tokens / rounds)
+    return counts
 
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {

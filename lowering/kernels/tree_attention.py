@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps
-from effpass.lowering.kernels.running_softmax import accumulate, scores
+from effpass.lowering.kernels.running_softmax import accumulate, scores, update
 
 __all__ = ["supported", "tree_attention"]
 
@@ -58,7 +58,7 @@ def tree_attention(
     chosen = None if chosen is None else chosen.contiguous()
     most = 0 if chosen is None else chosen.shape[2]
     slots_read = first if chosen is None else min(first, most * block)
-    tiles = triton.cdiv(slots_read, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_N"])
+    tiles = triton.cdiv(slots_read, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_T"])
     programs = row_tiles * batch * groups
     splits = max(1, min(2 * multiprocessors(device) // programs, triton.cdiv(tiles, _LEAST_TILES)))
     out = query.new_empty((batch, tokens, heads, value_size))
@@ -90,7 +90,7 @@ def tile_shape(rows: int, key_size: int, value_size: int, element_size: int) -> 
         "BLOCK_N": 64 if widest <= 256 else 32,
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
-        "STAGES": 2,
+        "BLOCK_T": 64 if widest <= 256 else 32,
         "num_warps": 4,
     }
 
@@ -102,17 +102,18 @@ def _attend(
     ancestors_b, ancestors_t, tokens, first, nodes, scale, softcap, window, GROUPS: tl.constexpr, REPEAT: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, MOST: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     row_tile, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
-    dk, dv, span = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     token, live = row // REPEAT, row < tokens * REPEAT
     keys += b * keys_b + group * keys_h
     values += b * values_b + group * values_h
     key_positions += b * key_positions_b
-    if PDL:
+    of_rows = b * query_b + token.to(tl.int64) * query_t + (group * REPEAT + row % REPEAT) * query_h
+    if PDL and MOST > 0:  # the preceding launch may have chosen the blocks
         gdc_wait()
         gdc_launch_dependents()
     of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
@@ -122,61 +123,71 @@ def _attend(
     end = tl.where(there, tl.minimum(tl.load(lengths + b), first), 0)
     tiles = tl.cdiv(end, BLOCK_N)
     if MOST > 0:
-        parts_of_block: tl.constexpr = BLOCK // BLOCK_N
         chosen += head * MOST
         listed = tl.arange(0, LISTED)
         known = tl.load(chosen + listed, mask=listed < MOST, other=-1)
-        tiles = tl.where(there, tl.sum((known >= 0).to(tl.int32), 0) * parts_of_block, 0)
-    all_tiles = tiles + tl.where(there, tl.cdiv(nodes, BLOCK_N), 0)
+        tiles = tl.where(there, tl.sum((known >= 0).to(tl.int32), 0) * (BLOCK // BLOCK_N), 0)
+    all_tiles = tiles + tl.where(there, tl.cdiv(nodes, BLOCK_T), 0)
     active = tl.maximum(tl.minimum(tl.cdiv(all_tiles, LEAST), SPLITS), 1)
     if split < active:
-        of_rows = b * query_b + token.to(tl.int64) * query_t + (group * REPEAT + row % REPEAT) * query_h
+        slot, of_keys, seen = _tile(
+            split, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
+        )  # fmt: skip
+        k = tl.load(keys + slot[:, None] * keys_s + dk[None, :], mask=seen[:, None] & (dk < KEY)[None, :], other=0)
+        v = tl.load(
+            values + slot[:, None] * values_s + dv[None, :], mask=seen[:, None] & (dv < VALUE)[None, :], other=0
+        )
+        if PDL and MOST == 0:
+            gdc_wait()
+            gdc_launch_dependents()
         q = tl.load(query + of_rows[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
+        # Tiles continue to be taken in turn across the end of the prefix. The first one of the tree is loaded here.
+        begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
+        of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
+        place, reach, of_nodes, words = _nodes(begin - tiles, nodes, first, key_positions, of_words, live, BLOCK_T)
+        node_k = tl.load(
+            keys + place[:, None] * keys_s + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0
+        )
+        node_v = tl.load(
+            values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
+        )
         best = tl.full([BLOCK_R], -1e30, tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         sum_v = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-        for tile in tl.range(split, tiles, active, num_stages=STAGES):
-            if MOST > 0:
-                slot = tl.load(chosen + tile // parts_of_block) * BLOCK + tile % parts_of_block * BLOCK_N + span
-            else:
-                slot = tile * BLOCK_N + span
-            of_keys = tl.load(key_positions + slot, mask=slot < end, other=-1)
-            reach = slot < end
-            if WINDOW:
-                reach = reach & (of_keys > earliest)
-            place = slot.to(tl.int64)
-            k = tl.load(
-                keys + place[None, :] * keys_s + dk[:, None], mask=reach[None, :] & (dk < KEY)[:, None], other=0
+        for tile in range(split, tiles, active):
+            # Load the next tile while this one is processed.
+            slot, of_next, seen = _tile(
+                tile + active, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
+            )  # fmt: skip
+            next_k = tl.load(
+                keys + slot[:, None] * keys_s + dk[None, :], mask=seen[:, None] & (dk < KEY)[None, :], other=0
             )
-            v = tl.load(
-                values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
+            next_v = tl.load(
+                values + slot[:, None] * values_s + dv[None, :], mask=seen[:, None] & (dv < VALUE)[None, :], other=0
             )
-            visible = (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
-            if WINDOW:
-                visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
-            score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
-            best, total, sum_v = accumulate(score, v, best, total, sum_v)
-        # Tiles continue to be taken in turn across the end of the prefix.
-        begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
-        of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
+            best, total, sum_v = update(
+                q, tl.trans(k), v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, True, SOFTCAP,
+                WINDOW,
+            )  # fmt: skip
+            k, v, of_keys = next_k, next_v, of_next
         for tile in range(begin, all_tiles, active):
-            node = (tile - tiles) * BLOCK_N + span
-            reach = node < nodes
-            place = (first + node).to(tl.int64)
-            of_keys = tl.load(key_positions + place, mask=reach, other=-1)
-            k = tl.load(
-                keys + place[None, :] * keys_s + dk[:, None], mask=reach[None, :] & (dk < KEY)[:, None], other=0
+            place, reach, of_following, following_words = _nodes(
+                tile + active - tiles, nodes, first, key_positions, of_words, live, BLOCK_T
+            )  # fmt: skip
+            following_k = tl.load(
+                keys + place[:, None] * keys_s + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0
             )
-            v = tl.load(
+            following_v = tl.load(
                 values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
             )
-            word = tl.load(of_words + (tile - tiles) * BLOCK_N // _WORD, mask=live, other=0)
-            is_ancestor = (word[:, None] >> (node % _WORD).to(tl.int64)[None, :]) & 1 == 1
-            visible = is_ancestor & (of_keys >= 0)[None, :] & (of_keys[None, :] <= of_queries[:, None])
+            bits = ((tile - tiles) * BLOCK_T + tl.arange(0, BLOCK_T)) % _WORD
+            visible = ((words[:, None] >> bits.to(tl.int64)[None, :]) & 1) == 1
+            visible = visible & (of_nodes >= 0)[None, :] & (of_nodes[None, :] <= of_queries[:, None])
             if WINDOW:
-                visible = visible & (of_queries[:, None] - of_keys[None, :] < window)
-            score = tl.where(visible, scores(q, k, scale, softcap, SOFTCAP), float("-inf"))
-            best, total, sum_v = accumulate(score, v, best, total, sum_v)
+                visible = visible & (of_queries[:, None] - of_nodes[None, :] < window)
+            score = tl.where(visible, scores(q, tl.trans(node_k), scale, softcap, SOFTCAP), float("-inf"))
+            best, total, sum_v = accumulate(score, node_v, best, total, sum_v)
+            node_k, node_v, of_nodes, words = following_k, following_v, of_following, following_words
         out += (b * tokens * GROUPS + group) * REPEAT * VALUE  # the output of node 0
         places = (token * (GROUPS * REPEAT) + row % REPEAT) * VALUE
         if SPLITS > 1:
@@ -189,6 +200,36 @@ def _attend(
                 _store(out, places, live, sum_v, total, VALUE, BLOCK_V)
         else:
             _store(out, places, live, sum_v, total, VALUE, BLOCK_V)
+
+
+@triton.jit
+def _tile(
+    tile, tiles, end, key_positions, chosen, earliest, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+    WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Slots of a tile of the prefix, their positions, and whether to read them; tiles past the last one have none."""
+    span = tl.arange(0, BLOCK_N)
+    if MOST > 0:
+        parts: tl.constexpr = BLOCK // BLOCK_N
+        block = tl.load(chosen + tile // parts, mask=tile < tiles, other=0)
+        slot = block * BLOCK + tile % parts * BLOCK_N + span
+    else:
+        slot = tile * BLOCK_N + span
+    reach = (slot < end) & (tile < tiles)
+    of_keys = tl.load(key_positions + slot, mask=reach, other=-1)
+    if WINDOW:
+        reach = reach & (of_keys > earliest)
+    return slot.to(tl.int64), of_keys, reach
+
+
+@triton.jit
+def _nodes(tile, nodes, first, key_positions, of_words, live, BLOCK_T: tl.constexpr):
+    """Slots of a tile of the tree, whether there are any, their positions, and the word of ancestors of each row."""
+    node = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    reach = node < nodes
+    place = (first + node).to(tl.int64)
+    words = tl.load(of_words + tile * BLOCK_T // _WORD, mask=live & (tile * BLOCK_T < nodes), other=0)
+    return place, reach, tl.load(key_positions + place, mask=reach, other=-1), words
 
 
 @triton.jit
