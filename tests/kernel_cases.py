@@ -19,7 +19,8 @@ from offline_kernels import compile_instead
 from torch import Tensor
 from triton_interpreter import set_up
 
-KERNELS = ("_one_row", "_whole_rows", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp", "_received")
+KERNELS = ("_one_row", "_whole_rows", "_few_rows", "_attend", "_spans", "_table", "_append", "_best", "_logsumexp",
+           "_received")  # fmt: skip
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -95,7 +96,7 @@ def linear_errors(
     `room` is the number of multiprocessors by which tiles are chosen, if kernels are tested.
     """
     if room is not None and hasattr(kernels, "multiprocessors"):
-        with mock.patch.object(kernels, "multiprocessors", lambda device: room):
+        with mock.patch.object(kernels, "multiprocessors", return_value=room):
             return linear_errors(kernels, rows, inner, norm, offset, **of)
 
     def some(*shape: int) -> Tensor:
