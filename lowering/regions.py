@@ -4,7 +4,8 @@ The fusions of a decoder layer leave few operators in most models. Those of othe
 of their own) leave dozens, each a launch of about a microsecond in a CUDA graph. Inductor would fuse them, but takes
 minutes for a whole model. A *region* is a run of small operators between larger ones. Equal regions, such as those of
 equal layers, are compiled once, which takes seconds for any number of layers. A matrix product, attention, and any
-operator that is not ATen's end a region, and run as they would without this backend.
+operator that is not ATen's end a region, and run as they would without this backend. Two regions that are too small to
+be compiled are joined if the second does not depend on what lies between.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["compile_regions"]
 
 aten = torch.ops.aten
 
-_FEWEST = 5  # launches that a region must have to be worth the second that Inductor takes for it
+_FEWEST = 4  # launches that a region must have to be worth the seconds that Inductor takes for it
 _PRODUCTS = {aten.linear, aten.matmul, aten.einsum, aten.mv, aten.dot, aten.scaled_dot_product_attention}
 _PRODUCTS |= flop_registry.keys()  # those of matrices, convolutions and attention
 
@@ -42,7 +43,7 @@ def compile_regions(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[
         example_inputs: inputs of the graph.
 
     Returns:
-        The graph's function, in which each region with at least five launches is a call of compiled code.
+        The graph's function, in which each region with at least four launches is a call of compiled code.
     """
     compiled: dict[Any, _Compiled] = {}
     for number, region in enumerate(_regions(gm.graph)):
@@ -56,7 +57,10 @@ def compile_regions(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[
 
 
 def _regions(graph: Graph) -> list[list[Node]]:
-    """The regions with enough launches, in the order of the graph; each consists of consecutive nodes."""
+    """The regions with enough launches, in the order of the graph; each consists of consecutive nodes.
+
+    Nodes of the graph are moved where two regions are joined.
+    """
     regions: list[list[Node]] = [[]]
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -65,7 +69,35 @@ def _regions(graph: Graph) -> list[list[Node]]:
             regions[-1].append(node)
         elif regions[-1]:
             regions.append([])
-    return [region for region in regions if sum(map(_launches, region)) >= _FEWEST]
+    joined: list[list[Node]] = []
+    for region in filter(_count, regions):
+        if joined and max(_count(joined[-1]), _count(region)) < _FEWEST and _can_move(region, joined[-1][-1]):
+            for node in region:
+                joined[-1][-1].append(node)  # in the graph, behind it
+                joined[-1].append(node)
+        else:
+            joined.append(region)
+    return [region for region in joined if _count(region) >= _FEWEST]
+
+
+def _count(region: list[Node]) -> int:
+    return sum(map(_launches, region))
+
+
+def _can_move(region: list[Node], before: Node) -> bool:
+    """Whether `region` can directly follow the node `before`: it reads nothing that is computed or written between.
+
+    Its own writes are to memory that it has allocated.
+    """
+    between, node = set(), before.next
+    while node is not region[0]:
+        target = node.target
+        writes = target._schema.is_mutable if isinstance(target, torch._ops.OpOverload) else None
+        if writes is not False and target is not operator.getitem and node.op != "get_attr":
+            return False
+        between.add(node)
+        node = node.next
+    return not any(between.intersection(node.all_input_nodes) for node in region)
 
 
 def _is_small(node: Node, region: list[Node]) -> bool:

@@ -24,8 +24,12 @@ from triton_interpreter import set_up
 
 MODULES = (
     "tree_attention", "tree_blocks", "chosen_channels", "top_tokens", "tree_growth", "tree_acceptance", "token_noise",
+    "ring_buffer",
 )  # fmt: skip
-KERNELS = ("_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise", "_up", "_down", "_largest")
+KERNELS = (
+    "_attend", "_top", "_grow", "_choose", "_accept", "_take", "_move", "_noise", "_up", "_down", "_largest", "_write",
+    "_read",
+)  # fmt: skip
 
 
 # -- tree_attention ---------------------------------------------------------------------------------------------------
@@ -292,6 +296,29 @@ def noise_errors(ops: Any, rows: int, steps: int, vocabulary: int, **of: Any) ->
     return {"noise": worst, "range": float((got <= 0).sum())}
 
 
+def ring_errors(ops: Any, B: int, R: int, D: int, N: int, steps: int, **of: Any) -> dict[str, float]:
+    """Numbers that differ in a ring buffer after a write, and in what is read from it; rows are those of a slice."""
+    torch.manual_seed(D)
+    device = of["device"]
+    ring, rows = torch.randn(B, R, D, **of), torch.randn(B, N, 2 * D, **of)[..., :D]
+    path = torch.randint(N, (B, steps))
+    end, taken = [3 * R + 2 + b for b in range(B)], [(steps, 0, 1)[b % 3] for b in range(B)]
+    expected = ring.clone()
+    for b in range(B):
+        for j in range(taken[b]):
+            expected[b, (end[b] - taken[b] + j) % R] = rows[b, path[b, j]]
+    ends = torch.tensor(end, device=device)
+    ops.write_ring(ring, rows, path.to(device), ends, torch.tensor(taken, device=device))
+    faults = int((ring != expected).sum())
+    first = torch.arange(B, device=device)
+    for start, offset, width in ((ends, 0, steps), (ends, -steps, R), (first, -1, 1), (first, -R - 2, 3)):
+        read = ops.read_ring(ring, start, offset, width)
+        for b in range(B):
+            places = [(int(start[b]) + offset + j) % R for j in range(width)]
+            faults += int((read[b] != expected[b, places]).sum())
+    return {"ring": float(faults)}
+
+
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 # B, H, G, T, first, nodes, K, V, window, softcap
@@ -338,6 +365,8 @@ CHANNELS = {
     "all": (9, 96, 192, 192),
     "one channel": (40, 128, 256, 1),
 }
+# B, R, D, N, steps
+RINGS = {"rows": (4, 8, 24, 7, 4), "wide": (1, 6, 1100, 3, 3), "full": (2, 3, 5, 9, 3), "one": (1, 1, 1, 1, 1)}
 NOISES = {"rows": (3, 2, 1500), "few tokens": (1, 1, 5)}
 
 _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ...]]]] = {
@@ -350,6 +379,7 @@ _CASES: dict[str, tuple[Callable[..., dict[str, float]], dict[str, tuple[Any, ..
     "blocks": (blocks_errors, BLOCKS),
     "channels": (channels_errors, CHANNELS),
     "noise": (noise_errors, NOISES),
+    "ring": (ring_errors, RINGS),
 }
 
 
@@ -441,6 +471,10 @@ def compile_all() -> dict[str, int]:
         numbers(2, **long), 960, True,
     )  # fmt: skip
     ops.token_noise(torch.zeros((), **long), numbers(2, 6, **long), 128256)
+    ops.write_ring(
+        some(2, 12, 12288), some(2, 60, 12288), numbers(2, 6, **long), numbers(2, **long), numbers(2, **long)
+    )
+    ops.read_ring(some(2, 12, 1728), numbers(2, **long), -1, 6)
     return {f"{name}{number}": size for number, (name, size) in enumerate(launches)}
 
 

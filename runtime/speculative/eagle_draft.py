@@ -98,17 +98,16 @@ class _Drafting:
 
     def extend(self, progress: Progress) -> Tensor:
         assert progress.features is not None
-        where = (self._entered[:, None] + self._chain) % progress.features.shape[1]
-        tapped = progress.features.gather(1, where[:, :, None].expand(-1, -1, progress.features.shape[2]))
+        width = self._chain.shape[1]
+        tapped = torch.ops.effpass.read_ring(progress.features, self._entered, 0, width)
         tokens, positions, chain, taken = torch.ops.effpass.take_tokens(
-            progress.ids, progress.count, progress.position, self._entered, self._chain.shape[1]
+            progress.ids, progress.count, progress.position, self._entered, width
         )
-        logits, hidden = self._session.run(tokens, positions, chain, features=self._head.features(tapped))
+        logits, hidden = self._session.run(tokens, positions, chain, tapped=tapped, taken=taken)
         assert hidden is not None
         self._session.cache.commit(self._chain, taken)
-        last = (taken - 1).clamp(min=0)[:, None, None]
-        self._hidden = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))
-        return logits.gather(1, last.expand(-1, -1, logits.shape[2]))[:, 0]
+        self._hidden = hidden
+        return logits[:, 0]
 
     def propose(self, progress: Progress, sampled: Sampled | None) -> TokenTree:
         return self._grower.grow(self, progress.root, progress.position, self.extend(progress), sampled)
@@ -131,14 +130,18 @@ class _Drafting:
 
 
 class _HeadSession(TreeSession):
-    """A session of a head, whose calls return the head's hidden states in place of features."""
+    """A session of a head, whose calls return the head's hidden states in place of features.
+
+    The input is `features` of the head, or else `tapped`, the target's features that the head computes them from.
+    """
 
     def __init__(self, head: EagleHead, batch: int, capacity: int, nodes: int, backend: Backend | None) -> None:
         super().__init__(head, batch, capacity, nodes, backend)
-        forward = head.forward
 
-        def call(**arguments: Any) -> tuple[Tensor, Tensor]:
-            out = forward(**arguments)
+        def call(*, tapped: Tensor | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
+            if tapped is not None:
+                arguments["features"] = head.features(tapped)
+            out = head.forward(**arguments)
             return out.logits, out.hidden
 
         self._function = call

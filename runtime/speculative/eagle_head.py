@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+import effpass.lowering.ops.ring_buffer  # noqa: F401  (registers the operators)
+
 __all__ = ["EagleHead", "HeadConfig", "HeadOutput"]
 
 
@@ -29,8 +31,8 @@ class HeadOutput(NamedTuple):
     """Output of the head.
 
     Attributes:
-        logits: `[B, T, U]`, logits over the draft's vocabulary.
-        hidden: `[B, T, D]`, hidden states g, the input for the children of the nodes.
+        logits: `[B, T, U]`, logits over the draft's vocabulary; of fewer tokens if they were limited.
+        hidden: `[B, T, D]`, hidden states g, the input for the children of the nodes; `[B, 1, D]` with `taken`.
     """
 
     logits: Tensor
@@ -71,7 +73,7 @@ class Norm(nn.Module):
 
 
 class _FirstLayer(LlamaDecoderLayer):
-    """First layer of the head, whose input `[B, T, 2 D]` is the concatenation of embeddings and hidden states."""
+    """First layer of the head, whose inputs are embeddings `[B, T, D]` and hidden states `[B, T, D]`."""
 
     def __init__(self, config: Any, norm_before_residual: bool) -> None:
         super().__init__(config, 0)
@@ -82,10 +84,9 @@ class _FirstLayer(LlamaDecoderLayer):
             old = getattr(attention, name)
             setattr(attention, name, nn.Linear(2 * config.hidden_size, old.out_features, bias=old.bias is not None))
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        embedding, hidden = hidden_states.chunk(2, -1)
+    def forward(self, embedded: Tensor, hidden: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         normed = self.hidden_norm(hidden)
-        both = torch.cat((self.input_layernorm(embedding), normed), -1)
+        both = torch.cat((self.input_layernorm(embedded), normed), -1)
         attended, _ = self.self_attn(hidden_states=both, **kwargs)
         hidden = (normed if self.norm_before_residual else hidden) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -145,8 +146,9 @@ class EagleHead(nn.Module):
         return self.fc(tapped if self.input_norm is None else self.input_norm(tapped))
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int = 0, **kwargs: Any
-    ) -> HeadOutput:
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int = 0,
+        taken: Tensor | None = None, **kwargs: Any,
+    ) -> HeadOutput:  # fmt: skip
         """Run the head.
 
         Args:
@@ -154,13 +156,18 @@ class EagleHead(nn.Module):
             position_ids: `[B, T]`, their positions.
             features: `[B, T, D]`, h of the tokens t, or g of the parent nodes.
             logits_to_keep: number of last tokens to compute logits for; 0 for all.
+            taken: int64 `[B]`, number of leading tokens of each sequence that are not padding, the last of which is the
+                only one to compute logits and hidden states for; None for all tokens.
             kwargs: the cache and other inputs of attention.
         """
         embedded = self.embed_tokens(input_ids).to(features.dtype)
-        hidden = torch.cat((embedded, features), -1)
-        angles = self.rotary_emb(features, position_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, position_embeddings=angles, position_ids=position_ids, **kwargs)
+        kwargs |= {"position_embeddings": self.rotary_emb(features, position_ids), "position_ids": position_ids}
+        first, *others = self.layers
+        hidden = first(embedded, features, **kwargs)
+        for layer in others:
+            hidden = layer(hidden, **kwargs)
+        if taken is not None:
+            hidden = torch.ops.effpass.read_ring(hidden, taken, -1, 1)
         normed = self.norm(hidden)
         logits = self.lm_head(normed[:, -logits_to_keep:] if logits_to_keep else normed)
         return HeadOutput(logits, normed if self.head_config.norm_output else hidden)

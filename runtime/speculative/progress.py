@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import effpass.lowering.ops.ring_buffer  # noqa: F401  (registers the operators)
 from effpass.runtime.session import ENDS
 
 __all__ = ["Progress"]
@@ -67,18 +68,16 @@ class Progress:
         self.limit.fill_(limit)
         self.seed.fill_(int(torch.randint(2**62, ())))
 
-    def note(self, features: Tensor, before: Tensor, path: Tensor) -> None:
-        """Store the features of accepted nodes.
+    def note(self, features: Tensor, path: Tensor, taken: Tensor) -> None:
+        """Store the features of accepted nodes, after their tokens have been entered.
 
         Args:
             features: `[B, N, D]`, features of all nodes of a tree.
-            before: int64 `[B]`, number of columns in use before the tree was verified.
-            path: int64 `[B, J]`, accepted nodes; the token after the j-th of them is in column `before + j`.
+            path: int64 `[B, J]`, accepted nodes; the tokens that follow them are in the last `taken` columns in use.
+            taken: int64 `[B]`, number of nodes of the path; 0 for sequences that have ended, whose features are unused.
         """
         assert self.features is not None
-        step = torch.arange(path.shape[1], device=path.device)
-        row = torch.arange(len(path), device=path.device)[:, None]
-        self.features[row, (before[:, None] + step) % self.features.shape[1]] = features[row, path]
+        torch.ops.effpass.write_ring(self.features, features, path, self.count, taken)
 
     def state(self) -> list[Tensor]:
         """Return the tensors that a round changes."""

@@ -150,7 +150,6 @@ class Round:
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:
         """Accept a path of each verified tree, and enter its tokens in the progress and the target's cache."""
         (tree, logits, features), progress = verified, self.progress
-        before = None if features is None else progress.count.clone()
         if self._walk is not None:
             path, taken = self._walk.accept(tree, logits)
         else:
@@ -161,8 +160,7 @@ class Round:
         if commits:
             self.target.cache.commit(path, taken)
         if features is not None:
-            assert before is not None
-            progress.note(features, before, path)
+            progress.note(features, path, taken)
 
     def _choices(self, tree: TokenTree, logits: Tensor) -> Tensor:
         """Return the token that the target chooses at each node, int64 `[B, N]`."""

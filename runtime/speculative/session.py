@@ -59,7 +59,7 @@ class TreeSession(Session):
         self._tapped = [decoder_layers(model)[index] for index in taps]
         self._inputs: list[Tensor] = []
         self._function = _with_features(model.forward, self._inputs, len(taps))
-        self._calls: dict[tuple[int, bool], Callable[..., Any]] = {}  # by number of tokens, is sparse
+        self._calls: dict[tuple[Any, ...], Callable[..., Any]] = {}  # by number of tokens, is sparse, names of inputs
         self._is_recording = False
         self.prompt_features: Tensor | None = None
         # Nodes beyond the model's last position are clamped to it. No answer is that long, so their output is unused.
@@ -135,7 +135,7 @@ class TreeSession(Session):
             EffpassError: if the tree has too few slots.
         """
         self.cache.enter(positions, ancestors, first)
-        key, call = (tokens.shape[1], is_sparse), self._function
+        key, call = (tokens.shape[1], is_sparse, *inputs), self._function
         if self._is_recording and self.backend is not None:
             call = self._calls.get(key) or self._compile(self._function)
             self._calls[key] = call

@@ -112,6 +112,49 @@ def test_a_write_to_own_memory_is_compiled(interpreted: list[list[str]]) -> None
     torch.testing.assert_close(compiled(*given), run(*given), rtol=0, atol=0)
 
 
+def test_small_regions_are_joined(interpreted: list[list[str]]) -> None:
+    """Past a product that reads the first one, an operator of our own, and views of their results."""
+
+    def run(x: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        a = (x + 1) * 2
+        product = a @ x.T
+        view = product.view(-1)
+        low, high = torch.ops.effpass.rotary_table(a[:, None], 1.0, torch.float32)
+        b = torch.zeros_like(other)
+        b.copy_(other * weight)
+        return product, view, low, high, b, b.view(-1)[3:]
+
+    given = [torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)]
+    gm = graph(run, *given)
+    compiled = regions.compile_regions(gm, given)
+    products = ["region_0", "aten.matmul.default", "effpass.rotary_table.default"]
+    assert [name for name in calls(gm) if name not in ("aten.view.default", "aten.unsqueeze.default")] == products
+    assert len(interpreted) == 1
+    torch.testing.assert_close(compiled(*given), run(*given), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("between", "joins"),
+    [
+        pytest.param(lambda a, x, other: other, True, id="nothing is read"),
+        pytest.param(lambda a, x, other: (a @ x.T) @ other, False, id="a product is read"),
+        pytest.param(lambda a, x, other: other.add_(a), False, id="memory is written"),
+    ],
+)
+def test_what_regions_are_joined_past(between: Any, joins: bool, interpreted: list[list[str]]) -> None:
+    def run(x: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        a = (x + 1) * 2
+        product, read = a @ x.T, between(a, x, other)
+        return product, (read - 1) * weight
+
+    given = [torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)]
+    compiled = regions.compile_regions(graph(run, *given), given)
+    assert len(interpreted) == joins
+    ours, plain = ([x.clone() for x in given] for _ in range(2))
+    torch.testing.assert_close(compiled(*ours), run(*plain), rtol=0, atol=0)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "run",
     [

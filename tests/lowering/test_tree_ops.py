@@ -70,7 +70,7 @@ def test_interpreted_kernels_against_loops(interpreted: Any, name: str) -> None:
 @needs_triton
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path) -> None:
     shared = run("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert len(shared) == 29
+    assert len(shared) == 31
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -136,6 +136,11 @@ def samples() -> dict[str, tuple[Any, ...]]:
             torch.ones(2, dtype=torch.int32), torch.tensor([[0, 2], [0, 1]]), torch.tensor([2, 0]), 8, True,
         ),
         "token_noise": (torch.tensor(7), torch.tensor([[3, 4]]), 11),
+        "write_ring": (
+            torch.zeros(2, 6, 4), torch.randn(2, 3, 4), torch.tensor([[0, 2], [0, 1]]), torch.tensor([5, 8]),
+            torch.tensor([2, 0]),
+        ),
+        "read_ring": (torch.randn(2, 6, 4), torch.tensor([5, 0]), -1, 3),
     }  # fmt: skip
 
 
@@ -195,6 +200,7 @@ def test_noise_is_exponential() -> None:
         ("choose_tree_blocks", {2: torch.tensor([1])}, "lengths (1,)"),
         ("largest_channels", {1: 13}, "13 channels of (12,)"),
         ("chosen_channels", {3: torch.randn(12, 8)}, "down (12, 8)"),
+        ("write_ring", {0: torch.zeros(2, 1, 4)}, "a path of 2 nodes does not fit a ring buffer of 1 rows"),
         ("token_noise", {2: 1 << 21}, "2097152 tokens"),
     ],
 )

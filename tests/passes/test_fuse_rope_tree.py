@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from effpass import backend
+from effpass.lowering import regions
 from effpass.lowering.ops import cached_attention, fused_linear, rope_cache_write, rotary_table
 from effpass.runtime.engine import Engine
 from effpass.runtime.speculative import Eagle2, EagleDraft, EagleHead, HeadConfig, ModelDraft, Speculator, generate
@@ -72,14 +73,29 @@ def test_a_recorded_round(family: str, recorded: None) -> None:
     run(family, lambda model, compile_: ModelDraft(families.make(family, seed=3), Eagle2(3, 2, 6), compile_))
 
 
-def test_a_recorded_round_with_a_head(recorded: None) -> None:
+def test_a_recorded_round_with_a_head(recorded: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def draft(model: Any, compile_: Any) -> EagleDraft:
         layer = LlamaConfig(**{**families.COMMON, "num_hidden_layers": 1})
         head = EagleHead(HeadConfig(layer, 96, (0, 1))).eval().requires_grad_(False)
         head.share(model)
         return EagleDraft(head, Eagle2(3, 2, 6), compile_)
 
-    run("llama", draft)
+    found: list[list[str]] = []
+    choose = regions._regions
+
+    def chosen(graph: torch.fx.Graph) -> Any:
+        of_graph = choose(graph)
+        found.extend([str(node.target) for node in region] for region in of_graph)
+        return of_graph
+
+    monkeypatch.setattr(regions, "_regions", chosen)
+    run("llama", draft, graphs=3)  # catching up is a graph of its own, with the product of the features
+    # Each graph of the head has one region: embedding, norms of both inputs, and their concatenation.
+    assert len(found) == 2
+    for names in found:
+        assert names[-1] == "aten.cat.default"
+        assert "aten.embedding.default" in names
+        assert names.count("aten.rms_norm.default") == 2
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,42 @@ def test_a_chain_is_the_head_run_whole(flag: str | None, layers: int) -> None:
                 ids = torch.cat((ids, tokens[row, step + 1].view(1, 1)), 1)
 
 
+def by_concatenation(head: EagleHead, ids: Tensor, places: Tensor, features: Tensor, mask: Tensor) -> Any:
+    """Logits and states of a head as the paper writes it: the first layer's input is [e; h]."""
+    angles, flags = head.rotary_emb(features, places), head.head_config
+    hidden = torch.cat((head.embed_tokens(ids).to(features.dtype), features), -1)
+    for index, layer in enumerate(head.layers):
+        normed = layer.input_layernorm(hidden if index else hidden.chunk(2, -1)[0])
+        if index == 0:
+            hidden = hidden.chunk(2, -1)[1]
+            normed = torch.cat((normed, layer.hidden_norm(hidden)), -1)
+            hidden = layer.hidden_norm(hidden) if flags.norm_before_residual else hidden
+        given = {"position_embeddings": angles, "attention_mask": mask, "position_ids": places}
+        hidden = hidden + layer.self_attn(hidden_states=normed, **given)[0]
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    normed = head.norm(hidden)
+    return head.lm_head(normed), normed if flags.norm_output else hidden
+
+
+@pytest.mark.parametrize("flag", [None, *FLAGS])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_head_is_its_formula(flag: str | None, layers: int) -> None:
+    """The same bits; with `taken`, those of the last token that is not padding."""
+    head = make_head(families.make("llama"), layers=layers, **({} if flag is None else {flag: True}))
+    head.set_attn_implementation("eager")
+    torch.manual_seed(2)
+    ids, places, features = torch.randint(96, (3, 5)), torch.arange(5).expand(3, -1), torch.randn(3, 5, 64)
+    mask = torch.full((5, 5), float("-inf")).triu(1)[None, None]
+    logits, hidden = by_concatenation(head, ids, places, features, mask)
+    out = head(ids, places, features, attention_mask=mask)
+    assert torch.equal(out.logits, logits)
+    assert torch.equal(out.hidden, hidden)
+    last = head(ids, places, features, taken=torch.tensor([2, 5, 1]), attention_mask=mask)
+    rows, columns = torch.arange(3), torch.tensor([1, 4, 0])
+    torch.testing.assert_close(last.logits[:, 0], logits[rows, columns])  # a product of fewer rows
+    assert torch.equal(last.hidden[:, 0], hidden[rows, columns])
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_the_shortest_prompts(length: int) -> None:
     model, ids = prepared(), GIVEN["input_ids"][1:, :length]
