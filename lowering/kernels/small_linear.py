@@ -25,14 +25,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from effpass.lowering.kernels.launch import counters, launch_options, multiprocessors, overlaps, shared_memory
+from effpass.lowering.kernels.launch import (
+    counters,
+    interpreted,
+    launch_options,
+    multiprocessors,
+    overlaps,
+    shared_memory,
+)
 
 __all__ = ["MOST_ROWS", "fused_linear", "gated_linear", "supported"]
 
 MOST_ROWS = 64  # maximum number of tokens
 _BESIDE = 3072  # bytes of shared memory that reductions may need beside tiles
 _LONG = 2048  # inner size from which several tokens are read by one program per multiprocessor
-_ROOM = 1152  # bytes of weights that a thread holds at most
 
 
 def supported(
@@ -117,7 +123,7 @@ def _launch(
         options = launch_options(x.device, shape.pop("num_warps"))
         _one_row[grid](*tensors, *numbers, **shape, **common, **options)
         return
-    if shape := whole_rows_shape(rows, inner, sizes, gated, norm_weight is not None, x.element_size(), x.device):
+    if shape := whole_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device):
         grid = (sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes),)
         options = launch_options(x.device, shape.pop("num_warps"))
         _whole_rows[grid](*tensors, rows, *numbers, **shape, **common, **options)
@@ -146,25 +152,25 @@ def one_row_shape(inner: int, outputs: int, gated: bool, device: torch.device) -
 
 
 def whole_rows_shape(
-    rows: int, inner: int, sizes: Sequence[int], gated: bool, norm: bool, element_size: int, device: torch.device
+    rows: int, inner: int, sizes: Sequence[int], gated: bool, element_size: int, device: torch.device
 ) -> dict[str, int] | None:
     """Return the tile for up to 32 tokens if programs are to hold whole rows of the weights, else None.
 
-    The rows of a program fill the registers, from :data:`_ROOM` bytes per thread on they don't fit. Many outputs are
-    computed 64 at a time, few ones 16 or 32 to employ more multiprocessors. The columns of 16 outputs are dealt out to
-    the warps, which would otherwise repeat one another's products.
+    They hold the rows of 64 outputs if these fit into shared memory; otherwise of 16, whose columns are dealt out to
+    the warps, which would otherwise repeat one another's products. More outputs than two such programs per
+    multiprocessor, and gated ones that don't fit, are better served by a loop.
     """
-    tiles, room = sum(triton.cdiv(size, 64) for size in sizes), multiprocessors(device)
-    if rows > 32 or inner >= _LONG or tiles > 2 * room:
+    if rows > 32 or inner >= _LONG or not (element_size == 2 or interpreted()):
         return None
-    first = 1 << (inner.bit_length() - 1)
+    block_m, first = 16 if rows <= 16 else 32, 1 << (inner.bit_length() - 1)
     rest = triton.next_power_of_2(inner - first) if inner > first else 0
-    block_n = 64 if 6 * tiles > room else 16 if rows <= 16 or inner > 1024 else 32
-    while block_n * (first + rest) * (2 if gated else 1) * element_size > _ROOM * 128 and block_n > 16:
-        block_n //= 2
-    parts = 4 if block_n == 16 and (inner > 1024 or (rows <= 16 and not norm)) else 1
+    held = (64 * (2 if gated else 1) + block_m) * (first + rest) * element_size
+    block_n, parts = (64, 1) if held <= shared_memory(device) - _BESIDE else (16, 4)
+    tiles = sum(triton.cdiv(size, block_n) for size in sizes)
+    if tiles > 2 * multiprocessors(device) or (gated and parts > 1):
+        return None
     return {
-        "BLOCK_M": 16 if rows <= 16 else 32,
+        "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "FIRST": max(first, 16 * parts),
         "REST": max(rest, 16 * parts) if rest else 0,

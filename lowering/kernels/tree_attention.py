@@ -25,7 +25,6 @@ from effpass.lowering.kernels.running_softmax import accumulate, scores, update
 __all__ = ["supported", "tree_attention"]
 
 _WORD = tl.constexpr(64)
-_LEAST_TILES = 4  # minimum tiles per program; with fewer, merging costs more than it gains
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor, block: int) -> bool:
@@ -51,7 +50,7 @@ def tree_attention(
     query, key_positions, query_positions, ancestors = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_positions, query_positions, ancestors)
     )
-    shape = tile_shape(tokens * repeat, key_size, value_size, query.element_size())
+    shape = tile_shape(tokens * repeat, key_size, value_size, query.element_size(), chosen is not None)
     options = launch_options(device, shape.pop("num_warps"))
     nodes = min(64 * ancestors.shape[2], slots - first)
     row_tiles = triton.cdiv(tokens * repeat, shape["BLOCK_R"])
@@ -60,7 +59,7 @@ def tree_attention(
     slots_read = first if chosen is None else min(first, most * block)
     tiles = triton.cdiv(slots_read, shape["BLOCK_N"]) + triton.cdiv(nodes, shape["BLOCK_T"])
     programs = row_tiles * batch * groups
-    splits = max(1, min(2 * multiprocessors(device) // programs, triton.cdiv(tiles, _LEAST_TILES)))
+    splits = max(1, min(2 * multiprocessors(device) // programs, triton.cdiv(tiles, shape["LEAST"])))
     out = query.new_empty((batch, tokens, heads, value_size))
     parts = sums = done = None
     if splits > 1:
@@ -71,27 +70,33 @@ def tree_attention(
         query, keys, values, key_positions, query_positions, lengths, ancestors, chosen, out, parts, sums, done,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], key_positions.stride(0),
         query_positions.stride(0), *ancestors.stride()[:2], tokens, first, nodes, scale, softcap, window, GROUPS=groups,
-        REPEAT=repeat, KEY=key_size, VALUE=value_size, SPLITS=splits, LEAST=_LEAST_TILES, SOFTCAP=softcap != 0,
+        REPEAT=repeat, KEY=key_size, VALUE=value_size, SPLITS=splits, SOFTCAP=softcap != 0,
         WINDOW=window != 0, MOST=most, LISTED=triton.next_power_of_2(max(most, 1)), BLOCK=block, PDL=overlaps(device),
         **shape, **options,
     )  # fmt: skip
     return out
 
 
-def tile_shape(rows: int, key_size: int, value_size: int, element_size: int) -> dict[str, int]:
-    """Return the tile sizes; the number of slots divides 64, the bits of a word."""
+def tile_shape(rows: int, key_size: int, value_size: int, element_size: int, in_blocks: bool) -> dict[str, int]:
+    """Return the tile sizes, and the minimum number of tiles per program; with fewer, merging costs more than it gains.
+
+    The slots of a tile divide 64, the bits of a word of the tree and the least size of a block of the prefix; only a
+    prefix that is not `in_blocks` may have larger ones. Few rows are cut into tiles of 16, so that each
+    program has little to do after it has waited; many into 64, so that slots are not read too often.
+    """
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
-    block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if widest > 512:
-        block_r = min(block_r, 32)
+    block_t = 64 if widest <= 256 else 32
+    block_r = 16 if rows <= (96 if widest <= 128 else 32) else 64 if widest <= 256 else 32
+    block_n = 128 if widest <= 128 and block_r == 16 and not in_blocks else block_t
     return {
         "BLOCK_R": block_r,
-        "BLOCK_N": 64 if widest <= 256 else 32,
+        "BLOCK_N": block_n,
+        "BLOCK_T": block_t,
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
-        "BLOCK_T": 64 if widest <= 256 else 32,
-        "num_warps": 4,
+        "LEAST": max(1, (128 if block_r == 16 else 256) // block_n),
+        "num_warps": 4 if widest <= 128 else 8,
     }
 
 
