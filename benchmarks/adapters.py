@@ -25,8 +25,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._inductor.config
 
 from benchmarks.adapters_runs import Cycles, Drafting, Found, Questions, Run, held_out, results
 from benchmarks.rows import Row, measure_pair, row
@@ -34,6 +36,7 @@ from effpass.core.errors import ModelError
 from effpass.core.model import read_source
 from effpass.runtime.attach import attach as attach_engine
 from effpass.trainers.afa_lora import AnnealSchedule, LoraSettings, attach
+from effpass.trainers.afa_lora.variant import AfaVariant, annealed
 from effpass.trainers.finetune.settings import Anneal
 from effpass.trainers.finetune.trained import Trained, make_trained
 from effpass.trainers.lm.model import compile_layers
@@ -274,6 +277,70 @@ def step(device: str, smoke: bool) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def _scaled_after(
+    self: AfaVariant, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+) -> Any:
+    z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+    return (
+        result
+        + module.lora_B[active_adapter](annealed(z, self.anneal.beta, self.activation)) * module.scaling[active_adapter]
+    )
+
+
+def _leaky(self: AfaVariant, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:
+    z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)) * module.scaling[active_adapter]
+    return result + module.lora_B[active_adapter](torch.where(z > 0, z, (1 - self.anneal.beta) * z))
+
+
+# What a compiled step may take instead: the variant's forward pass, and Inductor's options for both sides.
+_STEPS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "as it is": (AfaVariant.forward, {}),
+    "scaled after B": (_scaled_after, {}),
+    "leaky ReLU": (_leaky, {}),
+    "combo kernels": (AfaVariant.forward, {"combo_kernels": True}),
+    "layers in CUDA graphs": (AfaVariant.forward, {"triton.cudagraphs": True}),
+}
+
+
+def step_variants(device: str, smoke: bool) -> Iterator[Row]:
+    """The compiled step in other forms; a note says how many kernels a step launches, and how long the device works."""
+    rows, length = (8, 1024) if device == "cuda" and not smoke else (2, 64)
+    runs = 2 if smoke else 12
+    for name, (forward, options) in _STEPS.items():
+        torch.compiler.reset()
+        sides = []
+        with mock.patch.object(AfaVariant, "forward", forward), torch._inductor.config.patch(options):
+            for method in ("afa-lora", "lora"):
+                model = _random_model(device, smoke).train()
+                sides.append(make_trained(model, method, LoraSettings(8), Anneal(), AnnealSchedule(1000, end=0.9)))  # type: ignore[arg-type]
+                compile_layers(model)
+            ids = torch.randint(model.config.vocab_size, (rows, length), device=device)
+            calls = [_step_call(trained, ids, device) for trained in sides]
+            with sides[0].under_autocast() if device == "cuda" else nullcontext():
+                try:
+                    ours, theirs = measure_pair(calls[0], calls[1], device, warmup=3, runs=runs)
+                    notes = [_launches(call, device) for call in calls]
+                except RuntimeError as error:  # CUDA graphs of layers may refuse a training step
+                    print(f"step_variants: {name}: {error}", flush=True)
+                    continue
+        yield row(
+            AREA, f"{_shape(model)}, {rows} x {length} tokens, rank 8, compiled, {name}", "training step, AFA-LoRA",
+            ours.median * 1e3, "ms", device=device, peer=theirs.median * 1e3, peer_name="PEFT LoRA, compiled so too",
+            runs=ours.runs, note="; beside it ".join(notes),
+        )  # fmt: skip
+
+
+def _launches(call: Callable[[], None], device: str) -> str:
+    """How many kernels a call launches, and how long they take together."""
+    if device != "cuda":
+        return "on a CPU"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return f"{len(kernels)} kernels of {sum(e.self_device_time_total for e in kernels) / 1e3:.1f} ms together"
+
+
 def rollouts(device: str, smoke: bool) -> Iterator[Row]:
     """Sampling through an AFA adapter whose activation is not gone: the engine beside transformers' generate."""
     rows, prompt, new = (32, 64, 64) if device == "cuda" and not smoke else (4, 16, 8)
@@ -300,6 +367,7 @@ def rollouts(device: str, smoke: bool) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "step": step,
+    "step_variants": step_variants,
     "rollouts": rollouts,
     **{f"rank-{rank}": functools.partial(_sft, rank) for rank in (8, 1, 64)},
     "moe": moe,
