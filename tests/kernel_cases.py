@@ -188,12 +188,24 @@ def rope_errors(
 
 
 def table_errors(kernels: Any, B: int, T: int, half: int, scaling: float, **of: Any) -> dict[str, float]:
-    """Errors of `rotary_table` at angles of up to some thousand turns."""
+    """Errors of `rotary_table` at angles of up to some thousand turns, and bits that differ from those of given angles.
+
+    An angle is given as the frequency of position 1.
+    """
     torch.manual_seed(half)
-    angles = torch.rand(B, T, half, device=of["device"]) * 9000
-    expected = angles.double().repeat(1, 1, 2)
-    cos, sin = kernels.rotary_table(angles, scaling, of["dtype"])
-    return {"cos": error(cos, expected.cos() * scaling), "sin": error(sin, expected.sin() * scaling)}
+    frequencies = torch.rand(half, device=of["device"])
+    worst = {"cos": 0.0, "sin": 0.0, "differing": 0.0}
+    for kind in (torch.int32, torch.int64):  # a part of a larger tensor, and one position for all
+        some = torch.randint(0, 9000, (B, T + 1), device=of["device"], dtype=kind)
+        for positions in (some[:, 1:], some[:1, :1].expand(B, T)):
+            angles = positions[..., None].float() * frequencies
+            expected = angles.double().repeat(1, 1, 2)
+            cos, sin = kernels.rotary_table(positions, frequencies, scaling, of["dtype"])
+            given = kernels.rotary_table(torch.ones_like(some[:1, :1]), angles[-1, -1], scaling, of["dtype"])
+            differing = (given[0] != cos[-1, -1]).sum() + (given[1] != sin[-1, -1]).sum()
+            found = error(cos, expected.cos() * scaling), error(sin, expected.sin() * scaling), float(differing)
+            worst = {name: max(value, new) for (name, value), new in zip(worst.items(), found, strict=True)}
+    return worst
 
 
 def append_errors(kernels: Any, B: int, rows: int, S: int, filled: int, **of: Any) -> dict[str, float]:
@@ -379,7 +391,8 @@ def compile_all() -> dict[str, int]:
     for module, tokens in ((decode, 1), (prefill, 300)):
         cached = some(1, 8, 1024, 128), some(1, 8, 1024, 128), numbers(1, 1024), numbers(1, tokens), numbers(1)
         module.cached_attention(some(1, 32, tokens, 128), *cached, 0.1, 512, 30.0)
-    table.rotary_table(some(1, 1, 64, dtype=torch.float32), 1.0, torch.bfloat16)
+    table.rotary_table(numbers(1, 1), some(64, dtype=torch.float32), 1.0, torch.bfloat16)
+    table.rotary_table(numbers(2, 8).long(), some(64), 1.0, torch.bfloat16)
     append.append_positions(numbers(4, 1024), numbers(1), numbers(1), numbers(3, 1))
     long = torch.zeros(2, dtype=torch.long)
     greedy.greedy_tokens(

@@ -80,8 +80,13 @@ def attention(x: Tensor, y: Tensor, w: Weights, variant: int) -> Tensor:
 
 def cached_attention(x: Tensor, y: Tensor, w: Weights, variant: int) -> Tensor:
     """As the decode engine's models have it, over a cache that other steps write too."""
-    angles = torch.cat((w("angles"), w("angles")), dim=-1)
-    cos, sin = angles.cos() * 1.0, angles.sin() * 1.0
+    places, frequencies = w("tokens"), w("frequencies")
+    if variant % 3:
+        angles = places[..., None].float() * frequencies
+    else:
+        angles = (frequencies[None, :, None] @ places[:, None, :].float()).transpose(1, 2)
+    both = torch.cat((angles, angles), dim=-1)
+    cos, sin = both.cos() * 1.0, both.sin() * 1.0
     q, k = (_rotate(_heads(F.linear(x, w(D, D))), cos, sin) for _ in range(2))
     v = _heads(F.linear(y, w(D, D)))
     keys, values, positions, start = (w(name) for name in ("keys", "values", "positions", "start"))
@@ -173,7 +178,8 @@ def inputs(drawn: Drawn, batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(batch)
     found: dict[str, Tensor] = {
         "x": torch.randn(batch, T, D, generator=generator),
-        "angles": torch.rand(1, T, K // 2, generator=generator) * 3,
+        "tokens": torch.randint(0, 9, (1, T), generator=generator),
+        "frequencies": torch.rand(K // 2, generator=generator),
         "keys": torch.randn(batch, HEADS, SLOTS, K, generator=generator),
         "values": torch.randn(batch, HEADS, SLOTS, K, generator=generator),
         "positions": positions,

@@ -1,9 +1,9 @@
 """`fuse_rotary_table`: compute the cosines and sines of rotary embedding with one kernel.
 
-    cos, sin = (cat(a, a).cos() · s).to(dtype), (cat(a, a).sin() · s).to(dtype)
+    a = p · f;  cos, sin = (cat(a, a).cos() · s).to(dtype), (cat(a, a).sin() · s).to(dtype)
 
-a are the rotation angles and s is a scaling factor. transformers computes the table once per forward pass, with seven
-operators. In a decode step with one token, their cost is that of seven kernel launches.
+p are positions, f frequencies, a the rotation angles, and s is a scaling factor. transformers computes the table once
+per forward pass. In a decode step with one token, its cost is that of nine to eleven kernel launches.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from effpass.core.program import Program
 from effpass.core.report import Refusal
 from effpass.lowering.ops import rotary_table as operators
 from effpass.passes.graph.few_rows import why_no_kernel, why_not_here, why_not_program
+from effpass.passes.graph.rotary_angles import Angles, angles_at
 from effpass.passes.graph.same_value import readers, source
 
 __all__ = ["FuseRotaryTable"]
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 
 
 class FuseRotaryTable(GraphPass):
-    """Computes the cosines and sines of rotary embedding with one kernel, where tokens are few and launches count."""
+    """Computes the cosines and sines of rotary embedding from positions with one kernel."""
 
     name = "fuse_rotary_table"
     exact = True
@@ -47,21 +48,25 @@ class FuseRotaryTable(GraphPass):
         for table in tables:
             # Both are read only after the first of them.
             anchor = min(table.cos, table.sin, key=lambda node: surroundings.position[node])
-            rows = table.angles.meta["val"].shape[:-1]
-            if no_kernel := why_no_kernel(table.angles, sizes=rows, others=(), has_kernel=operators.has_kernel):
+            angles = angles_at(table.angles)
+            if angles is None:
+                yield Refusal(anchor.name, f"{table.angles.name} is no product of positions and frequencies")
+            # The number of positions, dynamic or not, does not matter: one launch is best for any.
+            elif no_kernel := why_no_kernel(table.angles, sizes=(), others=(), has_kernel=operators.has_kernel):
                 yield Refusal(anchor.name, *no_kernel)
-            elif not_here := why_not_here(surroundings, table.inner, anchor):
+            elif not_here := why_not_here(surroundings, (*angles.inner, *table.inner), anchor):
                 yield Refusal(anchor.name, not_here)
             else:
-                yield Match(anchor, {"table": table})
+                yield Match(anchor, {"table": table, "angles": angles})
 
     def rewrite(self, program: Program, match: Match) -> None:
         found: _Table = match.nodes["table"]
+        angles: Angles = match.nodes["angles"]
         old = (found.cos, found.sin)
         dtype = found.cos.meta["val"].dtype
         with program.graph.inserting_before(match.anchor):
             table = program.graph.call_function(
-                torch.ops.effpass.rotary_table.default, (found.angles, found.scaling, dtype)
+                torch.ops.effpass.rotary_table.default, (angles.positions, angles.frequencies, found.scaling, dtype)
             )
             table.meta.update(match.anchor.meta)
             table.meta["val"] = tuple(node.meta["val"] for node in old)

@@ -115,16 +115,16 @@ def test_a_write_to_own_memory_is_compiled(interpreted: list[list[str]]) -> None
 def test_small_regions_are_joined(interpreted: list[list[str]]) -> None:
     """Past a product that reads the first one, an operator of our own, and views of their results."""
 
-    def run(x: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    def run(x: Tensor, weight: Tensor, other: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         a = (x + 1) * 2
         product = a @ x.T
         view = product.view(-1)
-        low, high = torch.ops.effpass.rotary_table(a[:, None], 1.0, torch.float32)
+        low, high = torch.ops.effpass.rotary_table(positions, a.view(-1), 1.0, torch.float32)
         b = torch.zeros_like(other)
         b.copy_(other * weight)
         return product, view, low, high, b, b.view(-1)[3:]
 
-    given = [torch.randn(3, 8), torch.randn(8), torch.randn(3, 8)]
+    given = [torch.randn(3, 8), torch.randn(8), torch.randn(3, 8), torch.ones(1, 2).int()]
     gm = graph(run, *given)
     compiled = regions.compile_regions(gm, given)
     products = ["region_0", "aten.matmul.default", "effpass.rotary_table.default"]

@@ -65,6 +65,8 @@ def run(family: str, make_draft: Any, expected: torch.Tensor | None = None, grap
         assert rope.ops["effpass.rope_cache_write.default"] == -rope.ops["effpass.cache_write.default"] == rope.hits
         assert "effpass.tree_attention.default" not in rope.ops
         assert next(entry for entry in report.passes if entry.name == "fuse_linears").hits > 0
+        tables = 2 if family == "gemma3" else 1
+        assert next(entry for entry in report.passes if entry.name == "fuse_rotary_table").hits == tables
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
