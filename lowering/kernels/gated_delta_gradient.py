@@ -29,7 +29,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     inverse_norm,
     matrix,
     place,
-    quarters,
     root,
     root_gradient,
     tile,
@@ -97,7 +96,6 @@ def gradient(
         return
     DTYPE: tl.constexpr = changes.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
-    IS_MILD: tl.constexpr = RANGE == "mild" or RANGE == "mild only"
     here = tl.program_id(0).to(tl.int64)
     if RANGE == "mild only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) != 0:
@@ -164,11 +162,8 @@ def gradient(
         is_near = apart < 32
         near_lower, near_scores = tl.where(is_near, of_lower, 0).to(DTYPE), tl.where(is_near, of_scores, 0).to(DTYPE)
         far_lower, far_scores = tl.where(is_near, 0, of_lower).to(DTYPE), tl.where(is_near, 0, of_scores).to(DTYPE)
-        upto = matrix(matrices, UPTO)
-        if IS_MILD:
-            middle, is_early = matrix(matrices, MIDDLE), j < C // 2
-        else:
-            halves, beyond = matrix(matrices, HALVES), matrix(matrices, BEYOND)
+        halves, middle = matrix(matrices, HALVES), matrix(matrices, MIDDLE)
+        upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
         of_rate = 0.0
     along_q, along_k = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     for first in range(0, KP, BK):
@@ -203,27 +198,21 @@ def gradient(
                 gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS, True
             )
             added = addends(g)
-            if IS_MILD:
-                exponent = exponents(middle, added, EXACT, True)
-                late, early = tl.exp2(exponent), tl.exp2(-exponent)
-                first_quarter, second, third, fourth = quarters(added, EXACT, True)
-                across = tl.where(is_early, early * second, late * third)
-                from_begin = tl.where(is_early, late, across * second) * first_quarter
-                to_end = tl.where(is_early, across * third, early) * fourth
-            else:
-                across = tl.exp2(exponents(halves, added, EXACT, True))
-                from_begin = tl.exp2(exponents(upto, added, EXACT, True))
-                to_end = tl.exp2(exponents(beyond, added, EXACT, True))
-            d_row, d_query, d_column = -d_row * from_begin, d_query * from_begin, d_column * to_end
+            from_begin = tl.exp2(exponents(upto, added, EXACT, True))
+            d_row, d_query = -d_row * from_begin, d_query * from_begin
+            d_column *= tl.exp2(exponents(beyond, added, EXACT, True))
             last = tl.sum(d_column * key, 1) + tl.exp2(tl.sum(g, 1)) * of_state
             d_sums, d_key = key * (d_row - d_column) + query * d_query, d_row + d_column
+            across = tl.exp2(exponents(halves, added, EXACT, True))
             d_query, d_key, d_sums = _level(
                 key, query, across, across, far_lower, far_scores, d_query, d_key, d_sums, PRECISION
             )
-            if IS_MILD:
+            if RANGE == "mild" or RANGE == "mild only":
+                exponent = exponents(middle, added, EXACT, True)
                 d_query, d_key, d_sums = _level(
-                    key, query, late, early, near_lower, near_scores, d_query, d_key, d_sums, PRECISION
-                )
+                    key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key, d_sums,
+                    PRECISION,
+                )  # fmt: skip
             else:
                 for level in range(0, HALVES):
                     decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT, True))

@@ -12,12 +12,8 @@ For float32 inputs g is split into two such pieces.
 A pair of tokens in different halves of a chunk decays to and from the middle of the chunk, both with exponents ≤ 0. A
 pair within one half decays to and from the middle of that half; one of the two factors then has an exponent above 0,
 which is safe as long as no aligned group of 16 tokens decays below e^−80. A chunk in which one does is *steep*, the
-others are *mild*.
-
-In a mild chunk only the exponent to the middle of a token's half is computed. All other factors are its power or the
-reciprocal times decays of the four groups of 16 tokens (:func:`quarters`), multiplied in an order in which none
-overflows. In a steep chunk, a pair within a half uses the middle of the block of 32, 16, 8, 4 or 2 tokens whose halves
-separate it, as a pair in different halves of the chunk uses the middle of all 64.
+others are *mild*. In a steep chunk, a pair within a half uses the middle of the block of 32, 16, 8, 4 or 2 tokens whose
+halves separate it, as a pair in different halves of the chunk uses the middle of all 64.
 
 The constant RANGE tells which chunks a launch handles: all, none of which is steep ("mild") or any of which may be
 ("steep"), or only one of both kinds ("mild only", "steep only"). Two launches are used because a program that handles
@@ -189,27 +185,6 @@ def exponents(which, added, EXACT: tl.constexpr, FLIP: tl.constexpr = False):
         low = (added - high.to(tl.float32)).to(tl.float16)
         found = tl.dot(low, tl.trans(which), found) if FLIP else tl.dot(which, low, found)
     return found
-
-
-@triton.jit
-def quarters(added, EXACT: tl.constexpr, FLIP: tl.constexpr = False):
-    """Decay over each of the four groups of 16 tokens, [1, BK] or with FLIP [BK, 1]; g is rounded as in `exponents`."""
-    AXIS: tl.constexpr = 1 if FLIP else 0
-    BK: tl.constexpr = added.shape[1 - AXIS]
-    rounded = added.to(tl.float16).to(tl.float32)
-    if EXACT:
-        rounded += (added - rounded).to(tl.float16).to(tl.float32)
-    shape: tl.constexpr = (BK, C // BLOCK, BLOCK) if FLIP else (C // BLOCK, BLOCK, BK)
-    decays = tl.exp2(tl.sum(tl.reshape(rounded, shape), 1 + AXIS) / _SIXTY_FOUR)
-    number = tl.expand_dims(tl.arange(0, C // BLOCK), 1 - AXIS)
-    first = tl.sum(tl.where(number == 0, decays, 0), AXIS)
-    second = tl.sum(tl.where(number == 1, decays, 0), AXIS)
-    third = tl.sum(tl.where(number == 2, decays, 0), AXIS)
-    fourth = tl.sum(tl.where(number == 3, decays, 0), AXIS)
-    return (
-        tl.expand_dims(first, AXIS), tl.expand_dims(second, AXIS), tl.expand_dims(third, AXIS),
-        tl.expand_dims(fourth, AXIS),
-    )  # fmt: skip
 
 
 @triton.jit

@@ -4,10 +4,9 @@
     B̃ = κ ⊙ e^G      Q̃ = q̂ ⊙ e^G      Ã = κ ⊙ e^(G_C − G)
 
 Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. One program handles one chunk of a value head,
-in blocks of BK channels. The sums over channels for L and P are float32 and stay in registers. In a steep chunk, `near`
-is for pairs of tokens in the same half of the chunk and `far` for those in different halves; in a mild chunk `near` is
-for all pairs, and the entries above the diagonal, which are not used, may overflow. The decay of the whole chunk and
-√β are written in float32, everything else in the dtype of q.
+in blocks of BK channels. The sums over channels for L and P are float32 and stay in registers: `near` for pairs of
+tokens in the same half of the chunk, `far` for pairs in different halves. The decay of the whole chunk and √β are
+written in float32, everything else in the dtype of q.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     inverse_norm,
     matrix,
     place,
-    quarters,
     root,
     steepness,
     tile,
@@ -46,10 +44,9 @@ def _inverse(lower, INVERSE: tl.constexpr):
     With keys of norm 1 no entry exceeds the larger β, which float16 holds with the digits of TF32.
     """
     apart = distance()
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     x = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, lower, 0)
     for level in tl.static_range(1, 6):
-        is_between = ((i >> level) ^ (j >> level)) == 1
+        is_between = (apart >> level) == 1
         if INVERSE == "float16":
             half = x.to(tl.float16)
             between = tl.dot(tl.where(is_between, lower.to(tl.float16), 0), half)
@@ -93,7 +90,6 @@ def inside(
         return
     DTYPE: tl.constexpr = q_in.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
-    IS_MILD: tl.constexpr = RANGE == "mild" or RANGE == "mild only"
     here = tl.program_id(0).to(tl.int64)
     r, rk = tl.arange(0, C), tl.arange(0, BK)
     q += start * q_t + head // GROUP * q_h
@@ -118,17 +114,15 @@ def inside(
         tl.store(strengths + here * C + r, strength)
         k_scale *= strength
     near_keys, near_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    far_keys, far_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     if SCALAR_GATE:
         _, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
         from_first, total = tl.cumsum(g, 0), tl.sum(g, 0)
         from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
     else:
-        if IS_MILD:
-            middle, is_early = matrix(matrices, MIDDLE), r[:, None] < C // 2
-        else:
-            halves, upto, beyond = matrix(matrices, HALVES), matrix(matrices, UPTO), matrix(matrices, BEYOND)
-            far_keys, far_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+        halves, upto, beyond = matrix(matrices, HALVES), matrix(matrices, UPTO), matrix(matrices, BEYOND)
+        middle = matrix(matrices, MIDDLE)
     for first in range(0, KP, BK):
         query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
         key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
@@ -139,51 +133,36 @@ def inside(
             columns = tl.trans(keys)
             near_keys = tl.dot(keys, columns, near_keys, input_precision=PRECISION)
             near_queries = tl.dot(query.to(DTYPE), columns, near_queries, input_precision=PRECISION)
-            k_begin, q_begin, k_end = key * from_begin, query * from_begin, key * to_end
         else:
             _, g = gate_tile(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS)
             added = addends(g)
-            if IS_MILD:
+            if RANGE == "mild" or RANGE == "mild only":
                 exponent = exponents(middle, added, EXACT)
-                late = tl.exp2(exponent)
-                late_keys, late_queries, early_keys = key * late, query * late, key * tl.exp2(-exponent)
-                first_quarter, second, third, fourth = quarters(added, EXACT)
-                # Pairs with a key of the second half, then those with one of the first, which both halves have.
-                columns = tl.trans(tl.where(is_early, 0, early_keys).to(DTYPE))
-                near_keys = tl.dot(late_keys.to(DTYPE), columns, near_keys, input_precision=PRECISION)
-                near_queries = tl.dot(late_queries.to(DTYPE), columns, near_queries, input_precision=PRECISION)
-                columns = tl.trans(tl.where(is_early, early_keys, 0).to(DTYPE))
-                late_keys = tl.where(is_early, late_keys, late_keys * third * second)
-                late_queries = tl.where(is_early, late_queries, late_queries * third * second)
-                near_keys = tl.dot(late_keys.to(DTYPE), columns, near_keys, input_precision=PRECISION)
-                near_queries = tl.dot(late_queries.to(DTYPE), columns, near_queries, input_precision=PRECISION)
-                k_begin, q_begin = late_keys * first_quarter, late_queries * first_quarter
-                k_end = tl.where(is_early, early_keys * second * third, early_keys) * fourth
-                whole = tl.reshape(first_quarter * second * (third * fourth), (BK,))
+                late, early = tl.exp2(exponent), tl.exp2(-exponent)
+                columns = tl.trans((key * early).to(DTYPE))
+                near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
+                near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
             else:
                 near_keys, near_queries = _by_levels(
                     key, query, added, matrices, near_keys, near_queries, DTYPE, PRECISION
                 )
-                across = tl.exp2(exponents(halves, added, EXACT))
-                crossing = (key * across).to(DTYPE)
-                columns = tl.trans(crossing)
-                far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
-                far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
-                from_begin = tl.exp2(exponents(upto, added, EXACT))
-                k_begin, q_begin = key * from_begin, query * from_begin
-                k_end = key * tl.exp2(exponents(beyond, added, EXACT))
-                whole = tl.exp2(tl.sum(g, 0))
+            across = tl.exp2(exponents(halves, added, EXACT))
+            crossing = (key * across).to(DTYPE)
+            columns = tl.trans(crossing)
+            far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
+            far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
+            from_begin = tl.exp2(exponents(upto, added, EXACT))
+            to_end = tl.exp2(exponents(beyond, added, EXACT))
+            whole = tl.exp2(tl.sum(g, 0))
         at = here * C * KP + r[:, None] * KP + first + rk
-        tl.store(k_in + at, k_begin.to(DTYPE))
-        tl.store(q_in + at, q_begin.to(DTYPE))
-        tl.store(k_out + at, k_end.to(DTYPE))
+        tl.store(k_in + at, (key * from_begin).to(DTYPE))
+        tl.store(q_in + at, (query * from_begin).to(DTYPE))
+        tl.store(k_out + at, (key * to_end).to(DTYPE))
         tl.store(decay + here * KP + first + rk, whole)
     apart, i, j = distance(), r[:, None], r[None, :]
     if SCALAR_GATE:
         of_pairs = tl.exp2(tl.where(i >= j, from_first[:, None] - from_first[None, :], 0))
         lower, read = near_keys * of_pairs, near_queries * of_pairs
-    elif IS_MILD:
-        lower, read = near_keys, near_queries
     else:
         lower, read = tl.where(apart < 32, near_keys, far_keys), tl.where(apart < 32, near_queries, far_queries)
     square = here * C * C + i * C + j

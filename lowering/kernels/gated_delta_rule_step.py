@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from effpass.lowering.kernels.gated_delta_inputs import log_decay, root
-from effpass.lowering.kernels.launch import launch_options, multiprocessors, overlaps
+from effpass.lowering.kernels.launch import multiprocessors
 from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON, Inputs, Settings
 
 __all__ = ["step", "supported"]
@@ -31,11 +30,8 @@ def _step(
     gate_b, gate_t, gate_h, beta_b, beta_t, beta_h, write_b, write_t, write_h, scale, lower_bound, epsilon,
     GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
     SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
-    NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, PDL: tl.constexpr,
+    NORMALIZE: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    if PDL:  # the state may be that of the kernel before
-        gdc_wait()
-        gdc_launch_dependents()
     blocks = tl.cdiv(V, BV)
     lane = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = lane // HV, lane % HV
@@ -118,6 +114,6 @@ def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
         GATE="log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
         SCALAR_GATE=gate.dim() == 3, HAS_BIAS=dt_bias is not None, SCALAR_BETA=beta.dim() == 3,
         HAS_WRITE=write_beta is not None, NORMALIZE=settings.normalize, LOGITS=settings.beta_logits,
-        PDL=overlaps(q.device), **launch_options(q.device, 4 if each == 32 else 2),
+        num_warps=4 if each == 32 else 2, num_stages=1,
     )  # fmt: skip
     return output
