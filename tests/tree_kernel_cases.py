@@ -330,6 +330,8 @@ ATTENTIONS = {
     "window, softcap": (2, 2, 1, 9, 200, 9, 24, 16, 30, 20.0),
     "a window inside the tree": (1, 2, 2, 40, 90, 40, 16, 16, 3, 0.0),
     "heads of 256": (1, 2, 1, 5, 80, 5, 256, 256, 0, 0.0),
+    "a long prefix": (1, 4, 2, 70, 2100, 70, 32, 24, 0, 0.0),
+    "a long prefix, window, softcap": (2, 4, 2, 9, 2150, 9, 16, 16, 90, 20.0),
     "chosen blocks": (2, 8, 4, 7, 400, 7, 32, 32, 0, 0.0, (0, 2, 5, 6)),
     "chosen blocks of large heads": (1, 4, 2, 20, 200, 20, 256, 256, 0, 0.0, (0, 1, 3)),
 }

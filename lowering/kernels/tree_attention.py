@@ -25,6 +25,7 @@ from effpass.lowering.kernels.running_softmax import accumulate, scores, update
 __all__ = ["supported", "tree_attention"]
 
 _WORD = tl.constexpr(64)
+_SHORT = 2048  # slots of a prefix up to which programs load ahead
 
 
 def supported(query: Tensor, keys: Tensor, values: Tensor, block: int) -> bool:
@@ -50,7 +51,7 @@ def tree_attention(
     query, key_positions, query_positions, ancestors = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (query, key_positions, query_positions, ancestors)
     )
-    shape = tile_shape(tokens * repeat, key_size, value_size, query.element_size(), chosen is not None)
+    shape = tile_shape(tokens * repeat, key_size, value_size, query.element_size(), first, in_blocks=chosen is not None)
     options = launch_options(device, shape.pop("num_warps"))
     nodes = min(64 * ancestors.shape[2], slots - first)
     row_tiles = triton.cdiv(tokens * repeat, shape["BLOCK_R"])
@@ -77,27 +78,28 @@ def tree_attention(
     return out
 
 
-def tile_shape(rows: int, key_size: int, value_size: int, element_size: int, in_blocks: bool) -> dict[str, int]:
+def tile_shape(
+    rows: int, key_size: int, value_size: int, element_size: int, slots: int, in_blocks: bool
+) -> dict[str, int | bool]:
     """Return the tile sizes, and the minimum number of tiles per program; with fewer, merging costs more than it gains.
 
-    The slots of a tile divide 64, the bits of a word of the tree and the least size of a block of the prefix; only a
-    prefix that is not `in_blocks` may have larger ones. Few rows are cut into tiles of 16, so that each
-    program has little to do after it has waited; many into 64, so that slots are not read too often.
+    If the prefix has at most :data:`_SHORT` slots and is not `in_blocks`, programs load ahead into registers, the first
+    tile before they wait; few rows are then cut into tiles of 16, so that little is left to do afterwards. A longer
+    prefix is read through shared memory, in larger tiles of rows, so that slots are not read too often. The slots of a
+    tile of the tree divide 64, the bits of a word, and so do those of a prefix in blocks.
     """
     block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (key_size, value_size))
     widest = max(block_k, block_v) * element_size
     block_t = 64 if widest <= 256 else 32
+    shape = {"BLOCK_T": block_t, "BLOCK_K": block_k, "BLOCK_V": block_v}
+    if slots > _SHORT or in_blocks:
+        block_r = 16 if rows <= 16 else 32 if rows <= 32 or widest > 512 else 64
+        return {**shape, "BLOCK_R": block_r, "BLOCK_N": block_t, "LEAST": 4, "AHEAD": False, "num_warps": 4}
     block_r = 16 if rows <= (96 if widest <= 128 else 32) else 64 if widest <= 256 else 32
-    block_n = 128 if widest <= 128 and block_r == 16 and not in_blocks else block_t
-    return {
-        "BLOCK_R": block_r,
-        "BLOCK_N": block_n,
-        "BLOCK_T": block_t,
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
-        "LEAST": max(1, (128 if block_r == 16 else 256) // block_n),
-        "num_warps": 4 if widest <= 128 else 8,
-    }
+    block_n = 128 if widest <= 128 and block_r == 16 else block_t
+    least = max(1, (128 if block_r == 16 else 256) // block_n)
+    num_warps = 4 if widest <= 128 else 8
+    return {**shape, "BLOCK_R": block_r, "BLOCK_N": block_n, "LEAST": least, "AHEAD": True, "num_warps": num_warps}
 
 
 @triton.jit(do_not_specialize=["tokens", "first", "nodes", "window"])
@@ -108,17 +110,18 @@ def _attend(
     KEY: tl.constexpr, VALUE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, MOST: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     row_tile, split, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, group = (head // GROUPS).to(tl.int64), head % GROUPS
-    dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    dk = tl.arange(0, BLOCK_K)
     row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     token, live = row // REPEAT, row < tokens * REPEAT
     keys += b * keys_b + group * keys_h
     values += b * values_b + group * values_h
     key_positions += b * key_positions_b
     of_rows = b * query_b + token.to(tl.int64) * query_t + (group * REPEAT + row % REPEAT) * query_h
-    if PDL and MOST > 0:  # the preceding launch may have chosen the blocks
+    if PDL and not AHEAD:
         gdc_wait()
         gdc_launch_dependents()
     of_queries = tl.load(query_positions + b * query_positions_b + token, mask=live, other=-1)
@@ -135,56 +138,51 @@ def _attend(
     all_tiles = tiles + tl.where(there, tl.cdiv(nodes, BLOCK_T), 0)
     active = tl.maximum(tl.minimum(tl.cdiv(all_tiles, LEAST), SPLITS), 1)
     if split < active:
-        slot, of_keys, seen = _tile(
-            split, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
-        )  # fmt: skip
-        k = tl.load(keys + slot[:, None] * keys_s + dk[None, :], mask=seen[:, None] & (dk < KEY)[None, :], other=0)
-        v = tl.load(
-            values + slot[:, None] * values_s + dv[None, :], mask=seen[:, None] & (dv < VALUE)[None, :], other=0
-        )
-        if PDL and MOST == 0:
-            gdc_wait()
-            gdc_launch_dependents()
-        q = tl.load(query + of_rows[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
-        # Tiles continue to be taken in turn across the end of the prefix. The first one of the tree is loaded here.
-        begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
-        of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
-        place, reach, of_nodes, words = _nodes(begin - tiles, nodes, first, key_positions, of_words, live, BLOCK_T)
-        node_k = tl.load(
-            keys + place[:, None] * keys_s + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0
-        )
-        node_v = tl.load(
-            values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
-        )
         best = tl.full([BLOCK_R], -1e30, tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         sum_v = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-        for tile in range(split, tiles, active):
-            # Load the next tile while this one is processed.
-            slot, of_next, seen = _tile(
-                tile + active, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
+        # Tiles continue to be taken in turn across the end of the prefix.
+        begin = split + tl.cdiv(tl.maximum(tiles - split, 0), active) * active
+        of_words = ancestors + b * ancestors_b + token.to(tl.int64) * ancestors_t
+        if AHEAD:
+            slot, of_keys, seen = _tile(
+                split, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
             )  # fmt: skip
-            next_k = tl.load(
-                keys + slot[:, None] * keys_s + dk[None, :], mask=seen[:, None] & (dk < KEY)[None, :], other=0
-            )
-            next_v = tl.load(
-                values + slot[:, None] * values_s + dv[None, :], mask=seen[:, None] & (dv < VALUE)[None, :], other=0
-            )
-            best, total, sum_v = update(
-                q, tl.trans(k), v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, True, SOFTCAP,
-                WINDOW,
-            )  # fmt: skip
-            k, v, of_keys = next_k, next_v, of_next
+            k, v = _slots(keys, values, slot, seen, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
+            if PDL:
+                gdc_wait()
+                gdc_launch_dependents()
+            q = tl.load(query + of_rows[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
+            place, reach, of_nodes, words = _nodes(begin - tiles, nodes, first, key_positions, of_words, live, BLOCK_T)
+            node_k, node_v = _slots(keys, values, place, reach, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
+            for tile in range(split, tiles, active):
+                # Load the next tile while this one is processed.
+                slot, of_next, seen = _tile(
+                    tile + active, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
+                )  # fmt: skip
+                next_k, next_v = _slots(keys, values, slot, seen, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
+                best, total, sum_v = update(
+                    q, tl.trans(k), v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, True, SOFTCAP,
+                    WINDOW,
+                )  # fmt: skip
+                k, v, of_keys = next_k, next_v, of_next
+        else:
+            q = tl.load(query + of_rows[:, None] + dk[None, :], mask=live[:, None] & (dk < KEY)[None, :], other=0)
+            for tile in tl.range(split, tiles, active, num_stages=2):
+                slot, of_keys, seen = _tile(
+                    tile, tiles, end, key_positions, chosen, earliest, BLOCK_N, BLOCK, MOST, WINDOW
+                )  # fmt: skip
+                k, v = _slots(keys, values, slot, seen, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
+                best, total, sum_v = update(
+                    q, tl.trans(k), v, of_keys, of_queries, best, total, sum_v, scale, softcap, window, True, SOFTCAP,
+                    WINDOW,
+                )  # fmt: skip
         for tile in range(begin, all_tiles, active):
-            place, reach, of_following, following_words = _nodes(
-                tile + active - tiles, nodes, first, key_positions, of_words, live, BLOCK_T
-            )  # fmt: skip
-            following_k = tl.load(
-                keys + place[:, None] * keys_s + dk[None, :], mask=reach[:, None] & (dk < KEY)[None, :], other=0
-            )
-            following_v = tl.load(
-                values + place[:, None] * values_s + dv[None, :], mask=reach[:, None] & (dv < VALUE)[None, :], other=0
-            )
+            if not AHEAD:
+                place, reach, of_nodes, words = _nodes(
+                    tile - tiles, nodes, first, key_positions, of_words, live, BLOCK_T
+                )  # fmt: skip
+                node_k, node_v = _slots(keys, values, place, reach, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
             bits = ((tile - tiles) * BLOCK_T + tl.arange(0, BLOCK_T)) % _WORD
             visible = ((words[:, None] >> bits.to(tl.int64)[None, :]) & 1) == 1
             visible = visible & (of_nodes >= 0)[None, :] & (of_nodes[None, :] <= of_queries[:, None])
@@ -192,7 +190,11 @@ def _attend(
                 visible = visible & (of_queries[:, None] - of_nodes[None, :] < window)
             score = tl.where(visible, scores(q, tl.trans(node_k), scale, softcap, SOFTCAP), float("-inf"))
             best, total, sum_v = accumulate(score, node_v, best, total, sum_v)
-            node_k, node_v, of_nodes, words = following_k, following_v, of_following, following_words
+            if AHEAD:
+                place, reach, of_nodes, words = _nodes(
+                    tile + active - tiles, nodes, first, key_positions, of_words, live, BLOCK_T
+                )  # fmt: skip
+                node_k, node_v = _slots(keys, values, place, reach, keys_s, values_s, KEY, VALUE, BLOCK_K, BLOCK_V)
         out += (b * tokens * GROUPS + group) * REPEAT * VALUE  # the output of node 0
         places = (token * (GROUPS * REPEAT) + row % REPEAT) * VALUE
         if SPLITS > 1:
@@ -225,6 +227,19 @@ def _tile(
     if WINDOW:
         reach = reach & (of_keys > earliest)
     return slot.to(tl.int64), of_keys, reach
+
+
+@triton.jit
+def _slots(
+    keys, values, place, there, keys_s, values_s, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Keys [N, K] and values [N, V] of slots."""
+    dk, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    return (
+        tl.load(keys + place[:, None] * keys_s + dk[None, :], mask=there[:, None] & (dk < KEY)[None, :], other=0),
+        tl.load(values + place[:, None] * values_s + dv[None, :], mask=there[:, None] & (dv < VALUE)[None, :], other=0),
+    )
 
 
 @triton.jit
