@@ -31,17 +31,23 @@ _TREES = ("chain:2", "chain:3", "chain:5", "eagle2:top_k=4,depth=3,nodes=8", "ea
 _TRIED = 6  # training prompts by which a tree is chosen
 
 
-def _rate(run: Callable[[Tensor], Tensor], prompts: Sequence[Tensor], device: str) -> float:
-    """Tokens of answers a second over `prompts`, prompts included in the time."""
-    seconds, tokens = 0.0, 0
+def _rates(runs: dict[str, Callable[[Tensor], Tensor]], prompts: Sequence[Tensor], device: str) -> dict[str, float]:
+    """Tokens of answers a second over `prompts`, prompts included in the time; each prompt is answered by all in turn.
+
+    The first of `runs` answers everything once before, so that nobody meets a length for the first time.
+    """
     for ids in prompts:
-        sync(device)
-        started = time.perf_counter()
-        found = run(ids)
-        sync(device)
-        seconds += time.perf_counter() - started
-        tokens += found.shape[1] - ids.shape[1]
-    return tokens / seconds
+        next(iter(runs.values()))(ids)
+    seconds, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
+    for ids in prompts:
+        for name, run in runs.items():
+            sync(device)
+            started = time.perf_counter()
+            found = run(ids)
+            sync(device)
+            seconds[name] += time.perf_counter() - started
+            tokens[name] += found.shape[1] - ids.shape[1]
+    return {name: tokens[name] / seconds[name] for name in runs}
 
 
 class _Speculated:
@@ -74,35 +80,37 @@ def text(device: str, smoke: bool) -> Iterator[Row]:
     dtype = str(_dtype(device)).removeprefix("torch.")
     cases = {of: f"{name}, {of}, {len(prompts)} prompts, up to {new} tokens, {dtype}" for of, prompts in sets.items()}
     model.generate(longest, **fixed)  # records, with buffers for all
-    base = {}
+    base = "greedy decoding"
+    runs: dict[str, Callable[[Tensor], Tensor]] = {base: lambda ids: model.generate(ids, **fixed)}
+    for draft in _drafts():
+        trees = ["chain:7"]
+        if draft != "ngram":
+            candidates = {
+                tree: _Speculated(model, draft, tree, longest, fixed) for tree in _TREES[:: 4 if smoke else 1]
+            }
+            rates = _rates(candidates, tried, device)  # type: ignore[arg-type]
+            print(f"{draft}, tokens/s on {len(tried)} training prompts: {rates}", flush=True)
+            kinds = ("chain", "eagle2")
+            trees = [max((t for t in rates if t.startswith(kind)), key=rates.__getitem__) for kind in kinds]
+            trees += ["c2t"] if Path(draft, "c2t").is_dir() else []
+        runs |= {f"{Path(draft).name}, {tree}": _Speculated(model, draft, tree, longest, fixed) for tree in trees}
     for of, prompts in sets.items():
-        base[of] = _rate(lambda ids: model.generate(ids, **fixed), prompts, device)
-        fewer = {**fixed, "max_new_tokens": min(new, 128), "prompt_lookup_num_tokens": 7}
-        theirs = _rate(lambda ids, fewer=fewer: own(model, ids, **fewer), prompts[:1], device)  # type: ignore[misc]
+        for run in runs.values():
+            if isinstance(run, _Speculated):
+                run.totals[:] = 0
+        rates = _rates(runs, prompts, device)
+        peer = {**fixed, "max_new_tokens": min(new, 128), "prompt_lookup_num_tokens": 7}
+        theirs = _rates({"": lambda ids, how=peer: own(model, ids, **how)}, prompts[:1], device)[""]  # type: ignore[dict-item, misc]
         yield row(
-            AREA, cases[of], "greedy decoding", base[of], "tokens/s", device=device, peer=theirs,
+            AREA, cases[of], base, rates[base], "tokens/s", device=device, peer=theirs,
             peer_name="transformers, prompt lookup of 7 tokens, 1 prompt, up to 128 tokens", lower_is_better=False,
             runs=len(prompts),
         )  # fmt: skip
-    for draft in _drafts():
-        if draft == "ngram":
-            trees = ["chain:7"]
-        else:
-            rates = {tree: _rate(_Speculated(model, draft, tree, longest, fixed), tried, device)
-                     for tree in (_TREES[1::4] if smoke else _TREES)}  # fmt: skip
-            print(f"{draft}, tokens/s on {len(tried)} training prompts: {rates}", flush=True)
-            trees = [
-                max((t for t in rates if t.startswith(kind)), key=rates.__getitem__) for kind in ("chain", "eagle2")
-            ]
-            trees += ["c2t"] if Path(draft, "c2t").is_dir() else []
-        for tree in trees:
-            speculated = _Speculated(model, draft, tree, longest, fixed)
-            for of, prompts in sets.items():
-                speculated.totals[:] = 0
-                rate = _rate(speculated, prompts, device)
-                rounds, nodes, tokens = speculated.totals
+        for name, run in runs.items():
+            if isinstance(run, _Speculated):
+                rounds, nodes, tokens = run.totals
                 yield row(
-                    AREA, cases[of], f"{Path(draft).name}, {tree}", rate, "tokens/s", device=device, peer=base[of],
+                    AREA, cases[of], name, rates[name], "tokens/s", device=device, peer=rates[base],
                     peer_name="our greedy decoding", lower_is_better=False, runs=len(prompts),
                     note=f"{tokens / rounds:.2f} tokens a step, {nodes / rounds:.1f} nodes verified",
                 )  # fmt: skip

@@ -123,10 +123,11 @@ def _launch(
         options = launch_options(x.device, shape.pop("num_warps"))
         _one_row[grid](*tensors, *numbers, **shape, **common, **options)
         return
-    if shape := whole_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device):
-        grid = (sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes),)
-        options = launch_options(x.device, shape.pop("num_warps"))
-        _whole_rows[grid](*tensors, rows, *numbers, **shape, **common, **options)
+    whole = whole_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device)
+    if whole is not None:
+        grid = (sum(triton.cdiv(size, whole["BLOCK_N"]) for size in sizes),)
+        options = launch_options(x.device, whole.pop("num_warps"))
+        _whole_rows[grid](*tensors, rows, *numbers, **whole, **common, **options)
         return
     shape = few_rows_shape(rows, inner, sizes, gated, x.element_size(), x.device)
     tiles, splits = sum(triton.cdiv(size, shape["BLOCK_N"]) for size in sizes), shape["SPLITS"]
@@ -164,19 +165,22 @@ def whole_rows_shape(
         return None
     block_m, first = 16 if rows <= 16 else 32, 1 << (inner.bit_length() - 1)
     rest = triton.next_power_of_2(inner - first) if inner > first else 0
-    held = (64 * (2 if gated else 1) + block_m) * (first + rest) * element_size
-    block_n, parts = (64, 1) if held <= shared_memory(device) - _BESIDE else (16, 4)
-    tiles = sum(triton.cdiv(size, block_n) for size in sizes)
-    if tiles > 2 * multiprocessors(device) or (gated and parts > 1):
-        return None
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "FIRST": max(first, 16 * parts),
-        "REST": max(rest, 16 * parts) if rest else 0,
-        "PARTS": parts,
-        "num_warps": 4,
-    }
+    for block_n, parts in ((64, 1), (16, 4)):
+        columns = block_n * (2 if gated else 1) + block_m
+        if columns * (first + rest) * element_size > shared_memory(device) - _BESIDE:
+            continue
+        tiles = sum(triton.cdiv(size, block_n) for size in sizes)
+        if tiles > 2 * multiprocessors(device) or (gated and parts > 1):
+            break
+        return {
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "FIRST": max(first, 16 * parts),
+            "REST": max(rest, 16 * parts) if rest else 0,
+            "PARTS": parts,
+            "num_warps": 4,
+        }
+    return None
 
 
 def few_rows_shape(

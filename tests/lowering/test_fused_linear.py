@@ -129,6 +129,36 @@ def test_tiles_of_several_tokens(limit, monkeypatch):
     assert [(s["BLOCK_N"], s["SPLITS"]) for s in shapes] == [(64, 1), (64, 2), (128, 1), (64, 2), (128, 1)]
 
 
+@pytest.mark.parametrize("limit", [227 << 10, 163 << 10, 99 << 10])
+def test_tiles_of_whole_rows(limit, monkeypatch):
+    """They fit into shared memory, and the two ranges of columns cover the inner dimension."""
+    small_linear = pytest.importorskip("effpass.lowering.kernels.small_linear")
+    monkeypatch.setattr(small_linear, "shared_memory", lambda device: limit)
+    monkeypatch.setattr(small_linear, "multiprocessors", lambda device: 132)
+    found = []
+    for rows, inner, outputs, gated in itertools.product(
+        (2, 16, 17, 32), (72, 256, 576, 1024, 1544, 2040), [(576, 192, 192), (576,), (16384,)], (False, True)
+    ):
+        shape = small_linear.whole_rows_shape(rows, inner, outputs, gated, 2, torch.device("cuda"))
+        if shape is None:
+            continue
+        found.append(shape["BLOCK_N"])
+        assert shape["FIRST"] + shape["REST"] >= inner
+        assert shape["FIRST"] <= inner or shape["REST"] == 0
+        columns = shape["BLOCK_N"] * (2 if gated else 1) + shape["BLOCK_M"]
+        assert columns * (shape["FIRST"] + shape["REST"]) * 2 < limit
+        assert shape["BLOCK_M"] >= rows
+    assert {16, 64} == set(found)
+    for rows, inner, outputs, element in (
+        (33, 576, (576,), 2),
+        (8, 2048, (576,), 2),
+        (8, 576, (49152,), 2),
+        (8, 576, (576,), 4),
+    ):
+        assert small_linear.whole_rows_shape(rows, inner, outputs, False, element, torch.device("cuda")) is None
+    assert small_linear.whole_rows_shape(8, 1536, (8960,), True, 2, torch.device("cuda")) is None
+
+
 _OF_8B = [
     (4096, (4096, 1024, 1024), False), (4096, (4096,), False), (4096, (14336,), True), (14336, (4096,), False),
     (4096, (128256,), False),
