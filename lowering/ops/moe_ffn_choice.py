@@ -28,10 +28,7 @@ __all__ = ["DEFAULT", "available", "fitted", "keep", "run", "run_kernel"]
 
 log = logging.getLogger("effpass")
 
-_MODEL = "2"  # version of the cost model: constants fitted to another one are not read
-
 #: Fitted to an H100 with layers of Qwen3-30B-A3B and DeepSeek-V2-Lite, 1 to 8192 tokens and equally likely experts.
-#: Rates were carried over to later versions of the cost model, so that it predicts the same times for these layers.
 DEFAULT = Fit(
     device="NVIDIA H100 80GB HBM3",
     dtype="bfloat16",
@@ -39,13 +36,13 @@ DEFAULT = Fit(
     multiprocessors=132,
     kernels={
         "rows": Constants(start=6.3e-6, call=1e-8, bandwidth=3.23e12, rate=2e13),
-        "grouped16": Constants(start=18.9e-6, call=1e-8, bandwidth=3.17e12, rate=1.46e14),
-        "grouped32": Constants(start=18.5e-6, call=1e-8, bandwidth=3.09e12, rate=1.92e14),
-        "grouped64": Constants(start=30.6e-6, call=1e-8, bandwidth=3.01e12, rate=3.51e14),
-        "grouped128": Constants(start=42.3e-6, call=1e-8, bandwidth=2.92e12, rate=5.82e14),
-        "library": Constants(start=27e-6, call=1e-7, bandwidth=2.9e12, rate=6.4e14),
+        "grouped16": Constants(start=18.9e-6, call=1e-8, bandwidth=3.17e12, rate=1.45e14),
+        "grouped32": Constants(start=18.5e-6, call=1e-8, bandwidth=3.09e12, rate=1.89e14),
+        "grouped64": Constants(start=30.6e-6, call=1e-8, bandwidth=3.01e12, rate=3.39e14),
+        "grouped128": Constants(start=42.3e-6, call=1e-8, bandwidth=2.92e12, rate=5.49e14),
+        "library": Constants(start=27e-6, call=1e-7, bandwidth=2.9e12, rate=5.22e14),
         # Bound by the host: 53 us per expert.
-        "by_expert": Constants(start=60e-6, call=53e-6, bandwidth=2.4e12, rate=7.86e14),
+        "by_expert": Constants(start=60e-6, call=53e-6, bandwidth=2.4e12, rate=6.8e14),
     },
 )
 
@@ -149,7 +146,7 @@ def keep(fit: Fit) -> Path | None:
 
 
 def _file(device: str, dtype: str) -> Path:
-    key = sha256("\n".join((_MODEL, device, dtype)).encode()).hexdigest()[:16]
+    key = sha256("\n".join((device, dtype)).encode()).hexdigest()[:16]
     return cache_dir() / "experts" / f"{key}.json"
 
 

@@ -1,18 +1,13 @@
 """Cost model of the kernels of a mixture-of-experts layer: waves of tiles below a memory roof, fitted to a device.
 
-    t(kernel) = start + call · A + passes / bandwidth + ‖ bytes / bandwidth, Σ over both products of waves · tile FLOPs
-                · S / rate ‖
-    waves = ⌈tiles / S⌉,  tiles = A · E[⌈rows of an expert / tile rows⌉] · ⌈columns / tile columns⌉
-    A = E · (1 - (1 - k / E)ᵀ)
+    t(kernel) = start + call · A + ‖ bytes / bandwidth, Σ over both products of waves · tile FLOPs · S / rate ‖
+    waves = ⌈tiles / S⌉,  tiles = A · max(1, P / (A · rows) + ½) · ⌈columns / tile columns⌉,  A = E · (1 - (1 - k / E)ᵀ)
 
 A is the expected number of the E experts that T tokens with k experts each use if all are equally likely (EPS-MoE,
-https://arxiv.org/abs/2410.12247, section 3), and P = T·k is the number of pairs. The rows of an expert in use are
-binomially distributed around P / A; the normal distribution stands for it. A tile costs the same however many of its
-rows are used, and the last wave costs as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a smooth maximum: where memory
-access and computation take about equally long, neither hides the other completely. `passes` are bytes of launches that
-multiply nothing (the weighted sum of all kernels; gather and gate of the library's), so that no computation hides them.
-With one product per expert, `call` is the host's, beside the device's work: ‖call · A, …‖ instead of a sum. `start`,
-`call`, `bandwidth` and `rate` of each kernel are fitted to timings.
+https://arxiv.org/abs/2410.12247, section 3), and P = T·k is the number of pairs. A tile costs the same however many of
+its rows are used, and the last wave costs as much as a full one. ‖a, b‖ = (a⁴ + b⁴)^¼ is a smooth maximum: where memory
+access and computation take about equally long, neither hides the other completely. `start`, `call`, `bandwidth` and
+`rate` of each kernel are fitted to timings.
 
 Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert, S multiprocessors.
 """
@@ -30,20 +25,17 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "predict_load", "seconds", "thresholds"]
 
-#: Rows of a tile, and its columns in the first product (of gate and of up each) and in the second, by kernel; None for
-#: a kernel without tiles, which reads the weights for each pair.
+#: Rows of a tile, and its columns in the first and the second product, by kernel; None for a kernel without tiles,
+#: which reads the weights for each pair.
 KERNELS: dict[str, tuple[int, int, int] | None] = {
     "rows": None,
     "grouped16": (16, 64, 128),
     "grouped32": (32, 64, 128),
     "grouped64": (64, 64, 128),
     "grouped128": (128, 128, 256),
-    "library": (128, 128, 256),
-    "by_expert": (128, 128, 256),
+    "library": (128, 256, 256),
+    "by_expert": (128, 256, 256),
 }
-#: `torch._grouped_mm` has two tiles on Hopper, the smaller one for up to so many rows per expert in the mean, and
-#: clusters of two multiprocessors that compute adjacent tiles of the same expert, also where the second has no rows.
-_LIBRARY_SMALL, _FEW_ROWS, _CLUSTER = (64, 64, 128), 128, 2
 
 
 @dataclass(frozen=True)
@@ -104,70 +96,42 @@ class Fit:
 _T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
 _START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
 _P, _A = sympy.symbols("P A", positive=True)
-_TILES = sympy.Function("tiles_of_an_expert")
 
 
-def _tiles_of_an_expert(mean: float, variance: float, rows: int) -> float:
-    """Return the expected number of tiles of `rows` rows, at least one, of an expert with about `mean` rows."""
-    if variance == 0:
-        return float(max(1, math.ceil(mean / rows)))
-    if mean > 16 * rows:  # so many that every height of the last tile is about equally likely
-        return (mean + (rows - 1) / 2) / rows
-    wide = math.sqrt(2 * variance)
-    most = math.ceil((mean + 5 * wide) / rows)
-    return 1 + sum(math.erfc((n * rows + 0.5 - mean) / wide) / 2 for n in range(1, most + 1))
-
-
-def _roof(*parts: sympy.Expr) -> sympy.Expr:
-    return sum(part**4 for part in parts) ** sympy.Rational(1, 4)
+def _roof(memory: sympy.Expr, compute: sympy.Expr) -> sympy.Expr:
+    return (memory**4 + compute**4) ** sympy.Rational(1, 4)
 
 
 _OF_TOKENS, _OF_LOAD = (_T, _K, _E), (_P, _A)
 _ARGUMENTS = (_D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
 
 
-def _load(
-    kernel: str, pairs: sympy.Expr, tokens: sympy.Expr, met: sympy.Expr, count: sympy.Expr, share: sympy.Expr
-) -> sympy.Expr:
-    """Return the model of a kernel for P pairs of T tokens that use A of E experts, each with a share of the tokens."""
-    expert, mean = 3 * _D * _F * _B, pairs / met
+def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
+    """Return the model of a kernel for P pairs that use A experts."""
+    expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
     tile = KERNELS[kernel]
     if tile is None:  # pairs share neither weights nor tiles
         return _START + _CALL * met + _roof(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
-
-    def products(rows: int, of_first: int, of_second: int, together: int = 1) -> sympy.Expr:
-        high = met * _TILES(mean, mean * (1 - share), rows * together) * together
-        # Each tile of the first product computes both gate and up.
-        sizes = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
-        return sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in sizes) * _S
-
-    if kernel == "library":
-        few = sympy.Le(pairs / count, _FEW_ROWS)
-        computing = sympy.Piecewise((products(*_LIBRARY_SMALL, _CLUSTER), few), (products(*tile, _CLUSTER), True))
-    else:
-        computing = products(*tile)
-    inside, passes = pairs * 2 * (_D + _F), (pairs + tokens) * _D
+    rows, of_first, of_second = tile
+    high = met * sympy.Max(1, pairs / (met * rows) + sympy.Rational(1, 2))
+    # Each tile of the first product computes both gate and up.
+    products = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
+    waves = sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
     if kernel in ("library", "by_expert"):  # gathered rows and both projections go through memory
-        inside, passes = pairs * (2 * _D + 3 * _F), passes + pairs * (2 * _D + 3 * _F)
-    parts = ((met * expert + inside * _B) / _BANDWIDTH, computing / _RATE)
-    if kernel == "by_expert":  # the host queues the products of one expert while those of others are computed
-        return _START + passes * _B / _BANDWIDTH + _roof(*parts, _CALL * met)
-    return _START + _CALL * met + passes * _B / _BANDWIDTH + _roof(*parts)
+        activations = pairs * (6 * _D + 8 * _F) * _B
+    return _START + _CALL * met + _roof((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
 
 
 @functools.cache
 def seconds(kernel: str) -> sympy.Expr:
     """Return the model of a kernel over T, k, E, D, F, b (bytes per element), S and the kernel's constants."""
-    return _load(kernel, _T * _K, _T, _E * (1 - (1 - _K / _E) ** _T), _E, _K / _E)
+    return _load(kernel, _T * _K, _E * (1 - (1 - _K / _E) ** _T))
 
 
 @functools.cache
 def _function(kernel: str, of_load: bool) -> Callable[..., float]:
-    # Of a load, neither tokens nor unused experts are known: every pair is a token's only one, and experts have small
-    # shares.
-    model = _load(kernel, _P, _P, _A, _A, sympy.Integer(0)) if of_load else seconds(kernel)
-    modules = [{"ceiling": math.ceil, _TILES.__name__: _tiles_of_an_expert}, "math"]
-    return sympy.lambdify((*(_OF_LOAD if of_load else _OF_TOKENS), *_ARGUMENTS), model, modules=modules)
+    arguments, model = (_OF_LOAD, _load(kernel, _P, _A)) if of_load else (_OF_TOKENS, seconds(kernel))
+    return sympy.lambdify((*arguments, *_ARGUMENTS), model, modules=[{"Max": max, "ceiling": math.ceil}, "math"])
 
 
 def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multiprocessors: int) -> float:
