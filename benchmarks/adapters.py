@@ -281,10 +281,8 @@ def _scaled_after(
     self: AfaVariant, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
 ) -> Any:
     z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-    return (
-        result
-        + module.lora_B[active_adapter](annealed(z, self.anneal.beta, self.activation)) * module.scaling[active_adapter]
-    )
+    h = annealed(z, self.anneal.beta, self.activation)
+    return result + module.lora_B[active_adapter](h) * module.scaling[active_adapter]
 
 
 def _leaky(self: AfaVariant, module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:

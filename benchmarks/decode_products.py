@@ -37,16 +37,24 @@ OF_8B = {
     "down": Product(14336, (4096,), residual=True),
     "head": Product(4096, (128256,), norm=True),
 }
+OF_SMOLLM2 = {
+    "q, k, v": Product(576, (576, 192, 192), norm=True),
+    "o": Product(576, (576,), residual=True),
+    "gate, up": Product(576, (1536, 1536), norm=True, gated=True),
+    "down": Product(1536, (576,), residual=True),
+    "head": Product(576, (49152,), norm=True),
+}
 TINY = {"gate, up": Product(64, (96, 96), norm=True, gated=True), "down": Product(96, (64,), residual=True)}
 
 
 def products(device: str, smoke: bool) -> Iterator[Row]:
-    """Time of each product of Llama 3.1 8B by the number of tokens."""
+    """Time of each product of a layer by the number of tokens."""
     small = smoke or device == "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for name, product in (TINY if small else OF_8B).items():
+    shapes = {"a small model": TINY} if small else {"Llama 3.1 8B": OF_8B, "SmolLM2-135M": OF_SMOLLM2}
+    for model, name, product in ((model, *of) for model, products in shapes.items() for of in products.items()):
         moved = sum(product.outputs) * product.inner * dtype.itemsize
-        copies = 2 if small else max(2, min(8, 1 + 400_000_000 // moved))
+        copies = 2 if small else max(2, min(256, 1 + 400_000_000 // moved))
         of = {"device": device, "dtype": dtype}
         weights = [[torch.randn(n, product.inner, **of) * 0.02 for n in product.outputs] for _ in range(copies)]
         norm = torch.rand(product.inner, **of) if product.norm else None
@@ -66,7 +74,7 @@ def products(device: str, smoke: bool) -> Iterator[Row]:
             calls = [_all(run, weights, device) for run in (ours, library)]
             times = measure_pair(*calls, device, runs=3 if small else 15, inner=1 if small else 3)
             yield row(
-                AREA, f"{name} of {'a small model' if small else 'Llama 3.1 8B'}, {rows} tokens", "products of a layer",
+                AREA, f"{name} of {model}, {rows} tokens", "products of a layer",
                 times[0].median / copies * 1e6, "us", device=device, peer=times[1].median / copies * 1e6,
                 peer_name="cuBLAS, without norm, activation and residual", bound=moved / bandwidth(device) * 1e6,
                 runs=times[0].runs,

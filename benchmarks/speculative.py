@@ -83,7 +83,7 @@ def text(device: str, smoke: bool) -> Iterator[Row]:
     base = "greedy decoding"
     runs: dict[str, Callable[[Tensor], Tensor]] = {base: lambda ids: model.generate(ids, **fixed)}
     for draft in _drafts():
-        trees = ["chain:7"]
+        trees, candidates = ["chain:7"], {}
         if draft != "ngram":
             candidates = {
                 tree: _Speculated(model, draft, tree, longest, fixed) for tree in _TREES[:: 4 if smoke else 1]
@@ -93,7 +93,9 @@ def text(device: str, smoke: bool) -> Iterator[Row]:
             kinds = ("chain", "eagle2")
             trees = [max((t for t in rates if t.startswith(kind)), key=rates.__getitem__) for kind in kinds]
             trees += ["c2t"] if Path(draft, "c2t").is_dir() else []
-        runs |= {f"{Path(draft).name}, {tree}": _Speculated(model, draft, tree, longest, fixed) for tree in trees}
+        for tree in trees:
+            speculated = candidates.get(tree) or _Speculated(model, draft, tree, longest, fixed)
+            runs[f"{Path(draft).name}, {tree}"] = speculated
     for of, prompts in sets.items():
         for run in runs.values():
             if isinstance(run, _Speculated):
