@@ -20,14 +20,12 @@ from torch import Tensor
 from benchmarks import speculative_sparse, speculative_speed
 from benchmarks.backend import _dtype
 from benchmarks.rows import Row, row, sync
-from benchmarks.speculative_common import AREA, _drafts, _ids, _model, _sets
+from benchmarks.speculative_common import AREA, Answering, _batches, _drafts, _ids, _model, _sets
 from benchmarks.speculative_data import test_prompts, training_prompts
-from effpass.runtime.speculative import Speculator
-from effpass.runtime.speculative.generation import generate
-from effpass.runtime.speculative.open_draft import open_draft
 
 _TREES = ("chain:2", "chain:3", "chain:5", "eagle2:top_k=4,depth=3,nodes=8", "eagle2:top_k=4,depth=4,nodes=12",
           "eagle2:top_k=4,depth=5,nodes=16", "eagle2:top_k=8,depth=5,nodes=32")  # fmt: skip
+_NODES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of EAGLE-2's trees on a curve
 _TRIED = 6  # training prompts by which a tree is chosen
 
 
@@ -119,22 +117,30 @@ def text(device: str, smoke: bool) -> Iterator[Row]:
 
 
 def c2t(device: str, smoke: bool) -> Iterator[Row]:
-    """Nodes that C2T verifies for a round's tokens, against EAGLE-2's trees of the same draft, interpolated."""
+    """Nodes that C2T verifies for a round's tokens, against EAGLE-2's trees of the same draft, interpolated.
+
+    Both grow trees of EFFPASS_DEPTH layers with EFFPASS_TOP_K children a node.
+    """
     model, tokenizer, name = _model(device, smoke)
     engine = model.effpass_engine
-    count, new = (1, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "8")), 96)
-    sizes = (4, 16) if smoke else (4, 8, 12, 16, 24, 32, 48, 64)
-    betas = (0.2,) if smoke else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    count, new = (2, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "32")), 128)
+    top_k, depth = (int(os.environ.get(f"EFFPASS_{of}", usual)) for of, usual in (("TOP_K", "8"), ("DEPTH", "5")))
+    nodes_of = (4, 16) if smoke else [n for n in _NODES if n <= 1 + top_k + (depth - 1) * top_k**2]
+    betas = (0.2,) if smoke else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    grown = f"top_k={top_k},depth={depth},nodes="
     sets = {of: [_ids(tokenizer, prompt, device) for prompt in test_prompts(of, count)] for of in _sets(smoke)}
+    width = max(ids.shape[1] for ids in chain(*sets.values()))
+    batches = {of: _batches(prompts, width) for of, prompts in sets.items()}
     compiled, engine.backend = engine.backend, None  # counts alone: nothing is compiled
     try:
         for draft in _drafts():
             if not Path(draft, "c2t").is_dir():
                 continue
-            curves = [_counts(model, draft, f"eagle2:nodes={n}", sets, new) for n in sizes]
-            found = {beta: _counts(model, draft, f"c2t:nodes=64,beta={beta}", sets, new) for beta in betas}
+            curves = [_counts(model, draft, f"eagle2:{grown}{n}", batches, new) for n in nodes_of]
+            found = {b: _counts(model, draft, f"c2t:beta={b},{grown}{nodes_of[-1]}", batches, new) for b in betas}
             for of in sets:
                 nodes, tokens = (np.array(x) for x in zip(*(curve[of] for curve in curves), strict=True))
+                case = f"{name}, {Path(draft).name}, top_k {top_k}, depth {depth}, {of}"
                 for beta in betas:
                     mine = found[beta][of]
                     inside = tokens.min() <= mine[1] <= tokens.max()
@@ -143,35 +149,22 @@ def c2t(device: str, smoke: bool) -> Iterator[Row]:
                     if equal is not None:
                         note += f", {1 - mine[0] / equal:.1%} fewer nodes"
                     yield row(
-                        AREA, f"{name}, {Path(draft).name}, {of}, {len(sets[of])} prompts x {new} tokens",
-                        f"nodes a round, β {beta}", mine[0], "", device=device, peer=equal,
-                        peer_name="EAGLE-2's trees at the same tokens a round", runs=len(sets[of]), note=note,
+                        AREA, case, f"nodes a round, β {beta}", mine[0], "", device=device, peer=equal,
+                        peer_name="EAGLE-2's trees at the same tokens a round", runs=len(sets[of]),
+                        note=f"{len(sets[of])} prompts x {new} tokens; {note}",
                     )  # fmt: skip
     finally:
         engine.backend = compiled
 
 
 def _counts(
-    model: Any, draft: str, tree: str, sets: dict[str, list[Tensor]], new: int
+    model: Any, draft: str, tree: str, sets: dict[str, list[tuple[Tensor, Tensor]]], new: int
 ) -> dict[str, tuple[float, float]]:
     """Nodes verified and tokens emitted a round, over the prompts of each set."""
-    speculator = Speculator(model.effpass_engine, open_draft(model.effpass_engine, draft, tree), switches=False)
-
-    def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
-        return generate(speculator, input_ids, **prepared)
-
-    def answer(ids: Tensor) -> tuple[int, int, int]:
-        type(model).generate(
-            model, ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, custom_generate=loop
-        )
-        found = speculator.last
-        assert found is not None
-        return found.rounds, found.verified, found.tokens
-
-    answer(max(chain(*sets.values()), key=lambda ids: ids.shape[1]))  # buffers for the longest serve all
+    answering = Answering(model, draft, tree, new)
     counts = {}
-    for of, prompts in sets.items():
-        rounds, verified, tokens = np.sum([answer(ids) for ids in prompts], 0)
+    for of, batches in sets.items():
+        rounds, verified, tokens = answering(batches)[1]
         counts[of] = (verified / rounds, tokens / rounds)
     return counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,15 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import effpass
 from benchmarks.backend import _dtype
 from benchmarks.decode import NO_PASSES
 from benchmarks.speculative_data import SETS
 from effpass.runtime.cuda_graph import record
+from effpass.runtime.speculative import Speculator
+from effpass.runtime.speculative.generation import generate
+from effpass.runtime.speculative.open_draft import open_draft
 
 AREA = "speculative"
 PROMPT = 512
+_ROWS = 16  # prompts that are answered together where only counts matter
 
 
 def _shape(device: str, smoke: bool) -> str:
@@ -58,12 +64,54 @@ def _model(device: str, smoke: bool) -> tuple[Any, Any, str]:
 
 
 def _drafts() -> list[str]:
-    return os.environ.get("EFFPASS_DRAFT", "ngram").split(",")
+    """Those in EFFPASS_DRAFT; a comma between digits belongs to `layers:0,1`."""
+    return re.split(r",(?!\d)", os.environ.get("EFFPASS_DRAFT", "ngram"))
 
 
 def _sets(smoke: bool) -> Sequence[str]:
     chosen = os.environ.get("EFFPASS_SETS")
     return chosen.split(",") if chosen else SETS[:1] if smoke else SETS
+
+
+def _batches(prompts: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
+    """Ids and attention masks `[B, width]` of up to 16 prompts `[1, T]` each, padded on the left."""
+    padded = [
+        (pad(ids, (width - ids.shape[1], 0)), pad(torch.ones_like(ids), (width - ids.shape[1], 0))) for ids in prompts
+    ]
+    groups = [padded[first : first + _ROWS] for first in range(0, len(padded), _ROWS)]
+    return [(torch.cat([ids for ids, _ in group]), torch.cat([mask for _, mask in group])) for group in groups]
+
+
+class Answering:
+    """Answers of equal lengths by speculation that never switches itself off.
+
+    Args:
+        draft, tree: as for `generate`.
+        new: tokens of an answer.
+    """
+
+    def __init__(self, model: Any, draft: str, tree: str | None, new: int) -> None:
+        engine = model.effpass_engine
+        self.model, self.new = model, new
+        self.speculator = Speculator(engine, open_draft(engine, draft, tree), switches=False)
+
+    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], np.ndarray]:
+        """Texts `[1, T]` with their prompts, and the numbers of rounds, verified nodes and tokens."""
+
+        def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+            return generate(self.speculator, input_ids, **prepared)
+
+        texts, totals = [], np.zeros(3)
+        for ids, mask in batches:
+            found = type(self.model).generate(
+                self.model, ids, attention_mask=mask, max_new_tokens=self.new, do_sample=False, eos_token_id=None,
+                pad_token_id=0, custom_generate=loop,
+            )  # fmt: skip
+            texts += [line[None, int((~of.bool()).sum()) :] for line, of in zip(found, mask, strict=True)]
+            last = self.speculator.last
+            assert last is not None
+            totals += (last.rounds, last.verified, last.tokens)
+        return texts, totals
 
 
 def _ids(tokenizer: Any, text: str, device: str) -> Tensor:
