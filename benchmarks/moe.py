@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -226,7 +226,7 @@ def _kernels(
 
 
 def fit(device: str, smoke: bool) -> Iterator[Row]:
-    """Fit the choice to this device first, as `effpass calibrate moe` does."""
+    """Fit the choice to this device first, as `effpass calibrate moe` does; notes have the timings that it fits."""
     if device != "cuda":
         return
     started = time.perf_counter()
@@ -236,7 +236,16 @@ def fit(device: str, smoke: bool) -> Iterator[Row]:
     yield row(AREA, "calibrate moe", "time to fit a device", seconds, "s", device=device)
     for kernel, error in errors.items():
         yield row(AREA, f"calibrate moe, {kernel}", "root mean square error of the fit", error * 100, "%",
-                  device=device)  # fmt: skip
+                  device=device, note=_timings(found.timings.get(kernel, ())))  # fmt: skip
+
+
+def _timings(timings: Sequence[tuple[int, Shape, float]]) -> str:
+    """By layer (k, E, D, F), tokens and microseconds, so that another cost model can be judged by rows alone."""
+    layers: dict[str, list[str]] = {}
+    for tokens, shape, seconds in timings:
+        layer = f"{shape.each} of {shape.experts}, {shape.width} x {shape.inner}"
+        layers.setdefault(layer, []).append(f"{tokens} in {seconds * 1e6:.4g} us")
+    return "; ".join(f"{layer}: {', '.join(parts)}" for layer, parts in layers.items())
 
 
 def _autotuned(name: str, device: str, smoke: bool) -> Iterator[Row]:

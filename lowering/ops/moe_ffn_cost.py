@@ -9,6 +9,15 @@ its rows are used, and the last wave costs as much as a full one. ‖a, b‖ = (
 access and computation take about equally long, neither hides the other completely. `start`, `call`, `bandwidth` and
 `rate` of each kernel are fitted to timings.
 
+The library's grouped product differs in three ways. Its tiles come in pairs for the same expert, one on each of two
+multiprocessors; the second of a pair may have no rows and then costs a part c of a tile:
+
+    tiles = A · ((1 - c) E[⌈r / rows⌉] + c · 2 E[⌈r / (2 rows)⌉]) · ⌈columns / tile columns⌉
+
+for the rows r of an expert in use, binomially distributed around P / A; the normal distribution stands for it. It has a
+smaller tile for few rows per expert. And gather, gate and weighted sum are launches of their own, which no computation
+hides: their bytes are added outside ‖·‖.
+
 Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert, S multiprocessors.
 """
 
@@ -17,7 +26,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -33,9 +42,13 @@ KERNELS: dict[str, tuple[int, int, int] | None] = {
     "grouped32": (32, 64, 128),
     "grouped64": (64, 64, 128),
     "grouped128": (128, 128, 256),
-    "library": (128, 256, 256),
+    "library": (128, 128, 256),
     "by_expert": (128, 256, 256),
 }
+#: The tile of `torch._grouped_mm` on Hopper for up to so many rows per expert in the mean.
+_LIBRARY_SMALL, _FEW_ROWS = (64, 64, 128), 128
+#: What a tile without rows costs, relative to one with rows: it multiplies zeros that are not read from memory.
+_EMPTY = sympy.Rational(1, 2)
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ class Fit:
         torch: version of torch used for the timings.
         multiprocessors: number of multiprocessors S.
         kernels: constants by name of :data:`KERNELS`.
+        timings: what they were fitted to, by kernel: tokens, layer and seconds. Kept to compare models; not read back.
     """
 
     device: str
@@ -91,11 +105,25 @@ class Fit:
     torch: str
     multiprocessors: int
     kernels: Mapping[str, Constants]
+    timings: Mapping[str, Sequence[tuple[int, Shape, float]]] = field(default_factory=dict, compare=False, repr=False)
 
 
 _T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
 _START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
 _P, _A = sympy.symbols("P A", positive=True)
+_TILES = sympy.Function("tiles_of_an_expert")
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles_of_an_expert(mean: float, variance: float, rows: int) -> float:
+    """Return the expected number of tiles of `rows` rows, at least one, of an expert with about `mean` rows."""
+    if variance <= 0:
+        return float(max(1, math.ceil(mean / rows)))
+    if mean > 16 * rows:  # so many that every height of the last tile is about equally likely
+        return (mean + (rows - 1) / 2) / rows
+    wide = math.sqrt(2 * variance)
+    most = math.ceil((mean + 5 * wide) / rows)
+    return 1 + sum(math.erfc((n * rows + 0.5 - mean) / wide) / 2 for n in range(1, most + 1))
 
 
 def _roof(memory: sympy.Expr, compute: sympy.Expr) -> sympy.Expr:
@@ -106,32 +134,55 @@ _OF_TOKENS, _OF_LOAD = (_T, _K, _E), (_P, _A)
 _ARGUMENTS = (_D, _F, _B, _S, _START, _CALL, _BANDWIDTH, _RATE)
 
 
-def _load(kernel: str, pairs: sympy.Expr, met: sympy.Expr) -> sympy.Expr:
-    """Return the model of a kernel for P pairs that use A experts."""
+def _load(
+    kernel: str, pairs: sympy.Expr, tokens: sympy.Expr, met: sympy.Expr, count: sympy.Expr, share: sympy.Expr
+) -> sympy.Expr:
+    """Return the model of a kernel for P pairs of T tokens that use A of E experts, each with a share of the tokens."""
     expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
     tile = KERNELS[kernel]
     if tile is None:  # pairs share neither weights nor tiles
         return _START + _CALL * met + _roof(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
+    passes: sympy.Expr = sympy.Integer(0)
+    if kernel == "library":  # gathered rows and both projections go through memory, half of that in products
+        activations = pairs * (2 * _D + 3 * _F) * _B
+        passes = activations + (pairs + tokens) * _D * _B
+        small, large = (_waves(of, met * _in_pairs(pairs / met, share, of[0])) for of in (_LIBRARY_SMALL, tile))
+        waves = sympy.Piecewise((small, sympy.Le(pairs / count, _FEW_ROWS)), (large, True))
+    else:
+        if kernel == "by_expert":
+            activations = pairs * (6 * _D + 8 * _F) * _B
+        waves = _waves(tile, met * sympy.Max(1, pairs / (met * tile[0]) + sympy.Rational(1, 2)))
+    memory = (met * expert + activations) / _BANDWIDTH
+    return _START + _CALL * met + passes / _BANDWIDTH + _roof(memory, waves * _S / _RATE)
+
+
+def _waves(tile: tuple[int, int, int], high: sympy.Expr) -> sympy.Expr:
+    """Return the FLOPs of each multiprocessor in the waves of both products, with `high` tiles one above the other."""
     rows, of_first, of_second = tile
-    high = met * sympy.Max(1, pairs / (met * rows) + sympy.Rational(1, 2))
     # Each tile of the first product computes both gate and up.
     products = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
-    waves = sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
-    if kernel in ("library", "by_expert"):  # gathered rows and both projections go through memory
-        activations = pairs * (6 * _D + 8 * _F) * _B
-    return _START + _CALL * met + _roof((met * expert + activations) / _BANDWIDTH, waves * _S / _RATE)
+    return sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
+
+
+def _in_pairs(mean: sympy.Expr, share: sympy.Expr, rows: int) -> sympy.Expr:
+    """Return the tiles of an expert, in pairs; tiles without rows count :data:`_EMPTY`."""
+    variance = mean * (1 - share)
+    return (1 - _EMPTY) * _TILES(mean, variance, rows) + _EMPTY * 2 * _TILES(mean, variance, 2 * rows)
 
 
 @functools.cache
 def seconds(kernel: str) -> sympy.Expr:
     """Return the model of a kernel over T, k, E, D, F, b (bytes per element), S and the kernel's constants."""
-    return _load(kernel, _T * _K, _E * (1 - (1 - _K / _E) ** _T))
+    return _load(kernel, _T * _K, _T, _E * (1 - (1 - _K / _E) ** _T), _E, _K / _E)
 
 
 @functools.cache
 def _function(kernel: str, of_load: bool) -> Callable[..., float]:
-    arguments, model = (_OF_LOAD, _load(kernel, _P, _A)) if of_load else (_OF_TOKENS, seconds(kernel))
-    return sympy.lambdify((*arguments, *_ARGUMENTS), model, modules=[{"Max": max, "ceiling": math.ceil}, "math"])
+    # Of a load, neither tokens nor unused experts are known: every pair is a token's only one, and experts have small
+    # shares.
+    model = _load(kernel, _P, _P, _A, _A, sympy.Integer(0)) if of_load else seconds(kernel)
+    modules = [{"Max": max, "ceiling": math.ceil, _TILES.__name__: _tiles_of_an_expert}, "math"]
+    return sympy.lambdify((*(_OF_LOAD if of_load else _OF_TOKENS), *_ARGUMENTS), model, modules=modules)
 
 
 def predict(kernel: str, tokens: int, shape: Shape, constants: Constants, multiprocessors: int) -> float:

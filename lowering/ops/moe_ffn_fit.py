@@ -36,7 +36,7 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
         say: callback that receives a line of text on the fit of each kernel.
 
     Returns:
-        The fit, and for each kernel the root mean square of its relative differences to the timings.
+        The fit with its timings, and for each kernel the root mean square of its relative differences to the timings.
 
     Raises:
         EffpassError: if the device is not a CUDA device, or Triton is not installed.
@@ -72,7 +72,7 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
         errors[name] = math.sqrt(sum(squares) / len(squares)) if squares else math.nan
         say(f"{name}: {len(squares)} timings, {errors[name]:.1%} off, {kernels[name]}")
     kind = str(dtype).removeprefix("torch.")
-    return Fit(device_name(device), kind, torch.__version__, multiprocessors, kernels), errors
+    return Fit(device_name(device), kind, torch.__version__, multiprocessors, kernels, timings), errors
 
 
 def _call(name: str, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[int], Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from effpass.core.errors import EffpassError
 from effpass.lowering.ops import moe_ffn_choice as choice
+from effpass.lowering.ops import moe_ffn_cost as cost
 from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, best, fit, predict, seconds, thresholds
 
 QWEN = Shape(8, 128, 2048, 768)
@@ -47,6 +48,51 @@ def test_waves_and_padding():
     assert predict("grouped128", 1, shape, constants, 64) == pytest.approx(
         predict("grouped128", 64, shape, constants, 64)  # both fill one tile
     )
+
+
+def test_the_library_computes_pairs_of_tiles():
+    """One expert, so that its rows are certain: pairs of 128 rows each, the second empty at half the cost."""
+    shape, constants = Shape(1, 1, 8192, 8192), replace(PERFECT, bandwidth=1e18)
+
+    def waves(first: int, second: int) -> float:
+        return (first * 4 * 128 * 128 + second * 2 * 128 * 256) * 8192 * 64 / 1e15
+
+    # 64 tiles across in the first product, 32 in the second; on 64 multiprocessors, 3 + 1/2 high take as long as 4.
+    for rows, first, second in ((256, 2, 1), (512, 4, 2), (257, 4, 2), (384, 4, 2)):
+        assert predict("library", rows, shape, constants, 64) == pytest.approx(waves(first, second), rel=1e-6)
+    # Up to 128 rows in the mean, tiles have 64 rows and 64 (of gate and of up each) or 128 columns.
+    small = (2 * 2 * 4 * 64 * 64 + 2 * 2 * 64 * 128) * 8192 * 64 / 1e15
+    assert predict("library", 128, shape, constants, 64) == pytest.approx(small, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [16, 128, 256])
+@pytest.mark.parametrize("mean", [3.0, 100.0, 256.0, 307.2, 4000.0])
+def test_tiles_of_an_expert_are_those_of_a_binomial_distribution(mean, rows):
+    tokens, share = 8192, mean / 8192
+    variance = mean * (1 - share)
+    drawn = torch.distributions.Binomial(tokens, torch.tensor(share, dtype=torch.float64)).sample((20000,))
+    expected = float((drawn / rows).ceil().clamp(min=1).mean())
+    assert cost._tiles_of_an_expert(mean, variance, rows) == pytest.approx(expected, rel=0.02)
+    assert cost._tiles_of_an_expert(mean, 0.0, rows) == max(1, -(-mean // rows))
+
+
+def test_passes_of_the_library_are_not_hidden_by_computation():
+    """Gather reads and writes D per pair, the gate 3F, the weighted sum D per pair and per token."""
+    shape, slow = Shape(2, 2, 64, 128), replace(PERFECT, rate=1e9)
+    tokens, faster = 4096, replace(slow, bandwidth=6e12)
+    passes = (2 * tokens * (2 * 64 + 3 * 128 + 64) + tokens * 64) * 2
+    saved = predict("library", tokens, shape, slow, 132) - predict("library", tokens, shape, faster, 132)
+    assert saved == pytest.approx(passes / 3e12 - passes / 6e12, rel=1e-3)
+
+
+def test_the_library_is_for_whole_pairs_of_tiles():
+    """Chosen between it and single tiles of 128 rows; both with the rates that each has on an H200."""
+    constants = Constants(start=4e-5, call=4e-8, bandwidth=3.6e12, rate=6.2e14)
+    kernels = {"grouped128": constants, "library": replace(constants, rate=7.6e14)}
+    fitted = Fit("a GPU", "bfloat16", "", 132, kernels)
+    deepseek = Shape(6, 160, 5120, 1536)
+    assert best(8192, deepseek, fitted, kernels) == "grouped128"  # 307 rows: a second pair, mostly empty
+    assert best(4096, MIXTRAL, fitted, kernels) == "library"  # 1024 rows, and little to gather for its width
 
 
 def test_every_kernel_has_a_model_over_the_same_symbols():
@@ -114,10 +160,12 @@ def test_a_device_that_nobody_fitted_says_so_once(cache, caplog):
 def test_what_was_fitted_is_kept(cache, monkeypatch):
     monkeypatch.setattr(choice, "device_name", lambda device: "a GPU")
     kernels = {name: replace(PERFECT, rate=1e13 * (i + 1)) for i, name in enumerate(KERNELS)}
-    fitted = Fit("a GPU", "bfloat16", torch.__version__, 7, kernels)
+    timings = {"rows": [(4, QWEN, 3e-5)]}
+    fitted = Fit("a GPU", "bfloat16", torch.__version__, 7, kernels, timings)
     file = choice.keep(fitted)
     assert file is not None
     assert file.parent.parent == cache
+    assert json.loads(file.read_text())["timings"] == {"rows": [[4, asdict(QWEN), 3e-5]]}
     assert choice.fitted(torch.device("cpu"), torch.bfloat16) == fitted
     choice.fitted.cache_clear()
     file.write_text(json.dumps({**json.loads(file.read_text()), "multiprocessors": "seven"}))
