@@ -1,42 +1,52 @@
 """What a converted model keeps: perplexity, needles, bytes of its cache. Cases of area `linear_attention`.
 
 A case is named by the form of the layers and how many percent of them are replaced. All forms are learned by the same
-trainer, for the same layers, from the same tokens, with states of the same bytes. The text holds needle tasks, since
-prose asks for little that lies far back. Models are those of `--model`, SmolLM2 by default.
+trainer, for the same layers, from the same tokens, with states of the same bytes; `window` is the model's own attention
+over as many tokens as have keys and values, in bfloat16, of a state's bytes. The text holds needle tasks, since prose
+asks for little that lies far back. Models are those of `--model`, SmolLM2 by default.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import effpass
 from benchmarks.quality import MODELS, _batches, _tiny
 from benchmarks.rows import Row, row
 from effpass.passes.weights.fg2_gdn import Learned
+from effpass.runtime.linear_attention.attention_layers import attention_layers
 from effpass.runtime.linear_attention.hybrid import linear_layers
 from effpass.runtime.linear_attention.settings import Mode
-from effpass.trainers.fg2_gdn.run import convert
-from effpass.trainers.fg2_gdn.settings import MODES, Settings
+from effpass.trainers.fg2_gdn.initial import chosen_layers, layer_settings
+from effpass.trainers.fg2_gdn.memory import estimate
+from effpass.trainers.fg2_gdn.run import _Run, convert
+from effpass.trainers.fg2_gdn.settings import MODES, STAGES, Settings
+from effpass.trainers.finetune.run import read_model
 from effpass.trainers.lm.config import OptimizerConfig
 from effpass.trainers.lm.tasks import make_example
+from effpass.trainers.pruning.data import begin_run
+from effpass.trainers.run_folder import METRICS, read_metrics
 
 AREA = "linear_attention"
+FORMS = (*MODES, "window")
 SHARES = (25, 50, 100)
 _HELD_OUT = 1 << 18  # bytes of WikiText-2 that perplexity is of
 _LENGTHS = (256, 1024)  # bytes of a needle's text
 _CACHED = 8192  # tokens
 
 
-def conversion(mode: Mode, percent: int, device: str, smoke: bool) -> Iterator[Row]:
+def conversion(form: str, percent: int, device: str, smoke: bool) -> Iterator[Row]:
     """Before and after, each row against the model that was converted."""
     small = smoke or device != "cuda"
     with tempfile.TemporaryDirectory() as place:
@@ -46,24 +56,29 @@ def conversion(mode: Mode, percent: int, device: str, smoke: bool) -> Iterator[R
         for number, name in enumerate(names):
             found = str(MODELS / name) if (MODELS / name / "config.json").exists() else name
             out = folder / f"artifact-{number}"
-            yield from _converted(found, mode, percent, text, held_out, out, device, small)
+            yield from _converted(found, form, percent, text, held_out, out, device, small)
 
 
 def _converted(
-    source: str, mode: Mode, percent: int, text: Path, held_out: Path, out: Path, device: str, small: bool
+    source: str, form: str, percent: int, text: Path, held_out: Path, out: Path, device: str, small: bool
 ) -> Iterator[Row]:
-    sizes = {"steps": 4, "batch": 2, "sequence_length": 32, "dtype": "float32"} if small else {"steps": 300}
+    sizes = {"steps": 4, "batch": 2, "sequence_length": 32, "dtype": "float32"} if small else {"steps": 400, "batch": 8}
+    mode = cast("Mode", "fg2+" if form == "window" else form)  # a window has the bytes of the states of any mode
     settings = Settings(
         OptimizerConfig(lr=1e-3, weight_decay=0.0), mode=mode, share=percent / 100, save_every=0, log_every=50,
         **sizes,  # type: ignore[arg-type]
     )  # fmt: skip
     started = time.perf_counter()
-    convert(source, text, out, settings, validation=held_out, say=lambda line: None)
+    windowed = None
+    if form == "window":
+        windowed, metrics = _windowed(source, text, out, settings, held_out)
+    else:
+        convert(source, text, out, settings, validation=held_out, say=lambda line: None)
+        metrics = Learned.load(out).artifact.metrics
     seconds = time.perf_counter() - started
-    case = f"{Path(source).name}, {mode} in {percent} % of the layers"
+    case = f"{Path(source).name}, {form} in {percent} % of the layers"
     note = f"{settings.steps} steps of {settings.batch} x {settings.sequence_length} tokens, {seconds:.0f} s; seed 0"
-    metrics = Learned.load(out).artifact.metrics
-    for stage in ("align", "distill", "whole"):
+    for stage in STAGES:
         if (key := f"eval_perplexity_after_{stage}") in metrics:
             yield row(AREA, case, f"perplexity after {stage}", metrics[key], "", device=device,
                       peer=metrics["eval_perplexity_teacher"], peer_name="before", note=note)  # fmt: skip
@@ -72,14 +87,59 @@ def _converted(
     model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
     before = {length: needles(model, tokenizer, length, 4 if small else 128) for length in _LENGTHS}
     kept = cache_bytes(model.config, _CACHED)
-    model = effpass.prepare(model, {"version": 1, "passes": [{"fg2_gdn": {"artifact": str(out)}}]})
+    if windowed is None:
+        model = effpass.prepare(model, {"version": 1, "passes": [{"fg2_gdn": {"artifact": str(out)}}]})
+        own = cache_bytes(model.config, _CACHED)
+    else:
+        model = windowed.to(dtype)
+        own = sum(
+            cache_bytes(model.config, getattr(layer.self_attn, "tokens", _CACHED)) // len(model.model.layers)
+            for layer in model.model.layers
+        )
     for length, (share, chance) in before.items():
         after, _ = needles(model, tokenizer, length, 4 if small else 128)
         yield row(AREA, case, f"needles found in {length} bytes", 100 * after, "%", device=device, peer=100 * share,
                   peer_name="before", lower_is_better=False, runs=4 if small else 128,
                   note=f"chance {chance:.1%}; {note}")  # fmt: skip
-    yield row(AREA, case, f"cache of a sequence of {_CACHED} tokens", cache_bytes(model.config, _CACHED) / 2**20, "MiB",
-              device=device, peer=kept / 2**20, peer_name="before", note="bfloat16, states float32")  # fmt: skip
+    yield row(AREA, case, f"cache of a sequence of {_CACHED} tokens", own / 2**20, "MiB", device=device,
+              peer=kept / 2**20, peer_name="before", note="bfloat16, states float32")  # fmt: skip
+
+
+class _Window(nn.Module):
+    """Attention over the last `tokens` tokens, called as a linear layer is: with nothing but its inputs."""
+
+    def __init__(self, attention: nn.Module, rotary: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.attention, self.rotary, self.tokens = attention, rotary, tokens
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        place = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        distance = place[:, None] - place
+        return self.attention(
+            hidden_states, position_embeddings=self.rotary(hidden_states, place[None]),
+            attention_mask=((distance >= 0) & (distance < self.tokens))[None, None],
+        )  # fmt: skip
+
+
+def _windowed(source: str, text: Path, work: Path, settings: Settings, held_out: Path) -> tuple[Any, dict[str, float]]:
+    """The model with windows where a conversion has linear layers, which learned as those do; and its perplexities."""
+    config, tokenizer = read_model(source)
+    layers, shape = chosen_layers(settings, config.num_hidden_layers), layer_settings(settings, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = effpass.load_model(source, dtype=settings.dtype).model.to(device).requires_grad_(False)
+    student: Any = effpass.load_model(source, dtype="float32").model.to(device)
+    begin_run(work, {}, text, held_out, tokenizer, settings.batch, settings.sequence_length)
+    tokens = shape.state_bytes * config.num_hidden_layers // cache_bytes(config, 1)
+    made: dict[int, Any] = {}
+    for i, (parent, name) in attention_layers(student, layers).items():
+        made[i] = _Window(getattr(parent, name), student.model.rotary_emb, tokens)
+        setattr(parent, name, made[i])
+    found = estimate(config, settings, layers, shape, device)
+    run = _Run(work, settings, teacher, student, made, lambda line: None, found)
+    for stage in STAGES:
+        run.stage(stage)
+    losses = {name: x for line in read_metrics(work / METRICS) for name, x in line.items() if name.startswith("eval_")}
+    return student, {name.replace("loss", "perplexity"): math.exp(x) for name, x in losses.items()}
 
 
 @torch.no_grad()
@@ -136,5 +196,5 @@ def _random(folder: Path) -> str:
 
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
-    f"conversion-{mode}-{percent}": partial(conversion, mode, percent) for mode in MODES for percent in SHARES
+    f"conversion-{form}-{percent}": partial(conversion, form, percent) for form in FORMS for percent in SHARES
 }

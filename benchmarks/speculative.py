@@ -25,7 +25,7 @@ from benchmarks.speculative_data import test_prompts, training_prompts
 
 _TREES = ("chain:2", "chain:3", "chain:5", "eagle2:top_k=4,depth=3,nodes=8", "eagle2:top_k=4,depth=4,nodes=12",
           "eagle2:top_k=4,depth=5,nodes=16", "eagle2:top_k=8,depth=5,nodes=32")  # fmt: skip
-_NODES = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of EAGLE-2's trees on a curve
+_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of EAGLE-2's trees on a curve
 _TRIED = 6  # training prompts by which a tree is chosen
 
 
