@@ -2,14 +2,13 @@
 
 All forms begin from the same seeds, at equal states, and read the same rows; the width of the MLPs makes their
 parameters equal. `attention` has no bound on what it keeps; `window` is attention over as many tokens as have keys and
-values, in bfloat16, of a state's bytes. Both have the short convolution that linear layers have, without which they
-begin to recall much later. One learning rate for all, tuned for none. A case trains all forms, one after
-another; a note lists the seeds' own values and their spread, which is the largest minus the smallest.
+values, in bfloat16, of a state's bytes. Both have the short convolution of the linear layers, and like them no position
+embedding, so that the forms differ in what they keep alone. One learning rate for all, tuned for none. A case trains
+all forms, one after another; a note lists the seeds' own values and their spread, the largest minus the smallest.
 
 Recall is MQAR (https://arxiv.org/abs/2312.04927): pairs of key and value, then every key once more in another order,
 for which the model says the value. A case is named by pairs and channels of a head. A model learns from rows with an
-eighth, a quarter, a half and all of the pairs in turn, without which attention does not begin to recall in so few
-steps.
+eighth, a quarter, a half and all of the pairs in turn.
 
 On a GPU, a step is one CUDA graph: these models are so small that it would otherwise wait for its launches.
 """
@@ -130,6 +129,7 @@ def new_model(config: Any, seed: int) -> Any:
     model: Any = make_model(config, None, seed)
     model.set_attn_implementation("benchmark")
     if not is_hybrid(config):
+        model.model.rotary_emb.inv_freq.zero_()  # every token at position 0
         for layer in model.model.layers:
             for name in ("q_proj", "k_proj", "v_proj"):
                 setattr(layer.self_attn, name, _Convolved(getattr(layer.self_attn, name)))

@@ -17,6 +17,7 @@ from benchmarks.linear_attention_quality import (
     Learner,
     Size,
     _factor,
+    _losses,
     _parameters,
     configs,
     new_model,
@@ -88,6 +89,24 @@ def test_a_run_is_that_of_an_optimizer_with_a_schedule():
         optimizer.step()
     for ours, wanted in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_captured_steps_are_the_eager_ones(form):
+    def batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return recall_batch(64, 4 >> step % 2, 8 << step % 2, 100 * seed + step, "cuda")
+
+    losses = []
+    for is_captured in (True, False):
+        learner = Learner(configs(SIZE)[form], SIZE._replace(steps=40), "cuda")
+        if not is_captured:
+            learner._made = lambda ids, targets, step=learner._step: step
+        model = learner.train(0, batch)
+        assert all((step != learner._step) == is_captured for step in learner._steps.values())
+        with torch.no_grad():
+            losses.append(_losses(model, *batch(1, 0), "cuda").sum().item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 def test_rows_and_picture_of_recall_and_of_text(tmp_path: Path):
