@@ -9,7 +9,7 @@ from the positions stored in the cache instead (:mod:`effpass.runtime.cache`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ __all__ = ["NAME", "PREFILL", "cached_attention", "reading_cache"]
 
 NAME = "effpass"
 # SDPA backends for prefill, in order of preference. cuDNN's is the fastest for long prompts on Hopper, but is not
-# PyTorch's first choice.
+# PyTorch's first choice. For each new length it takes tens of milliseconds to plan, which short prompts do not make up
+# for.
 PREFILL = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_SHORT = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_LONG_FROM = 8192  # tokens
 _UNKNOWN = ("position_bias", "s_aux")
 
 
@@ -88,6 +91,10 @@ def cached_attention(
     return module.project(out) if has_latents and absorbs else out, None
 
 
+def _ordered(tokens: int) -> AbstractContextManager[None]:
+    return sdpa_kernel(PREFILL if tokens >= _LONG_FROM else _SHORT, set_priority=True)
+
+
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, layer: BufferedLayer, cache: DecodeCache, scale: float, softcap: float
 ) -> Tensor:
@@ -99,7 +106,7 @@ def _attend(
         is_causal = False
         if tokens > 1:  # a branch, so that a traced graph gets a guard: SDPA does not accept a symbolic bool
             is_causal = True
-        with sdpa_kernel(PREFILL, set_priority=True) if query.is_cuda else nullcontext():
+        with _ordered(tokens) if query.is_cuda else nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )

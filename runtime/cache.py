@@ -267,6 +267,15 @@ class DecodeCache(Cache):
             slots.length += tokens
             slots.seen += tokens
 
+    @property
+    def takes_padding(self) -> bool:
+        """Whether tokens behind a prompt that have no position leave no trace but slots, which :meth:`crop` empties."""
+        return type(self) is DecodeCache and self.reader is None and self._are_plain(BufferedLayer)
+
+    def _are_plain(self, kind: type[BufferedLayer]) -> bool:
+        """Return whether all layers are of this kind and hold keys and values of their own."""
+        return all(type(layer) is kind and layer.latents is None for layer in self.layers)
+
     def attended(self, index: int, query: Tensor, keys: Tensor, scale: float, softcap: float) -> None:
         """Hook that is called after layer `index` has attended, for caches that rank tokens by their attention.
 

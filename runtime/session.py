@@ -19,11 +19,13 @@ from effpass.core.cache_name import cache_name
 from effpass.core.derived_arguments import DerivedArguments
 from effpass.runtime.cache import DecodeCache
 from effpass.runtime.cuda_graph import record
+from effpass.runtime.prompt_graphs import PromptGraphs, RecordedPrompt, can_be_recorded, padded_size
 
 __all__ = ["ENDS", "Answer", "Session", "Tail"]
 
 Backend = Callable[[torch.fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
+_PROMPT_GRAPHS = ("cuda",)  # kinds of devices whose short prompts are recorded
 ENDS = 16  # maximum number of end-of-sequence tokens that a CUDA graph can check for
 
 
@@ -133,6 +135,8 @@ class Session:
         self._key: tuple[Any, ...] | None = None  # cache plan and tail key of the graph
         self._model: Callable[..., Any] | None = None  # the model as the graph runs it
         self._compiled: list[Callable[..., Any]] = []
+        self._prompts = PromptGraphs()
+        self._features: list[Tensor] = []  # of the parts of a prompt, of sessions that return any
         self._weights: tuple[int, ...] = ()
 
     def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
@@ -170,12 +174,13 @@ class Session:
         """
         positions, tokens = self._begin_prompt(input_ids, is_token), input_ids.shape[1]
         chunk = tokens if inputs else chunk
-        for first in range(0, tokens, chunk):
-            ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
-            for slots in self.cache.distinct_slots():
-                slots.is_dense &= is_token is None
-            self._enter(part)
-            self._keep_logits(self._call(self.model, ids, part.clamp(min=0), **inputs), 0)
+        for slots in self.cache.distinct_slots():
+            slots.is_dense &= is_token is None
+        if inputs or tokens > chunk or not self._replay_prompt(input_ids, positions):
+            for first in range(0, tokens, chunk):
+                ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
+                self._enter(part)
+                self._keep_logits(self._call(self.model, ids, part.clamp(min=0), **inputs), 0)
         self._end_prompt(positions)
 
     def _begin_prompt(self, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
@@ -261,8 +266,7 @@ class Session:
             effpass_cache=self.cache,
             use_cache=True,
             return_dict=True,
-            **self._keeps_one,
-            **inputs,
+            **{**self._keeps_one, **inputs},
         )
         return output.logits[:, -1]
 
@@ -301,11 +305,74 @@ class Session:
             self._graph = record(lambda: step(tail), warm_up=try_out)
         self._weights = self._weight_addresses()
 
+    # -- prompts from CUDA graphs ---------------------------------------------------------------------------------
+
+    def _replay_prompt(self, input_ids: Tensor, positions: Tensor) -> bool:
+        """Run a prompt from a CUDA graph; return whether that is possible, and the size has occurred before."""
+        (rows, tokens), size = input_ids.shape, padded_size(input_ids.shape[1])
+        if size is None or not self._can_replay(size):
+            return False
+        found = self._prompts.find(rows, size, self._weight_addresses(), lambda: self._record_prompt(rows, size))
+        if found is None:
+            return False
+        found.run(input_ids, positions)
+        self.cache.advance(size)
+        if size > tokens:
+            self.cache.crop(tokens - size)
+        self.length += tokens
+        self._keep_logits(found.logits, 0)
+        if found.features is not None:
+            self._features.append(found.features[:, :tokens].clone())
+        return True
+
+    def _can_replay(self, size: int) -> bool:
+        return (
+            self.model.device.type in _PROMPT_GRAPHS
+            and self.length + size <= self.capacity
+            and self.cache.takes_padding
+            and bool(self._keeps_one)
+            and not self._waits_for_experts
+            and can_be_recorded(self.model.config)
+        )
+
+    def _record_prompt(self, rows: int, size: int) -> RecordedPrompt:
+        device = self.model.device
+        ids = torch.zeros(rows, size, dtype=torch.long, device=device)
+        positions = torch.full((rows, size), -1, dtype=torch.int32, device=device)
+        last = torch.zeros(1, dtype=torch.long, device=device)
+        state = self.cache.state()
+        saved, outputs = [t.clone() for t in state], list[Tensor]()
+
+        def run() -> None:
+            self._features.clear()
+            self.cache.append(positions)
+            logits = self._call(self.model, ids, positions.clamp(min=0), logits_to_keep=last)
+            if not outputs:
+                outputs.extend(t.clone() for t in (logits, *self._features))
+            else:
+                torch._foreach_copy_(outputs, [logits, *self._features])
+
+        def try_out() -> None:
+            for _ in range(2):
+                run()
+                for tensor, value in zip(state, saved, strict=True):
+                    tensor.copy_(value)
+
+        with self._recording():
+            graph = record(run, warm_up=try_out)
+        self._features.clear()
+        return RecordedPrompt(graph, ids, positions, last, outputs[0], outputs[1] if outputs[1:] else None)
+
+    @property
+    def _waits_for_experts(self) -> bool:
+        """Whether the model's own experts synchronize, to learn how many tokens each of them has."""
+        experts = getattr(self.model.config, "_experts_implementation", None)
+        return experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
+
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        experts = getattr(self.model.config, "_experts_implementation", None)
-        waits = experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
-        if waits:  # these synchronize to learn how many tokens each expert has
+        experts, waits = getattr(self.model.config, "_experts_implementation", None), self._waits_for_experts
+        if waits:
             self.model.set_experts_implementation("batched_mm")
         for slots in self.cache.distinct_slots():
             slots.is_replayed = True

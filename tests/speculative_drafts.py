@@ -9,14 +9,15 @@ from typing import Any
 import families
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 import effpass
 from effpass.lowering.ops.ancestors import relations
 from effpass.lowering.ops.tree_growth import positions_at
-from effpass.runtime.speculative import C2T, Classifier, Eagle2, Static, chain
+from effpass.runtime.speculative import C2T, Classifier, Eagle2, EagleHead, HeadConfig, Static, chain
 from effpass.runtime.speculative.tree import TokenTree
 
-__all__ = ["KINDS", "Fixed", "classifier", "draft_model", "prepared", "sure_checkpoint"]
+__all__ = ["KINDS", "Fixed", "classifier", "draft_model", "layer_config", "make_head", "prepared", "sure_checkpoint"]
 
 
 def classifier(seed: int = 0, offset: float = 0.0) -> Classifier:
@@ -53,6 +54,25 @@ def draft_model(how: str, family: str = "llama", **overrides: Any) -> Any:
 
 def prepared(family: str = "llama", **overrides: Any) -> Any:
     return effpass.prepare(families.make(family, **overrides), {"version": 1, "passes": []})
+
+
+def layer_config(**overrides: Any) -> Any:
+    common = {name: families.COMMON[name] for name in families.COMMON if not name.endswith("token_id")}
+    return LlamaConfig(**{**common, "num_hidden_layers": 1, "head_dim": 16, **overrides})
+
+
+def make_head(model: Any, vocabulary: int = 40, layers: int = 1, **flags: bool) -> EagleHead:
+    """A random head with every second token, or with all."""
+    torch.manual_seed(1)
+    head = EagleHead(HeadConfig(layer_config(num_hidden_layers=layers), vocabulary, (0, 1), **flags))
+    if head.d2t is not None:
+        head.choose_tokens(torch.arange(vocabulary) * 2 + 1)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    head.share(model)
+    return head.eval().requires_grad_(False)
 
 
 class Fixed:

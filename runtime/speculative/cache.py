@@ -162,6 +162,10 @@ class TreeCache(DecodeCache):
         latents, means = (None if x is None else x[index] for x in (stack.latents, stack.means))
         return stack.keys[index], stack.values[index], latents, means
 
+    @property
+    def takes_padding(self) -> bool:
+        return not self.has_tree and self._are_plain(_TreeLayer)
+
     def begin_tree(self) -> None:
         """Switch from prompts to trees; the prefix of every sequence consists of the slots that the prompts filled."""
         self.lengths.fill_(self.slots.length)

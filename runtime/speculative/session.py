@@ -96,16 +96,16 @@ class TreeSession(Session):
             inputs.clear()
 
     def prefill(self, input_ids: Tensor, is_token: Tensor | None, chunk: int, **inputs: Any) -> None:
-        self._prompt: list[Tensor] = []
+        self._features.clear()
         super().prefill(input_ids, is_token, chunk, **inputs)
-        self.prompt_features = torch.cat(self._prompt, 1) if self._tapped else None
-        del self._prompt
+        self.prompt_features = torch.cat(self._features, 1) if self._tapped else None
+        self._features.clear()
 
     def _call(self, model: Callable[..., Any], input_ids: Tensor, index: Tensor, **inputs: Any) -> Tensor:
         self._inputs.clear()
         logits = super()._call(model, input_ids, index, **inputs)
         if self._tapped:
-            self._prompt.append(torch.cat(self._inputs, -1))
+            self._features.append(torch.cat(self._inputs, -1))
         return logits
 
     def run(

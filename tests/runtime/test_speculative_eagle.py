@@ -9,9 +9,8 @@ from typing import Any
 import families
 import pytest
 import torch
-from speculative_drafts import KINDS, prepared
+from speculative_drafts import KINDS, layer_config, make_head, prepared
 from torch import Tensor
-from transformers import LlamaConfig
 
 from effpass.core.errors import ArtifactError, EffpassError, ModelError
 from effpass.runtime.speculative import (
@@ -30,25 +29,6 @@ GIVEN = families.batch(11)
 PADDED = {k: GIVEN[k] for k in ("input_ids", "attention_mask")}
 FREE = {"max_new_tokens": 20, "eos_token_id": None}
 FLAGS = ("norm_before_residual", "norm_before_fc", "norm_output")
-
-
-def layer_config(**overrides: Any) -> Any:
-    common = {name: families.COMMON[name] for name in families.COMMON if not name.endswith("token_id")}
-    return LlamaConfig(**{**common, "num_hidden_layers": 1, "head_dim": 16, **overrides})
-
-
-def make_head(model: Any, vocabulary: int = 40, layers: int = 1, **flags: bool) -> EagleHead:
-    """A random head with every second token, or with all."""
-    torch.manual_seed(1)
-    head = EagleHead(HeadConfig(layer_config(num_hidden_layers=layers), vocabulary, (0, 1), **flags))
-    if head.d2t is not None:
-        head.choose_tokens(torch.arange(vocabulary) * 2 + 1)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    head.share(model)
-    return head.eval().requires_grad_(False)
 
 
 def speculate(model: Any, draft: Any, **arguments: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,89 @@
+"""Short prompts from CUDA graphs: the host queues one graph instead of the operations of all layers.
+
+A prompt is padded on the right to one of a few sizes. The padding has no position, so that nobody reads it, and its
+slots are given back after the run. A size is recorded when it occurs for the second time, because a recording takes as
+long as several runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PromptGraphs", "RecordedPrompt", "can_be_recorded", "padded_size"]
+
+_SIZES = (64, 128, 256, 512)  # a longer prompt keeps the device busier than the host
+_BY_LENGTH = ("dynamic", "longrope")  # rotations whose frequencies the host derives from the largest position
+
+
+class RecordedPrompt(NamedTuple):
+    """A prompt of a fixed size.
+
+    Attributes:
+        graph: the CUDA graph.
+        ids, positions: int64 and int32 `[rows, size]`, inputs.
+        last: int64 `[1]`, index of the last token that is not padding; an input.
+        logits: `[rows, vocab]`, logits of that token.
+        features: `[rows, size, D]`, or None if the session returns none.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    ids: Tensor
+    positions: Tensor
+    last: Tensor
+    logits: Tensor
+    features: Tensor | None
+
+    def run(self, input_ids: Tensor, positions: Tensor) -> None:
+        """Run the tokens `input_ids` `[rows, T]` at `positions` `[rows, T]`."""
+        tokens = input_ids.shape[1]
+        self.ids[:, :tokens].copy_(input_ids)
+        self.positions[:, :tokens].copy_(positions)
+        self.positions[:, tokens:].fill_(-1)
+        self.last.fill_(tokens - 1)
+        self.graph.replay()
+
+
+class PromptGraphs:
+    """Recorded prompts of a session, by number of sequences and size."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, int]] = set()
+        self._recorded: dict[tuple[int, int], RecordedPrompt] = {}
+        self._weights: tuple[int, ...] = ()
+
+    def find(
+        self, rows: int, size: int, weights: tuple[int, ...], record: Callable[[], RecordedPrompt]
+    ) -> RecordedPrompt | None:
+        """Return the recorded prompt of `rows` sequences of `size` tokens; None the first time.
+
+        Args:
+            rows, size: sizes of the prompt.
+            weights: addresses of the weights, with which recorded prompts become invalid.
+            record: function that records the prompt.
+        """
+        if weights != self._weights:
+            self._recorded.clear()
+            self._weights = weights
+        key = rows, size
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        if key not in self._recorded:
+            self._recorded[key] = record()
+        return self._recorded[key]
+
+
+def padded_size(tokens: int) -> int | None:
+    """Return the size to which a prompt of `tokens` tokens is padded; None if it is too long for a graph."""
+    return next((size for size in _SIZES if tokens <= size), None)
+
+
+def can_be_recorded(config: Any) -> bool:
+    """Return whether a model of this config computes its rotations without asking the device for positions."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(of.get("rope_type") for of in rope.values() if isinstance(of, dict))}
+    return kinds.isdisjoint(_BY_LENGTH)
