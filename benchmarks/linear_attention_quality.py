@@ -290,7 +290,7 @@ def _note(found: list[float], config: Any, size: Size, started: float) -> str:
 def pretraining(device: str, smoke: bool) -> Iterator[Row]:
     """Each form's loss of held-out text, in bits a byte, by position to 16384, and of a passage that comes again, after
     training on rows of 2048."""
-    size, read, passage = Size(264, 256, 4, 4, 64, 2048, 700, 8, 2e-3), 16384, 512
+    size, read, passage = Size(264, 256, 4, 4, 64, 2048, 400, 8, 2e-3), 16384, 512
     is_small = smoke or device != "cuda"
     if is_small:
         size, read, passage = Size(264, 16, 2, 1, 16, 32, 2, 2), 128, 16

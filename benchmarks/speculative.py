@@ -25,7 +25,7 @@ from benchmarks.speculative_data import test_prompts, training_prompts
 
 _TREES = ("chain:2", "chain:3", "chain:5", "eagle2:top_k=4,depth=3,nodes=8", "eagle2:top_k=4,depth=4,nodes=12",
           "eagle2:top_k=4,depth=5,nodes=16", "eagle2:top_k=8,depth=5,nodes=32")  # fmt: skip
-_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sizes of EAGLE-2's trees on a curve
+_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # sizes of EAGLE-2's trees on a curve
 _TRIED = 6  # training prompts by which a tree is chosen
 
 
@@ -125,8 +125,8 @@ def c2t(device: str, smoke: bool) -> Iterator[Row]:
     engine = model.effpass_engine
     count, new = (2, 16) if smoke else (int(os.environ.get("EFFPASS_PROMPTS", "32")), 128)
     top_k, depth = (int(os.environ.get(f"EFFPASS_{of}", usual)) for of, usual in (("TOP_K", "8"), ("DEPTH", "5")))
-    nodes_of = (4, 16) if smoke else [n for n in _NODES if n <= 1 + top_k + (depth - 1) * top_k**2]
-    betas = (0.2,) if smoke else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    nodes_of = (4, 16) if smoke else [n for n in _NODES if n <= 8 * top_k]
+    betas = (0.2,) if smoke else (0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
     grown = f"top_k={top_k},depth={depth},nodes="
     sets = {of: [_ids(tokenizer, prompt, device) for prompt in test_prompts(of, count)] for of in _sets(smoke)}
     width = max(ids.shape[1] for ids in chain(*sets.values()))
