@@ -10,9 +10,9 @@ access and computation take about equally long, neither hides the other complete
 `rate` of each kernel are fitted to timings.
 
 The library's grouped product differs in three ways. Its tiles come in pairs for the same expert, one on each of two
-multiprocessors; the second of a pair may have no rows and then costs a part c of a tile:
+multiprocessors, and the second of a pair takes as long without rows:
 
-    tiles = A · ((1 - c) E[⌈r / rows⌉] + c · 2 E[⌈r / (2 rows)⌉]) · ⌈columns / tile columns⌉
+    tiles = A · 2 E[⌈r / (2 rows)⌉] · ⌈columns / tile columns⌉
 
 for the rows r of an expert in use, binomially distributed around P / A; the normal distribution stands for it. It has a
 smaller tile for few rows per expert. And gather, gate and weighted sum are launches of their own, which no computation
@@ -47,8 +47,6 @@ KERNELS: dict[str, tuple[int, int, int] | None] = {
 }
 #: The tile of `torch._grouped_mm` on Hopper for up to so many rows per expert in the mean.
 _LIBRARY_SMALL, _FEW_ROWS = (64, 64, 128), 128
-#: What a tile without rows costs, relative to one with rows: it multiplies zeros that are not read from memory.
-_EMPTY = sympy.Rational(1, 2)
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,8 @@ def _waves(tile: tuple[int, int, int], high: sympy.Expr) -> sympy.Expr:
 
 
 def _in_pairs(mean: sympy.Expr, share: sympy.Expr, rows: int) -> sympy.Expr:
-    """Return the tiles of an expert, in pairs; tiles without rows count :data:`_EMPTY`."""
-    variance = mean * (1 - share)
-    return (1 - _EMPTY) * _TILES(mean, variance, rows) + _EMPTY * 2 * _TILES(mean, variance, 2 * rows)
+    """Return the tiles of an expert, in pairs of which the second may have no rows."""
+    return 2 * _TILES(mean, mean * (1 - share), 2 * rows)
 
 
 @functools.cache

@@ -51,13 +51,13 @@ def test_waves_and_padding():
 
 
 def test_the_library_computes_pairs_of_tiles():
-    """One expert, so that its rows are certain: pairs of 128 rows each, the second empty at half the cost."""
+    """One expert, so that its rows are certain: pairs of tiles of 128 rows, also where the second has none."""
     shape, constants = Shape(1, 1, 8192, 8192), replace(PERFECT, bandwidth=1e18)
 
     def waves(first: int, second: int) -> float:
         return (first * 4 * 128 * 128 + second * 2 * 128 * 256) * 8192 * 64 / 1e15
 
-    # 64 tiles across in the first product, 32 in the second; on 64 multiprocessors, 3 + 1/2 high take as long as 4.
+    # 64 tiles across in the first product, 32 in the second, on 64 multiprocessors.
     for rows, first, second in ((256, 2, 1), (512, 4, 2), (257, 4, 2), (384, 4, 2)):
         assert predict("library", rows, shape, constants, 64) == pytest.approx(waves(first, second), rel=1e-6)
     # Up to 128 rows in the mean, tiles have 64 rows and 64 (of gate and of up each) or 128 columns.
