@@ -15,6 +15,10 @@ which is safe as long as no aligned group of 16 tokens decays below e^−80. A c
 others are *mild*. In a steep chunk, a pair within a half uses the middle of the block of 32, 16, 8, 4 or 2 tokens whose
 halves separate it, as a pair in different halves of the chunk uses the middle of all 64.
 
+In a mild chunk, `inside` lets pairs in different halves decay to and from the middle of the earlier half too, so that
+each earlier token has one factor. That of the later token may be lost, which is below e^−87; no product of a pair is
+lost then that decays by less than e^−7.
+
 The constant RANGE tells which chunks a launch handles: all, none of which is steep ("mild") or any of which may be
 ("steep"), or only one of both kinds ("mild only", "steep only"). Two launches are used because a program that handles
 both kinds has registers for neither, and because Triton 3.6 gives wrong results on sm_90 if both arms of an `if`
@@ -50,11 +54,12 @@ HALVES = tl.constexpr(5)
 UPTO = tl.constexpr(6)
 BEYOND = tl.constexpr(7)
 MIDDLE = tl.constexpr(8)
+JOINED = tl.constexpr(9)
 
 
 @functools.cache
 def table(device: torch.device) -> Tensor:
-    """Return the matrices that sum g over the tokens of an exponent, float16 [9, C, C] with entries 0 and ±1/64.
+    """Return the matrices that sum g over the tokens of an exponent, float16 [10, C, C] with entries 0 and ±1/64.
 
     Row i of a matrix selects the tokens of the exponent of token i:
 
@@ -62,6 +67,7 @@ def table(device: torch.device) -> Tensor:
         6                 up to and including i
         7                 after i
         8                 between i and the middle of its half of the chunk, negated if i precedes the middle
+        9                 the same in the earlier half; in the later half, from the middle of the earlier half up to i
     """
     i, j = torch.arange(C.value)[:, None], torch.arange(C.value)[None, :]
     upto = j <= i
@@ -69,7 +75,8 @@ def table(device: torch.device) -> Tensor:
     found = torch.stack([x.half() for x in (*levels, upto, ~upto)])
     is_early = ((i >> 4) % 2 == 0).half()
     middle = levels[4].half() * (1 - 2 * is_early)
-    return (torch.cat((found, middle[None])) / 64).to(device)
+    joined = torch.where(i < C.value // 2, middle, ((j >= BLOCK.value) & upto).half())
+    return (torch.cat((found, middle[None], joined[None])) / 64).to(device)
 
 
 @triton.jit
@@ -106,17 +113,18 @@ def column(pointer, stride, rows):
 
 @triton.jit
 def inverse_norm(pointer, stride, rows, K: tl.constexpr, BK: tl.constexpr):
-    total = tl.zeros((C,), tl.float32)
-    for first in range(0, K, BK):
+    """1 / ‖x‖ of each token; the loads are all in flight at once."""
+    squares = tl.zeros((C, BK), tl.float32)
+    for first in tl.static_range(0, K, BK):
         x = tile(pointer, stride, rows, first, K, BK)
-        total += tl.sum(x * x, 1)
-    return tl.rsqrt(total + _EPSILON)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares, 1) + _EPSILON)
 
 
 @triton.jit
 def root(beta, LOGITS: tl.constexpr):
     """√β."""
-    return tl.rsqrt(1 + tl.exp(-beta)) if LOGITS else tl.sqrt(tl.maximum(beta, _SMALLEST_BETA))
+    return tl.rsqrt(1 + tl.exp2(-LOG2_E * beta)) if LOGITS else tl.sqrt(tl.maximum(beta, _SMALLEST_BETA))
 
 
 @triton.jit

@@ -4,9 +4,10 @@
     B̃ = κ ⊙ e^G      Q̃ = q̂ ⊙ e^G      Ã = κ ⊙ e^(G_C − G)
 
 Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. One program handles one chunk of a value head,
-in blocks of BK channels. The sums over channels for L and P are float32 and stay in registers: `near` for pairs of
-tokens in the same half of the chunk, `far` for pairs in different halves. The decay of the whole chunk and √β are
-written in float32, everything else in the dtype of q.
+in blocks of BK channels. The sums over channels for L and P are float32 and stay in registers: 64 a thread, so that
+three programs of four warps fit a multiprocessor. In a mild chunk, earlier tokens' factors are split into those of the
+earlier and of the later half of the chunk, since a later token's factor differs between both. The decay of the whole
+chunk and √β are written in float32, everything else in the dtype of q.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import triton.language as tl
 from effpass.lowering.kernels.gated_delta_inputs import (
     BEYOND,
     HALVES,
+    JOINED,
+    LOG2_E,
     MIDDLE,
     UPTO,
     C,
-    addends,
     column,
     distance,
     exponents,
     gate_column,
-    gate_tile,
     inverse_norm,
     matrix,
     place,
@@ -36,6 +37,9 @@ from effpass.lowering.kernels.gated_delta_inputs import (
 
 __all__ = ["inside"]
 
+_SIXTY_FOUR = tl.constexpr(64.0)
+_LEAST = tl.constexpr(-64000.0)  # 64 g of a token that leaves nothing; in the range of float16
+
 
 @triton.jit
 def _inverse(lower, INVERSE: tl.constexpr):
@@ -45,35 +49,52 @@ def _inverse(lower, INVERSE: tl.constexpr):
     """
     apart = distance()
     x = tl.where(apart == 0, 1.0, 0.0) - tl.where(apart == 1, lower, 0)
-    for level in tl.static_range(1, 6):
-        is_between = (apart >> level) == 1
-        if INVERSE == "float16":
+    if INVERSE == "float16":
+        half_lower = lower.to(tl.float16)
+        for level in tl.static_range(1, 6):
             half = x.to(tl.float16)
-            between = tl.dot(tl.where(is_between, lower.to(tl.float16), 0), half)
-            x = tl.dot(half, (-between).to(tl.float16), x)
-        else:
-            between = tl.dot(tl.where(is_between, lower, 0), x, input_precision=INVERSE)
+            between = tl.dot(tl.where((apart >> level) == 1, half_lower, 0), half)
+            x -= tl.dot(half, between.to(tl.float16))
+    else:
+        for level in tl.static_range(1, 6):
+            between = tl.dot(tl.where((apart >> level) == 1, lower, 0), x, input_precision=INVERSE)
             x -= tl.dot(x, between, input_precision=INVERSE)
     return x
 
 
 @triton.jit
-def _by_levels(key, query, added, matrices, near_keys, near_queries, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """`near` with one more block of channels of a steep chunk."""
+def _added(raw, bias, rate, is_token, lower_bound, GATE: tl.constexpr):
+    """64 g, of base 2; is_token [C] is 1 for tokens that exist and 0 for others."""
+    if GATE == "softplus":
+        raw += bias
+        factor = is_token * (-_SIXTY_FOUR * LOG2_E * rate)
+        return factor[:, None] * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
+    elif GATE == "bounded":  # σ(x) is the square of 1 / √(1 + e^−x)
+        slope = -LOG2_E * rate
+        share = tl.rsqrt(1 + tl.exp2(slope * raw + slope * bias))
+        factor = is_token * (_SIXTY_FOUR * LOG2_E * lower_bound)
+        return factor[:, None] * (share * share)
+    else:
+        return (is_token * (_SIXTY_FOUR * LOG2_E))[:, None] * raw
+
+
+@triton.jit
+def _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of pairs with one more block of channels of a steep chunk."""
     EXACT: tl.constexpr = tl.float32 == DTYPE
     apart = distance()
-    of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    for level in range(0, HALVES):
+    new_keys, new_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for level in range(0, HALVES + 1):
         decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT))
         decayed = (key * decay).to(DTYPE)
         columns = tl.trans(decayed)
         is_pair = (apart >> level) == 1
         found = tl.dot(decayed, columns, input_precision=PRECISION)
-        of_keys = tl.where(is_pair, found, of_keys)
+        new_keys = tl.where(is_pair, found, new_keys)
         found = tl.dot((query * decay).to(DTYPE), columns, input_precision=PRECISION)
-        of_queries = tl.where(is_pair, found, of_queries)
-    of_queries = tl.where(apart == 0, tl.sum(query * key, 1)[:, None], of_queries)
-    return near_keys + of_keys, near_queries + of_queries
+        new_queries = tl.where(is_pair, found, new_queries)
+    new_queries = tl.where(apart == 0, tl.sum(query * key, 1)[:, None], new_queries)
+    return of_keys + new_keys, of_queries + new_queries
 
 
 @triton.jit
@@ -90,6 +111,7 @@ def inside(
         return
     DTYPE: tl.constexpr = q_in.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
+    MILD: tl.constexpr = RANGE == "mild" or RANGE == "mild only"
     here = tl.program_id(0).to(tl.int64)
     r, rk = tl.arange(0, C), tl.arange(0, BK)
     q += start * q_t + head // GROUP * q_h
@@ -105,6 +127,10 @@ def inside(
     if RANGE == "steep only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) == 0:
             return
+    if not SCALAR_GATE:
+        upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
+        if MILD:
+            middle, joined = matrix(matrices, MIDDLE), matrix(matrices, JOINED)
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
     if NORMALIZE:
         q_scale *= inverse_norm(q, q_t, rows, K, BK)
@@ -113,58 +139,68 @@ def inside(
         strength = root(column(beta, beta_t, rows), LOGITS)
         tl.store(strengths + here * C + r, strength)
         k_scale *= strength
-    near_keys, near_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    far_keys, far_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     if SCALAR_GATE:
         _, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
         from_first, total = tl.cumsum(g, 0), tl.sum(g, 0)
         from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
     else:
-        halves, upto, beyond = matrix(matrices, HALVES), matrix(matrices, UPTO), matrix(matrices, BEYOND)
-        middle = matrix(matrices, MIDDLE)
+        is_token = tl.where(r < rows, 1.0, 0.0)
+        if MILD:
+            early_half = tl.where(r < C // 2, 1.0, 0.0)[:, None]
+            late_half = 1 - early_half
     for first in range(0, KP, BK):
-        query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+        if not SCALAR_GATE:
+            raw, bias = tile(gate, gate_t, rows, first, K, BK), 0.0
+            if HAS_BIAS:
+                bias = tl.load(dt_bias + head * K + first + rk, mask=first + rk < K, other=0).to(tl.float32)[None, :]
+            added = _added(raw, bias, rate, is_token, lower_bound, GATE)
+            if K != KP:
+                added = tl.where((first + rk < K)[None, :], added, 0)
+            if not MILD:
+                added = tl.maximum(added, _LEAST)
         key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
         if not SCALAR_BETA:
             key *= root(tile(beta, beta_t, rows, first, K, BK), LOGITS)
+        at = here * C * KP + r[:, None] * KP + first + rk
+        if not SCALAR_GATE:
+            to_end = tl.exp2(exponents(beyond, added, EXACT))
+        tl.store(k_out + at, (key * to_end).to(DTYPE))
         if SCALAR_GATE:
+            query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
             keys = key.to(DTYPE)
             columns = tl.trans(keys)
-            near_keys = tl.dot(keys, columns, near_keys, input_precision=PRECISION)
-            near_queries = tl.dot(query.to(DTYPE), columns, near_queries, input_precision=PRECISION)
+            of_keys = tl.dot(keys, columns, of_keys, input_precision=PRECISION)
+            of_queries = tl.dot(query.to(DTYPE), columns, of_queries, input_precision=PRECISION)
+            tl.store(decay + here * KP + first + rk, whole)
         else:
-            _, g = gate_tile(gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS)
-            added = addends(g)
-            if RANGE == "mild" or RANGE == "mild only":
+            if MILD:
                 exponent = exponents(middle, added, EXACT)
-                late, early = tl.exp2(exponent), tl.exp2(-exponent)
-                columns = tl.trans((key * early).to(DTYPE))
-                near_keys = tl.dot((key * late).to(DTYPE), columns, near_keys, input_precision=PRECISION)
-                near_queries = tl.dot((query * late).to(DTYPE), columns, near_queries, input_precision=PRECISION)
+                of_column, late = key * tl.exp2(-exponent), tl.exp2(exponent)
+                query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+                # Two products: a difference would be fused into a multiply-add, which keeps what rounding left of the
+                # earlier half, and the factors of later tokens magnify that.
+                of_early = tl.trans((of_column * early_half).to(DTYPE))
+                of_late = tl.trans((of_column * late_half).to(DTYPE))
+                of_keys = tl.dot((key * late).to(DTYPE), of_late, of_keys, input_precision=PRECISION)
+                of_queries = tl.dot((query * late).to(DTYPE), of_late, of_queries, input_precision=PRECISION)
+                across = tl.exp2(exponents(joined, added, EXACT))
+                of_keys = tl.dot((key * across).to(DTYPE), of_early, of_keys, input_precision=PRECISION)
+                of_queries = tl.dot((query * across).to(DTYPE), of_early, of_queries, input_precision=PRECISION)
             else:
-                near_keys, near_queries = _by_levels(
-                    key, query, added, matrices, near_keys, near_queries, DTYPE, PRECISION
-                )
-            across = tl.exp2(exponents(halves, added, EXACT))
-            crossing = (key * across).to(DTYPE)
-            columns = tl.trans(crossing)
-            far_keys = tl.dot(crossing, columns, far_keys, input_precision=PRECISION)
-            far_queries = tl.dot((query * across).to(DTYPE), columns, far_queries, input_precision=PRECISION)
+                query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+                of_keys, of_queries = _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE, PRECISION)
             from_begin = tl.exp2(exponents(upto, added, EXACT))
-            to_end = tl.exp2(exponents(beyond, added, EXACT))
-            whole = tl.exp2(tl.sum(g, 0))
-        at = here * C * KP + r[:, None] * KP + first + rk
-        tl.store(k_in + at, (key * from_begin).to(DTYPE))
+            # The last row: after tokens that do not exist, it is that of the last one that does.
+            of_last = here * KP + first + rk[None, :] + r[:, None] * 0
+            tl.store(decay + of_last, from_begin, mask=(r == C - 1)[:, None] & (rk >= 0)[None, :])
         tl.store(q_in + at, (query * from_begin).to(DTYPE))
-        tl.store(k_out + at, (key * to_end).to(DTYPE))
-        tl.store(decay + here * KP + first + rk, whole)
-    apart, i, j = distance(), r[:, None], r[None, :]
+        tl.store(k_in + at, (key * from_begin).to(DTYPE))
+    i, j = r[:, None], r[None, :]
     if SCALAR_GATE:
         of_pairs = tl.exp2(tl.where(i >= j, from_first[:, None] - from_first[None, :], 0))
-        lower, read = near_keys * of_pairs, near_queries * of_pairs
-    else:
-        lower, read = tl.where(apart < 32, near_keys, far_keys), tl.where(apart < 32, near_queries, far_queries)
+        of_keys, of_queries = of_keys * of_pairs, of_queries * of_pairs
     square = here * C * C + i * C + j
-    tl.store(scores + square, tl.where(i >= j, read, 0).to(DTYPE))
-    tl.store(inverses + square, _inverse(tl.where(i > j, lower, 0), INVERSE).to(DTYPE))
+    tl.store(scores + square, tl.where(i >= j, of_queries, 0).to(DTYPE))
+    tl.store(inverses + square, _inverse(tl.where(i > j, of_keys, 0), INVERSE).to(DTYPE))

@@ -38,7 +38,8 @@ CHUNK = 64  # tokens per chunk
 _LARGEST = 256  # maximum number of channels of keys and of values
 
 # Tile sizes, which may need adjustment for other GPUs.
-_BLOCK = 32  # key channels per tile of `inside`, for four warps and two programs per multiprocessor
+_BLOCK = 32  # key channels per tile of `inside`, for four warps
+_REGISTERS = 168  # per thread of `inside`, for three programs per multiprocessor; not for steep chunks, which spill
 _COLUMNS = 64  # state columns per program, for four warps; fewer than 64 do not fill a wgmma tile
 _WIDE = 128  # state columns per program, for eight warps, if sequences times heads alone fill the device
 _STAGES = 2  # chunks in flight in `state_forward` and `state_backward`
@@ -196,10 +197,11 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
     if q.dtype != torch.float32 and call.settings.normalize:
         precision = "float16"
     for chosen in call.ranges:
+        limit = {"maxnreg": _REGISTERS} if chosen.startswith("mild") and q.dtype != torch.float32 else {}
         inside[(call.chunks * heads,)](
             q, k, gate, beta, decay if A_log is None else A_log, decay if dt_bias is None else dt_bias, *call.tables(),
             steep, *found, q.shape[1], heads, *_strides(q, k, gate, beta), *call.constants(), **call.flags(),
-            BK=min(keys, _BLOCK), RANGE=chosen, num_warps=4, num_stages=1, INVERSE=precision,
+            BK=min(keys, _BLOCK), RANGE=chosen, num_warps=4, num_stages=1, INVERSE=precision, **limit,
         )  # fmt: skip
     return found
 
