@@ -1,18 +1,23 @@
 """The decision whether to speculate, by comparing rounds with plain decode steps.
 
 A round pays off if it emits more tokens than plain steps would in the same time. Both times are measured during
-generation, and the number of tokens that a round emits is a moving average. If rounds do not pay off, plain steps run
-for a while, and then a few rounds are tried again. After several such trials the rest of the generation is plain.
+generation, as medians of the latest ones, and the number of tokens that a round emits is a moving average. If rounds do
+not pay off, plain steps run for a while, and then a few rounds are tried again. After several such trials the rest of
+the generation is plain.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from statistics import median
 
 __all__ = ["Pace"]
 
 _PLAIN_AT_FIRST = 3  # plain steps at the start, to measure their time
 _ROUNDS_AT_FIRST = 8  # rounds before the first decision
 _PAUSE, _TRIAL, _TRIALS = 32, 4, 3  # plain steps of a pause, rounds of a trial, maximum number of trials
-_LATEST = 0.1  # weight of a new measurement
+_LATEST = 0.1  # weight of a new number of tokens, once there are ten
+_TIMES = 15  # number of measured times to take the median of, so that a single interruption does not count
 
 
 class Pace:
@@ -24,24 +29,34 @@ class Pace:
         switches: whether to use plain steps at all; False to speculate always.
 
     Attributes:
-        plain: seconds per plain step, a moving average; None until one was measured.
-        round: seconds per round, a moving average; None until one was measured.
-        gain: tokens per sequence that a round emits, a moving average; None until a round was observed.
+        plain: seconds per plain step; None until one was measured.
+        round: seconds per round; None until one was measured.
+        gain: tokens per sequence that a round emits; None until a round was observed.
         has_given_up: whether the rest of the generation is plain.
     """
 
     def __init__(self, *, switches: bool = True) -> None:
         self.switches = switches
-        self.plain: float | None = None
-        self.round: float | None = None
+        self._plain: deque[float] = deque(maxlen=_TIMES)
+        self._round: deque[float] = deque(maxlen=_TIMES)
+        self.gain: float | None = None
+        self._observed = 0
         self.begin()
 
     def begin(self) -> None:
         """Start a new generation: reset `gain` and the trials, and keep the measured times."""
-        self.gain: float | None = None
+        self._forget_gain()
         self.has_given_up = False
         self._left = _ROUNDS_AT_FIRST if self.plain is not None else -_PLAIN_AT_FIRST
         self._trials = 0
+
+    @property
+    def plain(self) -> float | None:
+        return median(self._plain) if self._plain else None
+
+    @property
+    def round(self) -> float | None:
+        return median(self._round) if self._round else None
 
     @property
     def speculates(self) -> bool:
@@ -62,7 +77,8 @@ class Pace:
         elif not self.pays:
             self._trials += 1
             self.has_given_up = self._trials > _TRIALS
-            self._left, self.gain = -_PAUSE, None
+            self._left = -_PAUSE
+            self._forget_gain()
             return False
         return speculates
 
@@ -82,14 +98,11 @@ class Pace:
             gain: mean number of tokens that it emitted per sequence that had not ended.
         """
         if not plain:
-            self.gain = _mixed(self.gain, gain)
+            self._observed += 1
+            before = self.gain or 0.0
+            self.gain = before + max(_LATEST, 1 / self._observed) * (gain - before)
         if seconds is not None:
-            if plain:
-                self.plain = _mixed(self.plain, seconds)
-            else:
-                self.round = _mixed(self.round, seconds)
+            (self._plain if plain else self._round).append(seconds)
 
-
-def _mixed(old: float | None, new: float) -> float:
-    """Update an exponential moving average."""
-    return new if old is None else old + _LATEST * (new - old)
+    def _forget_gain(self) -> None:
+        self.gain, self._observed = None, 0

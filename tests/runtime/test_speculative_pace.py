@@ -54,6 +54,26 @@ def test_it_goes_when_the_text_gets_harder() -> None:
     assert "p" in follow(pace, 40, gain=1.0)
 
 
+def test_an_interruption_does_not_count() -> None:
+    pace = Pace()
+    follow(pace, 20, gain=3.0)
+    pace.saw(plain=False, seconds=500.0, gain=3.0)
+    assert pace.round == 2.0
+    assert follow(pace, 40, gain=3.0) == "r" * 40
+
+
+def test_the_first_round_counts_as_much_as_the_others() -> None:
+    pace = Pace()
+    for gain in (1.0, 4.0, 4.0, 4.0):
+        pace.saw(plain=False, seconds=2.0, gain=gain)
+    assert pace.gain == pytest.approx(3.25)
+    for _ in range(6):
+        pace.saw(plain=False, seconds=2.0, gain=4.0)
+    assert pace.gain == pytest.approx(3.7)  # of ten; from here on a tenth is the latest
+    pace.saw(plain=False, seconds=2.0, gain=1.0)
+    assert pace.gain == pytest.approx(0.9 * 3.7 + 0.1)
+
+
 def test_it_can_be_told_not_to_switch() -> None:
     pace = Pace(switches=False)
     assert follow(pace, 50, gain=1.0) == "r" * 50
