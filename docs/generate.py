@@ -176,13 +176,14 @@ def expert_rows(document: Path) -> str:
         if row["metric"] in ("layer of experts", "lost by the choice of the kernel") and "ranks" not in row["case"]:
             loads.setdefault(row["case"], {})[row["peer_name"] or row["metric"]] = row
     for case, found in loads.items():
-        first, other = found.pop("transformers grouped_mm"), found.pop("transformers batched_mm", None)
         lost = found.pop("lost by the choice of the kernel")
+        first = found.get("transformers grouped_mm") or next(iter(found.values()))
+        usual = [found.pop(f"transformers {name}", None) for name in ("grouped_mm", "batched_mm")]
         more = "; ".join(f"{name.removesuffix(', grouped_mm')} {row['ratio']:.2f}" for name, row in found.items())
         lines.append(
-            f"| {case}: {first['note'].split(';')[0]} | {first['ours']:.4g} | {first['ratio']:.2f} |"
-            f" {'' if other is None else format(other['ratio'], '.2f')} | {more} |"
-            f" {first['ours'] / first['bound']:.2f} | {lost['ours']:.1f} % |"
+            f"| {case}: {first['note'].split(';')[0]} | {first['ours']:.4g} |"
+            + "".join(f" {'' if row is None else format(row['ratio'], '.2f')} |" for row in usual)
+            + f" {more} | {first['ours'] / first['bound']:.2f} | {lost['ours']:.1f} % |"
         )
     return "\n".join(lines) + "\n" if lines[2:] else _NONE
 
