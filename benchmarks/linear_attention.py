@@ -6,8 +6,8 @@ are in the note. One shape is one case: run each in a process of its own. The bo
 gradients hold, read and written once, at the bandwidth of a read-only kernel in that run.
 
 Shapes are B x T x H x D, those of flash-linear-attention's own benchmark and smaller ones, at which launches cost most.
-`weak` are gates as a layer begins, whose state lasts for thousands of tokens: a peer that drops what has decayed is
-slower there than at gates of normal values.
+In cases `weak`, gates are as a layer begins, and its state lasts for thousands of tokens; in cases `fast`, all channels
+decay within tens of tokens. A peer that drops what has decayed depends on that.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks import linear_attention_conversion, linear_attention_quality
-from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Raw, ours, peers
+from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Gates, Raw, ours, peers
 from benchmarks.rows import Row, bandwidth, measure, row
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
 from effpass.lowering.ops.moe_ffn_fit import seconds_a_call
@@ -40,7 +41,7 @@ SHAPES = (
     (8, 2048, 16, 128), (1, 65536, 16, 128),  # further shapes with published figures
     (1, 1024, 8, 128), (1, 2048, 16, 128), (1, 4096, 16, 128),  # bound by launches
 )  # fmt: skip
-WEAK = ((1, 8192, 96, 128), (1, 65536, 16, 128), (1, 4096, 16, 128))
+DECAYS = ((1, 8192, 96, 128), (1, 65536, 16, 128), (1, 4096, 16, 128))
 
 
 class _Figures(NamedTuple):
@@ -81,12 +82,12 @@ def _running(what: str, call: Call, raw: Raw, mode: str, d_output: Tensor) -> Ca
     return lambda: torch.autograd.grad(call(raw), leaves, d_output)
 
 
-def _case(what: str, shape: tuple[int, int, int, int], is_weak: bool, device: str, smoke: bool) -> Iterator[Row]:
+def _case(what: str, shape: tuple[int, int, int, int], gates: Gates, device: str, smoke: bool) -> Iterator[Row]:
     shape = (1, 128, 2, 32) if smoke or device != "cuda" else shape
-    raw = Raw.random(shape, device, is_weak)
+    raw = Raw.random(shape, device, gates)
     raw = raw.requiring_grad() if what == "training" else raw
     d_output = torch.randn_like(raw.v)
-    label = "x".join(map(str, shape)) + (", weak gates" if is_weak else "")
+    label = "x".join(map(str, shape)) + ("" if gates == "usual" else f", {gates} gates")
     of_peers: dict[str, _Figures] = {}
     for name, call, mode in peers(what) if device == "cuda" else ():
         try:
@@ -248,15 +249,10 @@ def sizes(device: str, smoke: bool) -> Iterator[Row]:
 def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
     found: dict[str, Callable[[str, bool], Iterator[Row]]] = {}
     for what, short in (("forward", "fwd"), ("training", "train")):
-        for is_weak, shapes in ((False, SHAPES), (True, WEAK)):
-            for shape in shapes:
-
-                def case(
-                    device: str, smoke: bool, what: str = what, shape: tuple = shape, is_weak: bool = is_weak
-                ) -> Iterator[Row]:
-                    return _case(what, shape, is_weak, device, smoke)
-
-                found[f"{short}{'-weak' if is_weak else ''}-{'x'.join(map(str, shape))}"] = case
+        for gates in get_args(Gates):
+            for shape in SHAPES if gates == "usual" else DECAYS:
+                kind = short if gates == "usual" else f"{short}-{gates}"
+                found[f"{kind}-{'x'.join(map(str, shape))}"] = partial(_case, what, shape, gates)
     return found
 
 

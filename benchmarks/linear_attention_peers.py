@@ -5,24 +5,26 @@ What a peer's kernel does not take in, PyTorch computes for it, compiled.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from effpass.lowering.ops.gated_delta_rule import gated_delta_rule
 
-__all__ = ["LOWER_BOUND", "MODES", "Call", "Raw", "ours", "peers"]
+__all__ = ["LOWER_BOUND", "MODES", "Call", "Gates", "Raw", "ours", "peers"]
 
 LOWER_BOUND = -5.0
 MODES = ("kda", "fg2", "fg2+")
 
 Shape = tuple[int, int, int, int]
+Gates = Literal["usual", "fast", "weak"]
 
 
 class Raw(NamedTuple):
@@ -42,8 +44,14 @@ class Raw(NamedTuple):
     dt_bias: Tensor
 
     @classmethod
-    def random(cls, shape: Shape, device: str, is_weak: bool = False) -> Raw:
-        """Normal values, which decay within some tokens; weak: gates as a layer begins, which hold for thousands."""
+    def random(cls, shape: Shape, device: str, gates: Gates = "usual") -> Raw:
+        """Normal values, with gates of one of three kinds.
+
+        With the usual ones, most channels decay within some tokens, and the slowest of a head hold for hundreds. Fast:
+        every channel decays within tens of tokens. Weak: as a layer begins, most hold for thousands. cuDNN's kernel for
+        Hopper starts each piece of a sequence where the slowest channel has forgotten what came before, and is
+        parallel over tokens at fast gates only.
+        """
         torch.manual_seed(0)
         batch, tokens, heads, size = shape
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -55,7 +63,9 @@ class Raw(NamedTuple):
         dt_bias = torch.randn(heads, size, device=device)
         q, k, v, gate = (some(size) for _ in range(4))
         found = cls(q, k, v, gate, some(), some(size), some(size), A_log, dt_bias)
-        if is_weak:
+        if gates == "fast":
+            found = found._replace(A_log=torch.rand_like(A_log), dt_bias=torch.rand_like(dt_bias))
+        if gates == "weak":
             step = torch.empty(heads, size, device=device).uniform_(-6.9, -2.3).exp_()
             found = found._replace(gate=found.gate * 0.1, dt_bias=step + torch.log(-torch.expm1(-step)))
         return found
@@ -114,9 +124,9 @@ def _packed(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _ends(raw: Raw) -> Tensor:
-    batch, tokens = raw.q.shape[:2]
-    return torch.arange(batch + 1, device=raw.q.device, dtype=torch.int32) * tokens
+@functools.cache  # a model makes them once for all layers
+def _ends(batch: int, tokens: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens
 
 
 def _cudnn(raw: Raw) -> Tensor:
@@ -124,8 +134,9 @@ def _cudnn(raw: Raw) -> Tensor:
     attention = importlib.import_module("cudnn.linear_attention.ops").kimi_delta_attention
     packed = [_packed(x) for x in (raw.q, raw.k, raw.v, raw.gate, raw.beta)]
     found = attention(
-        *packed, _ends(raw), output_final_state=True, use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True,
-        safe_gate=True, gate_lower_bound=LOWER_BOUND, a_log=raw.A_log, dt_bias=raw.dt_bias,
+        *packed, _ends(*raw.q.shape[:2], raw.q.device), output_final_state=True, use_qk_l2norm_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, safe_gate=True, gate_lower_bound=LOWER_BOUND, a_log=raw.A_log,
+        dt_bias=raw.dt_bias,
     )  # fmt: skip
     return (found[0] if isinstance(found, tuple) else found).view_as(raw.v)
 
@@ -137,11 +148,15 @@ def _prepared(raw: Raw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, g, raw.beta.float().sigmoid()
 
 
-def _cudnn_prepared(raw: Raw) -> Tensor:
-    """The backward kernel takes unit q and k, the float32 log of the decay and β itself."""
+def _cudnn_prepared(raw: Raw, plan: str | None = None) -> Tensor:
+    """The backward kernel and that of `kda_hopper` take unit q and k, the float32 log of the decay and β itself.
+
+    On Hopper the default plan is `kda_hopper_cuda`; `kda_hopper` composes segments, however slow the decay.
+    """
     attention = importlib.import_module("cudnn.linear_attention.ops").kimi_delta_attention
     q, k, g, beta = _prepared(raw)
-    found = attention(*(_packed(x) for x in (q, k, raw.v, g, beta)), _ends(raw), output_final_state=True)
+    packed = [_packed(x) for x in (q, k, raw.v, g, beta)]
+    found = attention(*packed, _ends(*raw.q.shape[:2], raw.q.device), output_final_state=True, plan_name=plan)
     return (found[0] if isinstance(found, tuple) else found).view_as(raw.v)
 
 
@@ -151,7 +166,9 @@ _PEERS: tuple[tuple[str, str, str, Call, str | None, tuple[str, ...]], ...] = (
     ("fla-core", "fla", "chunk_gdn2", _fla_gdn2, None, ("forward", "training")),
     ("nvidia-cudnn-frontend", "cudnn", "KDA", _cudnn, "kda", ("forward",)),
     ("nvidia-cudnn-frontend", "cudnn", "KDA, inputs prepared", _cudnn_prepared, "kda", ("forward", "training")),
-)
+    ("nvidia-cudnn-frontend", "cudnn", "KDA, inputs prepared, kda_hopper",
+     functools.partial(_cudnn_prepared, plan="kda_hopper"), "kda", ("forward",)),
+)  # fmt: skip
 
 
 def peers(what: str) -> Iterator[tuple[str, Call, str | None]]:
