@@ -139,7 +139,8 @@ def c2t(device: str, smoke: bool) -> Iterator[Row]:
             curves = [_counts(model, draft, f"eagle2:{grown}{n}", batches, new) for n in nodes_of]
             found = {b: _counts(model, draft, f"c2t:beta={b},{grown}{nodes_of[-1]}", batches, new) for b in betas}
             for of in sets:
-                nodes, tokens = (np.array(x) for x in zip(*(curve[of] for curve in curves), strict=True))
+                points = [(0.0, 1.0), *(curve[of] for curve in curves)]  # the root alone emits one token
+                nodes, tokens = (np.array(x) for x in zip(*points, strict=True))
                 case = f"{name}, {Path(draft).name}, top_k {top_k}, depth {depth}, {of}"
                 for beta in betas:
                     mine = found[beta][of]

@@ -79,8 +79,8 @@ def sparse(device: str, smoke: bool) -> Iterator[Row]:
         prefixes = (128, 256) if small else (4096, 32768) if "30b" in shape else (32768, 65536)
         longest = {"max_position_embeddings": max(prefixes) + 512}
         model = effpass.prepare(random_model(shape, device, _dtype(device), **longest), NO_PASSES)
-        if expert_modules(model):  # tokens as different as those of texts, or all would meet the same experts
-            model.get_input_embeddings().weight.normal_()
+        if expert_modules(model):  # tokens that differ in all layers, or they would meet the same experts
+            model.get_input_embeddings().weight.normal_(std=30)
         wanted = os.environ.get("EFFPASS_PARTS")  # names with commas: one combination a call, where time is short
         for options in _combinations(model, 3):
             if wanted and set(wanted.split(",")) != set(options):
