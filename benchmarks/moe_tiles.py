@@ -39,6 +39,11 @@ def _variants(kernels: Any) -> dict[str, tuple[Any, Any]]:
             replace(first, depth=128, stages=2, tall_weights=True),
             replace(second, depth=128, stages=2, tall_weights=True),
         ),
+        # As vLLM has them for such a load.
+        "64 rows, depth 128, eight warps": tuple(replace(of, depth=128, warps=8) for of in own[64]),
+        "64 rows, depth 128, eight warps, 3 stages": tuple(replace(of, depth=128, warps=8, stages=3) for of in own[64]),
+        "128 rows, 4 stages": tuple(replace(of, stages=4) for of in own[128]),
+        "128 rows, programs of many tiles": tuple(replace(of, resident=1) for of in own[128]),
     }
 
 

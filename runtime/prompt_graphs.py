@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["PromptGraphs", "RecordedPrompt", "can_be_recorded", "padded_size"]
 
-_SIZES = (64, 128, 256, 512)  # a longer prompt keeps the device busier than the host
+_SIZES = (64, 128, 256, 512, 768, 1024)  # a longer prompt keeps the device busier than the host
 _BY_LENGTH = ("dynamic", "longrope")  # rotations whose frequencies the host derives from the largest position
 
 

@@ -137,8 +137,7 @@ def test_a_model_as_draft(replayed: list[int]) -> None:
 
 def test_what_has_no_graph(replayed: list[int]) -> None:
     """Long prompts, caches without room for the padding, experts that synchronize, and rotations by length."""
-    assert padded_size(512) == 512
-    assert padded_size(513) is None
+    assert [padded_size(n) for n in (1, 64, 65, 513, 1024, 1025)] == [64, 64, 128, 768, 1024, None]
     for family, overrides in (("qwen3_moe", {}), ("deepseek_v3", {})):
         model, plain = prepared(family, **overrides), families.make(family, **overrides)
         for given in batches(70, 66):
