@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -25,6 +25,7 @@ from benchmarks.decode_chain import chain
 from benchmarks.decode_products import products
 from benchmarks.rows import Row, bandwidth, measure, row, sync
 from benchmarks.shapes import head_dim, random_model
+from effpass.runtime import session
 
 AREA = "decode"
 PROMPT, SLOTS = 512, 1024
@@ -173,6 +174,42 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
+def short_prompts(device: str, smoke: bool) -> Iterator[Row]:
+    """First tokens of short prompts, each of a length that was never met before, from CUDA graphs and without."""
+    shape = "tiny" if smoke or device == "cpu" else "smollm2-135m"
+    model = effpass.prepare(random_model(shape, device, _dtype(device)), NO_PASSES)
+    lengths = range(101, 500, 199 if smoke else 23)
+    model.generate(_prompt(model, 900), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def median_of(lengths: Iterable[int]) -> float:
+        seconds = []
+        for length in lengths:
+            ids = _prompt(model, length)
+            sync(device)
+            started = time.perf_counter()
+            model.generate(ids, max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
+            sync(device)
+            seconds.append(time.perf_counter() - started)
+        return median(seconds)
+
+    recorded, session._PROMPT_GRAPHS = session._PROMPT_GRAPHS, ()
+    try:
+        theirs = median_of(lengths)
+    finally:
+        session._PROMPT_GRAPHS = recorded
+    median_of([n - 1 for n in lengths] * 2)  # each size is recorded when it occurs again
+    ours = median_of(n + 1 for n in lengths)
+    yield row(
+        AREA, f"{shape}, {_dtype(device)}, prompts of {lengths[0]} to {lengths[-1]} tokens".replace("torch.", ""),
+        "first token, each length new", ours * 1e3, "ms", device=device, peer=theirs * 1e3,
+        peer_name="operator by operator", runs=len(lengths), note="medians of whole calls of generate",
+    )  # fmt: skip
+
+
+def _prompt(model: Any, length: int) -> Tensor:
+    return torch.randint(5, model.config.vocab_size, (1, length), device=model.device)
+
+
 _FIRST = """
 import sys, time, torch, transformers
 import effpass
@@ -216,5 +253,6 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     "batches": batches,
     "dynamic": dynamic,
     "prefill": prefill,
+    "short_prompts": short_prompts,
     "first_token": first_token,
 }

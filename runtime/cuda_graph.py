@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 __all__ = ["record"]
 
 
-def record(step: Callable[[], None], *, warm_up: Callable[[], None] | None = None) -> torch.cuda.CUDAGraph:
+def record(
+    step: Callable[[], None], *, warm_up: Callable[[], None] | None = None, pool: Any = None
+) -> torch.cuda.CUDAGraph:
     """Record `step` as a CUDA graph without executing its kernels.
 
     Args:
         step: function that launches kernels on tensors of fixed address and does not synchronize.
         warm_up: function that is called first, on the stream of the recording, to trigger compilation; it must restore
             all state that it changes. None for no warm-up.
+        pool: memory pool from :func:`torch.cuda.graph_pool_handle` for the tensors that `step` creates, shared with
+            other graphs, which then overwrite them; None for a pool of its own.
 
     Returns:
         The recorded graph.
@@ -26,7 +31,7 @@ def record(step: Callable[[], None], *, warm_up: Callable[[], None] | None = Non
     if warm_up is not None:
         with torch.cuda.stream(stream):
             warm_up()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
     return graph

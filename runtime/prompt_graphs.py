@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["PromptGraphs", "RecordedPrompt", "can_be_recorded", "padded_size"]
 
-_SIZES = (64, 128, 256, 512, 768, 1024)  # a longer prompt keeps the device busier than the host
+_SIZES = (64, 128, 256, 512, 768, 1024)  # more tokens, over all sequences, keep the device busier than the host
 _BY_LENGTH = ("dynamic", "longrope")  # rotations whose frequencies the host derives from the largest position
 
 
@@ -48,9 +48,14 @@ class RecordedPrompt(NamedTuple):
 
 
 class PromptGraphs:
-    """Recorded prompts of a session, by number of sequences and size."""
+    """Recorded prompts of a session, by number of sequences and size.
+
+    Attributes:
+        pool: memory pool that all graphs share, as one runs at a time and its results are copied.
+    """
 
     def __init__(self) -> None:
+        self.pool: Any = None
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], RecordedPrompt] = {}
         self._weights: tuple[int, ...] = ()
@@ -73,13 +78,15 @@ class PromptGraphs:
             self._seen.add(key)
             return None
         if key not in self._recorded:
+            if self.pool is None and torch.cuda.is_available():
+                self.pool = torch.cuda.graph_pool_handle()
             self._recorded[key] = record()
         return self._recorded[key]
 
 
-def padded_size(tokens: int) -> int | None:
-    """Return the size to which a prompt of `tokens` tokens is padded; None if it is too long for a graph."""
-    return next((size for size in _SIZES if tokens <= size), None)
+def padded_size(rows: int, tokens: int) -> int | None:
+    """Return the size to which `rows` prompts of `tokens` tokens are padded; None if they are too long for a graph."""
+    return next((size for size in _SIZES if tokens <= size and rows * size <= _SIZES[-1]), None)
 
 
 def can_be_recorded(config: Any) -> bool:

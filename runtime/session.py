@@ -309,7 +309,7 @@ class Session:
 
     def _replay_prompt(self, input_ids: Tensor, positions: Tensor) -> bool:
         """Run a prompt from a CUDA graph; return whether that is possible, and the size has occurred before."""
-        (rows, tokens), size = input_ids.shape, padded_size(input_ids.shape[1])
+        (rows, tokens), size = input_ids.shape, padded_size(*input_ids.shape)
         if size is None or not self._can_replay(size):
             return False
         found = self._prompts.find(rows, size, self._weight_addresses(), lambda: self._record_prompt(rows, size))
@@ -359,7 +359,7 @@ class Session:
                     tensor.copy_(value)
 
         with self._recording():
-            graph = record(run, warm_up=try_out)
+            graph = record(run, warm_up=try_out, pool=self._prompts.pool)
         self._features.clear()
         return RecordedPrompt(graph, ids, positions, last, outputs[0], outputs[1] if outputs[1:] else None)
 

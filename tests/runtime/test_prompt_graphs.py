@@ -32,7 +32,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the prompts that ran as from a graph, on the CPU."""
     found: list[int] = []
 
-    def record(step: Callable[[], None], *, warm_up: Callable[[], None]) -> Any:
+    def record(step: Callable[[], None], *, warm_up: Callable[[], None], pool: Any) -> Any:
         warm_up()
         return _Call(step)
 
@@ -137,7 +137,8 @@ def test_a_model_as_draft(replayed: list[int]) -> None:
 
 def test_what_has_no_graph(replayed: list[int]) -> None:
     """Long prompts, caches without room for the padding, experts that synchronize, and rotations by length."""
-    assert [padded_size(n) for n in (1, 64, 65, 513, 1024, 1025)] == [64, 64, 128, 768, 1024, None]
+    assert [padded_size(1, n) for n in (1, 64, 65, 513, 1024, 1025)] == [64, 64, 128, 768, 1024, None]
+    assert [padded_size(4, n) for n in (64, 256, 257)] == [64, 256, None]
     for family, overrides in (("qwen3_moe", {}), ("deepseek_v3", {})):
         model, plain = prepared(family, **overrides), families.make(family, **overrides)
         for given in batches(70, 66):
