@@ -7,6 +7,7 @@ long as several runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["PromptGraphs", "RecordedPrompt", "can_be_recorded", "padded_size"]
+
+log = logging.getLogger("effpass")
 
 _SIZES = (64, 128, 256, 512, 768, 1024)  # more tokens, over all sequences, keep the device busier than the host
 _BY_LENGTH = ("dynamic", "longrope")  # rotations whose frequencies the host derives from the largest position
@@ -56,6 +59,7 @@ class PromptGraphs:
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self._has_failed = False
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], RecordedPrompt] = {}
         self._weights: tuple[int, ...] = ()
@@ -63,7 +67,7 @@ class PromptGraphs:
     def find(
         self, rows: int, size: int, weights: tuple[int, ...], record: Callable[[], RecordedPrompt]
     ) -> RecordedPrompt | None:
-        """Return the recorded prompt of `rows` sequences of `size` tokens; None the first time.
+        """Return the recorded prompt of `rows` sequences of `size` tokens; None the first time, and after a failure.
 
         Args:
             rows, size: sizes of the prompt.
@@ -77,11 +81,17 @@ class PromptGraphs:
         if key not in self._seen:
             self._seen.add(key)
             return None
-        if key not in self._recorded:
+        if key not in self._recorded and not self._has_failed:
             if self.pool is None and torch.cuda.is_available():
                 self.pool = torch.cuda.graph_pool_handle()
-            self._recorded[key] = record()
-        return self._recorded[key]
+            try:
+                self._recorded[key] = record()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the model waits for the device, as a loop over what it found there
+                self._has_failed = True
+                log.warning("effpass: prompts of this model run without a CUDA graph: %s", str(error).split("\n")[0])
+        return self._recorded.get(key)
 
 
 def padded_size(rows: int, tokens: int) -> int | None:

@@ -331,7 +331,7 @@ class Session:
             and self.length + size <= self.capacity
             and self.cache.takes_padding
             and bool(self._keeps_one)
-            and not self._waits_for_experts
+            and not self.model._can_set_experts_implementation()  # experts wait, or exchange tokens with other ranks
             and can_be_recorded(self.model.config)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_a_size_is_recorded_once_for_each_number_of_sequences() -> None:
     assert [find(rows, (1, 2)) for rows in (2, 1, 2, 1, 2)] == [None, None, 1, 2, 1]
     assert [find(2, (1, 3)), find(2, (1, 3))] == [3, 3]  # weights at other addresses
     assert recorded == [2, 1, 2]
+
+
+def test_what_can_not_be_recorded_is_said_once_and_runs_without(caplog: pytest.LogCaptureFixture) -> None:
+    graphs, tried = PromptGraphs(), []
+
+    def record() -> Any:
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    with caplog.at_level(logging.WARNING, "effpass"):
+        assert [graphs.find(1, size, (1,), record) for size in (64, 64, 64, 128, 128)] == [None] * 5
+    assert len(tried) == len(caplog.records) == 1
+    assert "without a CUDA graph: operation not permitted when stream is capturing" in caplog.text
 
 
 def test_other_weights_are_recorded_anew(replayed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
