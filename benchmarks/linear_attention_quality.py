@@ -31,6 +31,7 @@ from transformers import AttentionInterface
 
 from benchmarks.rows import Row, row
 from benchmarks.training_data import CODE, TEXT, text_rows
+from effpass.runtime.cuda_graph import record
 from effpass.runtime.linear_attention import GatedDeltaSettings
 from effpass.runtime.linear_attention.hybrid import hybrid_config, is_hybrid
 from effpass.trainers.lm.model import make_model
@@ -187,16 +188,14 @@ class Learner:
         if self.device != "cuda":
             return self._step
         own_ids, own_targets = ids.clone(), targets.clone()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             for _ in range(3):  # compiles kernels, and makes the optimizer's state
                 self._step(own_ids, own_targets)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad()
+            self.optimizer.zero_grad()
+
         try:
-            with torch.cuda.graph(graph, stream=stream):
-                self._step(own_ids, own_targets)
+            graph = record(lambda: self._step(own_ids, own_targets), warm_up=warm_up)
         except Exception as error:
             print(f"the step is not captured, and runs eagerly: {type(error).__name__}: {str(error)[:300]}", flush=True)
             torch.cuda.synchronize()

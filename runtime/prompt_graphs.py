@@ -62,21 +62,18 @@ class PromptGraphs:
         self._has_failed = False
         self._seen: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], RecordedPrompt] = {}
-        self._weights: tuple[int, ...] = ()
 
-    def find(
-        self, rows: int, size: int, weights: tuple[int, ...], record: Callable[[], RecordedPrompt]
-    ) -> RecordedPrompt | None:
+    def forget(self) -> None:
+        """Drop what was recorded, as weights have other addresses."""
+        self._recorded.clear()
+
+    def find(self, rows: int, size: int, record: Callable[[], RecordedPrompt]) -> RecordedPrompt | None:
         """Return the recorded prompt of `rows` sequences of `size` tokens; None the first time, and after a failure.
 
         Args:
             rows, size: sizes of the prompt.
-            weights: addresses of the weights, with which recorded prompts become invalid.
             record: function that records the prompt.
         """
-        if weights != self._weights:
-            self._recorded.clear()
-            self._weights = weights
         key = rows, size
         if key not in self._seen:
             self._seen.add(key)

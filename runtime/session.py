@@ -185,7 +185,7 @@ class Session:
 
     def _begin_prompt(self, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
         """Drop an outdated CUDA graph and return the next tokens' positions, int32 `[rows, T]`, -1 for padding."""
-        if self._weights != self._weight_addresses():
+        if self._weights_moved():
             self._graph = self._model = None
         if any(isinstance(c, DerivedArguments) for c in self._compiled):
             self._graph = None  # replays would not update derived weights, which the caller of compiled code does
@@ -303,7 +303,6 @@ class Session:
         with self._recording():
             self._graph = None  # free its memory first
             self._graph = record(lambda: step(tail), warm_up=try_out)
-        self._weights = self._weight_addresses()
 
     # -- prompts from CUDA graphs ---------------------------------------------------------------------------------
 
@@ -312,7 +311,7 @@ class Session:
         (rows, tokens), size = input_ids.shape, padded_size(*input_ids.shape)
         if size is None or not self._can_replay(size):
             return False
-        found = self._prompts.find(rows, size, self._weight_addresses(), lambda: self._record_prompt(rows, size))
+        found = self._prompts.find(rows, size, lambda: self._record_prompt(rows, size))
         if found is None:
             return False
         found.run(input_ids, positions)
@@ -363,16 +362,11 @@ class Session:
         self._features.clear()
         return RecordedPrompt(graph, ids, positions, last, outputs[0], outputs[1] if outputs[1:] else None)
 
-    @property
-    def _waits_for_experts(self) -> bool:
-        """Whether the model's own experts synchronize, to learn how many tokens each of them has."""
-        experts = getattr(self.model.config, "_experts_implementation", None)
-        return experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
-
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        experts, waits = getattr(self.model.config, "_experts_implementation", None), self._waits_for_experts
-        if waits:
+        experts = getattr(self.model.config, "_experts_implementation", None)
+        waits = experts in ("eager", "grouped_mm") and self.model._can_set_experts_implementation()
+        if waits:  # these synchronize to learn how many tokens each expert has
             self.model.set_experts_implementation("batched_mm")
         for slots in self.cache.distinct_slots():
             slots.is_replayed = True
@@ -403,6 +397,9 @@ class Session:
         own = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
         return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
 
-    def _weight_addresses(self) -> tuple[int, ...]:
-        """Return the addresses of all weights; a CUDA graph is valid only as long as they do not change."""
-        return tuple(p.data_ptr() for p in self.model.parameters())
+    def _weights_moved(self) -> bool:
+        """Return whether weights have other addresses than at the last call, with which CUDA graphs are invalid."""
+        before, self._weights = self._weights, tuple(p.data_ptr() for p in self.model.parameters())
+        if before != self._weights:
+            self._prompts.forget()
+        return before != self._weights

@@ -44,8 +44,8 @@ BLOCK = tl.constexpr(16)
 LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-80.0)  # e^80, and its products with factors down to e^-80, fit into float32 and bfloat16
 _LOWEST_BASE_2 = tl.constexpr(-80.0 / math.log(2))
-_LEAST = tl.constexpr(-1000.0)  # 2^-1000 rounds to 0, and 64 times this number is in the range of float16
-_SIXTY_FOUR = tl.constexpr(64.0)  # factor that keeps weak gates from becoming denormal in float16
+LEAST = tl.constexpr(-1000.0)  # 2^-1000 rounds to 0, and 64 times this number is in the range of float16
+SIXTY_FOUR = tl.constexpr(64.0)  # factor that keeps weak gates from becoming denormal in float16
 _EPSILON = tl.constexpr(EPSILON)
 _SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
 
@@ -181,7 +181,26 @@ def matrix(matrices, WHICH):
 @triton.jit
 def addends(g):
     """g as :func:`exponents` takes it, in float32."""
-    return _SIXTY_FOUR * tl.maximum(g, _LEAST)
+    return SIXTY_FOUR * tl.maximum(g, LEAST)
+
+
+@triton.jit
+def gate_addends(raw, bias, rate, is_token, lower_bound, GATE: tl.constexpr):
+    """:func:`addends` of :func:`log_decay`, without a bound, from a gate and its bias, in fewer instructions.
+
+    is_token [C] is 1 for tokens that exist and 0 for others.
+    """
+    if GATE == "softplus":
+        raw += bias
+        factor = is_token * (-SIXTY_FOUR * LOG2_E * rate)
+        return factor[:, None] * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
+    elif GATE == "bounded":  # σ(x) is the square of 1 / √(1 + e^−x)
+        slope = -LOG2_E * rate
+        share = tl.rsqrt(1 + tl.exp2(slope * raw + slope * bias))
+        factor = is_token * (SIXTY_FOUR * LOG2_E * lower_bound)
+        return factor[:, None] * (share * share)
+    else:
+        return (is_token * (SIXTY_FOUR * LOG2_E))[:, None] * raw
 
 
 @triton.jit

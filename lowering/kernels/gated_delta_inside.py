@@ -19,13 +19,15 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     BEYOND,
     HALVES,
     JOINED,
-    LOG2_E,
+    LEAST,
     MIDDLE,
+    SIXTY_FOUR,
     UPTO,
     C,
     column,
     distance,
     exponents,
+    gate_addends,
     gate_column,
     inverse_norm,
     matrix,
@@ -36,9 +38,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
 )
 
 __all__ = ["inside"]
-
-_SIXTY_FOUR = tl.constexpr(64.0)
-_LEAST = tl.constexpr(-64000.0)  # 64 g of a token that leaves nothing; in the range of float16
 
 
 @triton.jit
@@ -60,22 +59,6 @@ def _inverse(lower, INVERSE: tl.constexpr):
             between = tl.dot(tl.where((apart >> level) == 1, lower, 0), x, input_precision=INVERSE)
             x -= tl.dot(x, between, input_precision=INVERSE)
     return x
-
-
-@triton.jit
-def _added(raw, bias, rate, is_token, lower_bound, GATE: tl.constexpr):
-    """64 g, of base 2; is_token [C] is 1 for tokens that exist and 0 for others."""
-    if GATE == "softplus":
-        raw += bias
-        factor = is_token * (-_SIXTY_FOUR * LOG2_E * rate)
-        return factor[:, None] * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
-    elif GATE == "bounded":  # σ(x) is the square of 1 / √(1 + e^−x)
-        slope = -LOG2_E * rate
-        share = tl.rsqrt(1 + tl.exp2(slope * raw + slope * bias))
-        factor = is_token * (_SIXTY_FOUR * LOG2_E * lower_bound)
-        return factor[:, None] * (share * share)
-    else:
-        return (is_token * (_SIXTY_FOUR * LOG2_E))[:, None] * raw
 
 
 @triton.jit
@@ -155,11 +138,11 @@ def inside(
             raw, bias = tile(gate, gate_t, rows, first, K, BK), 0.0
             if HAS_BIAS:
                 bias = tl.load(dt_bias + head * K + first + rk, mask=first + rk < K, other=0).to(tl.float32)[None, :]
-            added = _added(raw, bias, rate, is_token, lower_bound, GATE)
+            added = gate_addends(raw, bias, rate, is_token, lower_bound, GATE)
             if K != KP:
                 added = tl.where((first + rk < K)[None, :], added, 0)
             if not MILD:
-                added = tl.maximum(added, _LEAST)
+                added = tl.maximum(added, SIXTY_FOUR * LEAST)
         key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
         if not SCALAR_BETA:
             key *= root(tile(beta, beta_t, rows, first, K, BK), LOGITS)

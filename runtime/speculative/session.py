@@ -168,8 +168,7 @@ class TreeSession(Session):
 
     def has_moved(self) -> bool:
         """Return whether CUDA graphs are outdated, because weights have other addresses than at the last call."""
-        before, self._weights = self._weights, self._weight_addresses()
-        moved = before != self._weights or any(isinstance(c, DerivedArguments) for c in self._compiled)
+        moved = self._weights_moved() or any(isinstance(c, DerivedArguments) for c in self._compiled)
         if moved:
             self._calls.clear()
         return moved

@@ -82,11 +82,12 @@ def test_texts_are_those_without_graphs(family: str, padded: bool, replayed: lis
 def test_a_size_is_recorded_once_for_each_number_of_sequences() -> None:
     graphs, recorded = PromptGraphs(), []
 
-    def find(rows: int, weights: tuple[int, ...]) -> Any:
-        return graphs.find(rows, 64, weights, lambda: recorded.append(rows) or len(recorded))  # type: ignore[func-returns-value, return-value]
+    def find(rows: int) -> Any:
+        return graphs.find(rows, 64, lambda: recorded.append(rows) or len(recorded))  # type: ignore[func-returns-value, return-value]
 
-    assert [find(rows, (1, 2)) for rows in (2, 1, 2, 1, 2)] == [None, None, 1, 2, 1]
-    assert [find(2, (1, 3)), find(2, (1, 3))] == [3, 3]  # weights at other addresses
+    assert [find(rows) for rows in (2, 1, 2, 1, 2)] == [None, None, 1, 2, 1]
+    graphs.forget()
+    assert [find(2), find(2)] == [3, 3]
     assert recorded == [2, 1, 2]
 
 
@@ -98,7 +99,7 @@ def test_what_can_not_be_recorded_is_said_once_and_runs_without(caplog: pytest.L
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     with caplog.at_level(logging.WARNING, "effpass"):
-        assert [graphs.find(1, size, (1,), record) for size in (64, 64, 64, 128, 128)] == [None] * 5
+        assert [graphs.find(1, size, record) for size in (64, 64, 64, 128, 128)] == [None] * 5
     assert len(tried) == len(caplog.records) == 1
     assert "without a CUDA graph: operation not permitted when stream is capturing" in caplog.text
 
