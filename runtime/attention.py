@@ -126,12 +126,12 @@ def reading_cache(model: Any) -> Iterator[None]:
     """
     with alone(model):
         AttentionInterface.register(NAME, cached_attention)
+        # Only the language model has a cache; a vision tower keeps its attention implementation. All layers share this
+        # config: `set_attn_implementation` would look through all modules to find that out, at every call.
         text = model.config.get_text_config(decoder=True)
-        # Only the language model has a cache; a vision tower keeps its attention implementation.
-        part = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
         before = text._attn_implementation
-        model.set_attn_implementation(NAME if part is None else {part: NAME})
+        text._attn_implementation = NAME
         try:
             yield
         finally:
-            model.set_attn_implementation(before if part is None else {part: before})
+            text._attn_implementation = before

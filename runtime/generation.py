@@ -145,8 +145,9 @@ def _check_mask(session: Session, is_token: Tensor) -> None:
 
 def _check_types(model: Any, token_type_ids: Tensor | None) -> None:
     """Raise an :class:`EffpassError` if the model would embed `token_type_ids`; vision models mask images by them."""
-    takes = "token_type_ids" in inspect.signature(model.forward).parameters
-    if token_type_ids is not None and takes and model.config.get_text_config() is model.config:
+    if token_type_ids is None or "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return
+    if model.config.get_text_config() is model.config:
         raise EffpassError(
             "token_type_ids: the decode engine has none",
             hint="leave them out, or call transformers' own: type(model).generate(model, ...)",

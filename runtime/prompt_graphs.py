@@ -31,6 +31,7 @@ class RecordedPrompt(NamedTuple):
         last: int64 `[1]`, index of the last token that is not padding; an input.
         logits: `[rows, vocab]`, logits of that token.
         features: `[rows, size, D]`, or None if the session returns none.
+        inputs: additional inputs of the model by name, each `[rows, size, ...]`.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -39,13 +40,16 @@ class RecordedPrompt(NamedTuple):
     last: Tensor
     logits: Tensor
     features: Tensor | None
+    inputs: dict[str, Tensor]
 
-    def run(self, input_ids: Tensor, positions: Tensor) -> None:
-        """Run the tokens `input_ids` `[rows, T]` at `positions` `[rows, T]`."""
+    def run(self, input_ids: Tensor, positions: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Run the tokens `input_ids` `[rows, T]` at `positions` `[rows, T]`, with `inputs`, each `[rows, T, ...]`."""
         tokens = input_ids.shape[1]
         self.ids[:, :tokens].copy_(input_ids)
         self.positions[:, :tokens].copy_(positions)
         self.positions[:, tokens:].fill_(-1)
+        for name, given in inputs.items():
+            self.inputs[name][:, :tokens].copy_(given)
         self.last.fill_(tokens - 1)
         self.graph.replay()
 

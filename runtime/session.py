@@ -108,10 +108,12 @@ class Session:
         is_given: whether the user holds the cache.
         is_broken: whether a call that was given the cache failed or was cancelled; it then holds tokens of that call.
         gives_up: whether the cache evicts tokens; `prefill` then accepts `keep`, a mask of tokens to keep.
+        inputs_of_tokens: additional inputs that `prefill` accepts with a prompt from a CUDA graph, `[rows, T, ...]`.
     """
 
     logits: Tensor
     gives_up = False
+    inputs_of_tokens: frozenset[str] = frozenset()
 
     def __init__(self, model: Any, batch: int, capacity: int, backend: Backend | None) -> None:
         device = model.device
@@ -137,7 +139,7 @@ class Session:
         self._compiled: list[Callable[..., Any]] = []
         self._prompts = PromptGraphs()
         self._features: list[Tensor] = []  # of the parts of a prompt, of sessions that return any
-        self._weights: tuple[int, ...] = ()
+        self._weights: list[int] = []
 
     def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
         if (offload := getattr(self.model, "effpass_offload", None)) is not None:
@@ -176,7 +178,8 @@ class Session:
         chunk = tokens if inputs else chunk
         for slots in self.cache.distinct_slots():
             slots.is_dense &= is_token is None
-        if inputs or tokens > chunk or not self._replay_prompt(input_ids, positions):
+        is_short = tokens <= chunk and self.inputs_of_tokens.issuperset(inputs)
+        if not is_short or not self._replay_prompt(input_ids, positions, inputs):
             for first in range(0, tokens, chunk):
                 ids, part = input_ids[:, first : first + chunk], positions[:, first : first + chunk].contiguous()
                 self._enter(part)
@@ -185,10 +188,7 @@ class Session:
 
     def _begin_prompt(self, input_ids: Tensor, is_token: Tensor | None) -> Tensor:
         """Drop an outdated CUDA graph and return the next tokens' positions, int32 `[rows, T]`, -1 for padding."""
-        if self._weights_moved():
-            self._graph = self._model = None
-        if any(isinstance(c, DerivedArguments) for c in self._compiled):
-            self._graph = None  # replays would not update derived weights, which the caller of compiled code does
+        self._drop_outdated()
         self._set_in_prompt(True)
         rows, tokens = input_ids.shape
         before = self._position[:rows]
@@ -197,6 +197,12 @@ class Session:
         else:
             positions = torch.where(is_token, before + is_token.cumsum(1, dtype=torch.int32), -1)
         return positions
+
+    def _drop_outdated(self) -> None:
+        if self._weights_moved():
+            self._graph = self._model = None
+        if any(isinstance(c, DerivedArguments) for c in self._compiled):
+            self._graph = None  # replays would not update derived weights, which the caller of compiled code does
 
     def _keep_logits(self, logits: Tensor, row: int) -> None:
         if not hasattr(self, "logits"):
@@ -306,15 +312,15 @@ class Session:
 
     # -- prompts from CUDA graphs ---------------------------------------------------------------------------------
 
-    def _replay_prompt(self, input_ids: Tensor, positions: Tensor) -> bool:
+    def _replay_prompt(self, input_ids: Tensor, positions: Tensor, inputs: dict[str, Tensor]) -> bool:
         """Run a prompt from a CUDA graph; return whether that is possible, and the size has occurred before."""
         (rows, tokens), size = input_ids.shape, padded_size(*input_ids.shape)
         if size is None or not self._can_replay(size):
             return False
-        found = self._prompts.find(rows, size, lambda: self._record_prompt(rows, size))
+        found = self._prompts.find(rows, size, lambda: self._record_prompt(rows, size, inputs))
         if found is None:
             return False
-        found.run(input_ids, positions)
+        found.run(input_ids, positions, inputs)
         self.cache.advance(size)
         if size > tokens:
             self.cache.crop(tokens - size)
@@ -334,18 +340,19 @@ class Session:
             and can_be_recorded(self.model.config)
         )
 
-    def _record_prompt(self, rows: int, size: int) -> RecordedPrompt:
+    def _record_prompt(self, rows: int, size: int, inputs: dict[str, Tensor]) -> RecordedPrompt:
         device = self.model.device
         ids = torch.zeros(rows, size, dtype=torch.long, device=device)
         positions = torch.full((rows, size), -1, dtype=torch.int32, device=device)
         last = torch.zeros(1, dtype=torch.long, device=device)
+        more = {name: given.new_zeros(rows, size, *given.shape[2:]) for name, given in inputs.items()}
         state = self.cache.state()
         saved, outputs = [t.clone() for t in state], list[Tensor]()
 
         def run() -> None:
             self._features.clear()
             self.cache.append(positions)
-            logits = self._call(self.model, ids, positions.clamp(min=0), logits_to_keep=last)
+            logits = self._call(self.model, ids, positions.clamp(min=0), logits_to_keep=last, **more)
             if not outputs:
                 outputs.extend(t.clone() for t in (logits, *self._features))
             else:
@@ -360,7 +367,7 @@ class Session:
         with self._recording():
             graph = record(run, warm_up=try_out, pool=self._prompts.pool)
         self._features.clear()
-        return RecordedPrompt(graph, ids, positions, last, outputs[0], outputs[1] if outputs[1:] else None)
+        return RecordedPrompt(graph, ids, positions, last, outputs[0], outputs[1] if outputs[1:] else None, more)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -399,7 +406,16 @@ class Session:
 
     def _weights_moved(self) -> bool:
         """Return whether weights have other addresses than at the last call, with which CUDA graphs are invalid."""
-        before, self._weights = self._weights, tuple(p.data_ptr() for p in self.model.parameters())
+        before, self._weights = self._weights, _addresses(self.model)
         if before != self._weights:
             self._prompts.forget()
         return before != self._weights
+
+
+def _addresses(model: Any) -> list[int]:
+    """Return the addresses of a model's weights. `parameters()` takes several times as long, as it finds names too."""
+    modules, found = [model], list[int]()
+    for module in modules:  # grows
+        modules.extend(m for m in module._modules.values() if m is not None)
+        found.extend(p.data_ptr() for p in module._parameters.values() if p is not None)
+    return found

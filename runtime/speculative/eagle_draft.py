@@ -135,6 +135,8 @@ class _HeadSession(TreeSession):
     The input is `features` of the head, or else `tapped`, the target's features that the head computes them from.
     """
 
+    inputs_of_tokens = frozenset(("features",))
+
     def __init__(self, head: EagleHead, batch: int, capacity: int, nodes: int, backend: Backend | None) -> None:
         super().__init__(head, batch, capacity, nodes, backend)
 

@@ -146,7 +146,7 @@ class EagleHead(nn.Module):
         return self.fc(tapped if self.input_norm is None else self.input_norm(tapped))
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int = 0,
+        self, input_ids: Tensor, position_ids: Tensor, features: Tensor, logits_to_keep: int | Tensor = 0,
         taken: Tensor | None = None, **kwargs: Any,
     ) -> HeadOutput:  # fmt: skip
         """Run the head.
@@ -155,7 +155,7 @@ class EagleHead(nn.Module):
             input_ids: int64 `[B, T]`, tokens t + 1.
             position_ids: `[B, T]`, their positions.
             features: `[B, T, D]`, h of the tokens t, or g of the parent nodes.
-            logits_to_keep: number of last tokens to compute logits for; 0 for all.
+            logits_to_keep: number of last tokens to compute logits for, 0 for all; or int64 `[L]`, indices of tokens.
             taken: int64 `[B]`, number of leading tokens of each sequence that are not padding, the last of which is the
                 only one to compute logits and hidden states for; None for all tokens.
             kwargs: the cache and other inputs of attention.
@@ -169,7 +169,8 @@ class EagleHead(nn.Module):
         if taken is not None:
             hidden = torch.ops.effpass.read_ring(hidden, taken, -1, 1)
         normed = self.norm(hidden)
-        logits = self.lm_head(normed[:, -logits_to_keep:] if logits_to_keep else normed)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(normed[:, kept])
         return HeadOutput(logits, normed if self.head_config.norm_output else hidden)
 
     # -- interface that the decode engine requires --------------------------------------------------------------------

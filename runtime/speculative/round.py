@@ -67,6 +67,7 @@ class Round:
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
         self._itself = torch.ones_like(self._parents)[:, :, None]
+        self._last: Tensor | None = None  # `[B, 1, D]`, features of the last token of each prompt
         self._again: DenseAgain | None = None
         if target.sparse is not None and (tokens := target.sparse.tokens(draft.kind.depth)):
             self._again = DenseAgain(target, self.progress, tokens)
@@ -100,10 +101,14 @@ class Round:
         if features is not None:
             if progress.features is None:
                 progress.features = features.new_zeros(target.batch, 2 * self.draft.kind.catches_up, features.shape[2])
-            features = torch.nn.functional.pad(features[:, -1:], (0, 0, 0, 0, 0, target.batch - len(features)))
+                self._last = features.new_zeros(target.batch, 1, features.shape[2])
+            assert self._last is not None
+            self._last[: len(features)].copy_(features[:, -1:])
             target.prompt_features = None
-        # The first token follows the last one of the prompt, which is in the cache already: nothing is committed.
-        self._take((self._alone(), target.logits[:, None], features), commits=False)
+        if self.is_fixed:
+            self._run(("first", self._samples, _names(processors)), self._take_first)
+        else:
+            self._take_first()
         progress.totals.zero_()
 
     def step(self, *, plain: bool = False, reached: int = 0) -> None:
@@ -134,6 +139,10 @@ class Round:
         self._graphs.clear()
 
     # -- a round ------------------------------------------------------------------------------------------------------
+
+    def _take_first(self) -> None:
+        """Accept the token that follows the prompt, whose last token is in the cache already: nothing is committed."""
+        self._take((self._alone(), self.target.logits[:, None], self._last), commits=False)
 
     def _alone(self) -> TokenTree:
         """Return trees that consist of the root alone, for a plain decode step."""

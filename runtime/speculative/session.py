@@ -166,6 +166,9 @@ class TreeSession(Session):
             finally:
                 self._is_recording = False
 
+    def _drop_outdated(self) -> None:
+        """Do nothing: :meth:`has_moved` is called before each generation, which begins with its only prompt."""
+
     def has_moved(self) -> bool:
         """Return whether CUDA graphs are outdated, because weights have other addresses than at the last call."""
         moved = self._weights_moved() or any(isinstance(c, DerivedArguments) for c in self._compiled)

@@ -121,6 +121,6 @@ class Speculator:
             nodes = kind.nodes if sparse is None else max(kind.nodes, sparse.tokens(kind.depth))
             target = TreeSession(engine.model, batch, capacity, nodes, engine.backend, self.draft.taps, sparse)
             found = Round(target, self.draft, capacity)
-        elif any([found.target.has_moved(), found.drafting.has_moved()]):  # a list, so that both update their state
+        if any([found.target.has_moved(), found.drafting.has_moved()]):  # a list, so that both update their state
             found.forget_graphs()
         return found

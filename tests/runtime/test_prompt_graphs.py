@@ -39,16 +39,16 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     run = RecordedPrompt.run
 
-    def noted(self: RecordedPrompt, ids: Tensor, positions: Tensor) -> None:
+    def noted(self: RecordedPrompt, ids: Tensor, positions: Tensor, inputs: dict[str, Tensor]) -> None:
         found.append(self.ids.shape[1])
-        run(self, ids, positions)
+        run(self, ids, positions, inputs)
 
     original = Session._record_prompt
 
-    def as_recording(self: Session, rows: int, size: int) -> RecordedPrompt:
+    def as_recording(self: Session, rows: int, size: int, inputs: dict[str, Tensor]) -> RecordedPrompt:
         with monkeypatch.context() as patched:
             patched.setattr(session_module, "record", record)
-            made = original(self, rows, size)
+            made = original(self, rows, size, inputs)
         step = made.graph.replay
 
         def replay() -> None:  # a graph replays what was recorded within this context
@@ -139,7 +139,7 @@ def test_a_head_gets_the_features_of_the_prompt(kind: str, replayed: list[int]) 
     found = spoken(model, EagleDraft(make_head(model, 96), KINDS[kind]), [given] * 3)
     assert all(torch.equal(text, expected) for text, _ in found)
     assert found[0][1] == found[1][1] == found[2][1]  # as many rounds, nodes and tokens
-    assert replayed == [128, 128]  # of the target; the head's prompt has features as inputs
+    assert replayed == [128] * 4  # target and head
 
 
 def test_a_model_as_draft(replayed: list[int]) -> None:
