@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,9 +83,10 @@ def generate(
             if behind >= draft.kind.catches_up or (speculates and behind > 0):
                 round_.catch_up()
                 behind = 0
-            round_.step(plain=not speculates, reached=watch.reached)
+            nodes = round_.size.nodes if speculates else 1
+            round_.step(nodes=nodes, plain=not speculates, reached=watch.reached)
             behind = 0 if speculates or pace.has_given_up else behind + 1
-            watch.look(plain=not speculates)
+            watch.look(nodes, plain=not speculates)
         watch.finish()
         counts = progress.count[:rows]
         rounds, verified = progress.totals.tolist()
@@ -93,6 +94,14 @@ def generate(
         speculator.last = engine.last_speculation = Speculation(rounds, verified, tokens)
         sequences = progress.ids[:rows, : int(counts.max())].clone()
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
+
+
+class _Step(NamedTuple):
+    """A step that was queued."""
+
+    nodes: int
+    plain: bool
+    is_timed: bool
 
 
 class _Watch:
@@ -107,24 +116,29 @@ class _Watch:
         self._waiting: deque[tuple[Any, ...]] = deque()
         self._free: list[list[Tensor]] = []
         self.has_ended = False
-        self.look(plain=True)
+        self.look(1, plain=True)
 
-    def look(self, *, plain: bool) -> None:
-        """Start to copy the state of the step that was just queued, and read the copies that have completed."""
-        progress, is_timed = self._round.progress, not self._round.was_recorded
-        state = [progress.count[: self._rows], progress.position[: self._rows]]
+    def look(self, nodes: int, *, plain: bool) -> None:
+        """Start to copy the state of the step that was just queued, and read the copies that have completed.
+
+        Args:
+            nodes: number of nodes that the step verified, with the root.
+            plain: whether it was a plain step.
+        """
+        progress, step = self._round.progress, _Step(nodes, plain, not self._round.was_recorded)
+        state = [progress.count[: self._rows], progress.position[: self._rows], self._round.largest]
         if self._streamer is not None:
             state.append(progress.ids[: self._rows])
         if not self._is_cuda:
-            self._take(plain, is_timed, [t.clone() for t in state], time.perf_counter())
+            self._take(step, [t.clone() for t in state], time.perf_counter())
             return
         copies = self._free.pop() if self._free else [torch.empty_like(t, device="cpu", pin_memory=True) for t in state]
         for copy, tensor in zip(copies, state, strict=True):
             copy.copy_(tensor, non_blocking=True)
         arrived = torch.cuda.Event(enable_timing=True)
         arrived.record()
-        self._waiting.append((plain, is_timed, copies, arrived))
-        while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][3].query()):
+        self._waiting.append((step, copies, arrived))
+        while self._waiting and (len(self._waiting) > _IN_FLIGHT or self._waiting[0][2].query()):
             self._arrive()
 
     @property
@@ -139,12 +153,12 @@ class _Watch:
             self._streamer.end()
 
     def _arrive(self) -> None:
-        plain, is_timed, copies, arrived = self._waiting.popleft()
+        step, copies, arrived = self._waiting.popleft()
         arrived.synchronize()
-        self._take(plain, is_timed, copies, arrived)
+        self._take(step, copies, arrived)
         self._free.append(copies)
 
-    def _take(self, plain: bool, is_timed: bool, state: list[Tensor], now: Any) -> None:
+    def _take(self, step: _Step, state: list[Tensor], now: Any) -> None:
         if self.has_ended:
             return
         counts, positions = state[0].tolist(), state[1].tolist()
@@ -152,14 +166,16 @@ class _Watch:
         before = self._before
         if before is not None and moved:
             seconds = before.elapsed_time(now) / 1e3 if self._is_cuda else now - before
-            self._pace.saw(plain=plain, seconds=seconds if is_timed else None, gain=sum(moved) / len(moved))
+            self._pace.saw(plain=step.plain, seconds=seconds if step.is_timed else None, gain=sum(moved) / len(moved))
+            if not step.plain:
+                self._round.size.saw(step.nodes, int(state[2]))
         self._counts, self._before = counts, now
         self.has_ended = max(positions) < 0
         if self._streamer is not None:
             # Sequences that have ended do not count: they are padded to the length of the longest one.
             least = min((c for c, p in zip(counts, positions, strict=True) if p >= 0), default=max(counts))
             for column in range(self._shown, least):
-                self._streamer.put(state[2][:, column].clone())
+                self._streamer.put(state[3][:, column].clone())
             self._shown = max(self._shown, least)
 
 

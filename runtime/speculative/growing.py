@@ -30,6 +30,8 @@ from effpass.runtime.speculative.tree import MOST_DEPTH, TokenTree, check_tree
 
 __all__ = ["C2T", "Eagle2", "Growing"]
 
+_LEAST_BITS = 3  # trees of up to 8 nodes are verified in the time of one
+
 
 @dataclass(frozen=True)
 class Eagle2:
@@ -51,6 +53,10 @@ class Eagle2:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.nodes,)
 
     @property
     def steps(self) -> int:
@@ -94,6 +100,11 @@ class C2T:
         _check(self)
         if not 0 <= self.beta <= 1:
             raise EffpassError(f"beta of a tree is {self.beta}", hint="it is a confidence: give 0 to 1")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        powers = (1 << bits for bits in range(_LEAST_BITS, MOST_NODES.bit_length()))
+        return (*(size for size in powers if size < self.nodes), self.nodes)
 
     @property
     def steps(self) -> int:

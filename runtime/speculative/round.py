@@ -37,6 +37,7 @@ from effpass.runtime.speculative.progress import Progress
 from effpass.runtime.speculative.session import TreeSession
 from effpass.runtime.speculative.shapes import Sampled
 from effpass.runtime.speculative.tree import TokenTree
+from effpass.runtime.speculative.tree_size import TreeSize
 from effpass.runtime.speculative.walk import Walk
 
 __all__ = ["Round"]
@@ -55,6 +56,8 @@ class Round:
     Attributes:
         progress: tokens that were emitted, and the state of each sequence.
         drafting: state of the draft for this target.
+        size: chooses how many nodes the next round verifies.
+        largest: int64 `[]`, number of nodes of the largest tree of the last round; written if their sizes vary.
         is_fixed: whether rounds of the current generation run without synchronization with the device.
         was_recorded: whether the last step was recorded as a CUDA graph before it ran, so that its time does not count.
     """
@@ -64,6 +67,9 @@ class Round:
     def __init__(self, target: TreeSession, draft: Draft, columns: int) -> None:
         self.target, self.draft, self.drafting = target, draft, draft.start(target)
         self.progress = Progress(target.batch, columns, target.model.device)
+        self.size = TreeSize(draft.kind.sizes)
+        self.largest = torch.zeros((), dtype=torch.long, device=target.model.device)
+        self._nodes = torch.zeros(target.batch, dtype=torch.long, device=target.model.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
         self._itself = torch.ones_like(self._parents)[:, :, None]
@@ -111,14 +117,17 @@ class Round:
             self._take_first()
         progress.totals.zero_()
 
-    def step(self, *, plain: bool = False, reached: int = 0) -> None:
+    def step(self, *, nodes: int | None = None, plain: bool = False, reached: int = 0) -> None:
         """Run a round, or a plain decode step.
 
         Args:
+            nodes: number of nodes to verify, with the root; None for all that the draft proposes.
             plain: whether to leave the draft out.
             reached: lower bound on the number of tokens of the longest sequence.
         """
-        self.was_recorded, verification = False, "plain" if plain else "round"
+        self.was_recorded = False
+        nodes = 1 if plain else nodes or self.draft.kind.nodes
+        verification = "plain" if plain else f"round of {nodes}"
         is_sparse = self.target.sparse is not None and self.target.sparse.acts_on(reached)
         if is_sparse:
             verification = f"sparse {verification}"
@@ -126,9 +135,9 @@ class Round:
                 self._run(("dense again",), self._again.run)
         if self.is_fixed:
             how = verification, self._samples, _names(self._processors)
-            self._run(how, lambda: self._take(self._verify(plain, is_sparse)))
+            self._run(how, lambda: self._take(self._verify(nodes, plain, is_sparse)))
         else:
-            self._take(self._run((verification, "verify"), lambda: self._verify(plain, is_sparse)))
+            self._take(self._run((verification, "verify"), lambda: self._verify(nodes, plain, is_sparse)))
 
     def catch_up(self) -> None:
         """Let the draft run the tokens that plain steps have emitted, as many as one call takes."""
@@ -149,11 +158,15 @@ class Round:
         progress, itself = self.progress, self._itself
         return TokenTree(progress.root[:, None], self._parents, progress.position[:, None], itself, 0)
 
-    def _verify(self, plain: bool, is_sparse: bool) -> _Verified:
+    def _verify(self, nodes: int, plain: bool, is_sparse: bool) -> _Verified:
         if plain:
             tree = self._alone()
         else:
             tree = self.drafting.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
+            tree = tree.first(nodes)
+            if self.size.varies:
+                torch.sum(tree.positions >= 0, 1, out=self._nodes)
+                torch.amax(self._nodes, 0, out=self.largest)
         return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors, is_sparse=is_sparse)
 
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:

@@ -54,11 +54,15 @@ class TreeKind(Protocol):
 
     Attributes:
         nodes: number of nodes of the verified tree, including the root; smaller trees are padded to it.
+        sizes: numbers of nodes to which a tree may be padded, ascending; the last one is `nodes`.
         depth: maximum depth of a node, 0 for the root.
     """
 
     @property
     def nodes(self) -> int: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
 
     @property
     def depth(self) -> int: ...
@@ -122,6 +126,10 @@ class Static:
     @property
     def nodes(self) -> int:
         return 1 + self._below(len(self.widths))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.nodes,)
 
     @property
     def steps(self) -> int:

@@ -38,6 +38,13 @@ class TokenTree:
     ancestors: Tensor
     depth: int
 
+    def first(self, nodes: int) -> TokenTree:
+        """Return the trees of the first `nodes` nodes."""
+        if nodes >= self.tokens.shape[1]:
+            return self
+        tokens, parents, positions = (x[:, :nodes].contiguous() for x in (self.tokens, self.parents, self.positions))
+        return TokenTree(tokens, parents, positions, self.ancestors[:, :nodes].contiguous(), self.depth)
+
 
 def check_tree(nodes: int, depth: int) -> None:
     """Raise an :class:`EffpassError` for a tree that has more nodes than an ancestor mask has bits, or is too deep."""

@@ -102,11 +102,11 @@ def test_the_text_is_the_same_whatever_is_switched(how: str, monkeypatch: pytest
     monkeypatch.setattr(loops, "time", clock)
     step = loops.Round.step
 
-    def counted(self: Any, *, plain: bool = False, reached: int = 0) -> None:
+    def counted(self: Any, *, plain: bool = False, **others: Any) -> None:
         nonlocal taken
         clock.now += 1 if plain else 3
         taken += "p" if plain else "r"
-        step(self, plain=plain, reached=reached)
+        step(self, plain=plain, **others)
 
     monkeypatch.setattr(loops.Round, "step", counted)
 
