@@ -32,10 +32,11 @@ _TRIED = 6  # training prompts by which a tree is chosen
 def _rates(runs: dict[str, Callable[[Tensor], Tensor]], prompts: Sequence[Tensor], device: str) -> dict[str, float]:
     """Tokens of answers a second over `prompts`, prompts included in the time; each prompt is answered by all in turn.
 
-    The first of `runs` answers everything once before, so that nobody meets a length for the first time.
+    All have answered everything once before, so that nobody meets a length, or a size of trees, for the first time.
     """
     for ids in prompts:
-        next(iter(runs.values()))(ids)
+        for run in runs.values():
+            run(ids)
     seconds, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
     for ids in prompts:
         for name, run in runs.items():
