@@ -189,5 +189,6 @@ def _tokens(hidden_states: Tensor, mask: Any, effpass_cache: Any) -> Tensor | No
     if mask.dim() == 2:  # the form for FlashAttention: tokens of the whole sequence
         return mask[:, -tokens:].bool()
     # A token is padding if it may not attend to itself, for any sliding window or prefix in the mask.
-    own = mask[:, 0, :, mask.shape[-1] - tokens :].diagonal(dim1=-2, dim2=-1)
+    columns = torch.arange(mask.shape[-1] - tokens, mask.shape[-1], device=mask.device)
+    own = mask[:, 0].gather(-1, columns[:, None].expand(mask.shape[0], -1, 1))[..., 0]
     return own if own.dtype == torch.bool else own == 0

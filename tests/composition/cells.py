@@ -247,6 +247,8 @@ FILES = [
     (("fg2_gdn",), "qwen3", "onnx", "float32", True),
     (("fg2_gdn",), "qwen3", "onnx", "int8", False),
     (("fg2_gdn",), "qwen3", "onnx", "float8", False),
+    (("fg2_gdn",), "qwen3", "aoti", "float32", False),
+    (("fg2_gdn",), "qwen3", "tensorrt", "float32", False),
 ]
 
 
