@@ -37,6 +37,10 @@ def _rates(runs: dict[str, Callable[[Tensor], Tensor]], prompts: Sequence[Tensor
     for ids in prompts:
         for run in runs.values():
             run(ids)
+    return _timed(runs, prompts, device)
+
+
+def _timed(runs: dict[str, Callable[[Tensor], Tensor]], prompts: Sequence[Tensor], device: str) -> dict[str, float]:
     seconds, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
     for ids in prompts:
         for name, run in runs.items():
