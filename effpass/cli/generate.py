@@ -60,6 +60,12 @@ def generate(
             "sparse_verification acts on the trees of a draft, and none was given",
             hint="--draft DRAFT, or leave it out of the recipe",
         )
+    if draft is not None:
+        from effpass.runtime.speculative.open_draft import check_draft
+
+        check_draft(draft, tree)
+    elif tree is not None:
+        raise EffpassError(f"--tree {tree} is of a draft, and none was given", hint="--draft DRAFT, or leave it out")
     images = [open_image(path) for path in image or ()]
     with placed(parsed, device) as place:
         if dtype is None and place.runs_on != place.loads_on and place.runs_on != "cpu":
@@ -76,7 +82,7 @@ def generate(
         if place.runs_on != place.loads_on:
             ready.to(place.runs_on)
         options: dict[str, Any] = {"images": images, "processor": loaded.processor, "max_new_tokens": max_new_tokens}
-        if draft is not None or tree is not None:
+        if draft is not None:
             if not hasattr(inner_model(ready), "effpass_engine"):
                 raise ModelError(
                     f"{model} does not run on the decode engine, which a draft needs", hint="leave --draft out"

@@ -9,6 +9,8 @@ import typer
 
 from effpass.cli.console import hide_bars
 from effpass.cli.train_options import Data, Dtype, Model, Seed, say
+from effpass.core.errors import EffpassError
+from effpass.core.user_path import expand_user
 
 __all__ = ["c2t"]
 
@@ -17,11 +19,11 @@ def c2t(
     model: Model,
     data: Data,
     draft: Annotated[
-        str, typer.Option("--draft", metavar="DRAFT", help="Folder of a head or a model.", show_default=False)
+        str, typer.Option("--draft", metavar="DRAFT", help="A head, a model or layers:0,1,5.", show_default=False)
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Where it goes.", show_default="DRAFT/c2t"),  # type: ignore[arg-type]
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where it goes.", show_default="DRAFT/c2t of a folder"),  # type: ignore[arg-type]
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="Children of a node, and nodes of a layer.")] = 8,
     depth: Annotated[int, typer.Option("--depth", help="Layers of a tree.")] = 5,
@@ -32,6 +34,13 @@ def c2t(
     seed: Seed = 0,
 ) -> None:
     """Learn which nodes of a draft's trees MODEL accepts, from its answers to prompts."""
+    if output is None:
+        if not expand_user(draft).is_dir():
+            raise EffpassError(
+                f"--draft {draft} is no folder that the classifier could go into",
+                hint="-o FOLDER, which effpass generate takes as --tree c2t:classifier=FOLDER",
+            )
+        output = expand_user(draft) / "c2t"
     hide_bars()
     import torch
 
@@ -40,7 +49,7 @@ def c2t(
 
     is_cuda = torch.cuda.is_available()
     train_c2t(
-        model, draft, data, Path(draft, "c2t") if output is None else output, top_k=top_k, depth=depth, trees=trees,
-        answer=answers, epochs=epochs, seed=seed, dtype=dtype or ("bfloat16" if is_cuda else "float32"),
-        device="cuda" if is_cuda else "cpu", backend=DecodeBackend(), say=say(),
+        model, draft, data, output, top_k=top_k, depth=depth, trees=trees, answer=answers, epochs=epochs, seed=seed,
+        dtype=dtype or ("bfloat16" if is_cuda else "float32"), device="cuda" if is_cuda else "cpu",
+        backend=DecodeBackend(), say=say(),
     )  # fmt: skip

@@ -123,11 +123,12 @@ def load_model(
     return LoadedModel(model.eval(), _tokenizer(where, name, local, trust_remote_code), name)
 
 
-def read_source(source: str | os.PathLike[str]) -> tuple[Any, Any]:
+def read_source(source: str | os.PathLike[str], *, local_files_only: bool = False) -> tuple[Any, Any]:
     """Read the config and tokenizer of a model without loading its weights.
 
     Args:
         source: as in :func:`load_model`.
+        local_files_only: whether a hub id is read from the local cache alone.
 
     Returns:
         The config, and the tokenizer or None when the folder contains none.
@@ -139,7 +140,7 @@ def read_source(source: str | os.PathLike[str]) -> tuple[Any, Any]:
     folder = _local_folder(name)
     if folder is not None:
         _check_folder(folder, name)
-    local = folder is not None or hub_is_out_of_reach()
+    local = folder is not None or local_files_only or hub_is_out_of_reach()
     config = read_config(folder or name, name, local_files_only=local)
     check_causal_lm(config, name)
     return config, _tokenizer(folder or name, name, local, False)

@@ -9,6 +9,7 @@ comes from, and d its depth, 0 directly below the root (https://arxiv.org/abs/25
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from effpass.core.artifact import Artifact, TensorSpec
 from effpass.core.errors import ArtifactError
 
-__all__ = ["ARTIFACT", "FEATURES", "VERSION", "Classifier", "load_classifier"]
+__all__ = ["ARTIFACT", "FEATURES", "VERSION", "Classifier", "load_classifier", "measured_on"]
+
+log = logging.getLogger("effpass")
 
 FEATURES = 3
 ARTIFACT, VERSION = "c2t", 1
@@ -60,17 +63,32 @@ class Classifier(nn.Module):
         return [p.detach().to(device, torch.float32).contiguous() for p in parameters]
 
 
-def load_classifier(folder: Path, draft: nn.Module) -> Classifier:
-    """Load the classifier of `draft` from an artifact folder.
+def measured_on(device: torch.device) -> str:
+    """Return what an artifact calls the device that its sizes were measured on: the name of a GPU, or else the type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def load_classifier(folder: Path, draft: nn.Module | None = None, device: torch.device | None = None) -> Classifier:
+    """Load a classifier from an artifact folder.
+
+    Args:
+        folder: folder that `effpass train c2t` wrote.
+        draft: model or head that the classifier must belong to; None to load that of any draft.
+        device: device to verify trees on. A warning is logged if the sizes were measured on another one; None for no
+            warning.
 
     Raises:
         ArtifactError: if there is none, it is damaged, or it was trained for another draft.
     """
     names: dict[str, TensorSpec] = dict.fromkeys(Classifier(1).state_dict(), (None, torch.float32))
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no classifier there", hint="effpass train c2t MODEL --draft DRAFT learns one")
+        raise ArtifactError(
+            f"{folder}: no classifier there",
+            hint="effpass train c2t MODEL --draft DRAFT learns one; tree c2t:classifier=FOLDER names where it is",
+        )
     artifact = Artifact.load(folder, expect_pass=ARTIFACT, max_version=VERSION, expect_tensors=names)
-    artifact.check_model(draft)
+    if draft is not None:
+        artifact.check_model(draft)
     try:
         found = Classifier.of(artifact.tensors)
     except RuntimeError as error:
@@ -80,4 +98,10 @@ def load_classifier(folder: Path, draft: nn.Module) -> Classifier:
         if type(value) not in ((int, float) if name == "beta" else (int,)):
             raise ArtifactError(f"{folder}: options: {name} is {value!r}, expected a number")
     found.sizes = sizes
+    there = artifact.provenance.get("device")
+    if device is not None and there is not None and there != measured_on(device):
+        log.warning(
+            "effpass: nodes and β in %s were measured on %s, and this device is %s; effpass train c2t measures again",
+            folder, there, measured_on(device),
+        )  # fmt: skip
     return found

@@ -16,6 +16,7 @@ from effpass.runtime.attention import reading_cache
 from effpass.runtime.session import Backend
 from effpass.runtime.speculative.eagle_head import EagleHead
 from effpass.runtime.speculative.progress import Progress
+from effpass.runtime.speculative.same_tokens import check_tokens, read_tokenizer, source_of
 from effpass.runtime.speculative.session import TreeSession, decoder_layers
 from effpass.runtime.speculative.shapes import Sampled, TreeKind
 from effpass.runtime.speculative.tree import TokenTree
@@ -45,13 +46,18 @@ class EagleDraft:
 
     def check(self, target: Any) -> None:
         text = target.config.get_text_config(decoder=True)
-        ours, layers = self.head.config, len(decoder_layers(target))
+        ours, layers, verifier = self.head.config, len(decoder_layers(target)), self.head.verifier
+        name = f"the head trained for {verifier}" if verifier else "the head"
+        hint = "effpass train draft MODEL learns one for this model"
         if (ours.hidden_size, ours.vocab_size) != (text.hidden_size, text.vocab_size) or max(self.taps) >= layers:
             raise ModelError(
-                f"the head is for a model of width {ours.hidden_size} with {ours.vocab_size} tokens and more than"
+                f"{name} is for a model of width {ours.hidden_size} with {ours.vocab_size} tokens and more than"
                 f" {max(self.taps)} layers, and this one has {text.hidden_size}, {text.vocab_size} and {layers}",
-                hint="effpass train draft MODEL learns one for this model",
+                hint=hint,
             )
+        if verifier is not None and verifier != source_of(target):
+            # The head does not need the model that it names, which is therefore not fetched.
+            check_tokens(name, read_tokenizer(verifier, local_files_only=True), target, hint=hint)
         if self.head.device != target.device:
             raise ModelError(f"the head is on {self.head.device}, and the model on {target.device}")
         if self.head.embed_tokens.weight.is_meta:

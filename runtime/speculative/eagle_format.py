@@ -48,7 +48,7 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
     Raises:
         ArtifactError: if the folder is damaged, or holds a speculator of another kind.
     """
-    config = _read_config(folder, layers)
+    config, verifier = _read_config(folder, layers)
     found = read_safetensors(folder / _WEIGHTS)
     tensors = {name: tensor for name, tensor in found.items() if not name.startswith("verifier_")}
     dtype = tensors["fc.weight"].dtype if "fc.weight" in tensors else None
@@ -68,6 +68,7 @@ def read_head(folder: Path, layers: int | None = None) -> EagleHead:
                 f"{folder / _WEIGHTS}: {name} is {tuple(tensor.shape)}, and config.json makes it {expected[name]}"
             )
     head = _made(config, dtype, folder)
+    head.verifier = verifier
     head.load_state_dict(tensors, strict=False, assign=True)
     if head.d2t is not None:
         known = head.d2t + head.d2t.new_ones(len(head.d2t)).cumsum(0) - 1
@@ -96,7 +97,8 @@ def _layer_config(layer: dict[str, Any]) -> Any:
         raise ValueError(f"transformer_layer_config: {_line(error)}") from error
 
 
-def _read_config(folder: Path, layers: int | None) -> HeadConfig:
+def _read_config(folder: Path, layers: int | None) -> tuple[HeadConfig, str | None]:
+    """Read the config of a head, and the name of the model that it was trained for, if it has one."""
     path = folder / _CONFIG
     try:
         content: Any = parse_json(path.read_bytes())
@@ -116,13 +118,19 @@ def _read_config(folder: Path, layers: int | None) -> HeadConfig:
         if content.get("target_hidden_size") not in (None, layer["hidden_size"]):
             raise ValueError("target_hidden_size is not the head's own")
         flags = {name: bool(content.get(name)) for name in _FLAGS}
-        return HeadConfig(_layer_config(layer), vocabulary, tuple(taps), **flags)
+        return HeadConfig(_layer_config(layer), vocabulary, tuple(taps), **flags), _verifier(content)
     except OSError as error:
         raise ArtifactError(f"{path}: can't be read: {error.strerror or error}") from error
     except KeyError as error:
         raise ArtifactError(f"{path}: no {error}") from error
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _verifier(content: Any) -> str | None:
+    for key in ("speculators_config", "verifier", "name_or_path"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, str) else None
 
 
 def write_head(head: EagleHead, folder: Path, *, verifier: str, architecture: str, tokens: int) -> Path:

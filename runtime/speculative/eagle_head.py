@@ -103,7 +103,10 @@ class EagleHead(nn.Module):
     Attributes:
         d2t: int64 `[U]`, offset from each token of the draft's vocabulary to the target's; None if they are the same.
         t2d: bool `[V]`, tokens of the target that the draft's vocabulary has; None if they are the same.
+        verifier: folder or hub id of the model that the head was trained for; None if that is not known.
     """
+
+    verifier: str | None = None
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from effpass.runtime.attention import reading_cache
 from effpass.runtime.engine import check_decodable
 from effpass.runtime.session import Backend
 from effpass.runtime.speculative.progress import Progress
+from effpass.runtime.speculative.same_tokens import name_of
 from effpass.runtime.speculative.session import TreeSession
 from effpass.runtime.speculative.shapes import Sampled, TreeKind
 from effpass.runtime.speculative.tree import TokenTree
@@ -54,7 +55,7 @@ class ModelDraft:
         ours, theirs = _vocabulary(self.model), _vocabulary(target)
         if ours != theirs and not self._same_tokens:
             raise ModelError(
-                f"the draft has a vocabulary of {ours} tokens, and the model one of {theirs}",
+                f"the draft {name_of(self.model)} has a vocabulary of {ours} tokens, and the model one of {theirs}",
                 hint="take a draft of the same family, with the same tokenizer",
             )
         if self.model.device != target.device:

@@ -21,11 +21,11 @@ from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import LoadedModel, load_model
 from effpass.runtime.attach import engine_of
 from effpass.runtime.engine import Engine
-from effpass.runtime.speculative.classifier import ARTIFACT, VERSION, Classifier
+from effpass.runtime.speculative.classifier import ARTIFACT, VERSION, Classifier, measured_on
 from effpass.runtime.speculative.eagle_draft import EagleDraft
 from effpass.runtime.speculative.growing import C2T
 from effpass.runtime.speculative.model_draft import ModelDraft
-from effpass.runtime.speculative.open_draft import open_draft
+from effpass.runtime.speculative.open_draft import check_draft, open_draft
 from effpass.runtime.speculative.speculator import Speculator
 from effpass.trainers.c2t.curves import BETAS, by_confidence, by_probability, choose, saved
 from effpass.trainers.c2t.fit import fit
@@ -61,9 +61,10 @@ def train_c2t(
 
     Args:
         source: model, as for `effpass.load_model`.
-        draft: draft of the model, the folder of an EAGLE-3 head or of a model.
+        draft: draft of the model, as for :func:`~effpass.runtime.speculative.open_draft.open_draft`, but not `"ngram"`,
+            which has no probabilities.
         data: JSON lines file of prompts (:mod:`effpass.trainers.draft.answers`).
-        folder: folder of the artifact to create; `c2t` trees load it from ``DRAFT/c2t``.
+        folder: folder of the artifact to create; `c2t` trees load it from ``DRAFT/c2t`` if they name no other.
         top_k, depth: sizes of the trees, as for :class:`~effpass.runtime.speculative.growing.C2T`.
         trees: number of trees to collect, of which a twentieth is held out.
         answer: maximum number of tokens of an answer.
@@ -87,6 +88,9 @@ def train_c2t(
     ):  # fmt: skip
         if value < least:
             raise EffpassError(f"{name}: got {value}, expected at least {least}")
+    if draft == "ngram":
+        raise EffpassError("the n-gram draft has no probabilities to classify", hint="give a head or a model as draft")
+    check_draft(draft, f"eagle2:top_k={top_k},depth={depth}")
     loaded = load_model(source, dtype=dtype)
     loaded.model.to(device)
     prompts = read_prompts(data, loaded.tokenizer)
@@ -166,14 +170,10 @@ def _save(
         "round_seconds_by_nodes": {str(n): s for n, s in seconds.items()},
     }
     provenance = {
-        "data": file_hash(data), "trees": len(found), "held_out": len(trees), "seed": seed, "device": _device(engine),
-        "torch": importlib.metadata.version("torch"),
+        "data": file_hash(data), "trees": len(found), "held_out": len(trees), "seed": seed,
+        "device": measured_on(engine.device), "torch": importlib.metadata.version("torch"),
     }  # fmt: skip
     options = {"top_k": found.top_k, "depth": found.depth, "nodes": sizes.nodes, "beta": sizes.beta}
     Artifact(
         ARTIFACT, VERSION, options, Fingerprint.of(learned_for), provenance, metrics, dict(classifier.state_dict())
     ).save(folder)
-
-
-def _device(engine: Engine) -> str:
-    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
