@@ -17,7 +17,19 @@ from effpass.lowering.ops.tree_growth import positions_at
 from effpass.runtime.speculative import C2T, Classifier, Eagle2, EagleHead, HeadConfig, Static, chain
 from effpass.runtime.speculative.tree import TokenTree
 
-__all__ = ["KINDS", "Fixed", "classifier", "draft_model", "layer_config", "make_head", "prepared", "sure_checkpoint"]
+__all__ = [
+    "KINDS",
+    "LIKELY",
+    "PEAKED",
+    "Fixed",
+    "classifier",
+    "classifier_of",
+    "draft_model",
+    "layer_config",
+    "make_head",
+    "prepared",
+    "sure_checkpoint",
+]
 
 
 def classifier(seed: int = 0, offset: float = 0.0) -> Classifier:
@@ -25,9 +37,23 @@ def classifier(seed: int = 0, offset: float = 0.0) -> Classifier:
     torch.manual_seed(seed)
     made = Classifier(8)
     with torch.no_grad():
-        made.outer.bias += offset
+        made.outer.bias.add_(offset)
     return Classifier.of(made.state_dict())
 
+
+def classifier_of(inner: list[list[float]], bias: list[float], outer: list[float], offset: float) -> Classifier:
+    """The one with these weights W₁ `[h, 3]`, b₁ `[h]`, w₂ `[h]` and b₂."""
+    names = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
+    return Classifier.of(dict(zip(names, map(torch.tensor, (inner, bias, [outer], [offset])), strict=True)))
+
+
+#: Keeps a part of the nodes that a tiny random model with 96 tokens proposes, all of them nearly equally likely: below
+#: the root those with P > 1.4 / 96, and further down those after distributions with H < 4.5505. Its logit is
+#: 20 (96 P − 1.4) + 500 (4.5505 − H) below the root, and without the 1.4 further down, where 96 P is about 0.
+PICKY = classifier_of(
+    [[96.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]], [0.0, 5.0, 0.0, -1.0],
+    [20.0, 500.0, 28.0, -28.0], -28.0 - 500 * (5 - 4.5505),
+)  # fmt: skip
 
 KINDS: dict[str, Any] = {
     "chain": chain(3),
@@ -37,15 +63,33 @@ KINDS: dict[str, Any] = {
     "eagle2, smaller than its layers": Eagle2(6, 3, 4),
     "eagle2, larger than its pool": Eagle2(2, 2, 20),
     "eagle2, two words": Eagle2(9, 2, 70),
-    "c2t": C2T(classifier(), 0.45, 4, 3, 12),
+    "c2t": C2T(PICKY, 0.5, 4, 3, 12),
     "c2t, keeps all": C2T(classifier(), 0.0, 3, 4, 16),
     "c2t, keeps none": C2T(classifier(), 1.0, 3, 2, 8),
 }
 
 
+#: Settings of a small model whose logits are far from even and depend on the text, for tests of distributions.
+PEAKED: dict[str, Any] = {
+    "vocab_size": 8,
+    "initializer_range": 0.3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+#: Its confidence is above one half for paths of probability 0.15 or more.
+LIKELY = classifier_of([[1.0, 0.0, 0.0]], [0.0], [20.0], -3.0)
+
+
 def draft_model(how: str, family: str = "llama", **overrides: Any) -> Any:
-    """The target itself, its opposite, or another model."""
+    """The target itself, its opposite, another model, or one a quarter of the way to the other: *near*."""
     model = families.make(family, seed=3 if how == "random" else 0, **overrides)
+    if how == "near":
+        other = families.make(family, seed=3, **overrides)
+        with torch.no_grad():
+            for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                ours.lerp_(theirs, 0.25)
     if how == "wrong":
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(-head.weight.detach())

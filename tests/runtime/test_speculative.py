@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import families
@@ -11,7 +12,10 @@ from speculative_drafts import KINDS, Fixed, draft_model, prepared
 from torch import Tensor
 
 import effpass
+from effpass.passes.weights.keep_indices import make_keep_artifact
+from effpass.passes.weights.structured_pruning import save_pruned
 from effpass.runtime.speculative import Eagle2, ModelDraft, NGramDraft, Speculator, Static, chain, generate, skip_layers
+from effpass.runtime.speculative.cache import TreeCache
 
 GIVEN = families.batch(11)
 PADDED = {k: GIVEN[k] for k in ("input_ids", "attention_mask")}
@@ -52,6 +56,35 @@ def test_greedy_is_plain_greedy(model: Any, plain: Tensor, kind: str, how: str) 
             assert found.rounds == 2 * rounds
 
 
+class _Noted(ModelDraft):
+    """Notes the number of nodes, without the root, of each tree of a row that has not ended."""
+
+    def start(self, target: Any) -> Any:
+        at_work, self.sizes = super().start(target), list[int]()
+        propose = at_work.propose
+
+        def proposing(progress: Any, sampled: Any) -> Any:
+            tree = propose(progress, sampled)
+            self.sizes += (tree.parents >= 0).sum(1)[progress.position >= 0].tolist()
+            return tree
+
+        at_work.propose = proposing  # type: ignore[method-assign]
+        return at_work
+
+
+@pytest.mark.parametrize("how", ["right", "wrong", "random"])
+def test_c2t_keeps_a_part_of_the_nodes(model: Any, plain: Tensor, how: str) -> None:
+    draft = _Noted(draft_model(how), KINDS["c2t"])
+    out, found = speculate(model, draft, **PADDED, **FREE)
+    assert torch.equal(out, plain)
+    cap = KINDS["c2t"].nodes - 1
+    assert 1 < found.verified / found.rounds < cap - 1
+    assert sum(0 < size < cap for size in draft.sizes) > len(draft.sizes) / 3
+    assert len(set(draft.sizes)) > 4
+    if how == "right":
+        assert found.acceptance_length > 1.5
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family(family: str) -> None:
     model, draft = prepared(family), draft_model("random", family)
@@ -60,7 +93,7 @@ def test_every_family(family: str) -> None:
     assert torch.equal(speculate(model, NGramDraft(4), **PADDED, **FREE)[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["chain", "eagle2", "c2t, keeps all"])
+@pytest.mark.parametrize("kind", ["chain", "static", "eagle2", "c2t", "c2t, keeps all"])
 @pytest.mark.parametrize("new", [1, 2, 3, 6])
 def test_a_length_limit_inside_a_tree(model: Any, plain: Tensor, kind: str, new: int) -> None:
     arguments = {**PADDED, "max_new_tokens": new, "eos_token_id": None}
@@ -69,7 +102,7 @@ def test_a_length_limit_inside_a_tree(model: Any, plain: Tensor, kind: str, new:
     assert found.tokens == 2 * (new - 1)
 
 
-@pytest.mark.parametrize("kind", ["chain", "static", "eagle2"])
+@pytest.mark.parametrize("kind", ["chain", "static", "eagle2", "c2t", "c2t, keeps all"])
 @pytest.mark.parametrize("ends", [(2, 13), (5, 6), (0, 19), (14, 3)])
 def test_an_end_inside_a_tree(model: Any, plain: Tensor, kind: str, ends: tuple[int, int]) -> None:
     tokens = [int(plain[row, 11 + after]) for row, after in enumerate(ends)]
@@ -77,6 +110,34 @@ def test_an_end_inside_a_tree(model: Any, plain: Tensor, kind: str, ends: tuple[
     expected = families.make("llama").generate(**arguments)
     out, _ = speculate(model, ModelDraft(draft_model("right"), KINDS[kind]), **arguments)
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("ends", [(2, 5), (7, 1), (0, 4), (6, 6)])
+def test_an_end_inside_what_is_looked_up(ends: tuple[int, int]) -> None:
+    """Each prompt has its answer in it, with the token that ends it, and each answer takes one round."""
+    reference = families.make("llama")
+    with torch.no_grad():
+        for layer in reference.model.layers:  # a token follows from the one before alone
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        follows = reference(torch.arange(96)[:, None]).logits[:, 0].argmax(-1).tolist()
+    texts = []
+    for token in range(3, 96):
+        text = [token]
+        while len(text) < 10:
+            text.append(follows[text[-1]])
+        texts.append(text)
+    first = next(text for text in texts if len(set(text)) == 10)
+    second = next(text for text in texts if len(set(text)) == 10 and not set(text) & set(first))
+    ids = torch.tensor([[*text, text[0]] for text in (first, second)])
+    tokens = [text[1 + after] for text, after in zip((first, second), ends, strict=True)]
+    arguments = {"input_ids": ids, "max_new_tokens": 20, "eos_token_id": tokens, "pad_token_id": 0}
+    expected = reference.generate(**arguments)
+    assert expected.shape[1] == 11 + 1 + max(ends)
+    ready = effpass.prepare(reference, {"version": 1, "passes": []})
+    out, found = speculate(ready, NGramDraft(7), **arguments)
+    assert torch.equal(out, expected)
+    assert (found.rounds, found.tokens) == (sum(after > 0 for after in ends), sum(ends))
 
 
 def test_of_equal_siblings_the_first_counts(model: Any, plain: Tensor) -> None:
@@ -118,14 +179,39 @@ def test_a_criterion_that_sees_the_text_ends_inside_a_tree(model: Any, plain: Te
     assert out.shape[1] == 18
 
 
-def test_what_was_moved_is_what_would_be_computed(model: Any, plain: Tensor) -> None:
+#: Each node of the right path comes second of its siblings, behind a wrong one and before one that proposes the same.
+SECOND = [-1, 0, 0, 0, 2, 2, 2, 5, 5, 5], (1, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("draft", "least"),
+    [
+        (lambda plain: Fixed(plain, *SECOND), 24),  # 3 nodes of each row's 4 rounds before the last one
+        (lambda _: ModelDraft(draft_model("right"), KINDS["static"]), 16),  # 2 of 3: the first is in its place
+        (lambda _: ModelDraft(draft_model("right"), Eagle2(6, 3, 12)), 8),
+    ],
+    ids=["siblings", "static", "eagle2"],
+)
+def test_what_was_moved_is_what_would_be_computed(
+    model: Any, plain: Tensor, draft: Any, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys and values of accepted nodes, moved behind each row's prefix, against those of the whole text at once."""
-    speculator = Speculator(model.effpass_engine, ModelDraft(draft_model("random"), Eagle2(6, 3, 12)), switches=False)
+    moved, commit = 0, TreeCache.commit
+
+    def counting(self: TreeCache, path: Tensor, taken: Tensor) -> None:
+        nonlocal moved
+        step = torch.arange(path.shape[1])
+        moved += int(((path != step) & (step < taken[:, None])).sum())
+        commit(self, path, taken)
+
+    monkeypatch.setattr(TreeCache, "commit", counting)
+    speculator = Speculator(model.effpass_engine, draft(plain), switches=False)
 
     def loop(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
         return generate(speculator, input_ids, **prepared)
 
     type(model).generate(model, **PADDED, **FREE, custom_generate=loop)
+    assert moved >= least
     (found,) = speculator._free.values()
     cache, given = found.target.cache, families.make("llama")
     # The last tokens of a row that has ended are not moved: nothing comes behind them.
@@ -219,6 +305,22 @@ def test_skipped_layers_share_the_weights() -> None:
     assert small.model.layers[0].self_attn.layer_idx == 0
     assert small.model.layers[0].mlp.up_proj.weight is model.model.layers[1].mlp.up_proj.weight
     assert len(model.model.layers) == model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("tree", [None, "static:3,2", "eagle2"])
+def test_the_model_pruned_and_saved_is_a_draft(model: Any, plain: Tensor, tree: str | None, tmp_path: Path) -> None:
+    """Without one of two groups of heads in each layer, and without a tenth of the channels."""
+    channels = [list(range(0, 86)), list(range(10, 96))]
+    make_keep_artifact(families.make("llama"), tmp_path / "keep", kv_groups=[[1], [0]], ffn_channels=channels)
+    recipe = {"version": 1, "passes": [{"structured_pruning": {"artifact": str(tmp_path / "keep")}}]}
+    pruned = effpass.prepare(families.make("llama"), recipe)
+    save_pruned(pruned, tmp_path / "pruned")
+    assert torch.equal(model.generate(**PADDED, **FREE, draft=tmp_path / "pruned", tree=tree), plain)
+    speculator, _ = model.effpass_engine.speculators.popitem()[1]
+    assert speculator.draft.model.config.num_key_value_heads == 1
+    out, found = speculate(model, ModelDraft(speculator.draft.model, Static((3, 2))), **PADDED, **FREE)
+    assert torch.equal(out, plain)
+    assert found.acceptance_length > 1.3
 
 
 def test_a_longer_prompt_and_another_batch_in_the_same_speculator(model: Any) -> None:

@@ -7,13 +7,26 @@ from typing import Any
 import families
 import pytest
 import torch
-from speculative_drafts import KINDS, draft_model
+from speculative_drafts import KINDS, LIKELY, PEAKED, draft_model
+from token_statistics import FALSE_ALARM, conditionals, joint_of, p_value
 from torch import Tensor
 from transformers import LlamaConfig
 
 import effpass
 from effpass.runtime.attention import reading_cache
-from effpass.runtime.speculative import EagleDraft, EagleHead, HeadConfig, ModelDraft, NGramDraft, Speculator, generate
+from effpass.runtime.speculative import (
+    C2T,
+    Eagle2,
+    EagleDraft,
+    EagleHead,
+    HeadConfig,
+    ModelDraft,
+    NGramDraft,
+    Speculator,
+    Static,
+    chain,
+    generate,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -68,8 +81,13 @@ def test_every_tree(kind: str, how: str) -> None:
     ready = effpass.prepare(model, NO_PASSES)
     out, found = speculate(ready, ModelDraft(draft_model(how).cuda(), KINDS[kind]), **given, **FREE)
     assert torch.equal(out, expected)
+    if kind == "c2t":
+        assert found.last is not None
+        assert 1 < found.last.verified / found.last.rounds < KINDS[kind].nodes - 2
     (round_,) = found._free.values()
-    assert len(round_._graphs) == 1
+    recorded = {how for how, *_ in round_._graphs}
+    assert "first" in recorded
+    assert recorded <= {"first", *(f"round of {size}" for size in KINDS[kind].sizes)}
     again, _ = speculate(ready, found.draft, **given, **FREE)
     assert torch.equal(again, expected)
 
@@ -116,16 +134,34 @@ def test_sampled_text_depends_on_the_seed_alone() -> None:
     assert not torch.equal(texts[0], texts[4])
 
 
-def test_sampled_tokens_have_the_model_s_distribution() -> None:
-    model, ids = make(vocab_size=97), families.batch(7)["input_ids"][1:].cuda()
-    expected = torch.softmax(model(ids).logits[0, -1], -1)
-    ready = effpass.prepare(model, NO_PASSES)
-    how = {"num_return_sequences": 4096, "max_new_tokens": 1, "do_sample": True, "top_k": 0, "eos_token_id": None}
+SMALL: dict[str, Any] = {"chain": chain(2), "static": Static((2, 2)), "eagle2": Eagle2(3, 2, 6)}
+SMALL["c2t"] = C2T(LIKELY, 0.5, 3, 2, 6)
+WARPED = {"temperature": 0.7, "top_p": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("chain", {}),
+        ("static", WARPED),
+        ("eagle2", {}),
+        ("c2t", {}),
+        ("c2t", WARPED),
+        ("eagle2", {"repetition_penalty": 1.3}),
+    ],
+)
+def test_sampled_answers_have_the_model_s_distribution(kind: str, how: dict[str, float]) -> None:
+    model, prompt = make(**PEAKED), torch.tensor([[3, 5, 4, 5]], device="cuda")
+    expected = joint_of(conditionals(model, prompt, 4, **how))
+    ready, draft = effpass.prepare(model, NO_PASSES), ModelDraft(draft_model("near", **PEAKED).cuda(), SMALL[kind])
+    many = {"num_return_sequences": 256 if "repetition_penalty" in how else 2048, "max_new_tokens": 4, "top_k": 0}
     torch.manual_seed(0)
-    out, _ = speculate(ready, NGramDraft(1), input_ids=ids, **how)
-    drawn = out[:, -1].bincount(minlength=97) / 4096
-    # 4096 draws: a frequency of p is off by at most 5 √(p / 4096) but for one case in a million.
-    assert ((drawn - expected).abs() <= 5 * (expected / 4096).sqrt()).all()
+    out, found = speculate(
+        ready, draft, input_ids=prompt, do_sample=True, eos_token_id=None, pad_token_id=0, **many, **how
+    )
+    assert found.last is not None
+    assert found.last.acceptance_length > 1.1
+    assert p_value(expected, out[:, 4:].cpu()) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("draft", ["model", "head", "ngram"])
@@ -138,6 +174,9 @@ def test_rounds_do_not_wait_for_the_device(draft: str) -> None:
     elif draft == "head":
         made = EagleDraft(head(model), KINDS["eagle2"])
     _, found = speculate(ready, made, **given, **FREE)
+    if draft == "model":  # some nodes are kept, and some are not
+        assert found.last is not None
+        assert 1 < found.last.verified / found.last.rounds < KINDS["c2t"].nodes - 2
     (round_,) = found._free.values()
     with torch.no_grad(), reading_cache(ready), round_.target.attached(), made.running():
         round_.progress.position.fill_(12)
