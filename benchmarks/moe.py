@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
-from benchmarks import moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric, moe_tiles
+from benchmarks import moe_pairs, moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric, moe_tiles
 from benchmarks.backend import _compile, _decode_step, _dtype, _free
 from benchmarks.decode import NO_PASSES, PROMPT, _greedy
 from benchmarks.optimizer import matmul_rate as measured_rate
@@ -122,6 +122,12 @@ def _sonic(gate_up: Tensor, down: Tensor) -> Call | None:
     return call
 
 
+def _vllm(gate_up: Tensor, down: Tensor) -> tuple[str, Call] | None:
+    from benchmarks.moe_vllm import vllm_experts  # needs Triton
+
+    return vllm_experts(gate_up, down)
+
+
 def _peers(shape: Shape, tokens: int, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Call]]:
     yield "transformers grouped_mm", _compiled("grouped_mm", gate_up, down)
     copied = tokens * shape.each * 3 * shape.width * shape.inner * shape.element_size
@@ -130,6 +136,9 @@ def _peers(shape: Shape, tokens: int, gate_up: Tensor, down: Tensor) -> Iterator
     sonic = _sonic(gate_up, down)
     if sonic is not None:
         yield "SonicMoE", sonic
+    vllm = _vllm(gate_up, down)
+    if vllm is not None:
+        yield vllm
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -321,6 +330,7 @@ CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
     **{name: lambda device, smoke, name=name: _layer(name, device, smoke) for name in SHAPES},  # type: ignore[misc]
     **{f"autotuned-{name}": functools.partial(_autotuned, name) for name in SHAPES},
     "stack": stack,
+    "pairs": moe_pairs.pairs,
     "tiles": functools.partial(moe_tiles.tiles, tuple((name, SHAPES[name], n) for name, n in CLOSE), _routings),
     **{f"eps-{name}": functools.partial(moe_ranks.layers, name, SHAPES[name]) for name in SEVERAL_GPUS},
     **{f"eps-stack-{name}": functools.partial(moe_ranks_stack.stack, name) for name in SEVERAL_GPUS},

@@ -10,8 +10,11 @@ The functions validate their arguments and call the pass manager (:mod:`effpass.
 
 from __future__ import annotations
 
+import inspect as python_inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,7 +60,8 @@ def prepare(
 
     Passes that rewrite models change `model` in place: weights are folded or sliced once, which is the only way that
     also saves memory. If there are passes that only rewrite graphs, the forward calls of the model are compiled with
-    the effpass backend. `generate` of the result runs on the decode engine (:mod:`effpass.runtime.engine`).
+    the effpass backend; settings that such a pass needs are changed for good, and reported. `generate` of the result
+    runs on the decode engine (:mod:`effpass.runtime.engine`).
 
     Args:
         model: a transformers causal LM, or a PeftModel around one. It is changed in place, but not before every pass
@@ -106,6 +110,8 @@ def _prepare(model: torch.nn.Module, planned: list[Planned]) -> tuple[torch.nn.M
     report = PassManager(first).prepare(model)
     prepared = model.get_base_model() if _is_merged_peft(model) else model  # type: ignore[operator]
     report.compiled = [p.pass_.name for p in second]
+    settings = [p.pass_.make_ready(model) for p in second]
+    report.changed = [setting.line for setting in settings if setting is not None]
     prepared.effpass_report = report
     items = [
         {p.pass_.name: {**dump_options(p.pass_.options), "require": p.require, "verify": p.verify}} for p in second
@@ -208,7 +214,14 @@ def inspect(
     planned = plan(recipe)
     at = ceilings(*device_and_dtype(model)) if predict_for is None else known(predict_for)
     sizes = {"batch": batch, "tokens": tokens, "cache_length": cache_length}
-    return inspect_model(model, planned, at, input_ids=input_ids, **sizes)
+    settings = [setting for p in planned if (setting := p.pass_.make_ready(model)) is not None]
+    try:
+        found = inspect_model(model, planned, at, input_ids=input_ids, **sizes)
+    finally:
+        for setting in settings:
+            setting.undo()
+    found.changed = [setting.line for setting in settings]
+    return found
 
 
 def generate(
@@ -296,18 +309,25 @@ def custom_generate(
         logits_processor: prepared logits processors, applied to the logits of each step.
         stopping_criteria: prepared stopping criteria.
         generation_config: prepared generation config.
-        token_streamer: a streamer; transformers does not forward its argument `streamer` to a custom loop.
+        token_streamer: a streamer that receives the new tokens alone. The argument `streamer` of transformers'
+            `generate` works too, and receives the prompt first.
         draft: draft for speculative decoding: a model, the folder of one, ``"ngram"`` or ``"layers:0,1,5"``. None
             decodes without a draft.
-        tree: token tree that the draft builds: ``"chain"``, ``"static"``, ``"eagle2"`` or ``"c2t"``.
+        tree: token tree that the draft builds: ``"chain"``, ``"static"``, ``"eagle2"`` or ``"c2t"``; sizes may follow.
         model_kwargs: prepared arguments of the model: `attention_mask`, `past_key_values`.
 
     Returns:
         What transformers' `generate` returns for the same arguments.
 
     Raises:
-        EffpassError: the engine can't run the model, or does not support an argument.
+        EffpassError: the engine can't run the model, or does not support an argument; or there are two streamers, or a
+            tree without a draft.
     """
+    streamer = _streamer_of(sys._getframe(1))
+    if token_streamer is not None and streamer is not None:
+        raise EffpassError("streamer and token_streamer are both given", hint="leave one of both out")
+    if draft is None and tree is not None:
+        raise EffpassError(f"tree={tree!r} without a draft", hint="give draft=... as well")
     from effpass.backend import DecodeBackend
     from effpass.runtime import generation, speculative
     from effpass.runtime.attach import engine_of
@@ -317,12 +337,23 @@ def custom_generate(
         "logits_processor": logits_processor,
         "stopping_criteria": stopping_criteria,
         "generation_config": generation_config,
-        "streamer": token_streamer,
+        "streamer": streamer if token_streamer is None else token_streamer,
         **model_kwargs,
     }
     if draft is None:
         return generation.generate(engine, input_ids, **prepared)
     return speculative.generate(speculative.speculator_of(engine, draft, tree), input_ids, **prepared)
+
+
+def _streamer_of(caller: FrameType) -> Any:
+    """The argument `streamer` of the `generate` that called a loop: transformers does not pass it on.
+
+    It has put the prompt into the streamer already, whose reader waits for what follows.
+    """
+    from transformers import GenerationMixin
+
+    theirs = python_inspect.unwrap(GenerationMixin.generate).__code__
+    return caller.f_locals.get("streamer") if caller.f_code is theirs else None
 
 
 def swap_adapter(model: torch.nn.Module, adapter: str | Path) -> int:

@@ -145,7 +145,8 @@ def effpass(
     inner = inner_backend(parsed, mode)
     planned = parsed.planned()
     names = weight_names(gm, parsed.prefix)
-    planned = [p for p in planned if p.require or not parsed.is_default or p.pass_.could_act(names)]
+    if parsed.is_default:
+        planned = [p for p in planned if p.require or p.pass_.could_act(names) or p.pass_.could_refuse(gm)]
     if not planned:
         return inner(gm, example_inputs)
     try:

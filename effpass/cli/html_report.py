@@ -143,11 +143,13 @@ def _passes(report: dict[str, Any]) -> Iterator[Markup]:
             "div",
             tag("h3", name, " ", tag("span", kind, class_=f"badge {kind}")),
             tag("p", tag("b", f"{hits:,}"), f" place{'s' * (hits != 1)} rewritten{others}" + _ops(entries)),
+            *(tag("p", note) for note in dict.fromkeys(entry["note"] for entry in entries) if note),
             *_refusals([refusal for entry in entries for refusal in entry["refusals"]]),
             class_="pass",
         )
     for entry in report["prepared"]:
         yield tag("p", tag("b", entry["name"]), " acts on the model itself, through effpass.prepare; not traced here.")
+    yield from (tag("p", line) for line in report["changed"])
     if not merged and not report["prepared"]:
         yield tag("p", "The recipe names no pass.")
 

@@ -107,6 +107,8 @@ def _show(console: Console, found: Inspection, verbose: bool) -> None:
     for report in found.reports:
         if report.unrewritten:
             console.print(f"one graph of {found.graphs} goes on as it is: {report.unrewritten}", markup=False)
+    for line in found.changed:
+        console.print(line, markup=False)
     for name in found.unmet:
         console.print(f"[red]{name} is required and would rewrite nothing[/red]")
     changed = {
@@ -168,6 +170,7 @@ def _merged(reports: Sequence[Report]) -> list[PassReport]:
             into = total.setdefault(entry.name, PassReport(entry.name, entry.exact, flops=0, weight_bytes=0))
             into.hits += entry.hits
             into.refusals += entry.refusals
+            into.note = into.note or entry.note
             into.flops = (into.flops or 0) + (entry.flops or 0)
             into.weight_bytes = (into.weight_bytes or 0) + (entry.weight_bytes or 0)
     return list(total.values())
@@ -188,6 +191,8 @@ def _show_pass(console: Console, entry: PassReport, in_a_step: int, verbose: boo
     if not entry.hits and not in_a_step and not entry.refusals:
         line.append("; the model has nothing that it looks for")
     console.print(line)
+    if entry.note:
+        console.print(f"  {entry.note}", markup=False)
     groups: dict[tuple[str, str], list[Refusal]] = defaultdict(list)
     for refusal in entry.refusals:
         groups[(refusal.reason, refusal.hint)].append(refusal)

@@ -127,6 +127,7 @@ class Inspection:
         weight_bytes: bytes of the model's parameters.
         derived_bytes: additional bytes of derived weights under `torch.compile`; 0 with `effpass.prepare` or export.
         unmet: names of passes that are required and would rewrite nothing.
+        changed: settings that `effpass.prepare` would change so that the passes recognize the model's graphs.
         workloads: costs and predicted times.
         memory: use of device memory.
         ceilings: measured ceilings of the device that the predictions are based on.
@@ -142,6 +143,7 @@ class Inspection:
     weight_bytes: int = 0
     derived_bytes: int = 0
     unmet: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     workloads: list[Workload] = field(default_factory=list)
     memory: Memory | None = None
     ceilings: Ceilings | None = None

@@ -167,6 +167,7 @@ class PassManager:
         with _failures_of(pass_):
             for part, found in zip(before.parts, candidates, strict=True):
                 self._rewrite(pass_, part, found, entry)
+            entry.note = pass_.note(program) if entry.hits else ""
         entry.seconds += time.perf_counter() - started
         if entry.hits:
             assert cost_before is not None

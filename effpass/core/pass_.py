@@ -16,7 +16,7 @@ entrance the manager raises an error that says where the pass can act; a pass th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from effpass.core.artifact import Artifact
     from effpass.core.program import Program
 
-__all__ = ["Entrance", "GraphPass", "Match", "NoOptions", "Pass", "RuntimePass", "WeightsPass"]
+__all__ = ["Entrance", "GraphPass", "Match", "NoOptions", "Pass", "RuntimePass", "Setting", "WeightsPass"]
 
 Entrance = Literal["model", "program", "backend"]
 
@@ -49,6 +49,19 @@ class Match:
 
     anchor: torch.fx.Node
     nodes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a model that a pass changed so that it recognizes the model's graphs.
+
+    Attributes:
+        line: what was changed, for reports.
+        undo: changes it back.
+    """
+
+    line: str
+    undo: Callable[[], None]
 
 
 class Pass:
@@ -124,6 +137,16 @@ class Pass:
         """Whether this pass has a model stage."""
         return type(self).prepare is not Pass.prepare
 
+    def make_ready(self, model: torch.nn.Module) -> Setting | None:
+        """Change the setting of `model` without which the graph stage would not recognize its graphs.
+
+        Called when a model is prepared whose graphs this pass will rewrite, after the model stage of other passes.
+
+        Returns:
+            What was changed; None for nothing.
+        """
+        return None
+
     def could_act(self, weight_names: Sequence[str]) -> bool:
         """Whether this pass may find something in a graph that reads the weights `weight_names`.
 
@@ -131,6 +154,13 @@ class Pass:
         named. A graph on which no pass could act is not retraced.
         """
         return True
+
+    def could_refuse(self, gm: torch.fx.GraphModule) -> bool:
+        """Whether this pass may have a refusal for a graph of Dynamo that reads none of the weights it looks for.
+
+        Called like :meth:`could_act`, where that is False.
+        """
+        return False
 
     # -- graph stage ------------------------------------------------------------------------------------------------
 
@@ -165,6 +195,10 @@ class Pass:
     def example_inputs(self) -> Sequence[torch.Tensor]:
         """Tensors to trace :meth:`pattern` with, one per argument. Any small shapes of the right rank will do."""
         raise TypeError(f"{type(self).__name__} has a pattern, and no example_inputs to trace it with")
+
+    def note(self, program: Program) -> str:
+        """What else a reader must know about the places that were rewritten in `program`; empty for nothing."""
+        return ""
 
     @property
     def rewrites_graph(self) -> bool:

@@ -51,6 +51,7 @@ class PassReport:
         derived_bytes: bytes of derived weights held in addition to the original weights.
         max_difference: largest absolute difference between the outputs before and after the pass; None unless the
             recipe requests ``verify``.
+        note: what else a reader must know about the places that were rewritten; empty for nothing.
     """
 
     name: str
@@ -63,6 +64,7 @@ class PassReport:
     weight_bytes: int | None = None
     derived_bytes: int = 0
     max_difference: float | None = None
+    note: str = ""
 
     def line(self) -> str:
         """One line of text: what was rewritten, or the most common reason why nothing was."""
@@ -94,6 +96,7 @@ class Report:
         generates: why `generate` of the model is that of transformers; None unless the decode engine can't run the
             model.
         compiled: names of the passes that act on the graphs of this model when its calls are compiled.
+        changed: settings of the model that were changed so that these passes recognize its graphs.
     """
 
     entrance: str
@@ -101,6 +104,7 @@ class Report:
     unrewritten: str | None = None
     generates: str | None = None
     compiled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def hits(self) -> int:
@@ -113,7 +117,8 @@ class Report:
             return [f"graph left as it was: {self.unrewritten}"]
         engine = [f"generate is transformers' own: {self.generates}"] if self.generates else []
         graphs = [f"{name}: acts on the model's graphs, when it is called" for name in self.compiled]
-        return [p.line() for p in self.passes] + graphs + engine
+        passes = [text for p in self.passes for text in (p.line(), p.note and f"{p.name}: {p.note}") if text]
+        return [*passes, *self.changed, *graphs, *engine]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -24,7 +24,7 @@ from effpass.core.whole import write_text
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, best
 
-__all__ = ["DEFAULT", "available", "fitted", "keep", "run", "run_kernel"]
+__all__ = ["DEFAULT", "available", "fitted", "keep", "run", "run_kernel", "serving"]
 
 log = logging.getLogger("effpass")
 
@@ -121,9 +121,9 @@ def _chosen(tokens: int, shape: Shape, device: torch.device, dtype: torch.dtype,
 @functools.cache
 def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
     """Return the constants fitted to `device`, from the cache on disk, or :data:`DEFAULT` if there are none."""
-    name, kind = device_name(device), str(dtype).removeprefix("torch.")
-    found = _read(_file(name, kind))
-    if found is not None and (found.device, found.dtype) == (name, kind):
+    name, kind = _named(device, dtype)
+    found = _found(name, kind)
+    if found is not None:
         return found
     if (name, kind) != (DEFAULT.device, DEFAULT.dtype):
         log.warning(
@@ -132,6 +132,15 @@ def fitted(device: torch.device, dtype: torch.dtype) -> Fit:
             name, kind, DEFAULT.device, DEFAULT.dtype,
         )  # fmt: skip
     return DEFAULT
+
+
+def serving(device: torch.device, dtype: torch.dtype) -> str:
+    """Say which constants choose the kernels on `device`: those fitted to it, with their file, or the shipped ones."""
+    name, kind = _named(device, dtype)
+    if _found(name, kind) is not None:
+        return f"kernels are chosen by constants fitted to {name} in {kind} ({_file(name, kind)})"
+    shipped = f"kernels are chosen by the shipped constants of {DEFAULT.device} in {DEFAULT.dtype}"
+    return f"{shipped}; `effpass calibrate moe` fits {name} in {kind}"
 
 
 def keep(fit: Fit) -> Path | None:
@@ -146,6 +155,16 @@ def keep(fit: Fit) -> Path | None:
     fitted.cache_clear()
     _chosen.cache_clear()
     return file
+
+
+def _named(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    return device_name(device), str(dtype).removeprefix("torch.")
+
+
+def _found(device: str, dtype: str) -> Fit | None:
+    """Read the constants that were fitted to a device and dtype; None if there are none."""
+    found = _read(_file(device, dtype))
+    return found if found is not None and (found.device, found.dtype) == (device, dtype) else None
 
 
 def _file(device: str, dtype: str) -> Path:

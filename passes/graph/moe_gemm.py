@@ -27,13 +27,14 @@ import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
 from effpass.core.errors import PassRefusedError
 from effpass.core.inline import program_values
 from effpass.core.matching import Surroundings
-from effpass.core.pass_ import GraphPass, Match, Pass
+from effpass.core.pass_ import GraphPass, Match, Pass, Setting
 from effpass.core.program import Program
 from effpass.core.report import Refusal
+from effpass.lowering.ops.moe_ffn_choice import serving
 from effpass.passes.graph.moe_gemm_gate import Gate
 from effpass.passes.graph.moe_gemm_inside import Miss
 from effpass.passes.graph.moe_gemm_layer import Layer, Product, layer_of, product_at
-from effpass.passes.graph.moe_gemm_loop import Loop, accumulators, loop_of
+from effpass.passes.graph.moe_gemm_loop import Loop, accumulators, cut_off, loop_of
 from effpass.passes.graph.moe_gemm_ranks import check_ranks, ranks, spread
 
 __all__ = ["MoeGemm", "MoeGemmOptions"]
@@ -94,8 +95,26 @@ class MoeGemm(GraphPass):
 
     # -- one process, in a program ------------------------------------------------------------------------------------
 
+    def make_ready(self, model: torch.nn.Module) -> Setting | None:
+        """Set experts_implementation to grouped_mm where it is eager, a loop that Dynamo does not capture."""
+        configs = [getattr(m, "config", None) for m in model.modules() if hasattr(m, "_apply_gate")]
+        eager = [config for config in configs if getattr(config, "_experts_implementation", None) == "eager"]
+        if not eager or self.over_ranks:
+            return None
+
+        def put(implementation: str) -> None:
+            for config in eager:
+                config._experts_implementation = implementation  # type: ignore[union-attr]
+
+        put("grouped_mm")
+        line = f"moe_gemm: experts_implementation set from eager to grouped_mm (layers with experts: {len(eager)})"
+        return Setting(line, lambda: put("eager"))
+
     def could_act(self, weight_names: Sequence[str]) -> bool:
         return any("expert" in name for name in weight_names)
+
+    def could_refuse(self, gm: torch.fx.GraphModule) -> bool:
+        return any(node.target is torch.nn.functional.one_hot for node in gm.graph.nodes)
 
     def find(self, program: Program) -> Iterator[Match | Refusal]:
         if self.over_ranks:
@@ -107,6 +126,11 @@ class MoeGemm(GraphPass):
         loops = accumulators(program.graph)
         if not products and not loops:
             yield from _unknown(program)
+            hot = cut_off(program.graph)
+            if hot is not None:
+                looped = "its experts are a loop over values that the device computes, which no graph can contain"
+                how = 'model.set_experts_implementation("grouped_mm") before torch.compile; effpass.prepare does it'
+                yield Refusal(hot.name, looped, how)
             return
         surroundings = Surroundings.of(program)
         matches: list[Match] = []
@@ -139,6 +163,13 @@ class MoeGemm(GraphPass):
                 matches.append(Match(loop.anchor, {"loop": loop}))
         # In reverse graph order: the input of a layer may be the output of an earlier one, which must still exist.
         yield from sorted(matches, key=lambda match: -surroundings.position[match.anchor])
+
+    def note(self, program: Program) -> str:
+        """Return which constants choose the kernels on the program's GPU."""
+        target = torch.ops.effpass.moe_ffn.default
+        nodes = [n for p in (program, *program.bodies) for n in p.graph.nodes if n.target is target]
+        values = [n.args[0].meta["val"] for n in nodes]
+        return next((serving(x.device, x.dtype) for x in values if x.device.type == "cuda"), "")
 
     def rewrite(self, program: Program, match: Match) -> None:
         if "loop" in match.nodes:

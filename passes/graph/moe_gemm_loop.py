@@ -23,12 +23,13 @@ from effpass.passes.graph.moe_gemm_gate import Gate, gate_at, gate_of_two
 from effpass.passes.graph.moe_gemm_inside import Miss, between, readers_of
 from effpass.passes.graph.same_value import cast_of, source
 
-__all__ = ["Loop", "accumulators", "loop_of"]
+__all__ = ["Loop", "accumulators", "cut_off", "loop_of"]
 
 aten = torch.ops.aten
 
 _EMPTY_SUMS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 _FLATTENS = (aten.reshape.default, aten.view.default)
+_COMPARISONS = (aten.greater.Scalar, aten.gt.Scalar)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ def _places(addition: Node) -> Node | None:
     is_second = rows.target is operator.getitem and rows.args[1] == 1 and not addition.kwargs and dim == 0
     where = rows.args[0] if is_second else None
     return where if isinstance(where, Node) and where.target is aten.where.default else None
+
+
+def cut_off(graph: torch.fx.Graph) -> Node | None:
+    """Return the ``one_hot`` of a graph that ends where a loop over the experts that occur begins, or None.
+
+    transformers' `eager` experts ask for ``(one_hot(experts).permute(2, 1, 0).sum((-1, -2)) > 0).nonzero()``. Dynamo
+    can't capture the loop over these values: it compiles what precedes them, and afterwards what lies between them.
+    """
+    for ended in graph.output_node().all_input_nodes:
+        counts = ended.args[0] if ended.target in _COMPARISONS else None
+        mask = counts.args[0] if isinstance(counts, Node) and counts.target is aten.sum.dim_IntList else None
+        hot = source(mask.args[0]) if isinstance(mask, Node) and mask.target is aten.permute.default else None
+        if hot is not None and hot.target is aten.one_hot.default:
+            return hot
+    return None
 
 
 def loop_of(total: Node, additions: list[Node], surroundings: Surroundings) -> Loop:

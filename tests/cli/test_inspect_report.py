@@ -46,7 +46,7 @@ def test_the_report_s_keys_are_stable(report):
     assert report["schema"] == 1
     assert set(report) == {
         "model", "recipe", "schema", "graphs", "reports", "decode_reports", "prepared", "ops_before", "ops_after",
-        "weight_bytes", "derived_bytes", "unmet", "workloads", "memory", "ceilings", "dtype",
+        "weight_bytes", "derived_bytes", "unmet", "changed", "workloads", "memory", "ceilings", "dtype",
     }  # fmt: skip
     assert [w["name"] for w in report["workloads"]] == ["prefill", "decode"]
     for work in report["workloads"]:

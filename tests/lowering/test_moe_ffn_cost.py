@@ -167,9 +167,14 @@ def test_what_was_fitted_is_kept(cache, monkeypatch):
     assert file.parent.parent == cache
     assert json.loads(file.read_text())["timings"] == {"rows": [[4, asdict(QWEN), 3e-5]]}
     assert choice.fitted(torch.device("cpu"), torch.bfloat16) == fitted
+    served = choice.serving(torch.device("cpu"), torch.bfloat16)
+    assert served == f"kernels are chosen by constants fitted to a GPU in bfloat16 ({file})"
     choice.fitted.cache_clear()
     file.write_text(json.dumps({**json.loads(file.read_text()), "multiprocessors": "seven"}))
     assert choice.fitted(torch.device("cpu"), torch.bfloat16) is choice.DEFAULT
+    served = choice.serving(torch.device("cpu"), torch.bfloat16)
+    assert served.startswith("kernels are chosen by the shipped constants of NVIDIA H100 80GB HBM3 in bfloat16;")
+    assert served.endswith("; `effpass calibrate moe` fits a GPU in bfloat16")
 
 
 def test_the_command_needs_a_gpu():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from effpass.backend import DECODE_PASSES, DecodeBackend, reports
 from effpass.core.exported import program_from_exported, to_exported
 from effpass.core.manager import PassManager
 from effpass.core.plan import default_passes
+from effpass.core.report import Report
 from effpass.lowering.ops.moe_ffn import TOLERANCE
 from effpass.passes.graph.moe_gemm import MoeGemm
 
@@ -162,6 +165,60 @@ def test_it_is_on_by_default_and_in_decode_steps():
 def test_models_without_experts_are_not_retraced_for_it():
     assert not MoeGemm().could_act(["model.layers.0.mlp.up_proj.weight"])
     assert MoeGemm().could_act(["model.layers.0.mlp.experts.gate_up_proj"])
+
+
+# -- eager experts ----------------------------------------------------------------------------------------------------
+
+RECIPE = {"version": 1, "passes": ["moe_gemm"]}
+SET = "moe_gemm: experts_implementation set from eager to grouped_mm (layers with experts: {})"
+
+
+@pytest.mark.parametrize("enter", [effpass.prepare, effpass.optimize])
+def test_eager_experts_are_set_to_what_the_pass_matches(enter):
+    model = enter(make("mixtral", experts_implementation="eager"), RECIPE)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model.effpass_report.changed == [SET.format(2)]
+    assert SET.format(2) in model.effpass_report.lines()
+    again = enter(make("mixtral"), RECIPE)
+    assert again.effpass_report.changed == []
+    other = enter(make("mixtral", experts_implementation="eager"), {"version": 1, "passes": ["fuse_linears"]})
+    assert other.config._experts_implementation == "eager"
+
+
+def test_inspecting_eager_experts_leaves_them_eager():
+    model = make("mixtral", experts_implementation="eager", num_hidden_layers=1)
+    found = effpass.inspect(model, RECIPE, tokens=0, predict_for="h100")
+    assert [entry.hits for report in found.decode_reports for entry in report.passes] == [1]
+    assert found.changed == [SET.format(1)]
+    assert model.config._experts_implementation == "eager"
+
+
+@pytest.mark.parametrize("options", [{"passes": ["moe_gemm"]}, {}])
+def test_eager_experts_are_refused_by_torch_compile(options):
+    """Without `prepare`, Dynamo cuts the loop out of every graph; the pass says so, though the graph has no weight."""
+    model = enliven(make("mixtral", experts_implementation="eager", num_hidden_layers=1))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(**batch(9)).logits
+        run = torch.compile(model, backend="effpass", options={"inner": "eager", **options})
+        torch.testing.assert_close(run(**batch(9)).logits, expected, rtol=1e-5, atol=1e-5)
+    entries = [entry for report in reports for entry in report.passes if entry.name == "moe_gemm"]
+    (refusal,) = [refusal for entry in entries for refusal in entry.refusals]
+    assert sum(entry.hits for entry in entries) == 0
+    assert "a loop over values that the device computes" in refusal.reason
+    assert 'model.set_experts_implementation("grouped_mm") before torch.compile' in refusal.hint
+
+
+def test_reports_name_the_constants_that_choose_kernels(monkeypatch):
+    """On a GPU alone: a CPU has no kernels to choose from."""
+    program = program_of(lambda *tensors: sorted_layer(*tensors), *inputs())
+    (entry,) = PassManager([MoeGemm()]).run(program).passes
+    assert entry.note == ""
+    (node,) = (n for n in program.graph.nodes if n.target is torch.ops.effpass.moe_ffn.default)
+    node.args[0].meta["val"] = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr("effpass.passes.graph.moe_gemm.serving", lambda device, dtype: f"{device}, {dtype}")
+    entry.note = MoeGemm().note(program)
+    assert Report("backend", [entry]).lines()[1:] == ["moe_gemm: cuda, torch.bfloat16"]
 
 
 # -- one layer, as programs of a few lines ----------------------------------------------------------------------------
