@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-__all__ = ["TreeSize"]
+__all__ = ["LATEST", "TreeSize"]
 
-_LATEST = 8  # trees that the next one is expected to be no larger than
+LATEST = 8  # number of trees that the next one is expected to be no larger than
 
 
 class TreeSize:
@@ -27,13 +27,13 @@ class TreeSize:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
-        self._latest: deque[int] = deque(maxlen=_LATEST)
+        self._latest: deque[int] = deque(maxlen=LATEST)
         self.varies = len(self._sizes) > 1
 
     @property
     def nodes(self) -> int:
         """The smallest size that holds the latest trees; the largest one until there are enough of them."""
-        if len(self._latest) < _LATEST:
+        if len(self._latest) < LATEST:
             return self._sizes[-1]
         return self._at_least(max(self._latest))
 

@@ -17,7 +17,7 @@ import effpass
 from effpass.core.errors import ArtifactError, EffpassError
 from effpass.runtime.attach import engine_of
 from effpass.runtime.speculative import C2T, Classifier, ModelDraft, load_classifier, speculator_of
-from effpass.trainers.c2t.curves import Sizes, by_confidence, by_probability, choose, saved
+from effpass.trainers.c2t.curves import Sizes, _mean_seconds, by_confidence, by_probability, choose, saved
 from effpass.trainers.c2t.fit import fit
 from effpass.trainers.c2t.run import train_c2t
 from effpass.trainers.c2t.trees import Trees, collect
@@ -188,7 +188,26 @@ def test_sizes_follow_the_device() -> None:
     assert (flat.nodes, steep.nodes) == (16, 4)
     assert isinstance(flat, Sizes)
     whole, cut = (by_confidence(trees, classifier, [beta], 15)[0].tokens for beta in (0.0, flat.beta))
-    assert cut >= whole * 0.995
+    assert cut >= whole * 0.97  # a larger β saves at most 2 % of the time
+
+
+def test_rounds_take_the_time_of_the_size_that_holds_the_latest_trees() -> None:
+    seconds = {8: 1.0, 16: 2.0, 32: 4.0}
+    assert _mean_seconds(torch.tensor([2, 5, 8]), seconds) == 1.0
+    assert _mean_seconds(torch.tensor([3, 31, 32]), {32: 4.0}) == 4.0
+    nodes = torch.tensor([8] * 98 + [9, 17])
+    eight, sixteen = 0.98**8, 0.99**8
+    expected = eight + 2 * (sixteen - eight) + 4 * (1 - sixteen)
+    assert _mean_seconds(nodes, seconds) == pytest.approx(expected)
+
+
+def test_a_rate_is_tokens_by_that_time() -> None:
+    trees, classifier, seconds = random_trees(), steady(), {8: 1.0, 16: 1.1}
+    found = choose(trees, classifier, seconds)
+    worth = trees.along_paths(classifier(trees.features()).sigmoid())
+    nodes = 1 + (worth >= found.beta).sum(1).clamp(max=found.nodes - 1)
+    tokens = by_confidence(trees, classifier, [found.beta], found.nodes - 1)[0].tokens
+    assert found.rate == pytest.approx(tokens / _mean_seconds(nodes, seconds))
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from effpass.runtime.speculative.classifier import Classifier
+from effpass.runtime.speculative.tree_size import LATEST
 from effpass.trainers.c2t.trees import Trees
 
 __all__ = ["Point", "Sizes", "by_confidence", "by_probability", "choose", "saved"]
 
 BETAS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-_SLACK = 0.005  # maximum share of the tokens to lose by a larger β
+_SLACK = 0.005  # maximum share of the throughput to lose by a larger β
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,38 @@ class Sizes:
 
 
 def choose(trees: Trees, classifier: Classifier, seconds: Mapping[int, float]) -> Sizes:
-    """Choose the number of nodes with the highest throughput, and the largest β at which it loses almost no tokens.
+    """Choose the number of nodes and β with the highest throughput, and the largest β that loses almost nothing of it.
 
     Args:
         trees: held-out trees.
         classifier: classifier to choose for.
-        seconds: duration of a round, by the number of nodes including the root.
+        seconds: duration of a round, by the number of nodes including the root to which its tree is padded.
     """
-    best: Sizes | None = None
-    for nodes, time in seconds.items():
-        points = by_confidence(trees, classifier, (0.0, *BETAS), nodes - 1)
-        least = points[0].tokens * (1 - _SLACK)
-        beta = max(b for b, p in zip((0.0, *BETAS), points, strict=True) if p.tokens >= least)
-        rate = points[0].tokens / time
-        if best is None or rate > best.rate:
-            best = Sizes(nodes, beta, rate)
-    assert best is not None
-    return best
+    worth = _worth(trees, classifier)
+    rank = _rank(worth)
+    found: list[Sizes] = []
+    for nodes in seconds:
+        for beta in (0.0, *BETAS):
+            kept = (worth >= beta) & (rank < nodes - 1)
+            times = {size: time for size, time in seconds.items() if size <= nodes}
+            found.append(Sizes(nodes, beta, _point(trees, kept).tokens / _mean_seconds(1 + kept.sum(1), times)))
+    best = max(found, key=lambda sizes: sizes.rate)
+    good = (x for x in found if x.nodes == best.nodes and x.rate >= best.rate * (1 - _SLACK))
+    return max(good, key=lambda sizes: sizes.beta)
+
+
+def _mean_seconds(nodes: Tensor, seconds: Mapping[int, float]) -> float:
+    """Mean duration of a round whose tree is padded to the smallest size that holds it and those before it.
+
+    Args:
+        nodes: int64 `[N]`, numbers of nodes of trees, which are taken as independent of each other.
+        seconds: durations by size; the largest size holds all trees.
+    """
+    mean = before = 0.0
+    for size in sorted(seconds):
+        fits = float((nodes <= size).double().mean()) ** LATEST
+        mean, before = mean + (fits - before) * seconds[size], fits
+    return mean
 
 
 def _worth(trees: Trees, classifier: Classifier) -> Tensor:
