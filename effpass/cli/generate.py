@@ -99,6 +99,8 @@ def generate(
             sys.stdout.write("\n")
         if draft is not None and place.writes:
             stderr().print(str(inner_model(ready).effpass_engine.last_speculation))
+        if place.runs_on != place.loads_on and hasattr(inner_model(ready), "effpass_engine"):
+            inner_model(ready).effpass_engine.release()  # graphs with collectives end before the process group does
 
 
 def _attach(model: Any, adapter: Path) -> Any:
