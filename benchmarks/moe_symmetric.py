@@ -16,6 +16,7 @@ from benchmarks.rows import Row, row
 from effpass.lowering.ops.moe_ffn_cost import Shape
 
 _ALIGN = 16  # rows at which the rows of each expert begin
+_MOST = 16  # experts per rank that PyTorch 2.11's operator takes
 
 
 class Symmetric:
@@ -72,6 +73,9 @@ def cells(name: str, shape: Shape, device: str, smoke: bool) -> Iterator[Row]:
 
     if not symmetric.is_nvshmem_available():
         print("skipped: this PyTorch has no NVSHMEM")
+        return
+    if shape.experts > _MOST * ranks.size:
+        print(f"skipped: {shape.experts // ranks.size} experts per rank, and PyTorch's operator takes {_MOST}")
         return
     symmetric.set_backend("NVSHMEM")
     layer = make(shape, ranks, device, torch.bfloat16)
