@@ -139,7 +139,7 @@ class Session:
         self._compiled: list[Callable[..., Any]] = []
         self._prompts = PromptGraphs()
         self._features: list[Tensor] = []  # of the parts of a prompt, of sessions that return any
-        self._weights: list[int] = []
+        self._weights: tuple[int, ...] = ()
 
     def _new_cache(self, batch: int, capacity: int) -> DecodeCache:
         if (offload := getattr(self.model, "effpass_offload", None)) is not None:
@@ -406,16 +406,7 @@ class Session:
 
     def _weights_moved(self) -> bool:
         """Return whether weights have other addresses than at the last call, with which CUDA graphs are invalid."""
-        before, self._weights = self._weights, _addresses(self.model)
+        before, self._weights = self._weights, tuple(p.data_ptr() for p in self.model.parameters())
         if before != self._weights:
             self._prompts.forget()
         return before != self._weights
-
-
-def _addresses(model: Any) -> list[int]:
-    """Return the addresses of a model's weights. `parameters()` takes several times as long, as it finds names too."""
-    modules, found = [model], list[int]()
-    for module in modules:  # grows
-        modules.extend(m for m in module._modules.values() if m is not None)
-        found.extend(p.data_ptr() for p in module._parameters.values() if p is not None)
-    return found
