@@ -84,6 +84,8 @@ LARGER = {
     "kda, bounded, many programs": Case("kda", "bounded", 130, 4, 40, 40, 128, 128),
     "kda, decay to -60, 256": Case("kda", "log", 200, 1, 1, 2, 256, 256),
     "kda, 64 and 128, packed": Case("kda", "bounded", 256, 1, 1, 2, 64, 128, ends=(0, 15, 100, 256)),
+    "kda, 9 heads of 64": Case("kda", "bounded", 512, 2, 9, 9, 64, 64),
+    "gdn, 9 heads of 64": Case("gdn", "bounded", 512, 2, 9, 9, 64, 64),
     "gdn, 128": Case("gdn", "softplus", 500, 2, 2, 4, 128, 128),
     "gdn, 96 and 192": Case("gdn", "softplus", 140, 1, 2, 2, 96, 192),
 }
