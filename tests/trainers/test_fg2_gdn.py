@@ -150,6 +150,14 @@ def test_a_run_learns_and_its_artifact_is_the_hybrid_it_measured(finished, model
     assert json.loads((finished / "training.json").read_text())["layers"] == [0]
 
 
+def test_bfloat16_learns_as_float32_does(finished, model, text, tmp_path):
+    """Each step computes with the weights of that step, not with copies that autocast made before."""
+    found = [metrics(f) for f in (finished, run(model, text, tmp_path / "a", replace(SETTINGS, dtype="bfloat16")))]
+    wide, narrow = ([line["loss"] for line in lines if "loss" in line] for lines in found)
+    assert len(wide) == 8
+    assert narrow == pytest.approx(wide, rel=0.05)
+
+
 def test_stages_that_train_no_other_weights_leave_them_out(model, text, tmp_path):
     settings = replace(SETTINGS, steps=4, align=0.5, whole=0.0, mode="kda", layers=(1,), save_every=0)
     learned = Learned.load(run(model, text, tmp_path / "a", settings, validation=None))

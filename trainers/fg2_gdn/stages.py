@@ -69,7 +69,7 @@ def run_stage(
         stage, student, layers, teacher, settings, args, rows, first_step, replace(settings.optimizer, lr=rate),
         Schedule(warmup=min(settings.warmup, settings.steps_of(stage)), kind="cosine", final=0.05), recorder,
     )  # fmt: skip
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Not under autocast, which would keep the first copies of the weights for all steps; each step has its own.
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     student.config.use_cache = True  # the Trainer sets it to False
     student.requires_grad_(True).eval()
