@@ -43,7 +43,10 @@ def generate(
     ] = None,
     tree: Annotated[
         str | None,
-        typer.Option(metavar="TREE", help="That the draft grows: chain, static, eagle2 or c2t; sizes as in chain:7."),
+        typer.Option(
+            metavar="TREE",
+            help="That the draft grows: chain, static, eagle2 or c2t; sizes as in chain:7, and c2t:classifier=DIR.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
     device: Device = "cpu",

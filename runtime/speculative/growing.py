@@ -30,7 +30,7 @@ from effpass.runtime.speculative.tree import MOST_DEPTH, TokenTree, check_tree
 
 __all__ = ["C2T", "Eagle2", "Growing"]
 
-_LEAST_BITS = 3  # trees of up to 8 nodes are verified in the time of one
+_LEAST_BITS = 3  # trees are padded to 8 nodes or more
 
 
 @dataclass(frozen=True)

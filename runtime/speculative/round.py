@@ -69,7 +69,6 @@ class Round:
         self.progress = Progress(target.batch, columns, target.model.device)
         self.size = TreeSize(draft.kind.sizes)
         self.largest = torch.zeros((), dtype=torch.long, device=target.model.device)
-        self._nodes = torch.zeros(target.batch, dtype=torch.long, device=target.model.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._parents = torch.full((target.batch, 1), -1, dtype=torch.long, device=target.model.device)
         self._itself = torch.ones_like(self._parents)[:, :, None]
@@ -165,8 +164,7 @@ class Round:
             tree = self.drafting.propose(self.progress, self._sampled() if self._samples and self.is_fixed else None)
             tree = tree.first(nodes)
             if self.size.varies:
-                torch.sum(tree.positions >= 0, 1, out=self._nodes)
-                torch.amax(self._nodes, 0, out=self.largest)
+                self.largest.copy_((tree.positions >= 0).sum(1).amax())
         return tree, *self.target.run(tree.tokens, tree.positions, tree.ancestors, is_sparse=is_sparse)
 
     def _take(self, verified: _Verified, *, commits: bool = True) -> None:
