@@ -22,29 +22,34 @@ GATE = ("silu", 1.0, 0.0, 0.0, False)
 Routings = Callable[[Shape, int, int, bool, str], tuple[Tensor, Tensor]]
 
 
-def _variants(kernels: Any) -> dict[str, tuple[Any, Any]]:
-    """Tiles of the first and the second product, by a description; the kernels' own begin with `tiles of`."""
-    own = kernels.TILES
-    (first, second), (first32, second32) = own[64], own[32]
-    return {
-        **{f"tiles of {rows} rows": own[rows] for rows in (32, 64, 128)},
+def _variants(kernels: Any) -> dict[str, Any]:
+    """Tiles by a description; the kernels' own begin with `tiles of`."""
+    pairs = {rows: kernels.TILES[f"grouped{rows}"][0] for rows in (16, 32, 64, 128)}
+    (first, second), (first32, second32) = pairs[64], pairs[32]
+    deep = tuple(replace(of, depth=128, warps=8) for of in pairs[64])  # as vLLM has them for 256 rows in 8 experts
+    alone = {
         # More programs per multiprocessor: the last wave takes a smaller part of the time.
         "64 rows, 3 stages": (replace(first, stages=3), replace(second, stages=3)),
         "64 rows, 3 stages in the second product": (first, replace(second, stages=3)),
         "64 rows, 64 columns in the second product": (first, replace(second, columns=64)),
-        "64 rows, 64 columns and depth 128 in the second product": (first, replace(second, columns=64, depth=128)),
         "64 rows, then 32": (first, second32),
         "32 rows, then 64": (first32, second),
-        "64 rows, weights as the tall operand": (
-            replace(first, depth=128, stages=2, tall_weights=True),
-            replace(second, depth=128, stages=2, tall_weights=True),
-        ),
-        # As vLLM has them for such a load.
-        "64 rows, depth 128, eight warps": tuple(replace(of, depth=128, warps=8) for of in own[64]),
-        "64 rows, depth 128, eight warps, 3 stages": tuple(replace(of, depth=128, warps=8, stages=3) for of in own[64]),
-        "128 rows, 4 stages": tuple(replace(of, stages=4) for of in own[128]),
-        "128 rows, programs of many tiles": tuple(replace(of, resident=1) for of in own[128]),
+        "64 rows, depth 128, eight warps": deep,
+        "64 rows, depth 128, eight warps in the first product": (deep[0], second),
+        "128 rows, 3 stages": tuple(replace(of, stages=3) for of in pairs[128]),
+        "128 rows, programs of many tiles": tuple(replace(of, resident=1) for of in pairs[128]),
     }
+    mixed = {
+        "16 rows, others 32": (pairs[16], pairs[32]),
+        "32 rows, others 64": (pairs[32], pairs[64]),
+        "32 rows, others 64, depth 128, eight warps": (pairs[32], deep),
+        "32 rows, others 128": (pairs[32], pairs[128]),
+        "64 rows, others 128": (pairs[64], pairs[128]),
+        "64 rows, depth 128, eight warps, others 128": (deep, pairs[128]),
+        "32 rows, others 64, others 128": (pairs[32], pairs[64], pairs[128]),
+    }
+    own = {f"tiles of {rows} rows": (of,) for rows, of in pairs.items()}
+    return own | {variant: (of,) for variant, of in alone.items()} | mixed
 
 
 def tiles(loads: tuple[tuple[str, Shape, int], ...], routings: Routings, device: str, smoke: bool) -> Iterator[Row]:
@@ -71,7 +76,7 @@ def tiles(loads: tuple[tuple[str, Shape, int], ...], routings: Routings, device:
 
 
 def _seconds(kernels: Any, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> dict[str, float]:
-    def timed(of: tuple[Any, Any]) -> float:
+    def timed(of: Any) -> float:
         def call(turn: int) -> Tensor:
             return kernels.moe_ffn(x, ids[turn], weights, gate_up, None, down, None, *GATE, of)
 

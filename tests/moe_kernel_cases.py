@@ -35,6 +35,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
     "weights of another type": ((8, 2, 4, 64, 32), {"weights_dtype": torch.bfloat16}, "SwiGLU"),
 }
 KERNELS = ("rows", "grouped16", "grouped32", "grouped64", "grouped128", "by_expert")
+INTERPRETED = (*KERNELS, "divided", "divided, no others")
 
 
 def arguments(name: str, **of: Any) -> list[Any]:
@@ -58,9 +59,13 @@ def interpret() -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills empty tensors with NaN
     grouped = importlib.import_module("effpass.lowering.kernels.moe_grouped")
-    grouped.TILES[128] = tuple(replace(tile, resident=1) for tile in grouped.TILES[128])
+    grouped.TILES["grouped128"] = (tuple(replace(tile, resident=1) for tile in grouped.TILES["grouped128"][0]),)
     choice = importlib.import_module("effpass.lowering.ops.moe_ffn_choice")
-    return {name: errors(name, choice.run_kernel) for name in CASES}
+    # Experts with few rows and others in two launches: of one row, and of more; and with none of the latter.
+    low = tuple(replace(tile, rows=1) for tile in grouped.TILES["grouped64"][0])
+    grouped.TILES["divided"] = (low, *grouped.TILES["grouped64"])
+    grouped.TILES["divided, no others"] = grouped.TILES["grouped64"] + grouped.TILES["grouped128"]
+    return {name: errors(name, choice.run_kernel, INTERPRETED) for name in CASES}
 
 
 def compile_all() -> dict[str, int]:

@@ -45,7 +45,7 @@ def compute(
         done = moe_library.products(*of_pairs, starts[1:] - starts[0], own, count, *layer)
         outputs.index_copy_(0, pairs.order[bounds[0] : bounds[-1]].long(), done)
         return
-    tiles = moe_grouped.TILES[int(kernel.removeprefix("grouped"))]
+    tiles = moe_grouped.TILES[kernel]
     moe_grouped.products(*of_pairs, count, tiles, outputs, *layer)
 
 

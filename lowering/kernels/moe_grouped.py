@@ -9,7 +9,9 @@ second, which scatters its rows to the original order of pairs; the weighted sum
 so that one CUDA graph serves every routing.
 
 With few rows per expert, the weights are the tall operand of the tensor cores and tiles have 16 or 32 rows; the kernel
-is then bound by reading weights. With many rows per expert, the rows are the tall operand. Weights and sorted rows are
+is then bound by reading weights. With many rows per expert, the rows are the tall operand. A product may be divided:
+experts whose rows fit into one low tile are computed by one launch, and the others with higher tiles by the next one,
+so that neither kind of expert pays for the tiles of the other. Weights and sorted rows are
 read by the tensor memory accelerator (TMA) if they are contiguous (weights possibly transposed) and aligned, gathered
 rows by ordinary loads. Products accumulate in float32, where biases and gate are applied as well; h and the outputs of
 pairs are rounded to the dtype of x.
@@ -31,7 +33,7 @@ from effpass.lowering.kernels.launch import launch_options, multiprocessors, ove
 from effpass.lowering.kernels.moe_gate import gate
 from effpass.lowering.kernels.moe_route import combine, route
 
-__all__ = ["TILES", "Tile", "fits", "moe_ffn", "products"]
+__all__ = ["TILES", "Tile", "Tiles", "fits", "moe_ffn", "products"]
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,39 @@ class Tile:
     tma: bool = True
 
 
-#: Tiles of the first and the second product, by their number of rows.
-TILES: dict[int, tuple[Tile, Tile]] = {
-    16: (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True)),
-    32: (Tile(32, 64, 128, 4, 4, tall_weights=True), Tile(32, 128, 128, 4, 4, tall_weights=True)),
-    64: (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)),
-    128: (Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+#: Pairs of tiles, each for the first and the second product, by growing height. An expert takes the first pair whose
+#: height its rows don't exceed, or the last pair.
+Tiles = tuple[tuple[Tile, Tile], ...]
+
+_OF_16 = (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True))
+_OF_32 = (Tile(32, 64, 128, 4, 4, tall_weights=True), Tile(32, 128, 128, 4, 4, tall_weights=True))
+_OF_64 = (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
+_OF_128 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4))
+
+#: Tiles by name of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS`.
+TILES: dict[str, Tiles] = {
+    "grouped16": (_OF_16,),
+    "grouped32": (_OF_32,),
+    "grouped64": (_OF_64,),
+    "grouped128": (_OF_128,),
 }
+_LEAST_STAGES = 2  # that overlap loads with products
 
 
-def fits(tiles: tuple[Tile, Tile], device: torch.device) -> bool:
-    """Return whether the loads in flight of either product fit into the shared memory of a multiprocessor."""
+def fits(tiles: Tiles, device: torch.device) -> bool:
+    """Return whether the shared memory of a multiprocessor holds enough loads in flight to overlap them."""
+    return all(
+        _stages(*sized, device) >= _LEAST_STAGES for pair in tiles for sized in zip(pair, (True, False), strict=True)
+    )
+
+
+def _stages(tile: Tile, gated: bool, device: torch.device) -> int:
+    """Return the stages of a tile of the first (`gated`) or second product that fit into shared memory."""
     if device.type != "cuda":
-        return True
-    first, second = tiles
+        return tile.stages
     # A step has the same number of bytes along the inner dimension for every dtype.
-    widths = ((first, first.rows + 2 * first.columns), (second, second.rows + second.columns))
-    return all(2 * tile.depth * tile.stages * wide <= shared_memory(device) for tile, wide in widths)
+    step = 2 * tile.depth * (tile.rows + tile.columns * (2 if gated else 1))
+    return min(tile.stages, shared_memory(device) // step)
 
 
 def moe_ffn(
@@ -91,12 +109,11 @@ def moe_ffn(
     limit: float,
     offset: float,
     interleaved: bool,
-    tiles: tuple[Tile, Tile],
+    tiles: Tiles,
 ) -> Tensor:
     """Run `effpass::moe_ffn` without returning the projection.
 
     All tensors except `gate_up` and `down` must be contiguous; of these, one of the last two strides must be 1.
-    `tiles` are those of the first and the second product.
     """
     each, (count, width, _) = experts.shape[1], down.shape
     order, starts = route(experts, count)
@@ -115,7 +132,7 @@ def products(
     order: Tensor,
     starts: Tensor,
     pairs: int,
-    tiles: tuple[Tile, Tile],
+    tiles: Tiles,
     outputs: Tensor,
     gate_up: Tensor,
     gate_up_bias: Tensor | None,
@@ -138,18 +155,20 @@ def products(
         order: int32 [P], pairs sorted by expert.
         starts: int32 [E + 1], offsets of each expert's pairs in `order`, for the experts of `gate_up` and `down`.
         pairs: maximum number of pairs of these experts.
-        tiles: tiles of the first and the second product.
         outputs: [P, D]; row p is written for each pair p of these experts.
     """
     width, inner = down.shape[1:]
     hidden = x.new_empty(order.shape[0], inner)
-    first, second = tiles
     of_gate = {"alpha": alpha, "limit": limit, "offset": offset, "ACTIVATION": activation, "LIMITED": limit != 0,
                "INTERLEAVED": interleaved}  # fmt: skip
     of_none = {"alpha": 0.0, "limit": 0.0, "offset": 0.0, "ACTIVATION": "", "LIMITED": False, "INTERLEAVED": False}
     of_pairs = (order, starts, pairs, reads, each)
-    _launch(x, gate_up, gate_up_bias, hidden, *of_pairs, inner, first, of_gate)
-    _launch(hidden, down, down_bias, outputs, *of_pairs, width, second, of_none)
+    heights = [first.rows for first, _ in tiles]
+    classes = list(zip([0, *heights[:-1]], [*heights[:-1], pairs], strict=True))
+    for (first, _), rows_of in zip(tiles, classes, strict=True):
+        _launch(x, gate_up, gate_up_bias, hidden, *of_pairs, *rows_of, inner, first, of_gate)
+    for (_, second), rows_of in zip(tiles, classes, strict=True):
+        _launch(hidden, down, down_bias, outputs, *of_pairs, *rows_of, width, second, of_none)
 
 
 def _launch(
@@ -162,18 +181,27 @@ def _launch(
     pairs: int,
     reads: Tensor | None,
     each: int,
+    above: int,
+    most: int,
     columns: int,
     tile: Tile,
     of_gate: dict[str, Any],
 ) -> None:
-    """Launch one grouped product: of gathered rows, followed by the gate, or of rows that are already sorted."""
+    """Launch one grouped product: of gathered rows, followed by the gate, or of rows that are already sorted.
+
+    Experts take part that have more than `above` and at most `most` rows.
+    """
     if rows.element_size() == 4:
         tile = _without_tensor_cores(tile)
     count, depth = weight.shape[0], weight.shape[2]
     across = triton.cdiv(columns, tile.columns)
-    # At most one tile per expert with rows is not full.
-    most = (min(pairs, count) + pairs // tile.rows) * across
-    programs = min(most, tile.resident * multiprocessors(rows.device)) if tile.resident else most
+    # At most one tile per expert is not full.
+    full = pairs // tile.rows if most > tile.rows else 0
+    programs = (min(pairs // (above + 1), count) + full) * across
+    if programs == 0:
+        return
+    if tile.resident:
+        programs = min(programs, tile.resident * multiprocessors(rows.device))
     block_k = min(tile.depth * 2 // rows.element_size(), max(16, triton.next_power_of_2(depth)))
     gated = of_gate["ACTIVATION"] != ""
     wide = tile.columns * (2 if of_gate["INTERLEAVED"] else 1)
@@ -185,10 +213,11 @@ def _launch(
     if tile.tma and not gated and _reachable(rows):
         of_rows = TensorDescriptor.from_tensor(rows, [tile.rows, block_k])
     _grouped[(programs,)](
-        rows, weight, tiles, of_rows, bias, out, order, starts, reads, *weight.stride(), each, **of_gate, COUNT=count,
-        SLOTS=triton.next_power_of_2(count), DEPTH=depth, COLUMNS=columns, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-        BLOCK_K=block_k, TALL_WEIGHTS=tile.tall_weights, TRANSPOSED=transposed, PDL=overlaps(rows.device),
-        **launch_options(rows.device, tile.warps, tile.stages),
+        rows, weight, tiles, of_rows, bias, out, order, starts, reads, *weight.stride(), each, above, most, **of_gate,
+        COUNT=count, SLOTS=triton.next_power_of_2(count), DEPTH=depth, COLUMNS=columns, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=block_k, TALL_WEIGHTS=tile.tall_weights, TRANSPOSED=transposed,
+        FOLLOWS=above > 0, PDL=overlaps(rows.device),
+        **launch_options(rows.device, tile.warps, _stages(tile, gated, rows.device)),
     )  # fmt: skip
 
 
@@ -209,25 +238,31 @@ def _reachable(tensor: Tensor) -> bool:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["each"], do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["each", "above", "most"], do_not_specialize_on_alignment=["starts"])
 def _grouped(
-    rows, weight, weight_tiles, row_tiles, bias, out, order, starts, reads, stride_e, stride_n, stride_k, each, alpha,
-    limit, offset, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, COUNT: tl.constexpr,
-    SLOTS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TALL_WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr, PDL: tl.constexpr,
+    rows, weight, weight_tiles, row_tiles, bias, out, order, starts, reads, stride_e, stride_n, stride_k, each, above,
+    most, alpha, limit, offset, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    COUNT: tl.constexpr, SLOTS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TALL_WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    FOLLOWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     gated: tl.constexpr = ACTIVATION != ""
     across: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     every: tl.constexpr = 2 * COLUMNS if gated else COLUMNS  # rows of the weight of one expert
     even: tl.constexpr = DEPTH % BLOCK_K == 0
+    # What all programs of the preceding kernel have waited for is there when a program of this one starts. If this is
+    # the next part of a product, it needs no more, and only has to end after the preceding part.
     if PDL:
-        gdc_wait()
+        if not FOLLOWS:
+            gdc_wait()
         gdc_launch_dependents()
     slot, m, k = tl.arange(0, SLOTS), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     begin = tl.load(starts + slot, mask=slot < COUNT, other=0)
     end = tl.load(starts + slot + 1, mask=slot < COUNT, other=0)
-    upto = tl.cumsum((end - begin + BLOCK_M - 1) // BLOCK_M, 0) * across
+    held = end - begin
+    held = tl.where((held > above) & (held <= most), held, 0)
+    upto = tl.cumsum((held + BLOCK_M - 1) // BLOCK_M, 0) * across
     for tile in range(tl.program_id(0), tl.max(upto, 0), tl.num_programs(0)):
         done = upto <= tile
         expert = tl.sum(done.to(tl.int32), 0)
@@ -285,6 +320,8 @@ def _grouped(
             total = gate(total, total_up, alpha, limit, offset, ACTIVATION, LIMITED)
         to = (place if gated else pair).to(tl.int64)[:, None] * COLUMNS + feature[None, :]
         tl.store(out + to, total.to(out.dtype.element_ty), mask=live)
+    if PDL and FOLLOWS:
+        gdc_wait()
 
 
 @triton.jit

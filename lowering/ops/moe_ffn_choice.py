@@ -75,8 +75,11 @@ def available(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[str, ...]:
     plain = (torch.bfloat16, torch.float16, torch.float32)
     if kernels is None or x.dtype not in plain or not all(1 in t.stride()[1:] for t in (gate_up, down)):
         return ()
-    tiles = {f"grouped{rows}": of for rows, of in kernels.TILES.items()}
-    names = [name for name in KERNELS if name == "rows" or (name in tiles and kernels.fits(tiles[name], x.device))]
+    names = [
+        name
+        for name in KERNELS
+        if name == "rows" or (name in kernels.TILES and kernels.fits(kernels.TILES[name], x.device))
+    ]
     library = triton_kernels("moe_library")
     if library is not None and library.supported(x, gate_up, down):
         names.append("library")
@@ -107,7 +110,7 @@ def run_kernel(
     if name in ("library", "by_expert"):
         return triton_kernels("moe_library").moe_ffn(*arguments, by_expert=name == "by_expert")  # type: ignore[union-attr]
     kernels = triton_kernels("moe_grouped")
-    return kernels.moe_ffn(*arguments, kernels.TILES[int(name.removeprefix("grouped"))])  # type: ignore[union-attr]
+    return kernels.moe_ffn(*arguments, kernels.TILES[name])  # type: ignore[union-attr]
 
 
 @functools.lru_cache(maxsize=4096)
