@@ -45,7 +45,13 @@ TINY = Shape(2, 4, 64, 96)
 TOKENS = (1, 16, 128, 1024, 8192)
 LARGEST_GRAPH = 1024
 #: Loads at which the fastest tile depends on the routing.
-CLOSE = (("mixtral-8x7b", 128), ("qwen3-30b-a3b", 1024), ("deepseek-v2-lite", 8192))
+CLOSE = (
+    ("mixtral-8x7b", 128),
+    ("qwen3-30b-a3b", 1024),
+    ("deepseek-v2-lite", 8192),
+    ("deepseek-v2-lite", 1024),
+    ("deepseek-v2", 1024),
+)
 GATE = ("silu", 1.0, 0.0, 0.0, False)
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, experts, weights
 
