@@ -68,6 +68,7 @@ Tiles = tuple[tuple[Tile, Tile], ...]
 _OF_16 = (Tile(16, 64, 128, 4, 3, tall_weights=True), Tile(16, 128, 128, 4, 3, tall_weights=True))
 _OF_32 = (Tile(32, 64, 128, 4, 4, tall_weights=True), Tile(32, 128, 128, 4, 4, tall_weights=True))
 _OF_64 = (Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4))
+_OF_64_DEEP = (Tile(64, 64, 128, 8, 4), Tile(64, 128, 128, 8, 4))
 _OF_128 = (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4))
 
 #: Tiles by name of :data:`~effpass.lowering.ops.moe_ffn_cost.KERNELS`.
@@ -76,6 +77,7 @@ TILES: dict[str, Tiles] = {
     "grouped32": (_OF_32,),
     "grouped64": (_OF_64,),
     "grouped128": (_OF_128,),
+    "mixed": (_OF_32, _OF_64_DEEP),
 }
 _LEAST_STAGES = 2  # that overlap loads with products
 

@@ -18,6 +18,9 @@ for the rows r of an expert in use, binomially distributed around P / A; the nor
 smaller tile for few rows per expert. And gather, gate and weighted sum are launches of their own, which no computation
 hides: their bytes are added outside ‖·‖.
 
+The mixed kernel computes experts with few rows in one launch, with low tiles, and the others in the next one, for the
+tiles that the same distribution of rows gives each. The two fill each other's last waves, so that parts of waves count.
+
 Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert, S multiprocessors.
 """
 
@@ -34,16 +37,17 @@ from effpass.core.errors import EffpassError
 
 __all__ = ["KERNELS", "Constants", "Fit", "Shape", "best", "fit", "predict", "predict_load", "seconds", "thresholds"]
 
-#: Rows of a tile, and its columns in the first and the second product, by kernel; None for a kernel without tiles,
-#: which reads the weights for each pair.
-KERNELS: dict[str, tuple[int, int, int] | None] = {
-    "rows": None,
-    "grouped16": (16, 64, 128),
-    "grouped32": (32, 64, 128),
-    "grouped64": (64, 64, 128),
-    "grouped128": (128, 128, 256),
-    "library": (128, 128, 256),
-    "by_expert": (128, 256, 256),
+#: Tiles by kernel: rows, and columns in the first and the second product. An expert takes the first tile that holds all
+#: of its rows, or the last. A kernel without tiles reads the weights for each pair.
+KERNELS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "rows": (),
+    "grouped16": ((16, 64, 128),),
+    "grouped32": ((32, 64, 128),),
+    "grouped64": ((64, 64, 128),),
+    "grouped128": ((128, 128, 256),),
+    "mixed": ((32, 64, 128), (64, 64, 128)),
+    "library": ((128, 128, 256),),
+    "by_expert": ((128, 256, 256),),
 }
 #: The tile of `torch._grouped_mm` on Hopper for up to so many rows per expert in the mean.
 _LIBRARY_SMALL, _FEW_ROWS = (64, 64, 128), 128
@@ -110,18 +114,23 @@ _T, _K, _E, _D, _F, _B, _S = sympy.symbols("T k E D F b S", positive=True)
 _START, _CALL, _BANDWIDTH, _RATE = sympy.symbols("start call bandwidth rate", positive=True)
 _P, _A = sympy.symbols("P A", positive=True)
 _TILES = sympy.Function("tiles_of_an_expert")
+_ALL = 1 << 30  # rows of a tile that holds whatever an expert has
 
 
 @functools.lru_cache(maxsize=4096)
-def _tiles_of_an_expert(mean: float, variance: float, rows: int) -> float:
-    """Return the expected number of tiles of `rows` rows, at least one, of an expert with about `mean` rows."""
+def _tiles_of_an_expert(mean: float, variance: float, rows: int, above: int) -> float:
+    """Return the expected number of tiles of `rows` rows of an expert in use with about `mean` rows.
+
+    It counts no tiles if it has not more than `above` rows.
+    """
     if variance <= 0:
-        return float(max(1, math.ceil(mean / rows)))
-    if mean > 16 * rows:  # so many that every height of the last tile is about equally likely
+        return float(math.ceil(mean / rows)) if mean > above else 0.0
+    if mean > 16 * max(rows, above):  # so many that every height of the last tile is about equally likely
         return (mean + (rows - 1) / 2) / rows
     wide = math.sqrt(2 * variance)
     most = math.ceil((mean + 5 * wide) / rows)
-    return 1 + sum(math.erfc((n * rows + 0.5 - mean) / wide) / 2 for n in range(1, most + 1))
+    more_than = [max(above, n * rows) for n in range(most + 1)]
+    return sum(1.0 if least == 0 else math.erfc((least + 0.5 - mean) / wide) / 2 for least in more_than)
 
 
 def _roof(memory: sympy.Expr, compute: sympy.Expr) -> sympy.Expr:
@@ -137,15 +146,22 @@ def _load(
 ) -> sympy.Expr:
     """Return the model of a kernel for P pairs of T tokens that use A of E experts, each with a share of the tokens."""
     expert, activations = 3 * _D * _F * _B, pairs * (3 * _D + 2 * _F) * _B
-    tile = KERNELS[kernel]
-    if tile is None:  # pairs share neither weights nor tiles
+    tiles = KERNELS[kernel]
+    if not tiles:  # pairs share neither weights nor tiles
         return _START + _CALL * met + _roof(pairs * expert / _BANDWIDTH, 6 * pairs * _D * _F / _RATE)
+    tile = tiles[-1]
     passes: sympy.Expr = sympy.Integer(0)
     if kernel == "library":  # gathered rows and both projections go through memory, half of that in products
         activations = pairs * (2 * _D + 3 * _F) * _B
         passes = activations + (pairs + tokens) * _D * _B
         small, large = (_waves(of, met * _in_pairs(pairs / met, share, of[0])) for of in (_LIBRARY_SMALL, tile))
         waves = sympy.Piecewise((small, sympy.Le(pairs / count, _FEW_ROWS)), (large, True))
+    elif kernel == "mixed":
+        rows = pairs / met, pairs / met * (1 - share)
+        low = tiles[0]
+        high = met * _TILES(*rows, tile[0], low[0])
+        few = met * (1 - _TILES(*rows, _ALL, low[0]))
+        waves = _waves(low, few, whole=False) + _waves(tile, high, whole=False)
     else:
         if kernel == "by_expert":
             activations = pairs * (6 * _D + 8 * _F) * _B
@@ -154,17 +170,21 @@ def _load(
     return _START + _CALL * met + passes / _BANDWIDTH + _roof(memory, waves * _S / _RATE)
 
 
-def _waves(tile: tuple[int, int, int], high: sympy.Expr) -> sympy.Expr:
-    """Return the FLOPs of each multiprocessor in the waves of both products, with `high` tiles one above the other."""
+def _waves(tile: tuple[int, int, int], high: sympy.Expr, whole: bool = True) -> sympy.Expr:
+    """Return the FLOPs of each multiprocessor in the waves of both products, with `high` tiles one above the other.
+
+    If waves are not `whole`, a part of one costs as much less.
+    """
     rows, of_first, of_second = tile
     # Each tile of the first product computes both gate and up.
     products = ((_F, of_first, 4 * rows * of_first * _D), (_D, of_second, 2 * rows * of_second * _F))
-    return sum(sympy.ceiling(high * sympy.ceiling(size / wide) / _S) * flops for size, wide, flops in products)
+    waves = [(high * sympy.ceiling(size / wide) / _S, flops) for size, wide, flops in products]
+    return sum((sympy.ceiling(count) if whole else count) * flops for count, flops in waves)
 
 
 def _in_pairs(mean: sympy.Expr, share: sympy.Expr, rows: int) -> sympy.Expr:
     """Return the tiles of an expert, in pairs of which the second may have no rows."""
-    return 2 * _TILES(mean, mean * (1 - share), 2 * rows)
+    return 2 * _TILES(mean, mean * (1 - share), 2 * rows, 0)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from effpass.core.errors import EffpassError
 from effpass.core.roofline import device_name
 from effpass.lowering.ops.moe_ffn_choice import DEFAULT, available, run_kernel
-from effpass.lowering.ops.moe_ffn_cost import Fit, Shape, fit, predict
+from effpass.lowering.ops.moe_ffn_cost import KERNELS, Constants, Fit, Shape, fit, predict
 
 __all__ = ["LAYERS", "measure", "random_layer", "routings", "seconds_a_call"]
 
@@ -55,7 +55,7 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
             for tokens in _TOKENS:
                 ids, weights = routings(shape, tokens, _CALLS, device)
                 for name in names:
-                    if predict(name, tokens, shape, DEFAULT.kernels[name], multiprocessors) > _SLOWEST:
+                    if predict(name, tokens, shape, _start(name), multiprocessors) > _SLOWEST:
                         continue
 
                     tensors = (x[:tokens], ids, weights, gate_up, down)
@@ -64,8 +64,9 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
             del gate_up, down, x, tensors
             torch.cuda.empty_cache()
     kernels, errors = {}, {}
-    for name, default in DEFAULT.kernels.items():
-        kernels[name] = fit(name, timings[name], multiprocessors, default) if name in timings else default
+    for name in KERNELS:
+        start = _start(name)
+        kernels[name] = fit(name, timings[name], multiprocessors, start) if name in timings else start
         squares = [
             (predict(name, n, s, kernels[name], multiprocessors) / t - 1) ** 2 for n, s, t in timings.get(name, ())
         ]
@@ -73,6 +74,11 @@ def measure(device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
         say(f"{name}: {len(squares)} timings, {errors[name]:.1%} off, {kernels[name]}")
     kind = str(dtype).removeprefix("torch.")
     return Fit(device_name(device), kind, torch.__version__, multiprocessors, kernels, timings), errors
+
+
+def _start(name: str) -> Constants:
+    """Return the constants from which a kernel's are fitted."""
+    return DEFAULT.kernels.get(name, DEFAULT.kernels["grouped64"])
 
 
 def _call(name: str, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Callable[[int], Tensor]:

@@ -72,8 +72,11 @@ def test_tiles_of_an_expert_are_those_of_a_binomial_distribution(mean, rows):
     variance = mean * (1 - share)
     drawn = torch.distributions.Binomial(tokens, torch.tensor(share, dtype=torch.float64)).sample((20000,))
     expected = float((drawn / rows).ceil().clamp(min=1).mean())
-    assert cost._tiles_of_an_expert(mean, variance, rows) == pytest.approx(expected, rel=0.02)
-    assert cost._tiles_of_an_expert(mean, 0.0, rows) == max(1, -(-mean // rows))
+    assert cost._tiles_of_an_expert(mean, variance, rows, 0) == pytest.approx(expected, rel=0.02)
+    assert cost._tiles_of_an_expert(mean, 0.0, rows, 0) == max(1, -(-mean // rows))
+    expected = float(((drawn / rows).ceil() * (drawn > 96)).mean())
+    assert cost._tiles_of_an_expert(mean, variance, rows, 96) == pytest.approx(expected, rel=0.02, abs=1e-6)
+    assert cost._tiles_of_an_expert(mean, 0.0, rows, 96) == (-(-mean // rows) if mean > 96 else 0)
 
 
 def test_passes_of_the_library_are_not_hidden_by_computation():
@@ -93,6 +96,19 @@ def test_the_library_is_for_whole_pairs_of_tiles():
     deepseek = Shape(6, 160, 5120, 1536)
     assert best(8192, deepseek, fitted, kernels) == "grouped128"  # 307 rows: a second pair, mostly empty
     assert best(4096, MIXTRAL, fitted, kernels) == "library"  # 1024 rows, and little to gather for its width
+
+
+def test_the_mixed_kernel_computes_few_and_many_rows_in_turn():
+    """Two experts with the same rows for certain: low tiles alone, or high ones; of eight experts, some take either."""
+    shape, constants = Shape(2, 2, 4096, 4096), Constants(start=1e-12, call=1e-15, bandwidth=1e18, rate=1e14)
+    low, high = (6 * 4096**2 * rows * 2 / 64 * 64 / constants.rate for rows in (32, 64))
+    assert predict("mixed", 20, shape, constants, 64) == pytest.approx(low, rel=1e-3)
+    assert predict("mixed", 40, shape, constants, 64) == pytest.approx(high, rel=1e-3)
+    assert predict("mixed", 70, shape, constants, 64) == pytest.approx(2 * high, rel=1e-3)
+    several = [predict("mixed", 4 * n, Shape(2, 8, 4096, 4096), constants, 64) / 4 for n in (10, 32, 48)]
+    assert several[0] == pytest.approx(low, rel=0.01)
+    assert low < several[1] < high
+    assert several[2] == pytest.approx(high, rel=0.01)
 
 
 def test_every_kernel_has_a_model_over_the_same_symbols():
