@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from effpass.core import roofline
 from effpass.core.gguf import cache_dir
-from effpass.lowering.ops import expert_parallel_choice, moe_ffn_choice
+from effpass.lowering.ops import expert_parallel_choice, moe_ffn_choice, moe_ffn_cost
 
 CPU = torch.device("cpu")
 CEILINGS = dataclasses.replace(roofline.KNOWN["h100"], device="toy", dtype="float32")
-FIT = dataclasses.replace(moe_ffn_choice.DEFAULT, device="toy", dtype="float32")
+KERNELS = dict.fromkeys(moe_ffn_cost.KERNELS, next(iter(moe_ffn_choice.DEFAULT.kernels.values())))
+FIT = dataclasses.replace(moe_ffn_choice.DEFAULT, device="toy", dtype="float32", kernels=KERNELS)
 LINK = expert_parallel_choice.Link(*[1e-5] * len(dataclasses.fields(expert_parallel_choice.Link)))
 
 # What is kept, how, and how it is read.
