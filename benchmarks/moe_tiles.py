@@ -26,7 +26,7 @@ def _variants(kernels: Any) -> dict[str, Any]:
     """Tiles by a description; the kernels' own begin with `tiles of`."""
     pairs = {rows: kernels.TILES[f"grouped{rows}"][0] for rows in (16, 32, 64, 128)}
     (first, second), (first32, second32) = pairs[64], pairs[32]
-    deep = kernels.TILES["mixed"][1]  # as vLLM has them for 256 rows in 8 experts
+    deep = kernels.TILES["mixed64"][1]  # as vLLM has them for 256 rows in 8 experts
     alone = {
         # More programs per multiprocessor: the last wave takes a smaller part of the time.
         "64 rows, 3 stages": (replace(first, stages=3), replace(second, stages=3)),
@@ -43,12 +43,12 @@ def _variants(kernels: Any) -> dict[str, Any]:
         "16 rows, others 32": (pairs[16], pairs[32]),
         "32 rows, others 64": (pairs[32], pairs[64]),
         "32 rows, others 128": (pairs[32], pairs[128]),
-        "64 rows, others 128": (pairs[64], pairs[128]),
         "64 rows, depth 128, eight warps, others 128": (deep, pairs[128]),
         "32 rows, others 64, others 128": (pairs[32], pairs[64], pairs[128]),
     }
     own = {f"tiles of {rows} rows": (of,) for rows, of in pairs.items()}
-    own["tiles of 32 rows, others 64, depth 128, eight warps"] = kernels.TILES["mixed"]
+    own["tiles of 32 rows, others 64, depth 128, eight warps"] = kernels.TILES["mixed64"]
+    own["tiles of 64 rows, others 128"] = kernels.TILES["mixed128"]
     return own | {variant: (of,) for variant, of in alone.items()} | mixed
 
 

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
     "sizes that nothing divides": ((11, 2, 3, 37, 19), {"biases": True}, "SwiGLU"),
     "weights of another type": ((8, 2, 4, 64, 32), {"weights_dtype": torch.bfloat16}, "SwiGLU"),
 }
-KERNELS = ("rows", "grouped16", "grouped32", "grouped64", "grouped128", "mixed", "by_expert")
+KERNELS = ("rows", "grouped16", "grouped32", "grouped64", "grouped128", "mixed64", "mixed128", "by_expert")
 INTERPRETED = (*KERNELS, "mixed from 2 rows")
 
 
@@ -61,7 +61,7 @@ def interpret() -> dict[str, dict[str, float]]:
     grouped = importlib.import_module("effpass.lowering.kernels.moe_grouped")
     grouped.TILES["grouped128"] = (tuple(replace(tile, resident=1) for tile in grouped.TILES["grouped128"][0]),)
     choice = importlib.import_module("effpass.lowering.ops.moe_ffn_choice")
-    # No expert of these cases has more than 32 rows, so that "mixed" has none for its higher tiles; here, it is one.
+    # No expert of these cases has more than 32 rows, so that mixed kernels need no higher tiles; these do from 2 rows on.
     low = tuple(replace(tile, rows=1) for tile in grouped.TILES["grouped64"][0])
     grouped.TILES["mixed from 2 rows"] = (low, *grouped.TILES["grouped64"])
     return {name: errors(name, choice.run_kernel, INTERPRETED) for name in CASES}

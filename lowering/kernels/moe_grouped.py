@@ -77,7 +77,8 @@ TILES: dict[str, Tiles] = {
     "grouped32": (_OF_32,),
     "grouped64": (_OF_64,),
     "grouped128": (_OF_128,),
-    "mixed": (_OF_32, _OF_64_DEEP),
+    "mixed64": (_OF_32, _OF_64_DEEP),
+    "mixed128": (_OF_64, _OF_128),
 }
 _LEAST_STAGES = 2  # that overlap loads with products
 

@@ -18,8 +18,8 @@ for the rows r of an expert in use, binomially distributed around P / A; the nor
 smaller tile for few rows per expert. And gather, gate and weighted sum are launches of their own, which no computation
 hides: their bytes are added outside ‖·‖.
 
-The mixed kernel computes experts with few rows in one launch, with low tiles, and the others in the next one, for the
-tiles that the same distribution of rows gives each. The two fill each other's last waves, so that parts of waves count.
+Mixed kernels compute experts with few rows in one launch, with low tiles, and the others in the next one, for the tiles
+that the same distribution of rows gives each. The two fill each other's last waves, so that parts of waves count.
 
 Shapes: T tokens, k experts per token, E experts, D hidden size, F intermediate size of an expert, S multiprocessors.
 """
@@ -45,7 +45,8 @@ KERNELS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "grouped32": ((32, 64, 128),),
     "grouped64": ((64, 64, 128),),
     "grouped128": ((128, 128, 256),),
-    "mixed": ((32, 64, 128), (64, 64, 128)),
+    "mixed64": ((32, 64, 128), (64, 64, 128)),
+    "mixed128": ((64, 64, 128), (128, 128, 256)),
     "library": ((128, 128, 256),),
     "by_expert": ((128, 256, 256),),
 }
@@ -156,7 +157,7 @@ def _load(
         passes = activations + (pairs + tokens) * _D * _B
         small, large = (_waves(of, met * _in_pairs(pairs / met, share, of[0])) for of in (_LIBRARY_SMALL, tile))
         waves = sympy.Piecewise((small, sympy.Le(pairs / count, _FEW_ROWS)), (large, True))
-    elif kernel == "mixed":
+    elif len(tiles) == 2:
         rows = pairs / met, pairs / met * (1 - share)
         low = tiles[0]
         high = met * _TILES(*rows, tile[0], low[0])

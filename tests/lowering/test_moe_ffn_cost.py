@@ -98,14 +98,14 @@ def test_the_library_is_for_whole_pairs_of_tiles():
     assert best(4096, MIXTRAL, fitted, kernels) == "library"  # 1024 rows, and little to gather for its width
 
 
-def test_the_mixed_kernel_computes_few_and_many_rows_in_turn():
+def test_mixed_kernels_compute_few_and_many_rows_in_turn():
     """Two experts with the same rows for certain: low tiles alone, or high ones; of eight experts, some take either."""
     shape, constants = Shape(2, 2, 4096, 4096), Constants(start=1e-12, call=1e-15, bandwidth=1e18, rate=1e14)
     low, high = (6 * 4096**2 * rows * 2 / 64 * 64 / constants.rate for rows in (32, 64))
-    assert predict("mixed", 20, shape, constants, 64) == pytest.approx(low, rel=1e-3)
-    assert predict("mixed", 40, shape, constants, 64) == pytest.approx(high, rel=1e-3)
-    assert predict("mixed", 70, shape, constants, 64) == pytest.approx(2 * high, rel=1e-3)
-    several = [predict("mixed", 4 * n, Shape(2, 8, 4096, 4096), constants, 64) / 4 for n in (10, 32, 48)]
+    assert predict("mixed64", 20, shape, constants, 64) == pytest.approx(low, rel=1e-3)
+    assert predict("mixed64", 40, shape, constants, 64) == pytest.approx(high, rel=1e-3)
+    assert predict("mixed64", 70, shape, constants, 64) == pytest.approx(2 * high, rel=1e-3)
+    several = [predict("mixed64", 4 * n, Shape(2, 8, 4096, 4096), constants, 64) / 4 for n in (10, 32, 48)]
     assert several[0] == pytest.approx(low, rel=0.01)
     assert low < several[1] < high
     assert several[2] == pytest.approx(high, rel=0.01)
