@@ -61,7 +61,7 @@ def interpret() -> dict[str, dict[str, float]]:
     grouped = importlib.import_module("effpass.lowering.kernels.moe_grouped")
     grouped.TILES["grouped128"] = (tuple(replace(tile, resident=1) for tile in grouped.TILES["grouped128"][0]),)
     choice = importlib.import_module("effpass.lowering.ops.moe_ffn_choice")
-    # No expert of these cases has more than 32 rows, so that mixed kernels need no higher tiles; these do from 2 rows on.
+    # No expert of these cases has more than 32 rows, so that mixed kernels need no higher tiles; here, two rows do.
     low = tuple(replace(tile, rows=1) for tile in grouped.TILES["grouped64"][0])
     grouped.TILES["mixed from 2 rows"] = (low, *grouped.TILES["grouped64"])
     return {name: errors(name, choice.run_kernel, INTERPRETED) for name in CASES}
