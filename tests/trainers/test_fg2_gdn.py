@@ -20,7 +20,7 @@ from effpass.core.model import load_model
 from effpass.passes.weights.fg2_gdn import Learned
 from effpass.runtime.linear_attention import make_hybrid
 from effpass.runtime.linear_attention.attention_layers import attention_layers
-from effpass.trainers.fg2_gdn.alignment import alignment, recorded
+from effpass.trainers.fg2_gdn.alignment import alignment, fit_outputs, recorded
 from effpass.trainers.fg2_gdn.initial import chosen_layers, layer_settings, projections, start_from
 from effpass.trainers.fg2_gdn.run import convert
 from effpass.trainers.fg2_gdn.settings import Settings
@@ -29,7 +29,7 @@ from effpass.trainers.lm.config import OptimizerConfig
 from effpass.trainers.loop import Loop
 
 SETTINGS = Settings(
-    OptimizerConfig(lr=1e-2, name="adamw", weight_decay=0.0), share=0.5, steps=24, align=0.5, whole=0.25, batch=4,
+    OptimizerConfig(lr=2e-3, name="adamw", weight_decay=0.0), share=0.5, steps=24, align=0.5, whole=0.25, batch=4,
     accumulate=2, sequence_length=32, warmup=2, gate_rank=8, dtype="float32", log_every=3, save_every=4,
 )  # fmt: skip
 
@@ -108,6 +108,51 @@ def test_alignment_compares_the_layers_with_the_attention_they_replace():
     loss.backward()
     assert all(p.grad is not None for layer in made.values() for p in layer.parameters())
     assert all(p.grad is None for p in student.model.layers[0].mlp.parameters())
+
+
+def test_output_projections_are_fitted_in_closed_form():
+    """No other projection misses less of the attention's outputs, but for the small price of large weights."""
+    teacher, student = make("llama"), make("llama")
+    made = make_hybrid(student, [0, 1], layer_settings(SETTINGS, student.config))
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    rows = torch.randint(0, teacher.config.vocab_size, (6, 4, 32), generator=torch.Generator().manual_seed(0))
+    worst = float(alignment(made, teacher, rows.flatten(0, 1)).detach())
+    fit_outputs(made, teacher, rows)
+    changed = [name for name, p in student.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]
+    best = float(alignment(made, teacher, rows.flatten(0, 1)).detach())
+    assert best < 0.9 * worst
+    with recorded(teacher, [0, 1]) as found, torch.no_grad():
+        teacher(rows.flatten(0, 1))
+    for i, layer in made.items():
+        given, wanted = (t.flatten(0, 1).double() for t in found[i])
+        z: list[torch.Tensor] = []
+        handle = layer.o_proj.register_forward_pre_hook(lambda module, args, z=z: z.append(args[0]))
+        layer(found[i][0])
+        handle.remove()
+        inputs = z[0].detach().flatten(0, 1).double()
+        ridge = 1e-3 * inputs.square().sum(0).mean()
+        largest = torch.linalg.lstsq(  # the same problem, as one of ordinary least squares
+            torch.cat((inputs, ridge.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64))),
+            torch.cat((wanted, wanted.new_zeros(inputs.shape[1], wanted.shape[1]))),
+        ).solution.T
+        torch.testing.assert_close(layer.o_proj.weight.detach().double(), largest, rtol=1e-3, atol=1e-5)
+        assert given.shape[1] == wanted.shape[1]
+
+
+def test_a_stage_of_alignment_begins_and_ends_with_fitted_projections(model, text, tmp_path, monkeypatch):
+    fitted: list[list[torch.Tensor]] = []
+
+    def fit(layers: Any, teacher: Any, batches: Any) -> None:
+        fit_outputs(layers, teacher, batches)
+        fitted.append([layer.o_proj.weight.detach().clone() for layer in layers.values()])
+
+    monkeypatch.setattr("effpass.trainers.fg2_gdn.stages.fit_outputs", fit)
+    settings = replace(SETTINGS, steps=4, align=1.0, whole=0.0, save_every=0)
+    learned = Learned.load(run(model, text, tmp_path / "a", settings))
+    assert len(fitted) == 2
+    assert torch.equal(learned.layers[0]["o_proj.weight"].float(), fitted[1][0])
+    assert not torch.equal(*(weights[0] for weights in fitted))
 
 
 def test_what_learns_in_each_stage():

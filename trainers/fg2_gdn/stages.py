@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from effpass.runtime.linear_attention import GatedDeltaAttention
+from effpass.trainers.fg2_gdn.alignment import fit_outputs
 from effpass.trainers.fg2_gdn.loop import Converter
 from effpass.trainers.fg2_gdn.settings import Settings, Stage
 from effpass.trainers.lm.config import Schedule
@@ -19,6 +21,8 @@ from effpass.trainers.pruning.loop import training_arguments
 from effpass.trainers.run_folder import Recorder
 
 __all__ = ["learners", "run_stage"]
+
+_SAMPLES = 64  # tokens by which an output projection is fitted, for each of its inputs
 
 
 def learners(student: nn.Module, layers: Mapping[int, nn.Module], stage: Stage) -> list[nn.Parameter]:
@@ -69,7 +73,20 @@ def run_stage(
         stage, student, layers, teacher, settings, args, rows, first_step, replace(settings.optimizer, lr=rate),
         Schedule(warmup=min(settings.warmup, settings.steps_of(stage)), kind="cosine", final=0.05), recorder,
     )  # fmt: skip
+    linear = {i: layer for i, layer in layers.items() if isinstance(layer, GatedDeltaAttention)}
+    if stage == "align" and first_step == 0:
+        _fit_outputs(linear, teacher, rows)
     # Not under autocast, which would keep the first copies of the weights for all steps; each step has its own.
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stage == "align":
+        _fit_outputs(linear, teacher, rows)
     student.config.use_cache = True  # the Trainer sets it to False
     student.requires_grad_(True).eval()
+
+
+def _fit_outputs(layers: Mapping[int, GatedDeltaAttention], teacher: Any, rows: Rows) -> None:
+    if layers:
+        device = next(teacher.parameters()).device
+        inputs = max(layer.o_proj.in_features for layer in layers.values())
+        count = -(-_SAMPLES * inputs // (rows.size * rows.length))
+        fit_outputs(layers, teacher, (ids.to(device) for ids in rows.calibration(count)))
