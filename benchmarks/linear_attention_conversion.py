@@ -64,8 +64,9 @@ def _converted(
 ) -> Iterator[Row]:
     sizes = {"steps": 4, "batch": 2, "sequence_length": 32, "dtype": "float32"} if small else {"steps": 400, "batch": 8}
     mode = cast("Mode", "fg2+" if form == "window" else form)  # a window has the bytes of the states of any mode
+    rate = 1e-3 if form == "window" else 1e-2  # the weights of a window are those of the attention
     settings = Settings(
-        OptimizerConfig(lr=1e-3, weight_decay=0.0), mode=mode, share=percent / 100, save_every=0, log_every=50,
+        OptimizerConfig(lr=rate, weight_decay=0.0), mode=mode, share=percent / 100, save_every=0, log_every=50,
         **sizes,  # type: ignore[arg-type]
     )  # fmt: skip
     started = time.perf_counter()
