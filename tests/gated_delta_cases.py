@@ -23,7 +23,10 @@ NAMES = (*Inputs._fields, "initial_state")
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `gate`: softplus, bounded, or log for a log decay between 0 and -60 a token."""
+    """One call.
+
+    `gate`: softplus, bounded, log for a log decay between 0 and -60 a token, or reset, where a few tokens forget all.
+    """
 
     mode: str  # gdn, kda, fg2 or fg2+
     gate: str = "softplus"
@@ -71,7 +74,10 @@ class Case:
         if self.gate == "log":  # strong and weak in turn
             strength = torch.tensor([30.0, 0.1]).double()[torch.arange(self.tokens) % 2]
             gate = rounded((-gate.abs() * strength.view(1, -1, *[1] * (gate.dim() - 2))).clamp(min=-60))
-        is_raw = self.gate != "log"
+        if self.gate == "reset":
+            gate = rounded(-gate.abs() * 0.05)
+            gate[:, 5::31] = rounded(torch.tensor(-3e4).double())
+        is_raw = self.gate in ("softplus", "bounded")
         state = some(self.sequences, heads, self.key_size, self.value_size, of=wide) if self.has_state else None
         v = some(*lead, heads, self.value_size)
         return [
@@ -106,6 +112,8 @@ SMALL = {
         "kda", "bounded", 40, key_size=64, beta_logits=False, has_bias=False
     ),
     "fg2, one token": Case("fg2", tokens=1),
+    "gdn, resets": Case("gdn", "reset"),
+    "kda, resets": Case("kda", "reset"),
 }
 
 

@@ -36,7 +36,9 @@ def fg2_gdn(
     ],
     output: Output,
     mode: Annotated[str, typer.Option("--mode", help="fg2+, fg2, kda or gdn.")] = "fg2+",
-    share: Annotated[float, typer.Option("--share", help="Of the layers, evenly spread.")] = 0.5,
+    share: Annotated[
+        float | None, typer.Option("--share", help="Of the layers, evenly spread: 0.5 if no --layers are given.")
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option("--layers", help="Their numbers, with commas, instead of a share.", show_default=False),
@@ -73,6 +75,8 @@ def fg2_gdn(
     from effpass.trainers.fg2_gdn.settings import MODES, Settings
     from effpass.trainers.pruning.distillation import Distillation
 
+    if layers is not None and share is not None:
+        raise EffpassError("--share: --layers says which layers already", hint="give one of the two")
     common = what_learns(
         method="full", optimizer=optimizer, lr=lr, schedule="cosine", warmup=0, weight_decay=weight_decay, clip=clip,
         rank=8, alpha=None, dropout=0.0, targets="all-linear", activation="relu", anneal_end=0.3, anneal="cosine",
@@ -80,10 +84,10 @@ def fg2_gdn(
     )  # fmt: skip
     settings = Settings(
         optimizer=common["optimizer"], dtype=common["dtype"], mode=choice(mode, MODES, "--mode"),
-        layers=None if layers is None else _numbers(layers), share=share, steps=steps, align=align, whole=whole,
-        whole_rate=whole_rate, distillation=Distillation(task, logits, hidden), batch=batch, accumulate=accumulate,
-        sequence_length=sequence_length, warmup=warmup, gate_rank=gate_rank, beta_rank=beta_rank, seed=seed,
-        log_every=log_every, save_every=save_every,
+        layers=None if layers is None else _numbers(layers), share=0.5 if share is None else share, steps=steps,
+        align=align, whole=whole, whole_rate=whole_rate, distillation=Distillation(task, logits, hidden), batch=batch,
+        accumulate=accumulate, sequence_length=sequence_length, warmup=warmup, gate_rank=gate_rank,
+        beta_rank=beta_rank, seed=seed, log_every=log_every, save_every=save_every,
     )  # fmt: skip
     convert(model, text, output, settings, validation=validation, resume=resume, say=say())
 

@@ -3,11 +3,12 @@
 A chunk is C = 64 tokens, and a tile is C × BK channels of one value head, in float32. Names are those of
 :mod:`effpass.lowering.ops.gated_delta_rule_chunks`; g and all exponents are to base 2 here.
 
-With one gate per head, exponents are differences of the running sum of g. With a gate per channel, every exponent is a
-sum of g over some tokens, computed as the product of a matrix of zeros and ones (:func:`table`) with g, because scans
-take three times the registers, and differences of long sums lose digits. For this product g is rounded to float16,
-identically in all exponents, so that results are exact for gates that differ from the given ones in the twelfth bit.
-For float32 inputs g is split into two such pieces.
+With one gate per head, exponents are differences of the running sum of g, in which no token counts more than 2^-160, as
+small as 0 in float32: a sum of larger numbers would have too few digits for the tokens after them. With a gate per
+channel, every exponent is a sum of g over some tokens, computed as the product of a matrix of zeros and ones
+(:func:`table`) with g, because scans take three times the registers, and differences of long sums lose digits. For this
+product g is rounded to float16, identically in all exponents, so that results are exact for gates that differ from the
+given ones in the twelfth bit. For float32 inputs g is split into two such pieces.
 
 A pair of tokens in different halves of a chunk decays to and from the middle of the chunk, both with exponents ≤ 0. A
 pair within one half decays to and from the middle of that half; one of the two factors then has an exponent above 0,
@@ -45,6 +46,7 @@ LOG2_E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-80.0)  # e^80, and its products with factors down to e^-80, fit into float32 and bfloat16
 _LOWEST_BASE_2 = tl.constexpr(-80.0 / math.log(2))
 LEAST = tl.constexpr(-1000.0)  # 2^-1000 rounds to 0, and 64 times this number is in the range of float16
+LEAST_OF_SUM = tl.constexpr(-160.0)
 SIXTY_FOUR = tl.constexpr(64.0)  # factor that keeps weak gates from becoming denormal in float16
 _EPSILON = tl.constexpr(EPSILON)
 _SMALLEST_BETA = tl.constexpr(SMALLEST_BETA)
@@ -163,7 +165,8 @@ def gate_column(gate, stride, rows, rate, dt_bias, lower_bound, GATE: tl.constex
     raw = column(gate, stride, rows)
     if HAS_BIAS:
         raw += tl.load(dt_bias).to(tl.float32)
-    return raw, tl.where(tl.arange(0, C) < rows, log_decay(raw, rate, lower_bound, GATE), 0)
+    g = tl.maximum(log_decay(raw, rate, lower_bound, GATE), LEAST_OF_SUM)
+    return raw, tl.where(tl.arange(0, C) < rows, g, 0)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from effpass.lowering.ops.gated_delta_rule_inputs import Prepared
 
@@ -103,8 +104,12 @@ def _halved(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 def _decays(g: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Decays from the earlier half's end to each later token, and from each earlier token to that end."""
     early, late = _halved(g, half)
-    sums = early.cumsum(-2)
-    return late.cumsum(-2).exp(), (sums[..., -1:, :] - sums).exp()
+    return late.cumsum(-2).exp(), _sums_after(early).exp()
+
+
+def _sums_after(g: Tensor) -> Tensor:
+    """Sum of the `g` of all later tokens, [..., C, K]: not as a difference of running sums, which loses digits."""
+    return F.pad(g[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
 
 
 def _blocks(scores: Tensor, half: int) -> Tensor:
@@ -171,7 +176,7 @@ class _Inside(NamedTuple):
 def _inside(prepared: Prepared, chunks: Chunks) -> _Inside:
     q, key, value, g = (chunks.pack(x) for x in prepared)
     sums = g.cumsum(-2)
-    from_start, to_end = sums.exp(), (sums[..., -1:, :] - sums).exp()
+    from_start, to_end = sums.exp(), _sums_after(g).exp()
     lower, scores = _scores(key, key, g, False), _scores(q, key, g, True)
     k_in = key * from_start
     # unitriangular=True takes the diagonal as ones and thus solves with I + L.

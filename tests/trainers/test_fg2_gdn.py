@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, make
+from safetensors.torch import load_file, save_file
 from tiny_tuning import checkpoint, metrics, quiet
 from typer.testing import CliRunner
 
@@ -236,6 +237,23 @@ def test_a_resumed_run_is_the_whole_run(stop, finished, model, text, tmp_path, m
     assert [line["step"] for line in metrics(folder)] == [line["step"] for line in metrics(finished)]
 
 
+def test_a_run_is_not_resumed_with_another_model(text, tmp_path, monkeypatch):
+    source = checkpoint(tmp_path / "model", "qwen3")
+    monkeypatch.setattr("effpass.trainers.fg2_gdn.run.run_stage", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, text, tmp_path / "a")
+    monkeypatch.undo()
+    weights = next(source.glob("*.safetensors"))
+    tensors = {name: tensor + 0.1 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(EffpassError, match="not the one that the run began with: wrong weights"):
+        run(source, text, tmp_path / "a", resume=True)
+
+
+def _interrupt(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_command(model, text, tmp_path):
     how = ["--steps", "3", "--align", "0.4", "--batch", "2", "--sequence-length", "16", "--optimizer", "mona",
            "--layers", "0,1", "--mode", "fg2", "--gate-rank", "4", "--save-every", "0"]  # fmt: skip
@@ -243,6 +261,9 @@ def test_the_command(model, text, tmp_path):
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
     assert sorted(Learned.load(tmp_path / "out").layers) == [0, 1]
+    both = CliRunner().invoke(app, [*given[:-2], "--share", "0.5"])
+    assert both.exit_code != 0
+    assert "--layers says which layers already" in (both.output or str(both.exception))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -275,6 +296,7 @@ def test_models_layers_and_texts_that_are_refused_leave_nothing_behind(model, te
     short.write_text("few words")
     refused("a batch of 4 rows takes 128", data=short)
     refused("no such file", data=tmp_path / "none.txt")
+    refused("share: 0.1 of 2 layers is none", settings=replace(SETTINGS, share=0.1))
     refused(r"layers: got \[5\]", settings=replace(SETTINGS, layers=(5,)))
     refused("has 256 positions", settings=replace(SETTINGS, sequence_length=512))
     hybrid = effpass.prepare(

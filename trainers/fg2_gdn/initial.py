@@ -25,11 +25,16 @@ def chosen_layers(settings: Settings, count: int) -> list[int]:
         count: number of layers of the model.
 
     Raises:
-        ModelError: if the settings name layers that the model does not have, name a layer twice, or name none.
+        ModelError: if the settings name layers that the model does not have, name a layer twice, or name none, or if
+            the share is less than a layer.
     """
     if settings.layers is None:
         stays = round(count * (1 - settings.share))
         kept = {-(-count * (i + 1) // stays) - 1 for i in range(stays)} if stays else set()
+        if len(kept) == count:
+            raise ModelError(
+                f"share: {settings.share:g} of {count} layers is none", hint=f"give at least {1 / count:.3f}, or layers"
+            )
         return [i for i in range(count) if i not in kept]
     chosen = sorted(set(settings.layers))
     if not chosen or len(chosen) != len(settings.layers) or chosen[0] < 0 or chosen[-1] >= count:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from effpass.core.errors import EffpassError, ModelError
+from effpass.core.errors import ArtifactError, EffpassError, ModelError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import load_model
+from effpass.core.whole import write_text
 from effpass.passes.weights.fg2_gdn import make_artifact
 from effpass.runtime.linear_attention import GatedDeltaAttention, is_hybrid, make_hybrid
 from effpass.runtime.linear_attention.attention_layers import attention_layers
@@ -45,6 +46,7 @@ __all__ = ["convert"]
 
 # Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
+MODEL = "model.json"  # fingerprint of the model, of which a resumed run must not have another
 _SHOWN = ("loss", "loss_", "eval_")
 
 
@@ -107,7 +109,7 @@ def convert(
     if not resume:
         begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     student: Any = load_model(source, dtype="float32").model.to(device)
-    original = Fingerprint.of(student)
+    original = _same_model(work / MODEL, student, resume)
     torch.manual_seed(settings.seed)
     old = {i: getattr(parent, name) for i, (parent, name) in attention_layers(student, layers).items()}
     made = make_hybrid(student, layers, shape)
@@ -127,6 +129,22 @@ def convert(
     _publish(folder, work, original, made, trained, record)
     say(f"saved {folder}")
     return folder
+
+
+def _same_model(path: Path, model: Any, resume: bool) -> Fingerprint:
+    """Return the fingerprint of the model, and keep it; a resumed run must have the same one."""
+    if resume:
+        try:
+            Fingerprint.from_json(json.loads(path.read_text())).check(model)
+        except ArtifactError as error:
+            raise EffpassError(
+                f"the model is not the one that the run began with: {error}",
+                hint="go on with the old model, or start anew in another folder",
+            ) from None
+    found = Fingerprint.of(model)
+    if not resume:
+        write_text(path, json.dumps(found.to_json()))
+    return found
 
 
 class _Run:

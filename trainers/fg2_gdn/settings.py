@@ -23,8 +23,9 @@ class Settings:
     """Settings of a conversion, which has three stages.
 
     In *align*, each new layer learns to compute the output of the attention that it replaces from the same inputs in
-    the whole model; its output projection is fitted in closed form at the beginning and at the end. In *distill*, the new layers learn the logits of the whole model as layers of the hybrid, the model
-    with the new layers in place. In *whole*, all parameters of the hybrid do.
+    the whole model; its output projection is fitted in closed form at the beginning and at the end. In *distill*, the
+    new layers learn the logits of the whole model as layers of the hybrid, the model with the new layers in place. In
+    *whole*, all parameters of the hybrid do.
 
     Attributes:
         optimizer: optimizer of the new layers, with its learning rate.
