@@ -73,7 +73,7 @@ def _distance(layer: nn.Module, given: Tensor, wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_outputs(layers: Mapping[int, nn.Module], teacher: Any, batches: Iterable[Tensor]) -> None:
+def fit_outputs(layers: Mapping[int, Any], teacher: Any, batches: Iterable[Tensor]) -> None:
     """Set the output projections `o_proj` of new layers to the optimum of the loss, all else as it is.
 
     Args:
@@ -99,7 +99,7 @@ def fit_outputs(layers: Mapping[int, nn.Module], teacher: Any, batches: Iterable
         layers[i].o_proj.weight.copy_(torch.linalg.solve(z, y).T)
 
 
-def _projected(layer: nn.Module, given: Tensor) -> Tensor:
+def _projected(layer: Any, given: Tensor) -> Tensor:
     """Return what the output projection of `layer` is given, [B, T, inputs]."""
     found: list[Tensor] = []
     handle = layer.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))
