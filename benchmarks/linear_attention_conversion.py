@@ -3,7 +3,13 @@
 A case is named by the form of the layers and how many percent of them are replaced. All forms are learned by the same
 trainer, for the same layers, from the same tokens, with states of the same bytes; `window` is the model's own attention
 over as many tokens as have keys and values, in bfloat16, of a state's bytes. The text holds needle tasks, since prose
-asks for little that lies far back. Models are those of `--model`, SmolLM2 by default.
+asks for little that lies far back. Models are those of `--model`, SmolLM2 by default; without a GPU and without
+EFFPASS_MODEL, a random one.
+
+    EFFPASS_STEPS      steps of the three stages together (default 400)
+    EFFPASS_BATCH      sequences of a step (default 8)
+    EFFPASS_LENGTH     tokens of a sequence (default 512)
+    EFFPASS_RATE       learning rate (default 3e-3; of windows, whose weights are the attention's own, 1e-3)
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ _CACHED = 8192  # tokens
 
 def conversion(form: str, percent: int, device: str, smoke: bool) -> Iterator[Row]:
     """Before and after, each row against the model that was converted."""
-    small = smoke or device != "cuda"
+    small = smoke or (device != "cuda" and "EFFPASS_MODEL" not in os.environ)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         names = [_random(folder)] if small else os.environ.get("EFFPASS_MODEL", "smollm2").split(",")
@@ -62,12 +68,13 @@ def conversion(form: str, percent: int, device: str, smoke: bool) -> Iterator[Ro
 def _converted(
     source: str, form: str, percent: int, text: Path, held_out: Path, out: Path, device: str, small: bool
 ) -> Iterator[Row]:
-    sizes = {"steps": 4, "batch": 2, "sequence_length": 32, "dtype": "float32"} if small else {"steps": 400, "batch": 8}
+    usual = {"STEPS": 4, "BATCH": 2, "LENGTH": 32} if small else {"STEPS": 400, "BATCH": 8, "LENGTH": 512}
+    steps, batch, length = (int(os.environ.get(f"EFFPASS_{name}", value)) for name, value in usual.items())
     mode = cast("Mode", "fg2+" if form == "window" else form)  # a window has the bytes of the states of any mode
-    rate = 1e-3 if form == "window" else 1e-2  # the weights of a window are those of the attention
+    rate = float(os.environ.get("EFFPASS_RATE", "1e-3" if form == "window" else "3e-3"))
     settings = Settings(
         OptimizerConfig(lr=rate, weight_decay=0.0), mode=mode, share=percent / 100, save_every=0, log_every=50,
-        **sizes,  # type: ignore[arg-type]
+        steps=steps, batch=batch, sequence_length=length, dtype="bfloat16" if device == "cuda" else "float32",
     )  # fmt: skip
     started = time.perf_counter()
     windowed = None
@@ -78,12 +85,15 @@ def _converted(
         metrics = Learned.load(out).artifact.metrics
     seconds = time.perf_counter() - started
     case = f"{Path(source).name}, {form} in {percent} % of the layers"
-    note = f"{settings.steps} steps of {settings.batch} x {settings.sequence_length} tokens, {seconds:.0f} s; seed 0"
+    note = (
+        f"{settings.steps} steps of {settings.batch} x {settings.sequence_length} tokens, rate {rate:g}, {seconds:.0f} s;"
+        " seed 0"
+    )
     for stage in STAGES:
         if (key := f"eval_perplexity_after_{stage}") in metrics:
             yield row(AREA, case, f"perplexity after {stage}", metrics[key], "", device=device,
                       peer=metrics["eval_perplexity_teacher"], peer_name="before", note=note)  # fmt: skip
-    dtype = torch.float32 if small else torch.bfloat16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     loaded = effpass.load_model(source, dtype=dtype)
     model, tokenizer = loaded.model.to(device).eval(), loaded.tokenizer
     before = {length: needles(model, tokenizer, length, 4 if small else 128) for length in _LENGTHS}
