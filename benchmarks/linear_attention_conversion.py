@@ -85,10 +85,7 @@ def _converted(
         metrics = Learned.load(out).artifact.metrics
     seconds = time.perf_counter() - started
     case = f"{Path(source).name}, {form} in {percent} % of the layers"
-    note = (
-        f"{settings.steps} steps of {settings.batch} x {settings.sequence_length} tokens, rate {rate:g}, {seconds:.0f} s;"
-        " seed 0"
-    )
+    note = f"{steps} steps of {batch} x {length} tokens, rate {rate:g}, {seconds:.0f} s; seed 0"
     for stage in STAGES:
         if (key := f"eval_perplexity_after_{stage}") in metrics:
             yield row(AREA, case, f"perplexity after {stage}", metrics[key], "", device=device,
