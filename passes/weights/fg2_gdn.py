@@ -144,6 +144,12 @@ class FG2GDN(Pass):
         return sorted(self.learned.layers) if chosen is None else sorted(chosen)
 
     def check_beside(self, before: Sequence[Pass], behind: Sequence[Pass]) -> None:
+        if any(isinstance(pass_, FG2GDN) for pass_ in before):
+            raise PassRefusedError(
+                "fg2_gdn occurs twice in the recipe, and the first one leaves a model with linear attention, which the"
+                " second refuses",
+                hint="train all layers together, into one artifact, or leave one of both out",
+            )
         self._before = [pass_.name for pass_ in before if pass_.kind == "weights"]
 
     def check_model(self, model: nn.Module) -> None:

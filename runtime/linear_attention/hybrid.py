@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,7 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from effpass.core.errors import ModelError
 from effpass.runtime.linear_attention.attention_layers import attention_layers
-from effpass.runtime.linear_attention.layer import GatedDeltaAttention
+from effpass.runtime.linear_attention.layer import WIDE, GatedDeltaAttention
+from effpass.runtime.linear_attention.padding import check_padding
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
 
 __all__ = ["MODEL_TYPE", "hybrid_config", "is_hybrid", "linear_layers", "make_hybrid"]
@@ -68,6 +71,8 @@ def _restored_config(base: type, content: dict[str, Any]) -> Any:
 
 @functools.cache
 def _model_class(base: Any, config_class: Any) -> Any:
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         _replace(self, *linear_layers(config))
@@ -77,8 +82,16 @@ def _model_class(base: Any, config_class: Any) -> Any:
         if isinstance(module, GatedDeltaAttention):
             module.reset_own_parameters()
 
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            check_padding({**dict(zip(names, args, strict=False)), **kwargs})
+        return base.forward(self, *args, **kwargs)
+
     members = {
         "config_class": config_class,
+        "forward": forward,
+        "_keep_in_fp32_modules_strict": {*(base._keep_in_fp32_modules_strict or ()), *WIDE},
         "__init__": __init__,
         "_init_weights": _init_weights,
         "__doc__": base.__doc__,

@@ -26,7 +26,10 @@ from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
 from effpass.runtime.linear_attention.state import StateBuffers, StateLayer, state_layer
 
-__all__ = ["GatedDeltaAttention"]
+__all__ = ["WIDE", "GatedDeltaAttention"]
+
+#: Names of the parameters that stay float32 in a model of lower precision.
+WIDE = ("A_log", "dt_bias")
 
 _RATES = (1.0, 16.0)  # range of the initial exp(A_log)
 _STEPS = (1e-3, 0.1)  # range of the initial softplus(dt_bias)
@@ -59,8 +62,11 @@ class GatedDeltaAttention(nn.Module):
         self.conv = nn.Conv1d(channels, channels, settings.conv_kernel_size, groups=channels, bias=False)
         decay_shape = (heads,) if settings.mode == "gdn" else (heads, key_size)
         self.f_proj = _linear(hidden_size, math.prod(decay_shape), 0 if settings.mode == "gdn" else rank)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(math.prod(decay_shape)))  # 1-D: optimizers treat matrices differently
+        # The decay is steep in these parameters, so they stay float32 in a model of lower precision.
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(  # 1-D: optimizers treat matrices differently
+            torch.empty(math.prod(decay_shape), dtype=torch.float32)
+        )
         self.by_channel = settings.mode in ("fg2", "fg2+")
         steps, beta_rank = (heads * key_size, settings.beta_rank) if self.by_channel else (heads, 0)
         self.b_proj = _linear(hidden_size, steps, beta_rank)
@@ -79,6 +85,16 @@ class GatedDeltaAttention(nn.Module):
         self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         self.norm_weight.fill_(1)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Apply a conversion, such as to another dtype, but keep the parameters :data:`WIDE` in float32 at least."""
+        before = {name: getattr(self, name).detach() for name in WIDE}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            parameter = getattr(self, name)
+            if torch.promote_types(parameter.dtype, torch.float32) != parameter.dtype:
+                parameter.data = tensor.to(parameter.device, torch.float32)
+        return self
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -86,6 +102,7 @@ class GatedDeltaAttention(nn.Module):
         attention_mask: Any = None,
         cache: Any = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         effpass_cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -97,16 +114,26 @@ class GatedDeltaAttention(nn.Module):
                 padding.
             cache: cache to read and update; None for no cache.
             past_key_values: the same, as transformers before 5.24 names it.
+            layer_past: the same, as older model families such as GPT-J and GPTBigCode name it.
             effpass_cache: cache of the decode engine, which knows padding by itself; None outside of the engine.
 
         Returns:
             The output [B, T, D], and None in place of the attention weights that transformers allows for.
+
+        Raises:
+            ModelError: if the cache or the mask is of an unsupported kind.
         """
         is_token = _tokens(hidden_states, attention_mask, effpass_cache)
         x = hidden_states if is_token is None else hidden_states * is_token[..., None].to(hidden_states.dtype)
         batch, tokens, _ = x.shape
-        cache = past_key_values if cache is None else cache
+        cache = next((given for given in (cache, past_key_values, layer_past) if given is not None), None)
         cached = None if cache is None else state_layer(cache, self.layer_idx)
+        if effpass_cache is None and isinstance(cached, StateBuffers):
+            raise ModelError(
+                f"layer {self.layer_idx} was given the decode engine's cache without effpass_cache, and so without"
+                " padding: its decoder layer does not pass on the arguments that it does not know",
+                hint="leave generation to transformers: type(model).generate(model, ...)",
+            )
         before, state = (None, None) if cached is None else cached.read(batch, x.dtype)
         mixed, conv = self._convolved(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1), before)
         in_place = isinstance(cached, StateBuffers) and tokens == 1
@@ -176,9 +203,9 @@ def _tokens(hidden_states: Tensor, mask: Any, effpass_cache: Any) -> Tensor | No
     """Return the mask of the tokens that are not padding, bool [B, T]; None if there is no padding."""
     tokens = hidden_states.shape[1]
     if effpass_cache is not None:
-        positions = effpass_cache.query_positions
+        positions, slots = effpass_cache.query_positions, effpass_cache.slots
         # In a decode step only unused sequences hold padding, and their outputs are never read.
-        return None if tokens == 1 or effpass_cache.slots.is_dense else positions >= 0
+        return None if slots.is_dense or (tokens == 1 and not slots.in_prompt) else positions >= 0
     if mask is None:
         return None
     if not isinstance(mask, Tensor):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from effpass.core.errors import ModelError
 from effpass.runtime.cache import BufferedLayer, DecodeCache, Slots, cannot_crop
@@ -172,6 +172,11 @@ def state_layer(cache: Cache, index: int) -> StateLayer | StateBuffers:
     layer: Any = cache.layers[index]
     if isinstance(layer, (StateLayer, StateBuffers)):
         return layer
+    if isinstance(layer, StaticLayer):
+        raise ModelError(
+            f"layer {index} is linear attention, whose state has no place in a {type(cache).__name__}",
+            hint="use the default cache, a DynamicCache; or effpass.prepare, whose buffers have a fixed size too",
+        )
     if isinstance(cache, DecodeCache) or (layer.is_initialized and layer.get_seq_length() > 0):
         raise ModelError(
             f"layer {index} is linear attention, and its cache a {type(layer).__name__} in a {type(cache).__name__}",

@@ -25,7 +25,7 @@ def learned(
 ):
     """The model of the artifact that is written."""
     model = make(family)
-    original, settings = Fingerprint.of(model), GatedDeltaSettings("fg2+", 4, 4, 16, 16, gate_rank=8)
+    original, settings = Fingerprint.of(model), GatedDeltaSettings(mode, 4, 4, 16, 16, gate_rank=8)
     torch.manual_seed(1)
     made = make_hybrid(model, layers, settings)
     changed = {}
@@ -53,6 +53,19 @@ def test_every_family_becomes_the_hybrid_that_was_learned(family, tmp_path):
     assert model.effpass_report.hits == 2
     assert sum(isinstance(m, GatedDeltaAttention) for m in model.modules()) == 2
     assert torch.equal(logits(model), logits(hybrid))
+    given = {name: batch(9)[name] for name in ("input_ids", "attention_mask")}
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(**given, **how), hybrid.generate(**given, **how))
+
+
+@pytest.mark.parametrize("mode", ["gdn", "kda", "fg2", "fg2+"])
+def test_every_mode_becomes_the_hybrid_that_was_learned(mode, tmp_path):
+    hybrid = learned(tmp_path / "a", "qwen3", mode=mode)
+    model = effpass.prepare(make("qwen3"), recipe(tmp_path / "a"))
+    assert {m.settings.mode for m in model.modules() if isinstance(m, GatedDeltaAttention)} == {mode}
+    assert torch.equal(logits(model), logits(hybrid))
+    save(model, tmp_path / "saved")
+    assert torch.equal(logits(load_model(tmp_path / "saved").model), logits(hybrid))
     given = {name: batch(9)[name] for name in ("input_ids", "attention_mask")}
     how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(**given, **how), hybrid.generate(**given, **how))
@@ -137,6 +150,8 @@ def test_other_models_layers_and_choices_are_refused(tmp_path):
     given["fingerprint"]["weights"] = "any"
     (tmp_path / "one" / "effpass.json").write_text(json.dumps(given))
     refused(quantized, "layer 1: self_attn.q_proj.weight is quantized", recipe(tmp_path / "one"))
+    twice = {"version": 1, "passes": [*recipe(tmp_path / "a", layers=[0])["passes"], *recipe(tmp_path / "a")["passes"]]}
+    refused(make("llama"), "fg2_gdn occurs twice", twice)
     hybrid = effpass.prepare(make("llama"), recipe(tmp_path / "one"))
     with pytest.raises(EffpassError, match="has linear attention already"):
         effpass.prepare(hybrid, recipe(tmp_path / "one"))

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from families import batch, make
+import transformers
+from families import COMMON, batch, make
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import effpass
@@ -51,6 +52,34 @@ def hybrid(family: str = "llama", layers: tuple[int, ...] = (1,), **changes):
 def greedy(model, inputs, **options) -> torch.Tensor:
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     return model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+
+
+def other(config: str, name: str, **options):
+    """A tiny random model of a family that few tests need."""
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
+
+
+OLD = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+MODELS = {
+    "gptj": lambda: other("GPTJConfig", "GPTJForCausalLM", **OLD, rotary_dim=8, bos_token_id=1, eos_token_id=2),
+    "gpt_bigcode": lambda: other(
+        "GPTBigCodeConfig", "GPTBigCodeForCausalLM", **OLD, bos_token_id=1, eos_token_id=2, attn_pdrop=0.0
+    ),
+    "stablelm": lambda: other("StableLmConfig", "StableLmForCausalLM", **COMMON),
+    "qwen3_next": lambda: other(
+        "Qwen3NextConfig", "Qwen3NextForCausalLM", **COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
+    ),
+    "gemma3n": lambda: other(
+        "Gemma3nTextConfig", "Gemma3nForCausalLM",
+        **{**COMMON, "num_hidden_layers": 3, "intermediate_size": [96] * 3, "head_dim": 16},
+        num_kv_shared_layers=1, layer_types=["sliding_attention", "full_attention", "full_attention"],
+        vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 3,
+    ),
+}  # fmt: skip
 
 
 # -- the layer --------------------------------------------------------------------------------------------------------
@@ -182,6 +211,22 @@ def _attention(model, index: int) -> str:
     return next(n for n, m in model.named_modules() if getattr(m, "layer_idx", None) == index and "attn" in n)
 
 
+@pytest.mark.parametrize(("family", "layers"), [("gptj", (0,)), ("gpt_bigcode", (0, 1)), ("qwen3_next", (1,))])
+def test_decoder_layers_that_name_the_cache_otherwise_or_are_recurrent(family, layers):
+    model, inputs = MODELS[family](), batch(12)
+    make_hybrid(model, layers, settings())
+    model.eval()
+    assert torch.equal(greedy(model, inputs), greedy(model, inputs, use_cache=False))
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        cache, steps = DynamicCache(config=model.config), []
+        for piece in ids.split(5, 1):
+            steps.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(cache.layers[i], StateLayer) for i in layers)
+
+
 def test_all_layers_may_be_linear():
     model, inputs = hybrid(layers=(0, 1), mode="kda"), batch(9)
     tokens = greedy(model, inputs)
@@ -195,8 +240,10 @@ def test_the_engine_runs_a_prompt_in_pieces_and_goes_on_with_its_cache():
     model = effpass.prepare(hybrid(), {"version": 1, "passes": []})
     inputs = batch(20)
     whole = greedy(model, inputs)
+    for tokens in (6, 2):  # the latter is one token of each sequence, which may be padding
+        model.effpass_engine.prefill_tokens = tokens
+        assert torch.equal(greedy(model, inputs), whole)
     model.effpass_engine.prefill_tokens = 6
-    assert torch.equal(greedy(model, inputs), whole)
     first = greedy(model, inputs, return_dict_in_generate=True, max_length=60)
     more = torch.cat((first.sequences, first.sequences[:, :3]), 1)
     mask = torch.cat((inputs["attention_mask"], torch.ones(2, more.shape[1] - 20, dtype=torch.long)), 1)
@@ -247,6 +294,23 @@ def test_config_and_checkpoint_name_the_layers(tmp_path):
     fresh = AutoModelForCausalLM.from_config(config)
     step = torch.nn.functional.softplus(fresh.model.layers[0].self_attn.dt_bias).detach()
     assert 0.9e-3 <= float(step.min()) <= float(step.max()) <= 0.11
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_decay_stays_float32_in_a_model_of_lower_precision(dtype, tmp_path):
+    model = hybrid()
+    model.save_pretrained(tmp_path)
+    gates = {n: p for n, p in model.named_parameters() if n.endswith((".A_log", ".dt_bias"))}
+    moved, made = copy.deepcopy(model).to(dtype), make("llama").to(dtype)
+    make_hybrid(made, (1,), settings())
+    for found in (moved, made, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)):
+        assert {n for n, p in found.named_parameters() if p.dtype != dtype} == set(gates)
+        assert all(found.get_parameter(n).dtype == torch.float32 for n in gates)
+        assert found is made or all(torch.equal(found.get_parameter(n), p) for n, p in gates.items())
+    assert greedy(moved.eval(), batch(9)).shape == (2, 17)
+    moved.train()(**batch(9), labels=batch(9)["input_ids"]).loss.backward()
+    assert all(moved.get_parameter(n).grad.dtype == torch.float32 for n in gates)
+    assert {p.dtype for p in moved.double().parameters()} == {torch.float64}
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -308,6 +372,85 @@ def _no_attention():
     model = torch.nn.Module()
     model.config = make("llama").config
     return model
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "message"),
+    [
+        ("qwen3_next", (0,), "layer 0 of Qwen3NextForCausalLM is of type linear_attention"),
+        ("qwen3_next", (0, 1), "layer 0 of Qwen3NextForCausalLM is of type linear_attention"),
+        ("gemma3n", (1,), "layer 1 of Gemma3nForCausalLM computes keys and values that other layers attend to"),
+        ("gemma3n", (2,), "layer 2 of Gemma3nForCausalLM attends to the keys and values of another layer"),
+    ],
+)
+def test_layers_whose_place_linear_attention_can_not_take(family, layers, message):
+    model = MODELS[family]()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ModelError, match=message):
+        make_hybrid(model, layers, settings())
+    assert [type(module) for module in model.modules()] == kinds
+    assert not is_hybrid(model.config)
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 1)])
+def test_static_caches_of_transformers_are_refused(layers):
+    with pytest.raises(ModelError, match=f"layer {layers[0]} is linear attention, whose state has no place in a Stat"):
+        greedy(hybrid(layers=layers), batch(9), cache_implementation="static")
+
+
+def test_the_engine_refuses_decoder_layers_that_drop_its_arguments():
+    model, inputs = MODELS["stablelm"](), batch(9)
+    make_hybrid(model, (0, 1), settings())
+    prepared = effpass.prepare(model.eval(), {"version": 1, "passes": []})
+    with pytest.raises(ModelError, match="layer 0 was given the decode engine's cache without effpass_cache"):
+        greedy(prepared, inputs)
+    del prepared.generate  # back to that of transformers, as the hint says
+    assert torch.equal(greedy(prepared, inputs), greedy(prepared, inputs, use_cache=False))
+
+
+BETWEEN = "row 1 of the batch has padding behind its first token"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the latter has other positional arguments
+def test_padding_between_tokens_is_refused(family):
+    model = hybrid(family)
+    ids, mask = batch(9)["input_ids"], torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = mask[1, 7:] = 0
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits  # on the right and on the left
+        torch.testing.assert_close(found[1:, :7], model(input_ids=ids[1:, :7]).logits)
+        mask[1, 8] = 1
+        with pytest.raises(ModelError, match=BETWEEN):
+            model(input_ids=ids, attention_mask=mask)
+        with pytest.raises(ModelError, match=BETWEEN):
+            model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+        places = (ids, None, mask) if family == "gpt2" else (ids, mask)
+        with pytest.raises(ModelError, match=BETWEEN):
+            model(*places)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_padding_before_a_second_turn_is_refused(prepared):
+    model, inputs = hybrid(), batch(9)
+    if prepared:
+        effpass.prepare(model, {"version": 1, "passes": []})
+    first = greedy(model, inputs, return_dict_in_generate=True, max_length=60)
+    more = torch.cat((first.sequences, first.sequences[:, :4]), 1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, more.shape[1] - 9, dtype=torch.long)), 1)
+    mask[1, -4:-2] = 0
+    again = {"input_ids": more, "attention_mask": mask}
+    with pytest.raises(ModelError, match=BETWEEN) as caught:
+        greedy(model, again, past_key_values=first.past_key_values)
+    assert "continue rows one by one" in caught.value.hint
+    with pytest.raises(ModelError, match=BETWEEN):
+        greedy(model, again)
+
+
+def test_padding_on_the_right_is_refused_as_soon_as_a_token_follows():
+    model, inputs = hybrid(), batch(9)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(0, 1)
+    with pytest.raises(ModelError, match=BETWEEN):
+        greedy(model, inputs)
 
 
 def test_drafts_refuse_a_hybrid():
