@@ -93,10 +93,12 @@ def _loss(model: Any, ids: Iterator[Tensor], count: int = 8) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("model")
-    options.add_argument("--data", type=Path, default=os.environ.get("EFFPASS_DATA"))
+    options.add_argument(
+        "--data", type=Path, default=os.environ.get("EFFPASS_DATA"), required="EFFPASS_DATA" not in os.environ
+    )
     options.add_argument("--layers", default="1,3,5")
     options.add_argument("--inner", type=int, default=768)
-    options.add_argument("--steps", type=int, default=300)
+    options.add_argument("--steps", type=int, default=600)
     options.add_argument("-o", "--output", type=Path, required=True)
     given = options.parse_args()
     torch.manual_seed(0)

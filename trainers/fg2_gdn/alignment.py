@@ -88,9 +88,7 @@ def fit_outputs(layers: Mapping[int, Any], teacher: Any, batches: Iterable[Tenso
         for i, layer in layers.items():
             given, wanted = found[i]
             z = _projected(layer, given).float().flatten(0, 1)
-            both = z.T @ torch.cat(
-                (z, wanted.float().flatten(0, 1)), 1
-            )  # [inputs, inputs + D]: Z and the transpose of Y
+            both = z.T @ torch.cat((z, wanted.float().flatten(0, 1)), 1)  # [inputs, inputs + D]: Z and Yᵀ
             products[i] = products[i].add_(both) if i in products else both
     for i, both in products.items():
         size = len(both)

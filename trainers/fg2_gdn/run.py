@@ -46,7 +46,7 @@ __all__ = ["convert"]
 
 # Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
-MODEL = "model.json"  # fingerprint of the model, of which a resumed run must not have another
+_MODEL = "model.json"  # fingerprint of the model, of which a resumed run must not have another
 _SHOWN = ("loss", "loss_", "eval_")
 
 
@@ -109,7 +109,7 @@ def convert(
     if not resume:
         begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     student: Any = load_model(source, dtype="float32").model.to(device)
-    original = _same_model(work / MODEL, student, resume)
+    original = _same_model(work / _MODEL, student)
     torch.manual_seed(settings.seed)
     old = {i: getattr(parent, name) for i, (parent, name) in attention_layers(student, layers).items()}
     made = make_hybrid(student, layers, shape)
@@ -131,19 +131,19 @@ def convert(
     return folder
 
 
-def _same_model(path: Path, model: Any, resume: bool) -> Fingerprint:
-    """Return the fingerprint of the model, and keep it; a resumed run must have the same one."""
-    if resume:
-        try:
-            Fingerprint.from_json(json.loads(path.read_text())).check(model)
-        except ArtifactError as error:
-            raise EffpassError(
-                f"the model is not the one that the run began with: {error}",
-                hint="go on with the old model, or start anew in another folder",
-            ) from None
+def _same_model(path: Path, model: Any) -> Fingerprint:
+    """Return the fingerprint of the model, which is kept in `path` or is checked to be the one that is there."""
     found = Fingerprint.of(model)
-    if not resume:
+    if not path.exists():
         write_text(path, json.dumps(found.to_json()))
+        return found
+    try:
+        Fingerprint.from_json(json.loads(path.read_text())).check(model)
+    except ArtifactError as error:
+        raise EffpassError(
+            f"the model is not the one that the run began with: {error}",
+            hint="go on with the old model, or start anew in another folder",
+        ) from None
     return found
 
 
