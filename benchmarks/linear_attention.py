@@ -123,35 +123,43 @@ def _case(what: str, shape: tuple[int, int, int, int], gates: Gates, device: str
 def decode(device: str, smoke: bool) -> Iterator[Row]:
     """One token of 16 heads of 128 x 128, in a graph; the bound reads and writes the state."""
     small = smoke or device != "cuda"
-    heads, size = (2, 32) if small else (16, 128)
     for batch in (1, 16, 128):
-        raw = Raw.random((batch, 1, heads, size), device)
-        # As many states in turn as no cache holds until their next one.
-        turns = 1 if small else min(256, max(8, 2**28 // (batch * heads * size * size * 4)))
-        states = torch.randn(turns, batch, heads, size, size, device=device)
+        raw, states = _decoding(batch, device, small)
         for mode in MODES:
-
-            def step(turn: int, mode: str = mode, raw: Raw = raw, states: Tensor = states) -> Tensor:
-                return gated_delta_rule_step(
-                    raw.q, raw.k, raw.v, raw.gate, *raw.betas(mode), states[turn], A_log=raw.A_log,
-                    dt_bias=raw.dt_bias, lower_bound=LOWER_BOUND,
-                )  # fmt: skip
-
+            step = _decode_step(raw, states, mode)
             with torch.inference_mode():
                 if device == "cuda":
-                    seconds = seconds_a_call(step, turns, captured=True)
+                    seconds = seconds_a_call(step, len(states), captured=True)
                 else:
                     seconds = measure(lambda step=step: step(0), device, runs=3).median  # type: ignore[misc]
-            peer = _decode_peer(raw, states, turns) if device == "cuda" and mode == "kda" else None
+            peer = _decode_peer(raw, states) if device == "cuda" and mode == "kda" else None
             yield row(
-                AREA, f"{mode}, {heads} heads of {size}, batch {batch}", "decode, a step", seconds * 1e6, "us",
-                device=device, peer=None if peer is None else peer * 1e6,
+                AREA, f"{mode}, {_decode_label(states)}", "decode, a step", seconds * 1e6, "us", device=device,
+                peer=None if peer is None else peer * 1e6,
                 peer_name="" if peer is None else "fla-core fused_recurrent_kda",
-                bound=2 * states[0].numel() * 4 / bandwidth(device) * 1e6, runs=7, note=f"{turns} states in turn",
+                bound=2 * states[0].nbytes / bandwidth(device) * 1e6, runs=7, note=f"{len(states)} states in turn",
             )  # fmt: skip
 
 
-def _decode_peer(raw: Raw, states: Tensor, turns: int) -> float | None:
+def _decoding(batch: int, device: str, small: bool) -> tuple[Raw, Tensor]:
+    """A token, and as many states [turns, B, H, D, D] in turn as no cache holds until their next one."""
+    heads, size = (2, 32) if small else (16, 128)
+    turns = 1 if small else min(256, max(8, 2**28 // (batch * heads * size * size * 4)))
+    return Raw.random((batch, 1, heads, size), device), torch.randn(turns, batch, heads, size, size, device=device)
+
+
+def _decode_label(states: Tensor) -> str:
+    return f"{states.shape[2]} heads of {states.shape[3]}, batch {states.shape[1]}"
+
+
+def _decode_step(raw: Raw, states: Tensor, mode: str) -> Callable[[int], Tensor]:
+    return lambda turn: gated_delta_rule_step(
+        raw.q, raw.k, raw.v, raw.gate, *raw.betas(mode), states[turn], A_log=raw.A_log, dt_bias=raw.dt_bias,
+        lower_bound=LOWER_BOUND,
+    )  # fmt: skip
+
+
+def _decode_peer(raw: Raw, states: Tensor) -> float | None:
     if importlib.util.find_spec("fla") is None or "fla" not in os.environ.get("EFFPASS_PEERS", "fla"):
         return None
     recurrent = importlib.import_module("fla.ops.kda").fused_recurrent_kda
@@ -165,7 +173,7 @@ def _decode_peer(raw: Raw, states: Tensor, turns: int) -> float | None:
 
     try:
         with torch.inference_mode():
-            return seconds_a_call(step, turns, captured=True)
+            return seconds_a_call(step, len(states), captured=True)
     except Exception as error:
         print(f"fused_recurrent_kda: {type(error).__name__}: {str(error)[:300]}")
         torch.cuda.synchronize()
@@ -246,6 +254,29 @@ def sizes(device: str, smoke: bool) -> Iterator[Row]:
                 setattr(kernels, name, value)
 
 
+_STEP_SIZES = ((32, 4), (32, 2), (32, 8), (16, 2), (16, 4), (64, 4), (64, 8), (128, 8))  # columns and warps
+
+
+def decode_sizes(device: str, smoke: bool) -> Iterator[Row]:
+    """The decode step of 16 sequences with other programs, and PyTorch's own kernel that adds to a state in place."""
+    if device != "cuda":
+        return
+    kernels = importlib.import_module("effpass.lowering.kernels.gated_delta_rule_step")
+    raw, states = _decoding(16, device, smoke)
+    bound, own = 2 * states[0].nbytes / bandwidth(device) * 1e6, (kernels._COLUMNS, kernels._WARPS)
+    with torch.inference_mode():
+        plain = seconds_a_call(lambda turn: states[turn].add_(1.0), len(states), captured=True)
+        for columns, warps in _STEP_SIZES:
+            kernels._COLUMNS, kernels._WARPS = columns, warps
+            found = seconds_a_call(_decode_step(raw, states, "fg2+"), len(states), captured=True)
+            yield row(
+                AREA, f"fg2+, {_decode_label(states)}", f"decode, a step, {columns} columns in {warps} warps",
+                found * 1e6, "us", device=device, peer=plain * 1e6, peer_name="a state plus 1 in place, PyTorch",
+                bound=bound, runs=7,
+            )  # fmt: skip
+    kernels._COLUMNS, kernels._WARPS = own
+
+
 def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
     found: dict[str, Callable[[str, bool], Iterator[Row]]] = {}
     for what, short in (("forward", "fwd"), ("training", "train")):
@@ -257,6 +288,7 @@ def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
 
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
-    **_cases(), "decode": decode, "linear": linear, "cold": cold, "sizes": sizes, **linear_attention_quality.CASES,
+    **_cases(), "decode": decode, "linear": linear, "cold": cold, "sizes": sizes,
+    "decode-sizes": decode_sizes, **linear_attention_quality.CASES,
     **linear_attention_conversion.CASES,
 }  # fmt: skip

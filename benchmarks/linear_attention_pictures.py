@@ -1,7 +1,9 @@
-"""``python -m benchmarks.linear_attention_pictures PICTURE [--rows FILE]``: loss by position, and recall by load.
+"""``python -m benchmarks.linear_attention_pictures PICTURE [--rows FILE]``: loss by position, answers by length of a
+task, and recall by load.
 
-Read from the rows of the cases `pretraining` and `recall-…`; of rows of the same form and position or load, the last
-counts. A line is the mean over the seeds, the band the range between them.
+Read from the rows of the cases `pretraining…` and `recall-…`. Of rows of the same form and position, length or load,
+the last counts, and of rows of pretraining those alone that are of the same data as the last. A line is the mean over
+the seeds, the band the range between them.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ _COLOURS = {
     "gdn": "tab:green", "kda": "tab:blue", "fg2": "tab:orange", "fg2+": "tab:red", "window": "tab:gray",
     "attention": "black",
 }  # fmt: skip
+_Lines = dict[str, dict[int, list[float]]]  # form → place → what each seed reached
 # Metric, or end of the case → what stands on the horizontal axis.
 _POSITION = re.compile(r"loss of tokens \d+ to (\d+)$")
+_LENGTH = re.compile(r"(\w+) answered in (\d+) bytes$")
 _LOAD = re.compile(r"(\d+) pairs in \d+ tokens, heads of (\d+)$")
 
 
@@ -37,40 +41,58 @@ def draw(rows: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    losses: dict[str, dict[int, list[float]]] = {form: {} for form in _COLOURS}
-    recalls: dict[str, dict[tuple[int, int], list[float]]] = {form: {} for form in _COLOURS}
-    for entry in map(json.loads, rows.read_text().splitlines()):
-        form, _, rest = entry["case"].partition(", ")
-        if position := _POSITION.match(entry["metric"]):
-            losses[form][int(position[1])] = seeds(entry["note"])
-        elif entry["metric"] == "recall" and (load := _LOAD.match(rest)):
-            recalls[form][int(load[2]), int(load[1])] = seeds(entry["note"])
+    entries = [json.loads(line) for line in rows.read_text().splitlines()]
+    data = [_data(entry) for entry in entries if _POSITION.match(entry["metric"])]
+    losses: _Lines = {}
+    answers: dict[str, _Lines] = {}
+    recalls: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for entry in entries:
+        form = entry["case"].partition(", ")[0]
+        if entry["metric"] == "recall" and (load := _LOAD.match(_data(entry))):
+            recalls.setdefault(form, {})[int(load[2]), int(load[1])] = seeds(entry["note"])
+        elif _data(entry) not in data[-1:]:
+            continue
+        elif position := _POSITION.match(entry["metric"]):
+            losses.setdefault(form, {})[int(position[1])] = seeds(entry["note"])
+        elif length := _LENGTH.match(entry["metric"]):
+            answers.setdefault(length[1], {}).setdefault(form, {})[int(length[2])] = seeds(entry["note"])
     loads = sorted({load for of_form in recalls.values() for load in of_form})
-    if not loads and not any(losses.values()):
+    if not loads and not losses:
         raise SystemExit(f"linear_attention_pictures: {rows} has no rows of pretraining or recall")
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    height = 1 + -(-len(answers) // 2)
+    figure = Figure(figsize=(11, 4 * height), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for form in _COLOURS:
-        _line(left, form, losses[form])
-        _line(right, form, {loads.index(load): found for load, found in recalls[form].items()})
+    left, right, *others = figure.subplots(height, 2).flat
+    _panel(left, losses, title="held-out text", xlabel="range of positions, up to", ylabel="loss, bits a byte")
     left.set_xscale("log", base=2)
-    left.set(title="held-out text", xlabel="range of positions, up to", ylabel="loss, bits a byte")
+    by_place = {form: {loads.index(load): x for load, x in found.items()} for form, found in recalls.items()}
+    _panel(right, by_place, title="recall", xlabel="pairs, channels of a head", ylabel="values recalled, %")
     right.set_xticks(range(len(loads)), [f"{pairs}, {channels}" for channels, pairs in loads])
-    right.set(title="recall", xlabel="pairs, channels of a head", ylabel="values recalled, %")
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    for axis, (task, lines) in zip(others, answers.items(), strict=False):
+        _panel(axis, lines, title=f"task {task}", xlabel="length, bytes", ylabel="right answers, %")
+        axis.set_xscale("log", base=2)
+    for axis in others[len(answers) :]:
+        axis.remove()
     figure.savefig(picture, dpi=110)
 
 
-def _line(axis: Any, form: str, points: dict[int, list[float]]) -> None:
-    if not points:
-        return
-    places, found = zip(*sorted(points.items()), strict=True)
-    axis.plot(places, [sum(x) / len(x) for x in found], color=_COLOURS[form], marker=".", linewidth=1.2, label=form)
-    low, high = [min(x) for x in found], [max(x) for x in found]
-    axis.fill_between(places, low, high, color=_COLOURS[form], alpha=0.2, linewidth=0)
+def _data(entry: dict[str, Any]) -> str:
+    """What a row's case says after its form."""
+    return str(entry["case"].partition(", ")[2])
+
+
+def _panel(axis: Any, lines: _Lines, **words: str) -> None:
+    for form, colour in _COLOURS.items():
+        if form not in lines:
+            continue
+        places, found = zip(*sorted(lines[form].items()), strict=True)
+        axis.plot(places, [sum(x) / len(x) for x in found], color=colour, marker=".", linewidth=1.2, label=form)
+        low, high = [min(x) for x in found], [max(x) for x in found]
+        axis.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.set(**words)
+    axis.grid(alpha=0.3)
+    if lines:
+        axis.legend(fontsize=8)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ All forms begin from the same seeds, at equal states, and read the same rows; th
 parameters equal. `attention` has no bound on what it keeps; `window` is attention over as many tokens as have keys and
 values, in bfloat16, of a state's bytes. Both have the short convolution of the linear layers, and like them no position
 embedding, so that the forms differ in what they keep alone. One learning rate for all, tuned for none. A case trains
-all forms, one after another; a note lists the seeds' own values and their spread, the largest minus the smallest.
+the forms one after another, all of them or those that EFFPASS_FORMS names, with commas; a note lists the seeds' own
+values and their spread, the largest minus the smallest.
 
 Recall is MQAR (https://arxiv.org/abs/2312.04927): pairs of key and value, then every key once more in another order,
 for which the model says the value. A case is named by pairs and channels of a head. A model learns from rows with an
 eighth, a quarter, a half and all of the pairs in turn.
+
+Pretraining is on what models/tiny-long reads: text, code, and tasks whose answers alone are graded.
 
 On a GPU, a step is one CUDA graph: these models are so small that it would otherwise wait for its launches.
 """
@@ -20,21 +23,30 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from benchmarks.quality import MODELS
 from benchmarks.rows import Row, row
-from benchmarks.training_data import CODE, TEXT, text_rows
+from benchmarks.training_data import _corpus
 from effpass.runtime.cuda_graph import record
 from effpass.runtime.linear_attention import GatedDeltaSettings
 from effpass.runtime.linear_attention.hybrid import hybrid_config, is_hybrid
+from effpass.trainers.lm.batches import MicroBatches
+from effpass.trainers.lm.config import Config, Schedule, Stage, load_config
+from effpass.trainers.lm.corpus import Corpus
 from effpass.trainers.lm.model import make_model
+from effpass.trainers.lm.tasks import make_example
+from effpass.trainers.lm.tokenizer import byte_ids
+from effpass.trainers.loop import make_loader
 
 AREA = "linear_attention"
 FORMS = ("gdn", "kda", "fg2", "fg2+", "window", "attention")
@@ -71,6 +83,14 @@ def configs(size: Size) -> dict[str, Any]:
     return {
         form: _config(form, size, 4 * size.width + round((most - found) / each)) for form, found in parameters.items()
     }
+
+
+def _chosen(size: Size) -> list[tuple[str, Any]]:
+    """Forms to train, and their configs."""
+    wanted = os.environ.get("EFFPASS_FORMS", ",".join(FORMS)).split(",")
+    if unknown := set(wanted) - set(FORMS):
+        raise SystemExit(f"linear_attention: EFFPASS_FORMS: {min(unknown)!r} is none of {', '.join(FORMS)}")
+    return [(form, config) for form, config in configs(size).items() if form in wanted]
 
 
 def _config(form: str, size: Size, inner: int) -> Any:
@@ -159,10 +179,11 @@ class Learner:
         )
         self._steps: dict[torch.Size, Callable[[Tensor, Tensor], None]] = {}
 
-    def train(self, seed: int, batch: Batch) -> Any:
-        """The model after `size.steps` from new weights, in evaluation mode; the next run overwrites it."""
+    def train(self, seed: int, batch: Batch, shapes: Iterable[int] = range(_LEVELS)) -> Any:
+        """The model after `size.steps` from new weights, in evaluation mode; the next run overwrites it. Batches of all
+        shapes that occur are among those of the steps `shapes`."""
         self.model.train()
-        for step in range(min(_LEVELS, self.size.steps)):  # all shapes that occur, before the weights are set
+        for step in shapes:  # before the weights are set
             ids, targets = batch(seed, step)
             if ids.shape not in self._steps:
                 self._steps[ids.shape] = self._made(ids, targets)
@@ -177,9 +198,10 @@ class Learner:
         return self.model.eval()
 
     def _step(self, ids: Tensor, targets: Tensor) -> None:
-        """Nothing in it waits for the device."""
+        """The loss is a mean over rows, of each row's over what it grades. Nothing here waits for the device."""
         self.optimizer.zero_grad()
-        _losses(self.model, ids, targets, self.device).sum().div((targets >= 0).sum()).backward()
+        losses = _losses(self.model, ids, targets, self.device).view_as(targets)
+        (losses.sum(1) / (targets >= 0).sum(1)).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -217,9 +239,10 @@ def _factor(step: int, steps: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-def _logits(model: Any, ids: Tensor, device: str) -> Tensor:
+def _logits(model: Any, ids: Tensor, device: str, last: int = 0) -> Tensor:
+    """Float32, of all tokens or of the `last`."""
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
+        found: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
     return found.float()
 
 
@@ -265,63 +288,111 @@ def recall(pairs: int, channels: int, device: str, smoke: bool) -> Iterator[Row]
     size = Size(256, 128, 2, 2, channels, 3 * pairs, 2000, 2048 // pairs)
     if smoke or device != "cuda":
         pairs, size = 8, Size(32, 16, 2, 1, 16, 24, 4, 4)
-    for form, config in configs(size).items():
+    stages = [(size.steps, size.batch, size.longest)]
+    for form, config in _chosen(size):
         started, learner, found = time.perf_counter(), Learner(config, size, device), []
         for seed in SEEDS:
             model = learner.train(seed, partial(_lesson, size, pairs, device))
             found.append(100 * recall_accuracy(model, size, pairs, device))
         case = f"{form}, {pairs} pairs in {size.longest} tokens, heads of {size.channels}"
         yield row(AREA, case, "recall", statistics.fmean(found), "%", device=device, lower_is_better=False,
-                  runs=len(found), note=_note(found, config, size, started))  # fmt: skip
+                  runs=len(found), note=_note(found, config, stages, started))  # fmt: skip
 
 
-def _note(found: list[float], config: Any, size: Size, started: float) -> str:
+def _note(found: list[float], config: Any, stages: list[tuple[int, int, int]], started: float) -> str:
     each, spread = ", ".join(f"{x:.4g}" for x in found), max(found) - min(found)
+    steps = ", ".join(f"{steps} steps of {batch} rows of {length} tokens" for steps, batch, length in stages)
     return (
-        f"seeds {each}, spread {spread:.3g}; {_parameters(config)} parameters, {size.steps} steps of {size.batch} rows "
-        f"of {size.longest} tokens, {time.perf_counter() - started:.0f} s"
+        f"seeds {each}, spread {spread:.3g}; {_parameters(config)} parameters, {steps}, "
+        f"{time.perf_counter() - started:.0f} s"
     )
 
 
-# -- text -------------------------------------------------------------------------------------------------------------
+# -- text and tasks ---------------------------------------------------------------------------------------------------
+
+_ASKED = {"needle": {"keys": 8}, "copy": {"letters": 32}}  # two of tiny-long's tasks, with its options
 
 
 def pretraining(device: str, smoke: bool) -> Iterator[Row]:
-    """Each form's loss of held-out text, in bits a byte, by position to 16384, and of a passage that comes again, after
-    training on rows of 2048."""
-    size, read, passage = Size(264, 256, 4, 4, 64, 2048, 400, 8, 2e-3), 16384, 512
+    """What each form learns of tiny-long's data, first in many short rows: bits a byte of held-out text, by position to
+    16384, and answers to tasks, by length."""
     is_small = smoke or device != "cuda"
+    size, stages = Size(264, 256, 4, 4, 64, 2048, 1800, 8, 2e-3), [(1500, 64, 256), (300, 8, 2048)]
+    read, lengths, count = 16384, [256, 1024, 4096, 16384], 128
     if is_small:
-        size, read, passage = Size(264, 16, 2, 1, 16, 32, 2, 2), 128, 16
-    patterns = TEXT if os.environ.get("EFFPASS_DATA") else CODE
-    held_out = text_rows(patterns, 1, 1, read, 0).held_out["text"][0][: 2 if is_small else 16].long().to(device)
-    rows = {
-        seed: text_rows(patterns, size.steps, size.batch, size.longest + 1, seed).ids.to(device).long()
-        for seed in SEEDS
-    }
-    kind = "text and code" if patterns is TEXT else "code"
-    for form, config in configs(size).items():
-        started, learner = time.perf_counter(), Learner(config, size, device)
-        found: dict[str, list[float]] = {}
+        size, stages = Size(264, 16, 2, 1, 16, 128, 2, 1), [(1, 2, 112), (1, 1, 128)]
+        read, lengths, count = 128, [112, 128], 2
+    config, corpora = _tiny_long(stages)
+    kept = torch.cat([torch.from_numpy(corpus.held_out.astype(np.int64)) for corpus in corpora.values()])
+    held_out = kept[: len(kept) // read * read].view(-1, read)[: 1 if is_small else None].to(device)
+    asked = {(task, length): _examples(task, length, count, device) for length in lengths for task in _ASKED}
+    rows = cache(lambda seed: _batches(replace(config, seed=seed), corpora, 0 if is_small else 8, device))
+
+    def batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
+        ids, targets = rows(seed)[step].long()
+        return ids, targets
+
+    kind = "tiny-long's data" if os.environ.get("EFFPASS_DATA") else "tiny-long's code and tasks"
+    for form, made in _chosen(size):
+        started, learner = time.perf_counter(), Learner(made, size, device)
+        losses: dict[tuple[int, int], list[float]] = {}
+        answers: dict[tuple[str, int], list[float]] = {}
         for seed in SEEDS:
-            model = learner.train(seed, lambda seed, step: (rows[seed][step, :, :-1], rows[seed][step, :, 1:]))
-            for metric, bits in _measured(model, held_out, passage, device):
-                found.setdefault(metric, []).append(bits)
-        for metric, of_seeds in found.items():
-            yield row(AREA, f"{form}, {kind}", metric, statistics.fmean(of_seeds), "bits", device=device,
-                      runs=len(SEEDS), note=_note(of_seeds, config, size, started))  # fmt: skip
+            model = learner.train(seed, batch, (0, size.steps - 1))
+            bits = _bits(model, held_out, device)
+            for first, last in _spans(read):
+                losses.setdefault((first, last), []).append(float(bits[first:last].mean()))
+            for which, (ids, answer, _) in asked.items():
+                answers.setdefault(which, []).append(100 * _answered(model, ids, answer, device))
+        for (first, last), found in losses.items():
+            yield row(AREA, f"{form}, {kind}", f"loss of tokens {first} to {last}", statistics.fmean(found), "bits",
+                      device=device, runs=len(found), note=_note(found, made, stages, started))  # fmt: skip
+        for (task, length), found in answers.items():
+            note = f"{_note(found, made, stages, started)}; chance {100 * asked[task, length][2]:.3g} %"
+            yield row(AREA, f"{form}, {kind}", f"{task} answered in {length} bytes", statistics.fmean(found), "%",
+                      device=device, lower_is_better=False, runs=len(found), note=note)  # fmt: skip
 
 
-def _measured(model: Any, held_out: Tensor, passage: int, device: str) -> Iterator[tuple[str, float]]:
-    """What is reported of a model: bits a byte."""
-    of_text = _bits(model, held_out, device)
-    for first, last in _spans(held_out.shape[1]):
-        yield f"loss of tokens {first} to {last}", float(of_text[first:last].mean())
-    texts = held_out.view(-1, 8 * passage)
-    for between in (passage, 2 * passage, 7 * passage):
-        once, other = texts[:, :passage], texts[:, passage : passage + between]
-        again = _bits(model, torch.cat((once, other, once), 1), device)[-(passage // 2) :]
-        yield f"loss of the second half of a passage of {passage}, again after {between} tokens", float(again.mean())
+def _tiny_long(stages: list[tuple[int, int, int]]) -> tuple[Config, dict[int, Corpus]]:
+    """Its config with these stages, and the text of its sources; without EFFPASS_DATA, of those that don't need it."""
+    config = load_config(MODELS / "tiny-long" / "config.yaml")
+    data = config.data
+    if not os.environ.get("EFFPASS_DATA"):
+        data = [source for source in data if "$EFFPASS_DATA" not in "".join(source.text or ())]
+    config = replace(
+        config, data=data, schedule=Schedule(warmup=0),
+        stages=[Stage(steps, length + 1, batch) for steps, batch, length in stages],
+    )  # fmt: skip
+    return config, {i: _corpus(tuple(source.text), None) for i, source in enumerate(data) if source.text}
+
+
+def _batches(config: Config, corpora: dict[int, Corpus], workers: int, device: str) -> list[Tensor]:
+    """Ids and targets of each step, int16 [2, B, T]."""
+    found = []
+    for batch in make_loader(MicroBatches(config, corpora), 0, workers, pin=False):
+        ids = batch["input_ids"].short()
+        targets = ids.where(batch["weights"] > 0, -100)
+        found.append(torch.stack((ids[:, :-1], targets[:, 1:])))
+    parts = torch.cat([x.flatten() for x in found]).to(device).split([x.numel() for x in found])  # one copy
+    return [part.view(x.shape) for part, x in zip(parts, found, strict=True)]
+
+
+def _examples(task: str, length: int, count: int, device: str) -> tuple[Tensor, int, float]:
+    """Ids `[count, length]`, how many of the last are the answer, and the share of guesses that are right."""
+    rngs = [np.random.default_rng((7, length, i)) for i in range(count)]
+    examples = [make_example(task, rng, length, 1, _ASKED[task]) for rng in rngs]
+    ids = torch.from_numpy(np.stack([byte_ids(example.text) for example in examples]).astype(np.int64))
+    return ids.to(device), len(examples[0].pairs[0][1]), examples[0].chance
+
+
+@torch.no_grad()
+def _answered(model: Any, ids: Tensor, answer: int, device: str) -> float:
+    """Share of rows whose last `answer` bytes greedy decoding gives, all of them."""
+    right = torch.zeros((), device=device)
+    for part in ids.split(max(1, (1 << 17) // ids.shape[1])):
+        said = _logits(model, part, device, answer + 1)[:, :-1].argmax(-1)
+        right += (said == part[:, -answer:]).all(1).sum()
+    return float(right) / len(ids)
 
 
 @torch.no_grad()

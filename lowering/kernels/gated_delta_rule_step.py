@@ -22,6 +22,10 @@ from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON, Inputs, Settin
 __all__ = ["step", "supported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_COLUMNS, _WARPS = (
+    32,
+    4,
+)  # of a program, where there are enough of them for all multiprocessors; else fewer, and 2 warps
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
     q, _, v, gate, beta, write_beta, A_log, dt_bias = tensors
     (batch, tokens, heads, value_size), key_size = v.shape, q.shape[3]
     values = max(8, triton.next_power_of_2(value_size))
-    each = min(values, 32)
+    each = min(values, _COLUMNS)
     while each > 8 and batch * heads * (values // each) < 2 * multiprocessors(q.device):
         each //= 2
     output = v.new_empty(v.shape)
@@ -114,6 +118,6 @@ def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
         GATE="log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
         SCALAR_GATE=gate.dim() == 3, HAS_BIAS=dt_bias is not None, SCALAR_BETA=beta.dim() == 3,
         HAS_WRITE=write_beta is not None, NORMALIZE=settings.normalize, LOGITS=settings.beta_logits,
-        num_warps=4 if each == 32 else 2, num_stages=1,
+        num_warps=_WARPS if each == _COLUMNS else 2, num_stages=1,
     )  # fmt: skip
     return output

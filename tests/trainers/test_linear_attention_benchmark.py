@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +17,20 @@ from benchmarks.linear_attention_quality import (
     FORMS,
     Learner,
     Size,
+    _answered,
+    _batches,
+    _examples,
     _factor,
     _losses,
     _parameters,
+    _tiny_long,
     configs,
     new_model,
     recall_accuracy,
     recall_batch,
 )
 from benchmarks.rows import write
+from effpass.trainers.lm.batches import MicroBatches
 from effpass.trainers.lm.model import make_model
 
 SIZE = Size(64, 32, 1, 2, 16, 12, 4, 8)
@@ -109,6 +115,37 @@ def test_captured_steps_are_the_eager_ones(form):
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
+def test_pretraining_grades_what_the_trainer_grades(monkeypatch):
+    monkeypatch.delenv("EFFPASS_DATA", raising=False)
+    config, corpora = _tiny_long([(2, 8, 112), (1, 4, 128)])
+    assert [source.task for source in config.data] == [None, "copy", "needle", "needle", "variables", "frequent"]
+    found, wanted = _batches(config, corpora, 0, "cpu"), MicroBatches(config, corpora)
+    assert [tuple(x.shape) for x in found] == [(2, 8, 112), (2, 8, 112), (2, 4, 128)]
+    for step, (ids, targets) in enumerate(found):
+        tokens, weights = wanted[step]["input_ids"], wanted[step]["weights"][:, 1:]
+        is_graded = targets >= 0
+        assert torch.equal(ids.long(), tokens[:, :-1])
+        assert torch.equal(targets.long(), tokens[:, 1:].where(is_graded, -100))
+        torch.testing.assert_close(weights, is_graded / is_graded.sum(1, keepdim=True))  # as Learner weighs them
+
+
+@pytest.mark.parametrize(("task", "answer"), [("needle", 5), ("copy", 32)])
+def test_an_answer_is_right_if_all_its_bytes_are(task, answer):
+    ids, size, chance = _examples(task, 256, 4, "cpu")
+    assert ids.shape == (4, 256)
+    assert size == answer
+    assert chance < 0.5
+    following = ids.roll(-1, 1)
+    following[0, -2] += 1  # the last byte of an answer
+    following[1, -answer - 1] += 1  # the first of another
+    following[2, -answer - 2] += 1  # the last of a question
+
+    def model(logits_to_keep: int, **kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 264)[:, -logits_to_keep:])
+
+    assert _answered(model, ids, size, "cpu") == 0.5
+
+
 def test_rows_and_picture_of_recall_and_of_text(tmp_path: Path):
     assert set(linear_attention_quality.CASES) <= set(linear_attention.CASES)
     for name in ("recall-16x16", "pretraining"):
@@ -119,8 +156,12 @@ def test_rows_and_picture_of_recall_and_of_text(tmp_path: Path):
     assert [row["case"].partition(",")[0] for row in recalled] == list(FORMS)
     losses = [row for row in rows if row["metric"].startswith("loss")]
     assert [row["metric"] for row in losses][:2] == ["loss of tokens 0 to 1", "loss of tokens 1 to 2"]
-    assert len(losses) == (8 + 3) * len(FORMS)
+    assert len(losses) == 8 * len(FORMS)
     assert all(0 < row["ours"] < 2 * math.log2(256) and row["runs"] == 3 for row in losses)
+    answers = [row for row in rows if "answered" in row["metric"]]
+    assert [row["metric"] for row in answers[:2]] == ["needle answered in 112 bytes", "copy answered in 112 bytes"]
+    assert len(answers) == 4 * len(FORMS)
+    assert all("; chance " in row["note"] for row in answers)
     for row in rows:
         of_seeds = seeds(row["note"])
         assert len(of_seeds) == 3
