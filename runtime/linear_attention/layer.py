@@ -31,8 +31,9 @@ __all__ = ["WIDE", "GatedDeltaAttention"]
 #: Names of the parameters that stay float32 in a model of lower precision.
 WIDE = ("A_log", "dt_bias")
 
-_RATES = (1.0, 16.0)  # range of the initial exp(A_log)
-_STEPS = (1e-3, 0.1)  # range of the initial softplus(dt_bias)
+# Initial decay of a token without its gate: exp(-rate · step), as in Mamba-2.
+_RATES = (1.0, 16.0)  # range over heads
+_STEPS = (1e-3, 0.1)  # range over channels
 
 
 class GatedDeltaAttention(nn.Module):
@@ -80,9 +81,15 @@ class GatedDeltaAttention(nn.Module):
     def reset_own_parameters(self) -> None:
         """Initialize the parameters that do not belong to a linear layer."""
         self.conv.reset_parameters()
-        self.A_log.uniform_(*_RATES).log_()
+        rate = torch.empty_like(self.A_log).uniform_(*_RATES)
         step = torch.empty_like(self.dt_bias).uniform_(*(math.log(x) for x in _STEPS)).exp_()
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        bound = self.settings.lower_bound
+        if bound is None:  # the log of the decay is -exp(A_log) · softplus(gate + dt_bias)
+            self.A_log.copy_(rate.log())
+            self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        else:  # bound · sigmoid(exp(A_log) · (gate + dt_bias)): with A_log = 0, a gate changes small decays alike
+            self.A_log.zero_()
+            self.dt_bias.copy_(torch.log(rate.repeat_interleave(len(step) // len(rate)) * step / -bound))
         self.norm_weight.fill_(1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
