@@ -154,6 +154,7 @@ def tune(
     if settings.is_packed:
         check_packing(trained.model, getattr(torch, settings.dtype))
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
+    args.distributed_state.wait_for_everyone()  # none may still look for a folder that this run is about to make
     if args.process_index == 0:
         begin(work, run, first_step, resume=resume)
         if sparse is not None and sparse.table is not None:

@@ -86,6 +86,7 @@ def train(path: Path, folder: Path, *, resume: bool = False, say: Callable[[str]
     found = estimate(config, architecture, args.device, args.world_size, pictures)
     say(str(found))
     check_memory(found, f"raise 'accumulate', or lower 'batch' or 'sequence_length' of {found.where}")
+    args.distributed_state.wait_for_everyone()  # none may still look for a folder that this run is about to make
     with args.main_process_first(local=False, desc="tokenizing"):
         if args.process_index == 0 and not resume:
             _prepare(work, run, config, files, tokenizer)
