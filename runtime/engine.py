@@ -19,6 +19,7 @@ from effpass.core.alone import alone
 from effpass.core.errors import EffpassError, HostMemoryError, ModelError
 from effpass.runtime.attention import reading_cache
 from effpass.runtime.cache import DecodeCache, layer_windows
+from effpass.runtime.passed_arguments import drops_arguments
 from effpass.runtime.session import Backend, Session
 
 __all__ = ["Engine", "check_decodable"]
@@ -175,6 +176,12 @@ def check_decodable(model: Any) -> None:
     if not model._can_set_attn_implementation():
         raise ModelError(
             f"{name} does not attend through transformers' AttentionInterface",
+            hint="transformers' own generate runs it",
+        )
+    if (path := drops_arguments(model)) is not None:
+        raise ModelError(
+            f"{name}: the decode engine's cache does not reach {path}, whose decoder layer does not pass on arguments"
+            " that it does not know",
             hint="transformers' own generate runs it",
         )
     for path, module in model.named_modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -79,6 +80,9 @@ class NeedsCache(RuntimePass):
     def prepare(self, model: torch.nn.Module) -> tuple[int, list[Refusal]]:
         model.config.touched = True
         return 1, []
+
+    def note_on_cache(self, cache: Any, batch: int) -> str:
+        return f"nothing for {len(cache.layers)} layers"
 
 
 TOYS = {cls.name: f"toy_passes:{cls.__name__}" for cls in (Touch, TouchSteps, Scale, NeedsCache)}

@@ -149,6 +149,8 @@ def _passes(report: dict[str, Any]) -> Iterator[Markup]:
         )
     for entry in report["prepared"]:
         yield tag("p", tag("b", entry["name"]), " acts on the model itself, through effpass.prepare; not traced here.")
+        if entry["note"]:
+            yield tag("p", entry["note"])
     yield from (tag("p", line) for line in report["changed"])
     if not merged and not report["prepared"]:
         yield tag("p", "The recipe names no pass.")

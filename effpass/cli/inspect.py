@@ -104,6 +104,8 @@ def _show(console: Console, found: Inspection, verbose: bool) -> None:
         _show_pass(console, entry, in_a_step.get(entry.name, entry.hits), verbose)
     for entry in found.prepared:
         console.print(f"[bold]{entry.name}[/bold] acts on the model itself, through effpass.prepare; not traced here")
+        if entry.note:
+            console.print(f"  {entry.note}", markup=False)
     for report in found.reports:
         if report.unrewritten:
             console.print(f"one graph of {found.graphs} goes on as it is: {report.unrewritten}", markup=False)

@@ -64,6 +64,10 @@ def fg2_gdn(
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear growth of the rate, in each stage.")] = 10,
     gate_rank: Annotated[int, typer.Option("--gate-rank", help="Of the projections to gates.")] = 64,
     beta_rank: Annotated[int, typer.Option("--beta-rank", help="Of those to step sizes; 0 for full.")] = 0,
+    conv_size: Annotated[int, typer.Option("--conv-size", help="Tokens that their convolution spans.")] = 4,
+    unbounded: Annotated[
+        bool, typer.Option("--unbounded", help="No lower bound of the decay: kernels are slower.")
+    ] = False,
     dtype: Dtype = None,
     seed: Seed = 0,
     log_every: LogEvery = 10,
@@ -87,7 +91,8 @@ def fg2_gdn(
         layers=None if layers is None else _numbers(layers), share=0.5 if share is None else share, steps=steps,
         align=align, whole=whole, whole_rate=whole_rate, distillation=Distillation(task, logits, hidden), batch=batch,
         accumulate=accumulate, sequence_length=sequence_length, warmup=warmup, gate_rank=gate_rank,
-        beta_rank=beta_rank, seed=seed, log_every=log_every, save_every=save_every,
+        beta_rank=beta_rank, conv_kernel_size=conv_size, lower_bound=None if unbounded else Settings.lower_bound,
+        seed=seed, log_every=log_every, save_every=save_every,
     )  # fmt: skip
     convert(model, text, output, settings, validation=validation, resume=resume, say=say())
 

@@ -20,7 +20,7 @@ from effpass.core.cache_name import cache_name
 from effpass.core.cost import uncounted
 from effpass.core.derived import derived_bytes
 from effpass.core.dynamo import NotRetraceableError, program_from_dynamo
-from effpass.core.errors import EffpassError, PassRefusedError
+from effpass.core.errors import EffpassError, ModelError, PassRefusedError
 from effpass.core.manager import PassManager, Planned
 from effpass.core.program import Program
 from effpass.core.report import PassReport, Report
@@ -121,7 +121,8 @@ class Inspection:
             step.
         reports: what each pass did on each of these graphs.
         decode_reports: what each pass did on each graph of the decode step.
-        prepared: empty reports of the passes that act only through `effpass.prepare` and were not run.
+        prepared: reports of the passes that act only through `effpass.prepare` and were not run; empty but for a note
+            on the cache.
         ops_before: operator counts over all graphs, as loaded.
         ops_after: operator counts over all graphs, after the passes.
         weight_bytes: bytes of the model's parameters.
@@ -198,7 +199,7 @@ def inspect_model(
         cache = _filled_cache(model, batch, cache_length, device)
         step = torch.full((batch, 1), 0, device=device)
         _trace(model, decode, {"input_ids": step, cache_name(): cache})
-    except PassRefusedError as refusal:  # a pass changes what a cache contains, so the traced step does not apply
+    except (PassRefusedError, ModelError) as refusal:  # the model, or a pass, has another cache than the traced step
         if prefill is None:
             raise
         decode = _Counting(decode.workload, here, at, {})
@@ -217,6 +218,10 @@ def inspect_model(
     result.graphs = len(counted[0].graphs)
     result.decode_reports = [graph.report for graph in decode.graphs]
     result.workloads = [workload.finish() for workload in counted]
+    if cache is not None:
+        by_name = {p.pass_.name: p.pass_ for p in planned}
+        for entry in result.prepared:
+            entry.note = by_name[entry.name].note_on_cache(cache, batch)
     per_token, whole = (None, None) if cache is None else _cache_bytes(cache, batch, cache_length)
     result.memory = Memory(result.weight_bytes, result.derived_bytes, per_token, whole, batch, cache_length)
     for p in here:

@@ -147,6 +147,15 @@ class Pass:
         """
         return None
 
+    def note_on_cache(self, cache: Any, batch: int) -> str:
+        """What preparing the model would make of its cache, for :func:`effpass.inspect`; empty for nothing to say.
+
+        Args:
+            cache: a `StaticCache` of the model as it is, with the tensors of all layers.
+            batch: number of sequences of the cache.
+        """
+        return ""
+
     def could_act(self, weight_names: Sequence[str]) -> bool:
         """Whether this pass may find something in a graph that reads the weights `weight_names`.
 

@@ -101,8 +101,9 @@ def gated_delta_rule(
         final_state: float32 [N, HV, K, V] (float64 for float64 inputs).
 
     Raises:
-        EffpassError: if shapes, dtypes or devices don't fit, or T = 0; on the CPU also if values are out of range or
-            `cu_seqlens` does not rise monotonically from 0 to T. On a GPU such a `cu_seqlens` fails a device assertion.
+        EffpassError: if shapes, dtypes or devices don't fit, or a size other than B is 0; on the CPU also if values are
+            out of range or `cu_seqlens` does not rise monotonically from 0 to T. On a GPU such a `cu_seqlens` fails a
+            device assertion.
     """
     return torch.ops.effpass.gated_delta_rule(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound,
@@ -186,6 +187,8 @@ def _state(inputs: Inputs, given: Tensor | None, sequences: int) -> Tensor:
 
 def _gated_delta_rule(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
+    if sequences == 0:
+        return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, 0)
     if inputs.q.is_cuda:
         kernels = triton_kernels("gated_delta_rule")
         if kernels and kernels.supported(inputs):
@@ -232,7 +235,10 @@ def _gated_delta_rule_backward(
     if d_output is None:
         d_output = torch.zeros_like(inputs.v)
     kernels = triton_kernels("gated_delta_rule") if inputs.q.is_cuda else None
-    if kernels and kernels.supported(inputs):
+    found: Any
+    if sequences == 0:
+        found, d_initial = [None if x is None else x.new_zeros(x.shape) for x in inputs], torch.zeros_like(initial)
+    elif kernels and kernels.supported(inputs):
         found, d_initial = kernels.backward(inputs, settings, state, cu_seqlens, sequences, d_output, d_state)
     else:
         chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)

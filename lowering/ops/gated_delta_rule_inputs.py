@@ -210,14 +210,18 @@ def check(
     def shape(x: Tensor | None) -> str:
         return "None" if x is None else str(tuple(x.shape))
 
-    if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
+    is_fit = q.dim() == 4 and k.shape == q.shape and v.dim() == 4 and v.shape[:2] == q.shape[:2]
+    if is_fit:
+        sizes = {"T": q.shape[1], "H": q.shape[2], "K": q.shape[3], "HV": v.shape[2], "V": v.shape[3]}
+        for letter, size in sizes.items():
+            if size == 0:
+                raise refuse(f"q is {shape(q)} and v {shape(v)}: {letter} = 0", f"{letter} is at least 1")
+    if not is_fit or v.shape[2] % q.shape[2]:
         raise refuse(
             f"q is {shape(q)}, k {shape(k)} and v {shape(v)}",
             "q and k are [B, T, H, K] and v is [B, T, HV, V], where H divides HV",
         )
     (batch, tokens, heads, value_size), key_size = v.shape, q.shape[3]
-    if tokens == 0:
-        raise refuse(f"q is {shape(q)}: no tokens", "T is at least 1")
     of_heads = (batch, tokens, heads)
     if gate.shape not in (of_heads, (*of_heads, key_size)):
         raise refuse(f"gate is {shape(gate)} and q {shape(q)}", "gate is [B, T, HV, K], or [B, T, HV] for a scalar one")

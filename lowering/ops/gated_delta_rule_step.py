@@ -46,7 +46,8 @@ def gated_delta_rule_step(
         [B, T, HV, V], of v's dtype.
 
     Raises:
-        EffpassError: if shapes, dtypes or devices don't fit, or T = 0; on the CPU also if values are out of range.
+        EffpassError: if shapes, dtypes or devices don't fit, or a size other than B is 0; on the CPU also if values are
+            out of range.
     """
     return torch.ops.effpass.gated_delta_rule_step(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, state, lower_bound,
@@ -57,6 +58,8 @@ def gated_delta_rule_step(
 def _step(*arguments: Any) -> Tensor:
     inputs, state, settings = Inputs(*arguments[:8]), arguments[8], Settings(*arguments[9:])
     check("gated_delta_rule_step", inputs, settings, state, inputs.q.shape[0])
+    if inputs.q.shape[0] == 0:
+        return inputs.v.new_empty(inputs.v.shape)
     if inputs.q.is_cuda:
         kernels = triton_kernels("gated_delta_rule_step")
         if kernels and kernels.supported(inputs, state):

@@ -28,6 +28,12 @@ OPSET = 18
 # Namespaces whose operators the exporter translates or decomposes; others need an entry in `onnx_ops.translations`.
 _KNOWN_NAMESPACES = ("aten", "prims", "onnx", "onnx_symbolic", "quantized_decomposed")
 
+# Hints for operators that no pass brings in, by name; others get a general one.
+_HINTS = {
+    "effpass.gated_delta_rule_step.default": "it writes its state in place, and ONNX has no such operators: call"
+    " gated_delta_rule, which returns the new state, for one token too",
+}
+
 
 def translate(
     program: ExportedProgram,
@@ -83,7 +89,7 @@ def _refuse_untranslatable(program: ExportedProgram, table: Mapping[Any, Any]) -
 def _no_translation(operator: str, node: str) -> ExportError:
     return ExportError(
         f"the operator {operator} (node {node}) has no ONNX translation",
-        hint="leave out the pass that brings it in, or use torch.compile(backend='effpass')",
+        hint=_HINTS.get(operator, "leave out the pass that brings it in, or use torch.compile(backend='effpass')"),
     )
 
 

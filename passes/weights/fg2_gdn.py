@@ -200,6 +200,16 @@ class FG2GDN(Pass):
                 hint="leave layers out, or give an artifact from before the whole model was trained",
             )
 
+    def note_on_cache(self, cache: Any, batch: int) -> str:
+        settings, held = self.learned.settings, [cache.layers[index] for index in self.layers]
+        before = sum(x.numel() * x.element_size() for layer in held for x in (layer.keys, layer.values))
+        of_conv = (settings.conv_kernel_size - 1) * settings.channels * held[0].keys.element_size()
+        after = len(held) * batch * (settings.state_bytes + of_conv)
+        return (
+            f"the cache of {len(held)} layer{'s' * (len(held) != 1)} takes {after / 1e6:.3g} MB at any number of"
+            f" positions, in place of {before / 1e6:.3g} MB"
+        )
+
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:
         """Replace the layers and load their learned weights; hits are layers."""
         runs, learned = inner_model(model), self.learned

@@ -22,9 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from effpass.core.errors import ModelError
 from effpass.runtime.linear_attention.attention_layers import attention_layers
+from effpass.runtime.linear_attention.documents import CU_SEQLENS, cu_seqlens_of
 from effpass.runtime.linear_attention.layer import WIDE, GatedDeltaAttention
 from effpass.runtime.linear_attention.padding import check_padding
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
+from effpass.runtime.passed_arguments import drops_arguments
 
 __all__ = ["MODEL_TYPE", "hybrid_config", "is_hybrid", "linear_layers", "make_hybrid"]
 
@@ -85,7 +87,16 @@ def _model_class(base: Any, config_class: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            check_padding({**dict(zip(names, args, strict=False)), **kwargs})
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            check_padding(given)
+            if (cu_seqlens := cu_seqlens_of(given)) is not None:
+                if (path := drops_arguments(self)) is not None:
+                    raise ModelError(
+                        f"a row holds several documents, and {path} is not told where they end, as its decoder layer"
+                        " does not pass on arguments that it does not know",
+                        hint="give each document a row of its own, with padding",
+                    )
+                kwargs[CU_SEQLENS] = cu_seqlens
         return base.forward(self, *args, **kwargs)
 
     members = {

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from effpass.core.errors import ModelError
 from effpass.lowering.ops.gated_delta_rule import gated_delta_rule
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
+from effpass.runtime.linear_attention.documents import places
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
 from effpass.runtime.linear_attention.state import StateBuffers, StateLayer, state_layer
 
@@ -111,6 +112,7 @@ class GatedDeltaAttention(nn.Module):
         past_key_values: Any = None,
         layer_past: Any = None,
         effpass_cache: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Run the layer; called by the decoder layer in place of its attention.
@@ -123,12 +125,14 @@ class GatedDeltaAttention(nn.Module):
             past_key_values: the same, as transformers before 5.24 names it.
             layer_past: the same, as older model families such as GPT-J and GPTBigCode name it.
             effpass_cache: cache of the decode engine, which knows padding by itself; None outside of the engine.
+            cu_seq_lens_q: int32 or int64 [N + 1], offsets of N documents among the B T tokens, which are kept apart;
+                None for one in each row.
 
         Returns:
             The output [B, T, D], and None in place of the attention weights that transformers allows for.
 
         Raises:
-            ModelError: if the cache or the mask is of an unsupported kind.
+            ModelError: if the cache or the mask is of an unsupported kind, or there is a cache beside `cu_seq_lens_q`.
         """
         is_token = _tokens(hidden_states, attention_mask, effpass_cache)
         x = hidden_states if is_token is None else hidden_states * is_token[..., None].to(hidden_states.dtype)
@@ -141,15 +145,25 @@ class GatedDeltaAttention(nn.Module):
                 " padding: its decoder layer does not pass on the arguments that it does not know",
                 hint="leave generation to transformers: type(model).generate(model, ...)",
             )
+        if cu_seq_lens_q is not None:
+            if cached is not None:
+                raise ModelError(
+                    f"layer {self.layer_idx}: linear attention caches one document in each row, and these hold several",
+                    hint="call the model with use_cache=False, or give each document a row of its own, with padding",
+                )
+            x, cu_seq_lens_q = x.flatten(0, 1)[None], cu_seq_lens_q.to(x.device)
         before, state = (None, None) if cached is None else cached.read(batch, x.dtype)
-        mixed, conv = self._convolved(torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1), before)
+        mixed = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        mixed, conv = self._convolved(mixed, before, cu_seq_lens_q)
         in_place = isinstance(cached, StateBuffers) and tokens == 1
-        out, state = self._recurrence(mixed, x, state, in_place)
+        out, state = self._recurrence(mixed, x, state, in_place, cu_seq_lens_q)
         if cached is not None:
             cached.write(conv, None if in_place else state, tokens)
-        return self._projected(out, x), None
+        return self._projected(out, x).view(hidden_states.shape), None
 
-    def _convolved(self, mixed: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _convolved(
+        self, mixed: Tensor, before: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Apply convolution and SiLU to `mixed` [B, T, channels], with the inputs `before` it from the cache.
 
         The convolution is written as a sum of products: it keeps the channels contiguous, as the recurrence reads them,
@@ -161,23 +175,27 @@ class GatedDeltaAttention(nn.Module):
         tokens, size = mixed.shape[1], self.settings.conv_kernel_size - 1
         full = F.pad(mixed, (0, 0, size, 0)) if before is None else torch.cat((before.to(mixed.dtype), mixed), 1)
         taps = self.conv.weight[:, 0].to(mixed.dtype)
-        out = full[:, :tokens] * taps[:, 0]
-        for place in range(1, size + 1):
-            out = out + full[:, place : place + tokens] * taps[:, place]
+        in_document = None if cu_seqlens is None else places(cu_seqlens, tokens)[:, None]
+        out = full[:, size:] * taps[:, size]
+        for place in range(size):
+            term = full[:, place : place + tokens] * taps[:, place]
+            out = out + (term if in_document is None else term.masked_fill(in_document < size - place, 0))
         return F.silu(out), full[:, tokens:]
 
-    def _recurrence(self, mixed: Tensor, x: Tensor, state: Tensor | None, in_place: bool) -> tuple[Tensor, Tensor]:
+    def _recurrence(
+        self, mixed: Tensor, x: Tensor, state: Tensor | None, in_place: bool, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the outputs [B, T, HV, V] and the new state, which is `state` itself, updated, if `in_place`."""
         heads, key_size = self.settings.num_value_heads, self.settings.key_head_dim
         keys = self.settings.num_key_heads * key_size
         q, k, v = mixed.split((keys, keys, heads * self.settings.value_head_dim), -1)
-        by_channel = (*x.shape[:2], heads, -1)
+        by_head = (heads, -1)
         gate, beta = self.f_proj(x), self.b_proj(x)
-        gate = gate if self.settings.mode == "gdn" else gate.view(by_channel)
-        beta = beta.view(by_channel) if self.by_channel else beta
+        gate = gate if self.settings.mode == "gdn" else gate.unflatten(-1, by_head)
+        beta = beta.unflatten(-1, by_head) if self.by_channel else beta
         given = (
-            q.unflatten(-1, (-1, key_size)), k.unflatten(-1, (-1, key_size)), v.unflatten(-1, (heads, -1)), gate, beta,
-            None if self.w_proj is None else self.w_proj(x).view(by_channel),
+            q.unflatten(-1, (-1, key_size)), k.unflatten(-1, (-1, key_size)), v.unflatten(-1, by_head), gate, beta,
+            None if self.w_proj is None else self.w_proj(x).unflatten(-1, by_head),
         )  # fmt: skip
         bound = self.settings.lower_bound
         dt_bias = self.dt_bias if self.settings.mode == "gdn" else self.dt_bias.view(heads, key_size)
@@ -185,7 +203,9 @@ class GatedDeltaAttention(nn.Module):
             assert state is not None
             out = gated_delta_rule_step(*given, state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
             return out, state
-        return gated_delta_rule(*given, initial_state=state, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound)
+        return gated_delta_rule(
+            *given, initial_state=state, cu_seqlens=cu_seqlens, A_log=self.A_log, dt_bias=dt_bias, lower_bound=bound
+        )
 
     def _projected(self, out: Tensor, x: Tensor) -> Tensor:
         """Normalize, gate and project the outputs [B, T, HV, V] of the recurrence to [B, T, D]."""

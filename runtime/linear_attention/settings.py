@@ -79,6 +79,11 @@ class GatedDeltaSettings:
         """Size in bytes of the float32 state of one layer and sequence."""
         return 4 * self.num_value_heads * self.key_head_dim * self.value_head_dim
 
+    @property
+    def channels(self) -> int:
+        """Number of channels of the convolution: those of queries, keys and values of all heads."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

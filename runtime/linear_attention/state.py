@@ -128,8 +128,7 @@ class StateBuffers(BufferedLayer):
         """
         if not self.is_initialized:
             sizes, (batch, _), device = self.settings, self.slots.positions.shape, self.slots.positions.device
-            channels = 2 * sizes.num_key_heads * sizes.key_head_dim + sizes.num_value_heads * sizes.value_head_dim
-            self.conv = torch.zeros(batch, sizes.conv_kernel_size - 1, channels, dtype=dtype, device=device)
+            self.conv = torch.zeros(batch, sizes.conv_kernel_size - 1, sizes.channels, dtype=dtype, device=device)
             self.state = torch.zeros(
                 batch,
                 sizes.num_value_heads,

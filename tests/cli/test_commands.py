@@ -129,6 +129,7 @@ def test_inspect_fails_when_a_required_pass_would_do_nothing(run, recipe_file, t
 def test_inspect_names_passes_that_act_before_tracing(run, recipe_file, tiny_model, toy_passes):
     text = run("inspect", tiny_model, "-r", recipe_file("- needs_cache")).stdout
     assert "needs_cache acts on the model itself, through effpass.prepare" in text
+    assert "  nothing for 2 layers\n" in text
 
 
 def test_optimize_saves_a_checkpoint_that_transformers_loads(run, recipe_file, tiny_model, tiny_adapter, tmp_path):

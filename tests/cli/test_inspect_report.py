@@ -220,7 +220,7 @@ def _poisoned(value: Any) -> Any:
 def test_no_text_of_a_report_becomes_markup(report):
     hostile = _poisoned(copy.deepcopy(report))
     hostile["unmet"] = [HOSTILE]
-    hostile["prepared"] = [{"name": HOSTILE}]
+    hostile["prepared"] = [{"name": HOSTILE, "note": HOSTILE}]
     hostile["workloads"][0]["missing"] = hostile["workloads"][0]["uncounted"] = [HOSTILE]
     hostile["reports"][0]["passes"][0]["refusals"] = [{"node": HOSTILE, "reason": HOSTILE, "hint": HOSTILE}]
     hostile["reports"][0]["passes"][0]["ops"] = {HOSTILE: 1}

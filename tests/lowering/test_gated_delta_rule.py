@@ -168,6 +168,21 @@ def test_steps_write_the_state_and_equal_chunks(mode):
     torch.testing.assert_close(state, last)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("has_state", [False, True])
+def test_no_sequences_have_empty_results(mode, has_state):
+    case = Case(mode, tokens=5, batch=0, value_heads=2, has_state=has_state)
+    given = [None if x is None else x.requires_grad_() for x in case.tensors(torch.float64)]
+    output, state = called(case, given)
+    assert output.shape == (0, 5, 2, 16)
+    assert state.shape == (0, 2, 16, 16)
+    leaves = [x for x in given if x is not None]
+    for x, gradient in zip(leaves, torch.autograd.grad(output.sum() + state.sum(), leaves), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+    detached = [None if x is None else x.detach() for x in given[:6]]
+    assert gated_delta_rule_step(*detached, state.detach(), **options(case, given)).shape == (0, 5, 2, 16)
+
+
 # -- what PyTorch asks of an operator ---------------------------------------------------------------------------------
 
 
@@ -245,6 +260,23 @@ def test_onnx_runtime_computes_the_same(mode):
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_step_is_exported_as_a_call_that_returns_the_state():
+    from effpass.core.errors import ExportError
+    from effpass.lowering.targets.onnx_translate import translate
+
+    case = Case("kda", tokens=1)
+    given = placed(case.tensors(torch.float32), torch.float32, "cpu")
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            state = given[8].clone()
+            return gated_delta_rule_step(*given[:6], state, **options(case, list(given))), state
+
+    with pytest.raises(ExportError, match="gated_delta_rule_step") as caught:
+        translate(torch.export.export(Module(), tuple(given)), None, None, {})
+    assert "call gated_delta_rule, which returns the new state" in caught.value.hint
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +299,11 @@ def _refused(message: str, case: Case = Case("fg2", tokens=6), name: str = "gate
     [
         (r"k \(1, 6, 1, 15\)", {"k": torch.randn(1, 6, 1, 15)}),
         (r"v \(1, 5, 1, 16\)", {"v": torch.randn(1, 5, 1, 16)}),
-        ("no tokens", {name: torch.randn(1, 0, 1, 16) for name in ("q", "k", "v", "gate", "beta")}),
+        ("T = 0", {name: torch.randn(1, 0, 1, 16) for name in ("q", "k", "v", "gate", "beta")}),
+        (r"q is \(1, 6, 0, 16\) and v \(1, 6, 1, 16\): H = 0", {name: torch.randn(1, 6, 0, 16) for name in ("q", "k")}),
+        ("HV = 0", {"v": torch.randn(1, 6, 0, 16)}),
+        ("K = 0", {name: torch.randn(1, 6, 1, 0) for name in ("q", "k")}),
+        ("V = 0", {"v": torch.randn(1, 6, 1, 0)}),
         (r"gate is \(1, 6, 2\)", {"gate": torch.randn(1, 6, 2)}),
         (r"beta is \(1, 6, 1, 8\)", {"beta": torch.randn(1, 6, 1, 8)}),
         (r"16 and values of 8 channels", {"v": torch.randn(1, 6, 1, 8), "initial_state": None}),
@@ -298,6 +334,7 @@ def test_packed_sequences_lie_in_one_row():
 
 
 def test_a_step_refuses_too():
+    _refused("H = 0", name="gated_delta_rule_step", q=torch.randn(1, 6, 0, 16), k=torch.randn(1, 6, 0, 16))
     half = torch.zeros(1, 1, 16, 16, dtype=torch.float16)
     _refused("state is float16", name="gated_delta_rule_step", initial_state=half)
     _refused("beta holds", name="gated_delta_rule_step", beta=torch.full((1, 6, 1), 3.0), beta_logits=False)

@@ -118,6 +118,25 @@ def _inputs(file: Path):
     return onnxruntime.InferenceSession(str(file)).get_inputs()
 
 
+def test_inspect_says_what_becomes_of_the_cache_and_of_a_hybrid(tmp_path):
+    hybrid = learned(tmp_path / "a", layers=(1,))
+    found = effpass.inspect(
+        make("llama"), recipe(tmp_path / "a"), tokens=8, cache_length=200, batch=2, predict_for="h100"
+    )
+    engine = effpass.prepare(make("llama"), recipe(tmp_path / "a")).effpass_engine
+    with engine.session(2, 16) as session:
+        session.prefill(batch(5)["input_ids"], None, 16)
+        own = sum(t.numel() * t.element_size() for t in session.cache.layers[1].own_state())
+    keys_and_values = 2 * 2 * 2 * 200 * 16 * 4  # of two sequences and two heads, in float32
+    wanted = f"takes {own / 1e6:.3g} MB at any number of positions, in place of {keys_and_values / 1e6:.3g} MB"
+    (entry,) = found.prepared
+    assert entry.note == f"the cache of 1 layer {wanted}"
+    assert found.memory.cache == 2 * keys_and_values
+    prefill, decode = effpass.inspect(hybrid, {"passes": []}, tokens=8, predict_for="h100").workloads
+    assert prefill.stages
+    assert "linear attention, whose state has no place" in decode.missing[0]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

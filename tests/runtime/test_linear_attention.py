@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -117,11 +118,21 @@ def test_every_parameter_learns(mode):
     assert {n for n, p in made.named_parameters() if p.grad is None or not bool(p.grad.any())} == set()
 
 
-def test_the_gates_begin_with_memories_of_many_lengths():
-    made = GatedDeltaAttention(settings(), 24, 0)
-    step = torch.nn.functional.softplus(made.dt_bias).detach()
-    assert 0.9e-3 <= float(step.min()) < 0.01 < float(step.max()) <= 0.11
-    assert bool(((made.A_log >= 0) & (made.A_log <= 2.78)).all())
+@pytest.mark.parametrize("bound", [-5.0, -0.5, None])
+@pytest.mark.parametrize("mode", ["gdn", "kda"])
+def test_the_gates_begin_with_memories_of_many_lengths(mode, bound):
+    """From about one token to a thousand; a bound is approached where it is near."""
+    torch.manual_seed(0)
+    rate = -initial_log_decay(GatedDeltaAttention(settings(mode, 64, lower_bound=bound), 24, 0))
+    assert 0.9e-3 <= float(rate.min()) < 0.01 < 0.2 < float(rate.max()) <= (1.65 if bound != -0.5 else 0.5)
+
+
+def initial_log_decay(made):
+    """Of a token whose gate is 0, [heads] or [heads, channels]."""
+    rate, bias = made.A_log.detach().exp(), made.dt_bias.detach().view(len(made.A_log), -1)
+    if made.settings.lower_bound is None:
+        return -rate[:, None] * torch.nn.functional.softplus(bias)
+    return made.settings.lower_bound * torch.sigmoid(rate[:, None] * bias)
 
 
 @pytest.mark.parametrize("pieces", [(9,), (1, 8), (2, 3, 4), (1,) * 9])
@@ -148,6 +159,93 @@ def test_padding_changes_nothing_whatever_the_mask():
         torch.testing.assert_close(made(x, attention_mask=mask)[0][:1, 2:], plain)
     with pytest.raises(ModelError, match="given a dict"):
         made(x, attention_mask={})
+
+
+# -- rows of several documents -----------------------------------------------------------------------------------------
+
+ENDS = [0, 4, 10, 17, 17, 20]  # one document is empty
+
+
+def flattened(rows: int) -> dict[str, torch.Tensor]:
+    """Tokens of five documents in 1 or 2 rows, and their positions."""
+    ids = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(0))
+    places = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ENDS)])
+    return {"input_ids": ids.view(rows, -1), "position_ids": places.view(rows, -1)}
+
+
+def alone(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the documents, each in a call of its own."""
+    pieces = [ids.flatten()[a:b] for a, b in itertools.pairwise(ENDS) if b > a]
+    return torch.cat([model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_documents_of_a_row_are_kept_apart_and_so_are_their_gradients(mode):
+    made = layer(mode)
+    x = torch.randn(1, 20, 24, dtype=torch.float64, requires_grad=True)
+    found = made(x, cu_seq_lens_q=torch.tensor(ENDS, dtype=torch.int32))[0]
+    wanted = torch.cat([made(x[:, a:b])[0] for a, b in itertools.pairwise(ENDS) if b > a], 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(found.shape, dtype=torch.float64)
+    given = [x, *made.parameters()]
+    of_found, of_wanted = (torch.autograd.grad((out * weight).sum(), given) for out in (found, wanted))
+    for a, b in zip(of_found, of_wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_that_restart_and_ends_of_documents_separate_them(family, rows):
+    model, given = hybrid(family), flattened(rows)
+    with torch.no_grad():
+        wanted = alone(model, given["input_ids"]).view(rows, 20 // rows, -1)
+        ends = {"cu_seq_lens_q": torch.tensor(ENDS)}
+        embedded = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"])}
+        for call in (given, given | ends, given | {"input_ids": None} | embedded):
+            found = model(**call, use_cache=False).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ModelError, match="caches one document in each row"):
+            model(**given, use_cache=True)
+
+
+def test_what_the_flattening_collator_makes():
+    from transformers import DataCollatorWithFlattening
+
+    model, ids = hybrid(), flattened(1)["input_ids"][0]
+    pieces = [{"input_ids": ids[a:b].tolist()} for a, b in itertools.pairwise(ENDS) if b > a]
+    for options in ({}, {"return_flash_attn_kwargs": True}):
+        given = DataCollatorWithFlattening(return_tensors="pt", **options)(pieces)
+        with torch.no_grad():
+            found = model(**given, use_cache=False).logits[0]
+            torch.testing.assert_close(found, alone(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_documents_are_separated_in_a_compiled_model_and_with_checkpointing():
+    model, given = hybrid(), flattened(1)
+    given["cu_seq_lens_q"] = torch.tensor(ENDS)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **given: model(**given, use_cache=False), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        wanted = alone(model, given["input_ids"])
+        torch.testing.assert_close(compiled(**given).logits[0], wanted, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model.train()(**given, labels=given["input_ids"], use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("family", ["stablelm", "gptj"])
+def test_documents_in_a_row_are_refused_where_layers_are_not_told(family):
+    model = MODELS[family]()
+    make_hybrid(model, (0,), settings())
+    for more in ({}, {"cu_seq_lens_q": torch.tensor(ENDS)}):
+        with pytest.raises(ModelError, match="a row holds several documents"):
+            model(**flattened(1), **more, use_cache=False)
+    model(**flattened(1), attention_mask=torch.ones(1, 20), use_cache=False)
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
@@ -292,8 +390,8 @@ def test_config_and_checkpoint_name_the_layers(tmp_path):
     loaded = load_model(tmp_path).model
     assert type(loaded).__name__ == "HybridQwen3ForCausalLM"
     fresh = AutoModelForCausalLM.from_config(config)
-    step = torch.nn.functional.softplus(fresh.model.layers[0].self_attn.dt_bias).detach()
-    assert 0.9e-3 <= float(step.min()) <= float(step.max()) <= 0.11
+    rate = -initial_log_decay(fresh.model.layers[0].self_attn)
+    assert 0.9e-3 <= float(rate.min()) <= float(rate.max()) <= 1.65
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -398,14 +496,21 @@ def test_static_caches_of_transformers_are_refused(layers):
         greedy(hybrid(layers=layers), batch(9), cache_implementation="static")
 
 
-def test_the_engine_refuses_decoder_layers_that_drop_its_arguments():
+@pytest.mark.parametrize("layers", [(), (0,), (1,), (0, 1)])
+def test_transformers_decodes_where_decoder_layers_drop_the_engines_arguments(layers):
     model, inputs = MODELS["stablelm"](), batch(9)
-    make_hybrid(model, (0, 1), settings())
-    prepared = effpass.prepare(model.eval(), {"version": 1, "passes": []})
-    with pytest.raises(ModelError, match="layer 0 was given the decode engine's cache without effpass_cache"):
-        greedy(prepared, inputs)
-    del prepared.generate  # back to that of transformers, as the hint says
-    assert torch.equal(greedy(prepared, inputs), greedy(prepared, inputs, use_cache=False))
+    if layers:
+        make_hybrid(model, layers, settings())
+    wanted = greedy(model.eval(), inputs, use_cache=False)
+    prepared = effpass.prepare(model, {"version": 1, "passes": []})
+    assert "the decode engine's cache does not reach layers.0.self_attn" in prepared.effpass_report.generates
+    assert torch.equal(greedy(prepared, inputs), wanted)
+
+
+def test_a_layer_refuses_the_engines_cache_without_its_padding():
+    engine = effpass.prepare(hybrid(layers=(0, 1)), {"version": 1, "passes": []}).effpass_engine
+    with engine.session(1, 16) as session, pytest.raises(ModelError, match="layer 0 was given the decode engine's"):
+        engine.model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=session.cache)
 
 
 BETWEEN = "row 1 of the batch has padding behind its first token"

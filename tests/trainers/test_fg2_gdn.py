@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, make
 from safetensors.torch import load_file, save_file
 from tiny_tuning import checkpoint, metrics, quiet
@@ -91,6 +92,50 @@ def test_projections_are_those_of_the_attention(family):
     torch.testing.assert_close(new.o_proj(x), x @ given["o_proj"].T)
     mixed = torch.randn(1, 5, new.conv.weight.shape[0])
     torch.testing.assert_close(new._convolved(mixed, None)[0], torch.nn.functional.silu(mixed))
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64}  # fmt: skip
+OLD = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0}
+OTHERS = {
+    "Llama": {**SIZES, "num_key_value_heads": 2},
+    "Phi3": {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0},
+    "GPT2": OLD,
+    "OPT": {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "Phi": SIZES,
+    "GPTJ": {**OLD, "rotary_dim": 8},
+    "CodeGen": {**OLD, "rotary_dim": 8},
+    "GPTBigCode": OLD,
+    "GPTBigCode, keys of each head": {**OLD, "multi_query": False},
+    "Persimmon": {**SIZES, "qk_layernorm": False},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_projections_of_other_families_compute_their_attention(name):
+    family = name.partition(",")[0]
+    config = getattr(transformers, f"{family}Config")(**OTHERS[name], bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config).eval()
+    parent, place = attention_layers(model, [1])[1]
+    old = getattr(parent, place)
+    if family == "CodeGen":  # in an order of its own
+        assert projections(old) is None
+        return
+    with torch.no_grad():
+        for key, parameter in old.named_parameters():
+            parameter.mul_(0 if key.endswith("bias") else 8)
+        given = projections(old)
+        assert given is not None
+        ids = torch.arange(3, 15).view(2, 6)
+        positions, mask = torch.zeros_like(ids), torch.ones_like(ids)  # at position 0, nothing is rotated
+        with recorded(model, [1]) as found:
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        x, wanted = found[1]
+        heads = [(x @ given[key].T).unflatten(-1, (-1, 16)).transpose(1, 2) for key in ("q_proj", "k_proj", "v_proj")]
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(out.transpose(1, 2).flatten(2) @ given["o_proj"].T, wanted, rtol=1e-3, atol=1e-5)
+    assert start_from(make_hybrid(model, [1], layer_settings(SETTINGS, config))[1], old)
 
 
 def test_alignment_compares_the_layers_with_the_attention_they_replace():
@@ -256,11 +301,14 @@ def _interrupt(*args: Any, **options: Any) -> None:
 
 def test_the_command(model, text, tmp_path):
     how = ["--steps", "3", "--align", "0.4", "--batch", "2", "--sequence-length", "16", "--optimizer", "mona",
-           "--layers", "0,1", "--mode", "fg2", "--gate-rank", "4", "--save-every", "0"]  # fmt: skip
+           "--layers", "0,1", "--mode", "fg2", "--gate-rank", "4", "--conv-size", "3", "--unbounded",
+           "--save-every", "0"]  # fmt: skip
     given = ["train", "fg2-gdn", str(model), "--text", str(text), "-o", str(tmp_path / "out"), *how]
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
-    assert sorted(Learned.load(tmp_path / "out").layers) == [0, 1]
+    learned = Learned.load(tmp_path / "out")
+    assert sorted(learned.layers) == [0, 1]
+    assert (learned.settings.conv_kernel_size, learned.settings.lower_bound) == (3, None)
     both = CliRunner().invoke(app, [*given[:-2], "--share", "0.5"])
     assert both.exit_code != 0
     assert "--layers says which layers already" in (both.output or str(both.exception))

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from effpass.core.errors import ModelError
 from effpass.runtime.linear_attention import GatedDeltaAttention, GatedDeltaSettings
 from effpass.trainers.fg2_gdn.settings import Settings
 
 __all__ = ["chosen_layers", "layer_settings", "projections", "start_from"]
+
+# Names of a weight that holds the queries of all heads, then keys, then values, and of the output projection beside it:
+# in Phi-3, and in GPT-2 and GPTBigCode.
+_FUSED = (("qkv_proj", "o_proj"), ("c_attn", "c_proj"))
 
 
 def chosen_layers(settings: Settings, count: int) -> list[int]:
@@ -56,25 +61,29 @@ def layer_settings(settings: Settings, config: Any) -> GatedDeltaSettings:
 def projections(attention: nn.Module) -> dict[str, Tensor] | None:
     """Return the weights [out, in] of the query, key, value and output projections.
 
-    None if the attention has no such projections, as with latent attention.
+    None if the attention has no such projections, as with latent attention, or holds them in a form that is not known.
     """
-    found = {}
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if isinstance(weight, Tensor):
-            found[name] = weight
-    if len(found) == 4:
-        return found
-    fused, output = getattr(attention, "qkv_proj", None), getattr(attention, "o_proj", None)
-    if fused is not None and output is not None:  # Phi-3
-        shared = (fused.weight.shape[0] - output.weight.shape[1]) // 2
-        q, k, v = fused.weight.split((output.weight.shape[1], shared, shared))
-        return {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": output.weight}
-    fused, output = getattr(attention, "c_attn", None), getattr(attention, "c_proj", None)
-    if fused is not None and output is not None:  # GPT-2, whose weights are [in, out]
-        q, k, v = fused.weight.T.chunk(3)
-        return {"q_proj": q, "k_proj": k, "v_proj": v, "o_proj": output.weight.T}
-    return None
+
+    def weight(name: str) -> Tensor | None:
+        module = getattr(attention, name, None)
+        found = getattr(module, "weight", None)
+        return (found.T if isinstance(module, Conv1D) else found) if isinstance(found, Tensor) else None
+
+    output = next((x for name in ("o_proj", "out_proj", "dense", "c_proj") if (x := weight(name)) is not None), None)
+    if output is None:
+        return None
+    queries = output.shape[1]
+    found: Any = tuple(weight(name) for name in ("q_proj", "k_proj", "v_proj"))
+    for fused_name, output_name in _FUSED:
+        fused = weight(fused_name)
+        if fused is not None and hasattr(attention, output_name):
+            shared = (fused.shape[0] - queries) // 2
+            found = fused.split((queries, shared, shared))
+    fused = weight("query_key_value" if getattr(attention, "multi_query", True) else "c_attn")
+    if fused is not None:  # Persimmon, and GPTBigCode without shared keys: for each head, its query, key and value
+        found = (x.flatten(0, 1) for x in fused.unflatten(0, (attention.num_heads, 3, -1)).unbind(1))
+    given = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (*found, output), strict=True))
+    return None if any(x is None for x in given.values()) else given
 
 
 @torch.no_grad()
