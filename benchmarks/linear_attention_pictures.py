@@ -2,8 +2,8 @@
 task, and recall by load.
 
 Read from the rows of the cases `pretraining…` and `recall-…`. Of rows of the same form and position, length or load,
-the last counts, and of rows of pretraining those alone that are of the same data as the last. A line is the mean over
-the seeds, the band the range between them.
+the last counts, and of rows of pretraining those alone that are of the same data as the last. A task that no form
+answers has no picture. A line is the mean over the seeds, the band the range between them.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def draw(rows: Path, picture: Path) -> None:
             losses.setdefault(form, {})[int(position[1])] = seeds(entry["note"])
         elif length := _LENGTH.match(entry["metric"]):
             answers.setdefault(length[1], {}).setdefault(form, {})[int(length[2])] = seeds(entry["note"])
+    answers = {
+        task: lines for task, lines in answers.items() if any(max(x) for of in lines.values() for x in of.values())
+    }
     loads = sorted({load for of_form in recalls.values() for load in of_form})
     if not loads and not losses:
         raise SystemExit(f"linear_attention_pictures: {rows} has no rows of pretraining or recall")

@@ -175,7 +175,7 @@ def expert_rows(document: Path) -> str:
     for row in _rows("moe"):
         if row["metric"] in ("layer of experts", "lost by the choice of the kernel") and "ranks" not in row["case"]:
             loads.setdefault(row["case"], {})[row["peer_name"] or row["metric"]] = row
-    for case, found in loads.items():
+    for case, found in sorted(loads.items(), key=_by_tokens):
         lost = found.pop("lost by the choice of the kernel")
         first = found.get("transformers grouped_mm") or next(iter(found.values()))
         usual = [found.pop(f"transformers {name}", None) for name in ("grouped_mm", "batched_mm")]
@@ -186,6 +186,11 @@ def expert_rows(document: Path) -> str:
             + f" {more} | {first['ours'] / first['bound']:.2f} | {lost['ours']:.1f} % |"
         )
     return "\n".join(lines) + "\n" if lines[2:] else _NONE
+
+
+def _by_tokens(load: tuple[str, Any]) -> tuple[str, int, str]:
+    layer, tokens, routing = load[0].split(", ", 2)
+    return layer, int(tokens.split()[0]), routing
 
 
 def rank_rows(document: Path) -> str:
@@ -295,8 +300,80 @@ def refused_rows(document: Path) -> str:
     return "\n".join(lines) + f"\n\n{count} of these could be built, and are not.\n"
 
 
+_FORMS = ("gdn", "kda", "fg2", "fg2+", "window", "attention")
+
+
+def conversion_rows(document: Path) -> str:
+    """The committed rows of area `linear_attention` on converted models: a line for each model and share of layers."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in _rows("linear_attention"):
+        if named := re.fullmatch(r"(.*), (.*) in (\d+) % of the layers", row["case"]):
+            model, form, share = named.groups()
+            line = found.setdefault((model, f"{share:>3} %"), {"before": {}})
+            for name, value in ((form, row["ours"]), ("before", row["peer"])):
+                line.setdefault(name, {})[row["metric"]] = value
+    columns = ("before", *_FORMS[:-1])
+    lines = ["| model, share of the layers | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    for (model, share), line in sorted(found.items()):
+        shown = []
+        for of in (line.get(name) for name in columns):
+            needles = [] if of is None else [of[f"needles found in {length} bytes"] for length in (256, 1024)]
+            shown.append(
+                "" if of is None else f"{of['perplexity after whole']:.4g}; " + ", ".join(f"{x:.0f}" for x in needles)
+            )
+        lines.append(f"| {model}, {share.strip()} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def recall_rows(document: Path) -> str:
+    """The committed rows of area `linear_attention` on recall: a line for each load, a column for each form."""
+    found: dict[str, dict[str, str]] = {}
+    for row in _rows("linear_attention"):
+        if row["metric"] == "recall":
+            form, load = row["case"].split(", ", 1)
+            found.setdefault(load, {})[form] = f"{row['ours']:.1f}"
+    lines = ["| load | " + " | ".join(_FORMS) + " |", "|---|" + "--:|" * len(_FORMS)]
+    for load, of in sorted(found.items()):
+        lines.append(f"| {load} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pretraining_rows(document: Path) -> str:
+    """The committed rows of area `linear_attention` on pretraining: a line for each metric and kind of data."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _rows("linear_attention"):
+        form, _, data = row["case"].partition(", ")
+        if form in _FORMS and re.match(r"loss of|\w+ answered", row["metric"]):
+            found.setdefault((data, f"{row['metric']}, {row['unit']}"), {})[form] = f"{row['ours']:.3g}"
+    lines = ["| data | metric | " + " | ".join(_FORMS) + " |", "|---|---|" + "--:|" * len(_FORMS)]
+    for (data, metric), of in found.items():
+        lines.append(f"| {data} | {metric} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def linear_speed_rows(document: Path) -> str:
+    """The committed rows of area `linear_attention` against other libraries, in CUDA graphs and at fast gates."""
+    peers = ("chunk_kda", "chunk_gdn2", "KDA")
+    lines = ["| pass, shape | fla-core's chunk_kda | fla-core's chunk_gdn2 | cuDNN's KDA |", "|---|--:|--:|--:|"]
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in _rows("linear_attention"):
+        case = re.fullmatch(r"(kda|fg2\+) (\S+), fast gates", row["case"])
+        if case and (what := row["metric"].removesuffix(", in a graph")) != row["metric"]:
+            peer = next(name for name in peers if f" {name}" in row["peer_name"])
+            of = found.setdefault((what, case[2]), {}).setdefault(peer, {})
+            of[case[1]] = min(of.get(case[1], row["ratio"]), row["ratio"])  # cuDNN has several kernels
+    for (what, shape), by_peer in sorted(found.items()):
+        ratios = (by_peer.get(peer) for peer in peers)
+        shown = ("" if of is None else f"{of['fg2+']:.2f} ({of['kda']:.2f})" for of in ratios)
+        lines.append(f"| {what}, {shape} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 # Metrics of the ways to cut a launch that were compared, and of answers, which have a table of their own.
 _CUT_OTHERWISE = rf"two levels, (score|choose|attend|as it is)|full, \(|{_ANSWERS}"
+
+# Metrics of linear attention that have tables of their own, or are compared in those.
+_LINEAR_ELSEWHERE = r"recall|loss of|\w+ answered|perplexity|needles|cache of|forward(?!, a token)|training"
 
 PARTS: dict[str, Callable[[Path], str]] = {
     "passes": passes_table,
@@ -317,7 +394,11 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "experts": expert_rows,
     "expert_ranks": rank_rows,
     "adapters": lambda document: measured_rows("adapters"),
-    "linear_attention": lambda document: measured_rows("linear_attention"),
+    "conversions": conversion_rows,
+    "recall": recall_rows,
+    "pretraining": pretraining_rows,
+    "linear_speed": linear_speed_rows,
+    "linear_attention": lambda document: measured_rows("linear_attention", without=_LINEAR_ELSEWHERE),
     "balance": lambda document: measured_rows("balance", without=r"simulated (step|imbalance)|coverage of"),
     "simulated": simulated_rows,
     "sparse_attention": lambda document: measured_rows("sparse_attention", without=_CUT_OTHERWISE),

@@ -54,7 +54,7 @@ def fg2_gdn(
     logits: Annotated[float, typer.Option("--logits", help="Weight of the distance to the model's logits.")] = 1.0,
     hidden: Annotated[float, typer.Option("--hidden", help="Weight of that of hidden states.")] = 0.0,
     optimizer: Optimizer = "mona",
-    lr: Annotated[float, typer.Option("--lr", help="Largest learning rate of the new layers.")] = 1e-3,
+    lr: Annotated[float, typer.Option("--lr", help="Largest learning rate of the new layers.")] = 3e-3,
     whole_rate: Annotated[float, typer.Option("--whole-rate", help="Share of it for all weights.")] = 0.1,
     weight_decay: WeightDecay = 0.0,
     clip: Clip = 1.0,
