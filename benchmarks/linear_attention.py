@@ -29,9 +29,8 @@ from torch import Tensor
 
 from benchmarks import linear_attention_conversion, linear_attention_quality
 from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Gates, Raw, ours, peers
-from benchmarks.rows import Row, bandwidth, measure, row
+from benchmarks.rows import Row, bandwidth, measure, row, seconds_a_call
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
-from effpass.lowering.ops.moe_ffn_fit import seconds_a_call
 
 AREA = "linear_attention"
 

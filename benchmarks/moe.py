@@ -23,14 +23,15 @@ from torch import Tensor
 
 import effpass.lowering.ops.moe_ffn  # noqa: F401  (registers the operator)
 from benchmarks import moe_pairs, moe_ranks, moe_ranks_decode, moe_ranks_stack, moe_symmetric, moe_tiles
+from benchmarks.alone import alone
 from benchmarks.backend import _compile, _decode_step, _dtype, _free
 from benchmarks.decode import NO_PASSES, PROMPT, _greedy
 from benchmarks.optimizer import matmul_rate as measured_rate
-from benchmarks.rows import Row, bandwidth, measure, row
+from benchmarks.rows import Row, bandwidth, measure, row, seconds_a_call
 from effpass.lowering.ops.moe_ffn_choice import available, fitted, keep, run_kernel
 from effpass.lowering.ops.moe_ffn_cost import Shape, best
 from effpass.lowering.ops.moe_ffn_fit import measure as fit_device
-from effpass.lowering.ops.moe_ffn_fit import random_layer, seconds_a_call
+from effpass.lowering.ops.moe_ffn_fit import random_layer
 
 AREA = "moe"
 
@@ -245,7 +246,8 @@ def fit(device: str, smoke: bool) -> Iterator[Row]:
     if device != "cuda":
         return
     started = time.perf_counter()
-    found, errors = fit_device(torch.device(device, torch.cuda.current_device()), _dtype(device), print)
+    with alone():
+        found, errors = fit_device(torch.device(device, torch.cuda.current_device()), _dtype(device), print)
     seconds = time.perf_counter() - started
     keep(found)
     yield row(AREA, "calibrate moe", "time to fit a device", seconds, "s", device=device)

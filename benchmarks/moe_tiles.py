@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.backend import _free
-from benchmarks.rows import Row, row
+from benchmarks.rows import Row, row, seconds_a_call
 from effpass.lowering.ops.kernel_choice import triton_kernels
 from effpass.lowering.ops.moe_ffn_cost import Shape
-from effpass.lowering.ops.moe_ffn_fit import random_layer, seconds_a_call
+from effpass.lowering.ops.moe_ffn_fit import random_layer
 
 __all__ = ["tiles"]
 

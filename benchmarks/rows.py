@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Row", "Timing", "bandwidth", "measure", "measure_pair", "sync", "write"]
+from benchmarks.alone import alone
+
+__all__ = ["Row", "Timing", "bandwidth", "measure", "measure_pair", "seconds_a_call", "sync", "write"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,14 @@ def measure_pair(
     runs: int = 20,
     inner: int = 1,
 ) -> tuple[Timing, Timing]:
-    """Time two functions in turn, so that a drift of the machine meets both alike."""
+    """Time two functions in turn, so that a drift of the machine meets both alike, with no other benchmark."""
+    with alone():
+        return _measured_pair(ours, peer, device, warmup, runs, inner)
+
+
+def _measured_pair(
+    ours: Callable[[], Any], peer: Callable[[], Any] | None, device: str, warmup: int, runs: int, inner: int
+) -> tuple[Timing, Timing]:
     functions = [f for f in (ours, peer) if f is not None]
     for f in functions:
         for _ in range(warmup):
@@ -156,6 +165,14 @@ def measure_pair(
             out.append((time.perf_counter() - started) / inner)
     timings = [Timing(median(s), min(s), max(s), runs) for s in seconds]
     return timings[0], timings[-1]
+
+
+def seconds_a_call(call: Callable[[int], object], calls: int, *, captured: bool, runs: int = 7) -> float:
+    """As in :mod:`effpass.lowering.ops.moe_ffn_fit`, with no other benchmark on the GPU."""
+    from effpass.lowering.ops import moe_ffn_fit
+
+    with alone():
+        return moe_ffn_fit.seconds_a_call(call, calls, captured=captured, runs=runs)
 
 
 def sync(device: str) -> None:
