@@ -267,13 +267,15 @@ def decode_sizes(device: str, smoke: bool) -> Iterator[Row]:
         plain = seconds_a_call(lambda turn: states[turn].add_(1.0), len(states), captured=True)
         for columns, warps in _STEP_SIZES:
             kernels._COLUMNS, kernels._WARPS = columns, warps
-            found = seconds_a_call(_decode_step(raw, states, "fg2+"), len(states), captured=True)
+            try:
+                found = seconds_a_call(_decode_step(raw, states, "fg2+"), len(states), captured=True)
+            finally:
+                kernels._COLUMNS, kernels._WARPS = own
             yield row(
                 AREA, f"fg2+, {_decode_label(states)}", f"decode, a step, {columns} columns in {warps} warps",
                 found * 1e6, "us", device=device, peer=plain * 1e6, peer_name="a state plus 1 in place, PyTorch",
                 bound=bound, runs=7,
             )  # fmt: skip
-    kernels._COLUMNS, kernels._WARPS = own
 
 
 def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:

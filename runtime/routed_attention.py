@@ -107,7 +107,7 @@ class RoutedModel:
                 _check_padding(kwargs.get("attention_mask"))
                 ends = ends_of(kwargs.get("position_ids"), inputs.shape[0], inputs.shape[1], inputs.device)
         budgets = self.budgets.to(inputs.device)
-        return positional, {**kwargs, "cu_seq_lens_q": ends, "effpass_routed": (self, budgets, ranks)}
+        return positional, {**kwargs, "effpass_routed": (self, ends, budgets, ranks)}
 
     def _check_split(self, model: Any) -> None:
         """Raise a :class:`ModelError` if a layer needs all tokens of a sequence without this module's attention."""
@@ -209,8 +209,7 @@ def routed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    effpass_routed: tuple[RoutedModel, Tensor, Spread | None] | None = None,
+    effpass_routed: tuple[RoutedModel, Tensor, Tensor, Spread | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend sparsely; the attention implementation that a model's attention layers call.
@@ -223,9 +222,9 @@ def routed_attention(
         attention_mask: must be None.
         scaling: factor on the scores; None for K^-½.
         dropout: must be 0.
-        cu_seq_lens_q: int32 [N + 1], offsets of the N sequences in the B · T tokens, followed by B · T.
-        effpass_routed: the model's :class:`RoutedModel`, the budgets of this forward pass, and the exchange between the
-            ranks that share its tokens, None for a single rank. The forward pre-hook of the model adds this argument.
+        effpass_routed: the model's :class:`RoutedModel`; offsets of the N sequences in the B · T tokens, followed by
+            B · T, int32 [N + 1]; the budgets of this forward pass; and the exchange between the ranks that share its
+            tokens, None for a single rank. The forward pre-hook of the model adds this argument.
 
     Returns:
         The output [B, T, H, V], and None in place of the attention weights that transformers allows for.
@@ -234,7 +233,7 @@ def routed_attention(
         ModelError: if the layer uses a feature that sparse attention does not support, or reads a cache.
     """
     name = type(module).__name__
-    if effpass_routed is None or cu_seq_lens_q is None:
+    if effpass_routed is None:
         raise ModelError(
             f"{name} was called without what the model's forward pass passes on",
             hint="call the model that effpass.runtime.routed_attention.install was given, not a part of it",
@@ -249,9 +248,9 @@ def routed_attention(
             f"{name} attends to a cache of {key.shape[2]} keys with {tokens} queries",
             hint="sparse attention trains and reads whole sequences; to generate, call undo() first",
         )
-    routed, budgets, ranks = effpass_routed
+    routed, ends, budgets, ranks = effpass_routed
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    out = routed.attend(module.layer_idx, q, k, v, cu_seq_lens_q, budgets, scaling, ranks)
+    out = routed.attend(module.layer_idx, q, k, v, ends, budgets, scaling, ranks)
     return out.unflatten(0, (batch, tokens)), None
 
 

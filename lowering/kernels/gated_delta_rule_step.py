@@ -22,10 +22,9 @@ from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON, Inputs, Settin
 __all__ = ["step", "supported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_COLUMNS, _WARPS = (
-    32,
-    4,
-)  # of a program, where there are enough of them for all multiprocessors; else fewer, and 2 warps
+# Of a program; with fewer columns, so that all multiprocessors have programs, 2 warps.
+_COLUMNS = 32
+_WARPS = 4
 
 
 @triton.jit

@@ -206,8 +206,8 @@ class FG2GDN(Pass):
         of_conv = (settings.conv_kernel_size - 1) * settings.channels * held[0].keys.element_size()
         after = len(held) * batch * (settings.state_bytes + of_conv)
         return (
-            f"the cache of {len(held)} layer{'s' * (len(held) != 1)} takes {after / 1e6:.3g} MB at any number of"
-            f" positions, in place of {before / 1e6:.3g} MB"
+            f"the cache of {len(held)} layer{'s' * (len(held) != 1)} takes {after / 1e6:.2f} MB at any number of"
+            f" positions, in place of {before / 1e6:.2f} MB at {held[0].keys.shape[2]}"
         )
 
     def prepare(self, model: nn.Module) -> tuple[int, list[Refusal]]:

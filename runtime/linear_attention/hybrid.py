@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from effpass.core.errors import ModelError
 from effpass.runtime.linear_attention.attention_layers import attention_layers
-from effpass.runtime.linear_attention.documents import CU_SEQLENS, cu_seqlens_of
+from effpass.runtime.linear_attention.documents import CU_SEQLENS, documents
 from effpass.runtime.linear_attention.layer import WIDE, GatedDeltaAttention
 from effpass.runtime.linear_attention.padding import check_padding
 from effpass.runtime.linear_attention.settings import GatedDeltaSettings
@@ -86,17 +86,18 @@ def _model_class(base: Any, config_class: Any) -> Any:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         if not torch.compiler.is_compiling():
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
             check_padding(given)
-            if (cu_seqlens := cu_seqlens_of(given)) is not None:
-                if (path := drops_arguments(self)) is not None:
-                    raise ModelError(
-                        f"a row holds several documents, and {path} is not told where they end, as its decoder layer"
-                        " does not pass on arguments that it does not know",
-                        hint="give each document a row of its own, with padding",
-                    )
-                kwargs[CU_SEQLENS] = cu_seqlens
+        if found := documents(given):
+            given |= found
+            if given[CU_SEQLENS] is not None and self._not_told is not None:
+                raise ModelError(
+                    f"a row holds several documents, and {self._not_told} is not told where they end, as its decoder"
+                    " layer does not pass on arguments that it does not know",
+                    hint="give each document a row of its own, with padding",
+                )
+            return base.forward(self, **given)
         return base.forward(self, *args, **kwargs)
 
     members = {
@@ -181,6 +182,7 @@ def _replace(model: Any, layers: Sequence[int], settings: GatedDeltaSettings) ->
             made[index] = GatedDeltaAttention(settings, config.hidden_size, index, eps).to(weight.dtype)
         made[index].train(old.training)
         setattr(parent, name, made[index])
+    model._not_told = drops_arguments(model)  # the first layer that would not learn where documents end
     return made
 
 

@@ -32,7 +32,7 @@ __all__ = ["WIDE", "GatedDeltaAttention"]
 #: Names of the parameters that stay float32 in a model of lower precision.
 WIDE = ("A_log", "dt_bias")
 
-# Initial decay of a token without its gate: exp(-rate · step), as in Mamba-2.
+# Initial decay of a token without its gate: exp(-rate · step), as in Mamba-2; near a lower bound, less.
 _RATES = (1.0, 16.0)  # range over heads
 _STEPS = (1e-3, 0.1)  # range over channels
 
@@ -89,7 +89,7 @@ class GatedDeltaAttention(nn.Module):
             self.A_log.copy_(rate.log())
             self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
         else:  # bound · sigmoid(exp(A_log) · (gate + dt_bias)): with A_log = 0, a gate changes small decays alike
-            self.A_log.zero_()
+            self.A_log.zero_()  # bound · sigmoid(log r) = bound · r / (1 + r)
             self.dt_bias.copy_(torch.log(rate.repeat_interleave(len(step) // len(rate)) * step / -bound))
         self.norm_weight.fill_(1)
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from effpass.core.errors import ModelError
 
-__all__ = ["check_padding"]
+__all__ = ["can_be_read", "check_padding"]
 
 
 def check_padding(given: Mapping[str, Any]) -> None:
@@ -32,14 +33,17 @@ def check_padding(given: Mapping[str, Any]) -> None:
     cache, mask = given.get("effpass_cache"), given.get("attention_mask")
     if cache is not None:
         positions = cache.query_positions
-        if positions.shape[1] > 1 and not cache.slots.is_dense and _can_be_read(positions):
+        if positions.shape[1] > 1 and not cache.slots.is_dense and can_be_read(positions):
             _refuse(_between_positions(positions))
-    elif isinstance(mask, Tensor) and mask.dim() == 2 and _can_be_read(mask):
+    elif isinstance(mask, Tensor) and mask.dim() == 2 and can_be_read(mask):
         _refuse(_between(mask.bool()))
 
 
-def _can_be_read(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host can read a tensor: not while a model is traced or a CUDA graph is recorded."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _between(is_token: Tensor) -> Tensor:

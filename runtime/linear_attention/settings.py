@@ -71,8 +71,8 @@ class GatedDeltaSettings:
             )
         if self.conv_kernel_size < 2:
             raise refuse("a convolution over one token", "conv_kernel_size is 2 or more; 4 is usual")
-        if self.lower_bound is not None and not self.lower_bound < 0:
-            raise refuse(f"lower_bound: got {self.lower_bound!r}", "it is negative, or null")
+        if self.lower_bound is not None and not -1e4 < self.lower_bound <= -1e-3:
+            raise refuse(f"lower_bound: got {self.lower_bound!r}", "between -10000 and -0.001, or null")
 
     @property
     def state_bytes(self) -> int:

@@ -128,7 +128,7 @@ def test_inspect_says_what_becomes_of_the_cache_and_of_a_hybrid(tmp_path):
         session.prefill(batch(5)["input_ids"], None, 16)
         own = sum(t.numel() * t.element_size() for t in session.cache.layers[1].own_state())
     keys_and_values = 2 * 2 * 2 * 200 * 16 * 4  # of two sequences and two heads, in float32
-    wanted = f"takes {own / 1e6:.3g} MB at any number of positions, in place of {keys_and_values / 1e6:.3g} MB"
+    wanted = f"takes {own / 1e6:.2f} MB at any number of positions, in place of {keys_and_values / 1e6:.2f} MB at 200"
     (entry,) = found.prepared
     assert entry.note == f"the cache of 1 layer {wanted}"
     assert found.memory.cache == 2 * keys_and_values

@@ -21,6 +21,7 @@ from transformers import (
 import effpass
 from effpass.core.errors import EffpassError, ModelError
 from effpass.runtime.context_parallel import Context
+from effpass.runtime.linear_attention import GatedDeltaSettings, make_hybrid
 from effpass.runtime.routed_attention import install
 
 SIZES = {
@@ -91,6 +92,20 @@ def test_sequences_are_taken_from_the_collator_or_from_positions() -> None:
     assert torch.equal(model(**batch, cu_seq_lens_q=ends).logits, found)
     first = model(input_ids=batch["input_ids"][:1, :60]).logits
     torch.testing.assert_close(found[:1, :60], first, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hybrid_attends_sparsely_with_and_without_documents_in_a_row() -> None:
+    model = llama()
+    make_hybrid(model, (1,), GatedDeltaSettings("kda", 2, 2, 16, 16))
+    install(model, block=16, budget=100, max_budget=100)
+    batch = packed()
+    with torch.no_grad():
+        whole = model(input_ids=batch["input_ids"]).logits  # with a cache, which nobody reads
+        first = model(input_ids=batch["input_ids"][:1, :60]).logits
+        torch.testing.assert_close(whole[:1, :60], first, rtol=1e-4, atol=1e-5)
+        found = model(**batch, use_cache=False).logits
+    torch.testing.assert_close(found[:1, :60], first, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[:1, 60:], whole[:1, 60:], atol=1e-3)
 
 
 def test_a_checkpoint_attends_with_the_budgets_of_its_forward_pass() -> None:

@@ -183,11 +183,30 @@ def test_a_model_whose_samples_see_each_other_is_refused():
         check_packing(model, torch.float32)
 
 
+def test_a_hybrid_that_takes_no_packed_samples_trains_on_single_ones():
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    from effpass.runtime.linear_attention import GatedDeltaSettings, make_hybrid
+
+    config = StableLmConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = StableLmForCausalLM(config).eval()
+    make_hybrid(model, (1,), GatedDeltaSettings("kda", 2, 2, 16, 16))
+    with pytest.raises(ModelError, match="takes no packed samples: a row holds several documents") as refused:
+        check_packing(model, torch.float32)
+    assert "--no-packing" in str(refused.value.hint)
+    rows = make_rows([[sample] for sample in some_samples(2)], 48, pad=0)
+    model(input_ids=rows["input_ids"] % 96, position_ids=rows["position_ids"], use_cache=False)
+
+
 def test_padding_and_prompts_have_no_gradient():
     samples = some_samples(3)
     rows = make_rows([[samples[0], samples[1]], [samples[2]]], 48, pad=0)
     assert int(rows["graded"].sum()) == sum(int(s.graded.sum()) for s in samples)
     assert rows["position_ids"][0, len(samples[0].tokens)] == 0
+    assert torch.equal(rows["position_ids"][1], torch.arange(48)), "padding is taken for another sample"
     assert not rows["graded"][:, 0].any()
 
 

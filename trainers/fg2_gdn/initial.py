@@ -73,15 +73,18 @@ def projections(attention: nn.Module) -> dict[str, Tensor] | None:
     if output is None:
         return None
     queries = output.shape[1]
-    found: Any = tuple(weight(name) for name in ("q_proj", "k_proj", "v_proj"))
-    for fused_name, output_name in _FUSED:
-        fused = weight(fused_name)
-        if fused is not None and hasattr(attention, output_name):
-            shared = (fused.shape[0] - queries) // 2
-            found = fused.split((queries, shared, shared))
-    fused = weight("query_key_value" if getattr(attention, "multi_query", True) else "c_attn")
-    if fused is not None:  # Persimmon, and GPTBigCode without shared keys: for each head, its query, key and value
-        found = (x.flatten(0, 1) for x in fused.unflatten(0, (attention.num_heads, 3, -1)).unbind(1))
+    fused = next((x for name, other in _FUSED if (x := weight(name)) is not None and hasattr(attention, other)), None)
+    by_head = weight("query_key_value")  # Persimmon
+    if getattr(attention, "multi_query", None) is False:  # GPTBigCode without shared keys
+        fused, by_head = None, fused
+    found: Any
+    if fused is not None:
+        shared = (fused.shape[0] - queries) // 2
+        found = fused.split((queries, shared, shared))
+    elif by_head is not None:  # for each head, its query, key and value
+        found = (x.flatten(0, 1) for x in by_head.unflatten(0, (attention.num_heads, 3, -1)).unbind(1))
+    else:
+        found = tuple(weight(name) for name in ("q_proj", "k_proj", "v_proj"))
     given = dict(zip(("q_proj", "k_proj", "v_proj", "o_proj"), (*found, output), strict=True))
     return None if any(x is None for x in given.values()) else given
 

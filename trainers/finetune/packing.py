@@ -162,7 +162,7 @@ class PackedBatches(Dataset[dict[str, torch.Tensor]]):
 
 
 def make_rows(rows: Sequence[Sequence[Sample]], length: int, pad: int) -> dict[str, torch.Tensor]:
-    """Concatenate samples to rows, followed by padding whose positions start at 0 as well.
+    """Concatenate samples to rows, followed by padding whose positions continue those of the last sample.
 
     Args:
         rows: samples of each row.
@@ -179,14 +179,14 @@ def make_rows(rows: Sequence[Sequence[Sample]], length: int, pad: int) -> dict[s
     owner = np.zeros((len(rows), length), dtype=np.int64)
     number = 0
     for i, row in enumerate(rows):
-        at = 0
+        at = begin = 0
         for sample in row:
-            end = at + len(sample.tokens)
+            begin, end = at, at + len(sample.tokens)
             ids[i, at:end], graded[i, at:end] = sample.tokens, sample.graded
             positions[i, at:end] = np.arange(end - at)
             owner[i, at:end] = number
             number += 1
             at = end
-        positions[i, at:] = np.arange(length - at)
+        positions[i, at:] = np.arange(at - begin, length - begin)  # not a sequence of its own, and never attended to
     names = ("input_ids", "position_ids", "graded", "sample")
     return {name: torch.from_numpy(array) for name, array in zip(names, (ids, positions, graded, owner), strict=True)}
