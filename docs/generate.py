@@ -310,8 +310,9 @@ def conversion_rows(document: Path) -> str:
         if named := re.fullmatch(r"(.*), (.*) in (\d+) % of the layers", row["case"]):
             model, form, share = named.groups()
             line = found.setdefault((model, f"{share:>3} %"), {"before": {}})
-            for name, value in ((form, row["ours"]), ("before", row["peer"])):
-                line.setdefault(name, {})[row["metric"]] = value
+            if row["metric"] in line.setdefault(form, {}):
+                raise SystemExit(f"{row['case']}, {row['metric']}: two rows")
+            line[form][row["metric"]], line["before"][row["metric"]] = row["ours"], row["peer"]
     columns = ("before", *_FORMS[:-1])
     lines = ["| model, share of the layers | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for (model, share), line in sorted(found.items()):
@@ -333,7 +334,7 @@ def recall_rows(document: Path) -> str:
             form, load = row["case"].split(", ", 1)
             found.setdefault(load, {})[form] = f"{row['ours']:.1f}"
     lines = ["| load | " + " | ".join(_FORMS) + " |", "|---|" + "--:|" * len(_FORMS)]
-    for load, of in sorted(found.items()):
+    for load, of in sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
         lines.append(f"| {load} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |")
     return "\n".join(lines) + "\n"
 
