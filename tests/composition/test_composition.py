@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -69,33 +70,53 @@ def combined(cell: Cell, made: Made, weights: str, others: tuple[Any, ...]) -> A
     return effpass.prepare(model, recipe(*others))
 
 
-def assert_same(got: Any, expected: Any, within: float) -> None:
+def assert_same(got: Any, expected: Any, within: float, plain: Any) -> None:
     """Equal logits up to rounding, row by row, as long as the tokens before are equal.
 
-    Where they part, the model's two best tokens were closer together than rounding is.
+    Where they part, the model's two best tokens were closer together than rounding is, or two experts.
     """
     prompt = padded(LENGTH)["input_ids"].shape[1]
     for row in range(4):
         for step in range(NEW):
             ours, theirs = (out.logits[step][row].float() for out in (got, expected))
             scale = theirs.abs().max()
-            assert (ours - theirs).abs().max() <= within * scale, (row, step)
+            is_far = bool((ours - theirs).abs().max() > within * scale)
+            assert not is_far or moved_by_rounding(plain, expected.sequences, row, step, within), (row, step)
             if got.sequences[row, prompt + step] != expected.sequences[row, prompt + step]:
                 best = theirs.topk(2).values
-                assert best[0] - best[1] <= 2 * within * scale, (row, step)
+                assert is_far or best[0] - best[1] <= 2 * within * scale, (row, step)
                 break
+
+
+def moved_by_rounding(plain: Any, sequences: torch.Tensor, row: int, step: int, within: float) -> bool:
+    """Whether errors of one rounding in its embeddings move the model's own logits there by more than `within`."""
+    before = scored(plain, sequences)[row, step]
+    for seed in range(8):
+        other = copy.deepcopy(plain)
+        weight = other.get_input_embeddings().weight
+        noise = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
+        with torch.no_grad():
+            weight.copy_(weight.float() * (1 + 2 * torch.finfo(weight.dtype).eps * noise))
+        if (scored(other, sequences)[row, step] - before).abs().max() > within * before.abs().max():
+            return True
+    return False
+
+
+@torch.no_grad()
+def scored(model: Any, sequences: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, NEW, vocabulary] of the answers in `sequences`."""
+    mask = torch.cat((padded(LENGTH)["attention_mask"], torch.ones(4, NEW, dtype=torch.long)), 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False)
+    return out.logits[:, -NEW - 1 : -1].float()
 
 
 def assert_best(plain: Any, sequences: torch.Tensor, within: float) -> None:
     """Every token of the answers is the plain model's best one, up to rounding."""
     assert sequences.shape[1] == padded(LENGTH)["input_ids"].shape[1] + NEW
-    mask = torch.cat((padded(LENGTH)["attention_mask"], torch.ones(4, NEW, dtype=torch.long)), 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        logits = plain(input_ids=sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
-    scored = logits[:, -NEW - 1 : -1]
-    chosen = scored.gather(2, sequences[:, -NEW:, None])[..., 0]
-    assert (scored.amax(-1) - chosen <= 2 * within * scored.abs().amax(-1)).all()
+    logits = scored(plain, sequences)
+    chosen = logits.gather(2, sequences[:, -NEW:, None])[..., 0]
+    assert (logits.amax(-1) - chosen <= 2 * within * logits.abs().amax(-1)).all()
 
 
 @pytest.mark.parametrize(("cell", "family", "weights"), EVERY)
@@ -111,7 +132,7 @@ def test_together_they_are_the_plain_model(cell: Cell, family: str, weights: str
         assert_best(plain, text, WEIGHTS[weights])
     else:
         expected = type(plain).generate(plain, **padded(LENGTH), **HOW)
-        assert_same(model.generate(**padded(LENGTH), **HOW), expected, WEIGHTS[weights])
+        assert_same(model.generate(**padded(LENGTH), **HOW), expected, WEIGHTS[weights], plain)
 
 
 ACTING = [
