@@ -98,12 +98,15 @@ def kept_bytes(
 def use_causal_attention(model: Any, *, text_only: bool = False) -> None:
     """Make the attention of `model` causal without a mask.
 
-    On fake tensors transformers can't detect that a mask is causal, and would build one of size T².
+    On fake tensors transformers can't detect that a mask is causal, and would build one of size T². Models that do not
+    attend through transformers' AttentionInterface are left as they are.
 
     Args:
         model: transformers model.
         text_only: whether to change only the language model of a multimodal model.
     """
+    if not model._supports_attention_backend:  # its attention needs the mask
+        return
     AttentionInterface.register(_CAUSAL, _causal_attention)
     model.set_attn_implementation({"text_config": _CAUSAL} if text_only else _CAUSAL)
 

@@ -328,6 +328,16 @@ def test_the_activations_that_are_said_are_what_autograd_keeps_of_packed_rows(me
     assert said == pytest.approx(taken, rel=0.05)  # what is small, such as positions and β, is not counted
 
 
+def test_memory_is_estimated_of_a_model_with_an_attention_of_its_own():
+    from transformers import MptConfig
+
+    config = MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=96, max_seq_len=128)
+    found = estimate(
+        config, "full", LoraSettings(4), "adamw", rows=2, length=64, bfloat16=False, device=torch.device("cpu")
+    )
+    assert found.activations > 2 * 64 * 32 * 4 * 2
+
+
 def test_memory_that_runs_out_names_the_estimate_and_the_way_on(llama, tmp_path, monkeypatch):
     stop_after(monkeypatch, 5, torch.OutOfMemoryError)
     with pytest.raises(
