@@ -10,13 +10,26 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from effpass.core.errors import EffpassError
+from effpass.core.errors import ArtifactError, EffpassError
+from effpass.core.fingerprint import Fingerprint
 from effpass.core.whole import write_text
 
-__all__ = ["METRICS", "RUN", "Recorder", "check_places", "cut_metrics", "last_checkpoint", "read_metrics"]
+__all__ = [
+    "METRICS",
+    "RUN",
+    "Recorder",
+    "check_places",
+    "cut_metrics",
+    "keep_model",
+    "last_checkpoint",
+    "read_metrics",
+    "same_model",
+]
 
 METRICS, RUN = "metrics.jsonl", "run.json"
+_MODEL = "model.json"  # fingerprint of the model
 
 
 def check_places(folder: Path, work: Path, resume: bool) -> None:
@@ -35,6 +48,28 @@ def check_places(folder: Path, work: Path, resume: bool) -> None:
         raise EffpassError(f"{work} holds no run to go on with", hint="leave out --resume")
     if not resume and work.exists():
         raise EffpassError(f"{work} holds a run that did not end", hint="go on with --resume, or remove it")
+
+
+def same_model(work: Path, model: Any) -> Fingerprint:
+    """Return the fingerprint of the model of a run, and compare it with the one that a resumed run began with.
+
+    Raises:
+        EffpassError: if they differ.
+    """
+    if (work / _MODEL).exists():
+        try:
+            Fingerprint.from_json(json.loads((work / _MODEL).read_text())).check(model)
+        except ArtifactError as error:
+            raise EffpassError(
+                f"the model is not the one that the run began with: {error}",
+                hint="go on with the old model, or start anew in another folder",
+            ) from None
+    return Fingerprint.of(model)
+
+
+def keep_model(work: Path, model: Fingerprint) -> None:
+    """Keep what :func:`same_model` compares with, in the folder of a run that begins."""
+    write_text(work / _MODEL, json.dumps(model.to_json()))
 
 
 def last_checkpoint(work: Path) -> tuple[Path | None, int]:

@@ -361,6 +361,12 @@ def test_a_resume_with_another_schedule_or_other_data_is_refused(llama, tmp_path
         run(llama, tmp_path, resume=True, data=sums(tmp_path / "other.jsonl", 41))
     with pytest.raises(EffpassError, match="holds a run that did not end"):
         run(llama, tmp_path)
+    found = json.loads((tmp_path / "out.training" / "model.json").read_text())
+    name = next(iter(found["weights"]))
+    found["weights"] = {name: [found["weights"][name][0], found["weights"][name][1] + found["weights"][name][0]]}
+    (tmp_path / "out.training" / "model.json").write_text(json.dumps(found))
+    with pytest.raises(EffpassError, match="not the one that the run began with: wrong weights"):
+        run(llama, tmp_path, resume=True)
     assert sorted(path.name for path in (tmp_path / "out.training").rglob("*")) == before
 
 

@@ -38,7 +38,7 @@ from effpass.trainers.finetune.run import begin, check_plots, check_same, explai
 from effpass.trainers.finetune.samples import Sample, file_hash, read_samples
 from effpass.trainers.finetune.trained import Trained, make_trained
 from effpass.trainers.memory import check_memory
-from effpass.trainers.run_folder import METRICS, Recorder, check_places, last_checkpoint, read_metrics
+from effpass.trainers.run_folder import METRICS, Recorder, check_places, last_checkpoint, read_metrics, same_model
 
 __all__ = ["train_draft"]
 
@@ -104,12 +104,13 @@ def train_draft(
     if args.world_size > 1:
         raise EffpassError(f"{args.world_size} processes: a head learns in one", hint="start it without torchrun")
     loaded = load_model(source, dtype=settings.dtype)
+    original = same_model(work, loaded.model)
     loaded.model.to(args.device)
     layers = layers_of(loaded.model)
     shape = head_config(config, settings.taps, settings.vocabulary, layers)
     head = None if start is None else _read_start(start, shape, layers)
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
-    begin(work, run, first_step, resume=resume)
+    begin(work, run, first_step, original, resume=resume)
     samples, length = texts or _answered(loaded, prompts, work, settings, most, say)
     held_out, samples = _split(samples, settings.seed)
     bfloat16 = settings.dtype == "bfloat16"

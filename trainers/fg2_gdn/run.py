@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from effpass.core.errors import ArtifactError, EffpassError, ModelError
+from effpass.core.errors import EffpassError, ModelError
 from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import load_model
-from effpass.core.whole import write_text
 from effpass.passes.weights.fg2_gdn import make_artifact
 from effpass.runtime.linear_attention import GatedDeltaAttention, is_hybrid, make_hybrid
 from effpass.runtime.linear_attention.attention_layers import attention_layers
@@ -40,13 +39,20 @@ from effpass.trainers.memory import Estimate, check_memory
 from effpass.trainers.pruning.data import Rows, begin_run, read_text
 from effpass.trainers.pruning.distillation import check_head
 from effpass.trainers.pruning.loop import OffsetRecorder, mean_loss
-from effpass.trainers.run_folder import METRICS, check_places, cut_metrics, last_checkpoint, read_metrics
+from effpass.trainers.run_folder import (
+    METRICS,
+    check_places,
+    cut_metrics,
+    keep_model,
+    last_checkpoint,
+    read_metrics,
+    same_model,
+)
 
 __all__ = ["convert"]
 
 # Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
-_MODEL = "model.json"  # fingerprint of the model, of which a resumed run must not have another
 _SHOWN = ("loss", "loss_", "eval_")
 
 
@@ -109,7 +115,9 @@ def convert(
     if not resume:
         begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
     student: Any = load_model(source, dtype="float32").model.to(device)
-    original = _same_model(work / _MODEL, student)
+    original = same_model(work, student)
+    if not resume:
+        keep_model(work, original)
     torch.manual_seed(settings.seed)
     old = {i: getattr(parent, name) for i, (parent, name) in attention_layers(student, layers).items()}
     made = make_hybrid(student, layers, shape)
@@ -129,22 +137,6 @@ def convert(
     _publish(folder, work, original, made, trained, record)
     say(f"saved {folder}")
     return folder
-
-
-def _same_model(path: Path, model: Any) -> Fingerprint:
-    """Return the fingerprint of the model, which is kept in `path` or is checked to be the one that is there."""
-    found = Fingerprint.of(model)
-    if not path.exists():
-        write_text(path, json.dumps(found.to_json()))
-        return found
-    try:
-        Fingerprint.from_json(json.loads(path.read_text())).check(model)
-    except ArtifactError as error:
-        raise EffpassError(
-            f"the model is not the one that the run began with: {error}",
-            hint="go on with the old model, or start anew in another folder",
-        ) from None
-    return found
 
 
 class _Run:

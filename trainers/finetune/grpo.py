@@ -178,11 +178,11 @@ def reinforce(
     say(f"{found}; {host_line(found, args.device)}")
     check_memory(found, "raise --accumulate, lower --prompts or --max-new-tokens, or tune an adapter: --method lora")
     anneal = settings.anneal.schedule(settings.steps, settings.updates) if settings.method == "afa-lora" else None
-    trained = load(source, settings, anneal, args.device)
+    trained, original = load(source, settings, anneal, args.device, work)
     set_experts(trained.model)
     say(learned_line(trained))
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
-    begin(work, run, first_step, resume=resume)
+    begin(work, run, first_step, original, resume=resume)
     if resume:
         say(f"going on from step {first_step}")
     recorder = Recorder(work / METRICS, settings.steps, say, ("loss", "reward", "reward_std", "anneal", "kl"))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from effpass.core.errors import EffpassError, ModelError
+from effpass.core.fingerprint import Fingerprint
 from effpass.core.model import load_model, read_source
 from effpass.core.whole import write_text
 from effpass.trainers.balance.plot import plot_balance
@@ -45,8 +46,10 @@ from effpass.trainers.run_folder import (
     Recorder,
     check_places,
     cut_metrics,
+    keep_model,
     last_checkpoint,
     read_metrics,
+    same_model,
 )
 
 __all__ = ["begin", "check_plots", "check_same", "explained", "learned_line", "load", "publish", "read_model", "tune"]
@@ -143,7 +146,7 @@ def tune(
     )  # fmt: skip
     say(f"{found}; {host_line(found, args.device)}")
     check_memory(found, "raise --accumulate, lower --batch, or fine-tune an adapter: --method lora")
-    trained = load(source, settings, schedule, args.device)
+    trained, original = load(source, settings, schedule, args.device, work)
     set_experts(trained.model)
     say(learned_line(trained))
     sparse = None
@@ -156,7 +159,7 @@ def tune(
     checkpoint, first_step = last_checkpoint(work) if resume else (None, 0)
     args.distributed_state.wait_for_everyone()  # none may still look for a folder that this run is about to make
     if args.process_index == 0:
-        begin(work, run, first_step, resume=resume)
+        begin(work, run, first_step, original, resume=resume)
         if sparse is not None and sparse.table is not None:
             write_table(work / LATENCY, sparse.table)
     if resume:
@@ -198,12 +201,17 @@ def read_model(source: str) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def load(source: str, settings: Any, schedule: Any, device: torch.device) -> Trained:
-    """Return the model on `device`, with the adapter that `settings` specify."""
+def load(source: str, settings: Any, schedule: Any, device: torch.device, work: Path) -> tuple[Trained, Fingerprint]:
+    """Return the model on `device`, with the adapter that `settings` specify, and the fingerprint of the model alone.
+
+    Raises:
+        EffpassError: if the run in `work`, which is resumed, began with another model.
+    """
     frozen = settings.method != "full"
     model = load_model(source, dtype=settings.dtype if frozen else "float32").model.to(device)
+    original = same_model(work, model)
     torch.manual_seed(settings.seed)
-    return make_trained(model, settings.method, settings.lora, settings.anneal, schedule)
+    return make_trained(model, settings.method, settings.lora, settings.anneal, schedule), original
 
 
 def check_plots() -> None:
@@ -228,10 +236,11 @@ def check_same(run: dict[str, Any], work: Path) -> None:
         )
 
 
-def begin(work: Path, run: dict[str, Any], first_step: int, *, resume: bool) -> None:
+def begin(work: Path, run: dict[str, Any], first_step: int, model: Fingerprint, *, resume: bool) -> None:
     """Create the folder of a run, or remove the metrics after the checkpoint from which it is resumed."""
     if not resume:
         (work / "checkpoints").mkdir(parents=True)
+        keep_model(work, model)
         write_text(work / RUN, json.dumps(run, indent=2))
     cut_metrics(work / METRICS, first_step if first_step else -1)
 

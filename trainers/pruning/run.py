@@ -39,7 +39,15 @@ from effpass.trainers.pruning.memory import estimate
 from effpass.trainers.pruning.plots import plot_kept, plot_run
 from effpass.trainers.pruning.settings import Settings
 from effpass.trainers.pruning.stages import Problem, choose, cut, learn, recover, state_problem
-from effpass.trainers.run_folder import METRICS, check_places, cut_metrics, last_checkpoint, read_metrics
+from effpass.trainers.run_folder import (
+    METRICS,
+    check_places,
+    cut_metrics,
+    keep_model,
+    last_checkpoint,
+    read_metrics,
+    same_model,
+)
 
 __all__ = ["prune"]
 
@@ -112,8 +120,10 @@ def prune(
     teacher: Any = load_model(source, dtype=settings.dtype).model.to(device).requires_grad_(False)
     problem = state_problem(teacher, settings)
     check_head(teacher)
+    original = same_model(work, teacher)
     if not resume:
         begin_run(work, run, data, validation, tokenizer, settings.batch, settings.sequence_length)
+        keep_model(work, original)
     state = _Run(work, source, settings, problem, teacher, say, found, save_model is not None)
     keep = state.learned()
     if save_model is not None:
