@@ -169,10 +169,7 @@ def cache_bytes(config: Any, tokens: int) -> int:
     state = 0
     if getattr(config, "linear_attention", None) is not None:
         linear, settings = linear_layers(config)
-        channels = (
-            2 * settings.num_key_heads * settings.key_head_dim + settings.num_value_heads * settings.value_head_dim
-        )
-        state = settings.state_bytes + 2 * (settings.conv_kernel_size - 1) * channels
+        state = settings.state_bytes + 2 * (settings.conv_kernel_size - 1) * settings.channels
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * 2 * config.num_key_value_heads * size * tokens
     return len(linear) * state + (config.num_hidden_layers - len(linear)) * attention

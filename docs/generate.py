@@ -333,22 +333,24 @@ def recall_rows(document: Path) -> str:
         if row["metric"] == "recall":
             form, load = row["case"].split(", ", 1)
             found.setdefault(load, {})[form] = f"{row['ours']:.1f}"
-    lines = ["| load | " + " | ".join(_FORMS) + " |", "|---|" + "--:|" * len(_FORMS)]
-    for load, of in sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
-        lines.append(f"| {load} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |")
-    return "\n".join(lines) + "\n"
+    by_size = sorted(found.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])])
+    return _by_form("load", dict(by_size))
 
 
 def pretraining_rows(document: Path) -> str:
     """The committed rows of area `linear_attention` on pretraining: a line for each metric and kind of data."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for row in _rows("linear_attention"):
         form, _, data = row["case"].partition(", ")
         if form in _FORMS and re.match(r"loss of|\w+ answered", row["metric"]):
-            found.setdefault((data, f"{row['metric']}, {row['unit']}"), {})[form] = f"{row['ours']:.3g}"
-    lines = ["| data | metric | " + " | ".join(_FORMS) + " |", "|---|---|" + "--:|" * len(_FORMS)]
-    for (data, metric), of in found.items():
-        lines.append(f"| {data} | {metric} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |")
+            found.setdefault(f"{data} | {row['metric']}, {row['unit']}", {})[form] = f"{row['ours']:.3g}"
+    return _by_form("data | metric", found)
+
+
+def _by_form(title: str, found: dict[str, dict[str, str]]) -> str:
+    """A table with a line for each entry, and a column for each form of linear attention."""
+    lines = [f"| {title} | " + " | ".join(_FORMS) + " |", "|---" * title.count("|") + "|---|" + "--:|" * len(_FORMS)]
+    lines += [f"| {name} | " + " | ".join(of.get(form, "") for form in _FORMS) + " |" for name, of in found.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,8 +86,7 @@ def _model_class(base: Any, config_class: Any) -> Any:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if not torch.compiler.is_compiling():
-            check_padding(given)
+        check_padding(given)
         if found := documents(given):
             given |= found
             if given[CU_SEQLENS] is not None and self._not_told is not None:

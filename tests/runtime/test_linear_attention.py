@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
-import transformers
-from families import COMMON, batch, make
+from families import batch, make
+from linear_layers import FAMILIES, MODELS, MODES, greedy, hybrid, layer, settings
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import effpass
@@ -19,70 +18,11 @@ from effpass.lowering.ops.gated_delta_rule import reference
 from effpass.lowering.ops.gated_delta_rule_inputs import Inputs, Settings
 from effpass.runtime.linear_attention import (
     GatedDeltaAttention,
-    GatedDeltaSettings,
     StateLayer,
     is_hybrid,
     linear_layers,
     make_hybrid,
 )
-from effpass.runtime.linear_attention.documents import documents
-
-MODES = ("gdn", "kda", "fg2", "fg2+")
-FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "deepseek_v3")
-
-
-def settings(mode: str = "fg2+", heads: int = 4, **changes) -> GatedDeltaSettings:
-    return GatedDeltaSettings(**{"mode": mode, "num_key_heads": heads, "num_value_heads": heads, "key_head_dim": 16,
-                                 "value_head_dim": 16, "gate_rank": 8, **changes})  # fmt: skip
-
-
-def layer(mode: str, **changes) -> GatedDeltaAttention:
-    torch.manual_seed(0)
-    made = GatedDeltaAttention(settings(mode, **changes), 24, 0).double()
-    for parameter in (made.norm_weight, made.g_proj[1].bias):
-        torch.nn.init.normal_(parameter)
-    return made
-
-
-def hybrid(family: str = "llama", layers: tuple[int, ...] = (1,), **changes):
-    model = make(family)
-    torch.manual_seed(0)
-    make_hybrid(model, layers, settings(**changes))
-    return model.eval()
-
-
-def greedy(model, inputs, **options) -> torch.Tensor:
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return model.generate(**given, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
-
-
-def other(config: str, name: str, **options):
-    """A tiny random model of a family that few tests need."""
-    torch.manual_seed(0)
-    return getattr(transformers, name)(getattr(transformers, config)(**options)).eval()
-
-
-OLD = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
-MODELS = {
-    "gptj": lambda: other("GPTJConfig", "GPTJForCausalLM", **OLD, rotary_dim=8, bos_token_id=1, eos_token_id=2),
-    "gpt_bigcode": lambda: other(
-        "GPTBigCodeConfig", "GPTBigCodeForCausalLM", **OLD, bos_token_id=1, eos_token_id=2, attn_pdrop=0.0
-    ),
-    "stablelm": lambda: other("StableLmConfig", "StableLmForCausalLM", **COMMON),
-    "qwen3_next": lambda: other(
-        "Qwen3NextConfig", "Qwen3NextForCausalLM", **COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
-    ),
-    "gemma3n": lambda: other(
-        "Gemma3nTextConfig", "Gemma3nForCausalLM",
-        **{**COMMON, "num_hidden_layers": 3, "intermediate_size": [96] * 3, "head_dim": 16},
-        num_kv_shared_layers=1, layer_types=["sliding_attention", "full_attention", "full_attention"],
-        vocab_size_per_layer_input=96, hidden_size_per_layer_input=8, laurel_rank=4,
-        activation_sparsity_pattern=[0.0] * 3,
-    ),
-}  # fmt: skip
-
 
 # -- the layer --------------------------------------------------------------------------------------------------------
 
@@ -161,127 +101,6 @@ def test_padding_changes_nothing_whatever_the_mask():
         torch.testing.assert_close(made(x, attention_mask=mask)[0][:1, 2:], plain)
     with pytest.raises(ModelError, match="given a dict"):
         made(x, attention_mask={})
-
-
-# -- rows of several documents -----------------------------------------------------------------------------------------
-
-ENDS = [0, 4, 10, 17, 17, 20]  # one document is empty
-
-
-def flattened(rows: int) -> dict[str, torch.Tensor]:
-    """Tokens of five documents in 1 or 2 rows, and their positions."""
-    ids = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(0))
-    places = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ENDS)])
-    return {"input_ids": ids.view(rows, -1), "position_ids": places.view(rows, -1)}
-
-
-def alone(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the documents, each in a call of its own."""
-    pieces = [ids.flatten()[a:b] for a, b in itertools.pairwise(ENDS) if b > a]
-    return torch.cat([model(input_ids=piece[None], use_cache=False).logits[0] for piece in pieces])
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_documents_of_a_row_are_kept_apart_and_so_are_their_gradients(mode):
-    made = layer(mode)
-    x = torch.randn(1, 20, 24, dtype=torch.float64, requires_grad=True)
-    found = made(x, cu_seq_lens_q=torch.tensor(ENDS, dtype=torch.int32))[0]
-    wanted = torch.cat([made(x[:, a:b])[0] for a, b in itertools.pairwise(ENDS) if b > a], 1)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    weight = torch.randn(found.shape, dtype=torch.float64)
-    given = [x, *made.parameters()]
-    of_found, of_wanted = (torch.autograd.grad((out * weight).sum(), given) for out in (found, wanted))
-    for a, b in zip(of_found, of_wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rows", [1, 2])
-def test_positions_that_restart_and_ends_of_documents_separate_them(family, rows):
-    model, given = hybrid(family), flattened(rows)
-    with torch.no_grad():
-        wanted = alone(model, given["input_ids"]).view(rows, 20 // rows, -1)
-        ends, ids = {"cu_seq_lens_q": torch.tensor(ENDS)}, {"input_ids": given["input_ids"]}
-        embedded = {"inputs_embeds": model.get_input_embeddings()(given["input_ids"])}
-        for call in (given, given | ends, ids | ends, given | {"input_ids": None} | embedded):
-            found = model(**call, use_cache=False).logits
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ModelError, match="caches one document in each row"):
-            model(**given, use_cache=True)
-        with pytest.raises(ModelError, match="comes with an attention mask"):
-            model(**ids, **ends, attention_mask=torch.ones(rows, 20 // rows), use_cache=False)
-
-
-def test_one_document_may_be_cached_and_ends_of_another_form_are_refused():
-    model, ids = hybrid(), flattened(1)["input_ids"]
-    with torch.no_grad():
-        wanted = model(ids).logits
-        torch.testing.assert_close(model(ids, cu_seq_lens_q=torch.tensor([0, 20])).logits, wanted)
-    for ends, said in ((torch.tensor([ENDS]), r"cu_seq_lens_q is \(1, "), (list(ENDS), "cu_seq_lens_q is list")):
-        with pytest.raises(ModelError, match=said):
-            model(ids, cu_seq_lens_q=ends, use_cache=False)
-
-
-def test_positions_are_not_read_where_a_model_is_traced():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = hybrid()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        given = {"input_ids": torch.zeros(1, 20, dtype=torch.long), "position_ids": torch.arange(20)[None] % 7}
-        assert model(**given, use_cache=False).logits.shape[:2] == (1, 20)
-
-
-def test_few_numbers_of_documents_reach_the_layers():
-    seen = set()
-    for count in range(2, 14):
-        positions = torch.cat([torch.arange(20 - count + 1), torch.zeros(count - 1, dtype=torch.long)])[None]
-        ends = documents({"input_ids": positions, "position_ids": positions})["cu_seq_lens_q"]
-        assert ends.unique().tolist() == [0, *range(20 - count + 1, 21)]
-        seen.add(len(ends))
-    assert seen == {3, 5, 9, 17}
-
-
-def test_what_the_flattening_collator_makes():
-    from transformers import DataCollatorWithFlattening
-
-    model, ids = hybrid(), flattened(1)["input_ids"][0]
-    pieces = [{"input_ids": ids[a:b].tolist()} for a, b in itertools.pairwise(ENDS) if b > a]
-    for options in ({}, {"return_flash_attn_kwargs": True}):
-        given = DataCollatorWithFlattening(return_tensors="pt", **options)(pieces)
-        with torch.no_grad():
-            found = model(**given, use_cache=False).logits[0]
-            torch.testing.assert_close(found, alone(model, ids), rtol=1e-4, atol=1e-5)
-
-
-def test_documents_are_separated_in_a_compiled_model_and_with_checkpointing():
-    model, given = hybrid(), flattened(1)
-    given["cu_seq_lens_q"] = torch.tensor(ENDS)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda **given: model(**given, use_cache=False), backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        wanted = alone(model, given["input_ids"])
-        torch.testing.assert_close(compiled(**given).logits[0], wanted, rtol=1e-4, atol=1e-5)
-    gradients = []
-    for _ in range(2):
-        model.zero_grad()
-        model.train()(**given, labels=given["input_ids"], use_cache=False).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
-
-
-@pytest.mark.parametrize("family", ["stablelm", "gptj"])
-def test_documents_in_a_row_are_refused_where_layers_are_not_told(family):
-    model = MODELS[family]()
-    make_hybrid(model, (0,), settings())
-    for more in ({}, {"cu_seq_lens_q": torch.tensor(ENDS)}):
-        with pytest.raises(ModelError, match="a row holds several documents"):
-            model(**flattened(1), **more, use_cache=False)
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="a row holds several documents"):
-        torch.compile(model, backend="eager")(**flattened(1), cu_seq_lens_q=torch.tensor(ENDS), use_cache=False)
-    model(**flattened(1), attention_mask=torch.ones(1, 20), use_cache=False)
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
