@@ -116,13 +116,21 @@ SMALL = {
     "kda, resets": Case("kda", "reset"),
 }
 
+#: Sequences of four chunks, or seven, which are interpreted in four segments.
+SEGMENTED = {
+    "fg2+, in segments, K < V": Case("fg2+", "bounded", 200, value_size=32),
+    "kda, packed, in segments, K > V": Case("kda", tokens=220, key_size=20, ends=(0, 15, 15, 220)),
+    "kda, resets, in segments": Case("kda", "reset", tokens=400),
+    "gdn, in segments from a state of zeros": Case("gdn", tokens=200, batch=2, has_state=False),
+}
 
-#: Of SMALL, interpreted in bfloat16 too.
+#: Of these, interpreted in bfloat16 too.
 IN_BFLOAT16 = (
     "fg2+, bounded, K < V",
     "kda, two rows, two value heads",
     "fg2, decay to -60, three chunks, two blocks of channels",
     "gdn, packed, an empty sequence, K < V",
+    "fg2+, in segments, K < V",
 )
 
 
@@ -165,13 +173,17 @@ def interpret() -> dict[str, dict[str, float]]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialized memory holds NaN
     _both_ways_in_float32(gated_delta_rule._Call)
     found: dict[str, dict[str, float]] = {}
-    for name, case in SMALL.items():
+    faded, shares = _faded(gated_delta_rule), {}
+    for name, case in (SMALL | SEGMENTED).items():
         for dtype in (torch.float32, torch.bfloat16) if name in IN_BFLOAT16 else (torch.float32,):
             tensors, gradients, wanted = expected(case, dtype)
             *given, state = placed(tensors, dtype, "cpu")
             inputs = Inputs(*map(spread, given))
             ends = None if case.ends is None else torch.tensor(case.ends, dtype=torch.int32)
             call = (inputs, case.settings, state, ends, case.sequences)
+            gated_delta_rule._Call.segments = property(lambda self, name=name: 4 if name in SEGMENTED else 1)
+            gated_delta_rule._PROBED, gated_delta_rule._PROBE_FROM = 1, 1
+            faded.clear()
             output, final = gated_delta_rule.forward(*call)
             of_inputs, initial = gated_delta_rule.backward(*call, gradients[0].to(dtype), gradients[1].float())
             results = {"output": output, "state": final, "d initial_state": initial}
@@ -181,7 +193,21 @@ def interpret() -> dict[str, dict[str, float]]:
                 of_step = gated_delta_rule_step.step(inputs, case.settings, state)
                 ratios |= {"step": ratio(of_step, wanted["output"]), "step's state": ratio(state, wanted["state"])}
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = ratios
-    return found
+            if name in SEGMENTED:
+                shares[f"{name}, {str(dtype).removeprefix('torch.')}"] = sum(faded) / len(faded)
+    return found | {"faded": shares}
+
+
+def _faded(kernels: Any) -> list[float]:
+    """A list that grows: the share of segments whose state had faded when states were joined."""
+    shares, join = [], kernels._join
+
+    def joined(call: Any, maps: Any, given: Any, backward: bool) -> Tensor:
+        shares.append(float(maps.at_end.float().mean()) if call.probed else 0)
+        return join(call, maps, given, backward)
+
+    kernels._join = joined
+    return shares
 
 
 def _both_ways_in_float32(call: Any) -> None:
@@ -242,7 +268,8 @@ def far() -> dict[str, bool]:
 
 
 COMPILED = {
-    "bfloat16": (Case("fg2+", "bounded", 4096, 8, 16, 16, 128, 128), torch.bfloat16),
+    "bfloat16": (Case("fg2+", "bounded", 16384, 1, 16, 16, 128, 128), torch.bfloat16),
+    "many heads": (Case("fg2+", "bounded", 4096, 8, 16, 16, 128, 128), torch.bfloat16),
     "wide": (Case("kda", "softplus", 2048, 1, 4, 8, 256, 256), torch.bfloat16),
     "scalar": (Case("gdn", "softplus", 2048, 1, 4, 8, 64, 64), torch.float16),
     "float32": (Case("kda", "softplus", 2048, 1, 4, 4, 256, 256), torch.float32),
@@ -257,7 +284,7 @@ def compile_one(kind: str) -> dict[str, int]:
 
     from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
 
-    kernels = ("inside", "state_forward", "state_backward", "gradient", "_step")
+    kernels = ("inside", "state_forward", "join", "state_backward", "gradient", "_step")
     launches = compile_instead((gated_delta_rule, gated_delta_rule_step), kernels)
     case, dtype = COMPILED[kind]
     given = _shapes(case, dtype)

@@ -10,10 +10,14 @@ The equations are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. 
 without a bound, the launches over all chunks occur twice: for chunks with steep decay, and for the others
 (:mod:`~effpass.lowering.kernels.gated_delta_inputs`).
 
+Few long sequences with few heads leave most of a device idle in the sequential part. They are divided into segments,
+for which a map of the states and their join are launched in addition, in each direction.
+
 Only the inputs are kept between forward and backward pass. For K = V, the intermediate results take 8 bytes per token,
-value head and channel in the forward pass, and 18 in the backward pass. They are in the dtype of q; decays, √β and
-final states are float32, and the kernels accumulate in float32. There is no autotuning: tile sizes follow from K, V and
-the number of sequences and heads.
+value head and channel in the forward pass, and 18 in the backward pass; segments add at most 12 K² bytes for each
+multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32, and the
+kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the number of
+sequences and heads.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from torch import Tensor
 from effpass.lowering.kernels.gated_delta_gradient import gradient
 from effpass.lowering.kernels.gated_delta_inputs import LOWEST, table
 from effpass.lowering.kernels.gated_delta_inside import inside
-from effpass.lowering.kernels.gated_delta_state import state_backward, state_forward
+from effpass.lowering.kernels.gated_delta_state import join, state_backward, state_forward
 from effpass.lowering.kernels.launch import multiprocessors
 from effpass.lowering.ops.gated_delta_rule_inputs import Inputs, Settings
 
@@ -43,6 +47,13 @@ _REGISTERS = 168  # per thread of `inside`, for three programs per multiprocesso
 _COLUMNS = 64  # state columns per program, for four warps; fewer than 64 do not fill a wgmma tile
 _WIDE = 128  # state columns per program, for eight warps, if sequences times heads alone fill the device
 _STAGES = 2  # chunks in flight in `state_forward` and `state_backward`
+_LEAST_SEGMENTS = 3  # per sequence: as each is run through twice, two would take as long as one
+_LEAST_CHUNKS = 4  # per segment
+_FEW_SEGMENTS, _MANY_CHUNKS = 4, 16  # more segments than a few have many chunks: `join` takes one after another
+_PROBED = 6  # chunks of a probe
+_PROBE_FROM = 32  # chunks per segment from which on a probe is worth its time
+_JOIN_COLUMNS = 16  # state columns per program of `join`, for four warps
+_JOIN_BLOCK = 64  # key channels that `join` reads at a time
 _GRADIENT_BLOCK = 32  # key channels per tile of `gradient`; registers don't hold larger tiles
 _GRADIENT_VALUES = 128  # value channels per tile of `gradient`, for eight warps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -106,6 +117,20 @@ class _Call(NamedTuple):
         """HV, K, V, and K and V as padded in the workspace."""
         (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
         return heads, key_size, value_size, _power(key_size), _power(value_size)
+
+    @property
+    def segments(self) -> int:
+        """The number of segments into which each sequence is divided."""
+        fitting = multiprocessors(self.inputs.q.device) // (self.sequences * self.sizes[0])
+        chunks = self.chunks // self.sequences
+        segments = min(fitting, chunks // _LEAST_CHUNKS, max(_FEW_SEGMENTS, chunks // _MANY_CHUNKS))
+        return segments if segments >= _LEAST_SEGMENTS else 1
+
+    @property
+    def probed(self) -> int:
+        """The number of chunks in which launches in mode "probe" look for a state that fades; 0 without probes."""
+        is_long = self.chunks // self.sequences >= _PROBE_FROM * self.segments
+        return _PROBED if self.segments > 1 and is_long else 0
 
     @property
     def ranges(self) -> tuple[str, ...]:
@@ -209,7 +234,7 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
 def _state_flags(call: _Call) -> dict[str, Any]:
     """Return the compile-time constants of the sequential kernels, including BV, the state columns per program."""
     heads, key_size, value_size, keys, values = call.sizes
-    is_large, lanes = keys > 128, call.sequences * heads
+    is_large, lanes = keys > 128, call.sequences * call.segments * heads
     if call.inputs.q.dtype == torch.float32:
         columns, warps, stages = 16 if is_large else 32, 8, 1
     elif values >= _WIDE and (is_large or lanes >= 0.7 * multiprocessors(call.inputs.q.device)):
@@ -218,33 +243,114 @@ def _state_flags(call: _Call) -> dict[str, Any]:
         columns, warps, stages = _COLUMNS, 4, 1 if is_large else _STAGES
     return {
         "K": key_size, "V": value_size, "KP": keys, "VP": values, "VARLEN": call.places is not None,
-        "BV": min(values, columns), "PRECISION": _precision(call.inputs.q.dtype), "STAGES": stages, "num_warps": warps,
-        "num_stages": 1,
+        "PROBED": call.probed, "BV": min(values, columns), "PRECISION": _precision(call.inputs.q.dtype),
+        "STAGES": stages, "num_warps": warps, "num_stages": 1,
     }  # fmt: skip
 
 
-def _grid(call: _Call, flags: dict[str, Any]) -> tuple[int]:
+def _grid(call: _Call, flags: dict[str, Any], rows: int) -> tuple[int]:
     # One-dimensional, since the other dimensions are limited to 65535; programs of the same head are adjacent.
-    return (call.sequences * call.sizes[0] * (call.sizes[4] // flags["BV"]),)
+    return (call.sequences * call.segments * call.sizes[0] * (rows // flags["BV"]),)
 
 
-def _sequences(call: _Call, stand_in: Tensor) -> tuple[Tensor, Tensor]:
-    if call.first is None or call.cu_seqlens is None:
-        return stand_in, stand_in
-    return call.first, call.cu_seqlens
+def _places(call: _Call, stand_in: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    """Return what tells programs of the sequential kernels their tokens."""
+    first, ends = (stand_in if x is None else x for x in (call.first, call.cu_seqlens))
+    return first, ends, call.inputs.q.shape[1], call.segments, call.sizes[0]
+
+
+class _Maps(NamedTuple):
+    """What launches in modes "map" and "probe" write; empty if there are no segments.
+
+    Attributes:
+        maps: float32 [N, segments, HV, VP + KP, KP], Nᵀ or Dᵀ above Mᵀ.
+        at_end: int8 [N, segments, HV, KP / rows], whether a probe of a segment's last chunks saw these rows fade, so
+            that Mᵀ is 0, and not written.
+        at_start: the same of its first chunks.
+        rows: number of rows of a program.
+    """
+
+    maps: Tensor
+    at_end: Tensor
+    at_start: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, call: _Call) -> _Maps:
+        heads, _, _, keys, values = call.sizes
+        lead, device = (call.sequences if call.segments > 1 else 0, call.segments, heads), call.inputs.q.device
+        rows = min(_state_flags(call)["BV"], keys)
+        maps = torch.empty(*lead, values + keys, keys, dtype=torch.float32, device=device)
+        at_end, at_start = torch.empty(2, *lead, keys // rows, dtype=torch.int8, device=device)
+        return cls(maps, at_end, at_start, rows)
+
+
+def _join(call: _Call, maps: _Maps, given: Tensor | None, backward: bool) -> Tensor:
+    """Return the states before all segments, float32 [N, segments, HV, K, V], or the gradients of those after them."""
+    heads, key_size, value_size, keys, values = call.sizes
+    states = maps.maps.new_empty(*maps.maps.shape[:3], key_size, value_size)
+    columns = min(values, _JOIN_COLUMNS)
+    join[(call.sequences * heads * (values // columns),)](
+        maps.maps, maps.at_end, states if given is None else given, states, call.segments, heads, K=key_size,
+        V=value_size, KP=keys, VP=values, BV=columns, BK=min(keys, _JOIN_BLOCK), BLOCKS=keys // maps.rows,
+        HAS_GIVEN=given is not None, PROBED=call.probed, BACKWARD=backward, PRECISION=_precision(call.inputs.q.dtype),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return states
 
 
 def _state_forward(
-    call: _Call, found: _Inside, state: Tensor | None, output: Tensor, final: Tensor, kept: tuple[Tensor, Tensor] | None
+    call: _Call,
+    found: _Inside,
+    state: Tensor | None,
+    output: Tensor,
+    final: Tensor,
+    kept: tuple[Tensor, Tensor] | None,
+    maps: _Maps,
 ) -> None:
+    """Launch `state_forward`; if there are segments, also what `maps` needs before and `state_backward` after it."""
     beta, write_beta = call.inputs.beta, call.inputs.write_beta
     of_values, flags = beta if write_beta is None else write_beta, _state_flags(call)
-    state_forward[_grid(call, flags)](
-        *found, call.inputs.v, of_values, final if state is None else _whole(state), output, final,
-        *(kept or (output, output)), *_sequences(call, found.decay), call.inputs.q.shape[1], call.sizes[0],
-        *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3, LOGITS=call.settings.beta_logits,
-        HAS_INITIAL=state is not None, KEEP=kept is not None, **flags,
-    )  # fmt: skip
+    *_, keys, values = call.sizes
+
+    def launch(mode: str, rows: int, state: Tensor | None, at_start: bool = False, **changed: Any) -> None:
+        state_forward[_grid(call, flags | changed, rows)](
+            *found, call.inputs.v, of_values, final if state is None else state, output, final,
+            *(kept or (output, output)), maps.maps, maps.at_start if at_start else maps.at_end,
+            *_places(call, found.decay), *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3,
+            LOGITS=call.settings.beta_logits, HAS_INITIAL=state is not None, MODE=mode, AT_START=at_start,
+            **(flags | changed),
+        )  # fmt: skip
+
+    state = _whole(state)
+    if call.segments > 1:
+        if call.probed:
+            launch("probe", keys, None, BV=maps.rows)
+        launch("map", values + keys, state, BV=maps.rows)
+        state = _join(call, maps, state, backward=False)
+        if call.probed and kept is not None:
+            launch("probe", keys, None, at_start=True, BV=maps.rows)
+    launch("output" if kept is None else "keep", values, state)
+
+
+def _state_backward(
+    call: _Call, found: _Inside, d_output: Tensor, d_final: Tensor | None, d_kept: tuple[Tensor, Tensor],
+    d_initial: Tensor, maps: _Maps,
+) -> None:  # fmt: skip
+    flags, values = _state_flags(call), call.sizes[4]
+
+    def launch(mode: str, d_final: Tensor | None, **changed: Any) -> None:
+        state_backward[_grid(call, flags | changed, values)](
+            *found[:6], d_output, d_initial if d_final is None else d_final, *d_kept, d_initial, maps.maps,
+            maps.at_start, *_places(call, found.decay), *_strides(d_output), HAS_FINAL=d_final is not None, MODE=mode,
+            **(flags | changed),
+        )  # fmt: skip
+
+    d_final = _whole(d_final)
+    if call.segments > 1:
+        launch("map", d_final, BV=maps.rows)
+        d_final = _join(call, maps, d_final, backward=True)
+    launch("keep", d_final)
 
 
 def forward(
@@ -261,7 +367,7 @@ def forward(
     heads, key_size, value_size, _, _ = call.sizes
     output = inputs.v.new_empty(inputs.v.shape)
     final = output.new_empty(sequences, heads, key_size, value_size, dtype=torch.float32)
-    _state_forward(call, _inside(call, call.steep()), state, output, final, None)
+    _state_forward(call, _inside(call, call.steep()), state, output, final, None, _Maps.of(call))
     return output, final
 
 
@@ -288,14 +394,11 @@ def backward(
     befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
     changes, d_values = (q.new_empty(call.chunks, heads, CHUNK, values) for _ in range(2))
     initial = torch.empty(sequences, heads, key_size, value_size, dtype=torch.float32, device=q.device)
-    _state_forward(call, found, state, changes, initial, (befores, changes))
-    tokens, flags = q.shape[1], _state_flags(call)
-    state_backward[_grid(call, flags)](
-        *found[:6], out, initial if d_final is None else _whole(d_final), d_values, d_afters, initial,
-        *_sequences(call, found.decay), tokens, heads, *_strides(out), HAS_FINAL=d_final is not None, **flags,
-    )  # fmt: skip
-    chunks = call.chunks
-    del found  # free intermediate results before gradients are allocated
+    maps = _Maps.of(call)
+    _state_forward(call, found, state, changes, initial, (befores, changes), maps)
+    _state_backward(call, found, out, d_final, (d_values, d_afters), initial, maps)
+    chunks, tokens = call.chunks, q.shape[1]
+    del found, maps  # free intermediate results before gradients are allocated
     d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
     d_v, d_gate, d_beta = (x.new_empty(x.shape) for x in (v, gate, beta))
     d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)

@@ -22,9 +22,9 @@ from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON, Inputs, Settin
 __all__ = ["step", "supported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of a program; with fewer columns, so that all multiprocessors have programs, 2 warps.
+# Of a program: fewer columns if multiprocessors would have no programs, and twice the warps above 128 key channels.
 _COLUMNS = 32
-_WARPS = 4
+_WARPS = 2
 
 
 @triton.jit
@@ -117,6 +117,6 @@ def step(inputs: Inputs, settings: Settings, state: Tensor) -> Tensor:
         GATE="log" if A_log is None else "softplus" if settings.lower_bound is None else "bounded",
         SCALAR_GATE=gate.dim() == 3, HAS_BIAS=dt_bias is not None, SCALAR_BETA=beta.dim() == 3,
         HAS_WRITE=write_beta is not None, NORMALIZE=settings.normalize, LOGITS=settings.beta_logits,
-        num_warps=_WARPS if each == _COLUMNS else 2, num_stages=1,
+        num_warps=_WARPS if key_size <= 128 else 2 * _WARPS, num_stages=1,
     )  # fmt: skip
     return output

@@ -12,7 +12,18 @@ from pathlib import Path
 import gated_delta_cases
 import pytest
 import torch
-from gated_delta_cases import COMPILED, IN_BFLOAT16, NAMES, SMALL, Case, expected, far_apart, placed, ratio
+from gated_delta_cases import (
+    COMPILED,
+    IN_BFLOAT16,
+    NAMES,
+    SEGMENTED,
+    SMALL,
+    Case,
+    expected,
+    far_apart,
+    placed,
+    ratio,
+)
 
 from effpass.lowering.ops.gated_delta_rule import GRADIENT_TOLERANCE, SUM_TOLERANCE, TOLERANCE, gated_delta_rule
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
@@ -44,12 +55,19 @@ def interpreted() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in SMALL), *((name, torch.bfloat16) for name in IN_BFLOAT16)],
+    [*((name, torch.float32) for name in (*SMALL, *SEGMENTED)), *((name, torch.bfloat16) for name in IN_BFLOAT16)],
 )
 def test_interpreted_kernels_against_the_recurrence(interpreted, name, dtype):
     found = interpreted[f"{name}, {str(dtype).removeprefix('torch.')}"]
     assert {"output", "state", "d q", "d k", "d v", "d gate", "d beta"} <= found.keys()
     assert exceeding(found, dtype) == {}
+
+
+@needs_triton
+def test_segments_that_take_states_to_zero_are_found(interpreted):
+    faded = {name: interpreted["faded"][f"{name}, float32"] for name in SEGMENTED}
+    assert {name for name, share in faded.items() if share > 0} == {"kda, resets, in segments"}
+    assert faded["kda, resets, in segments"] >= 0.5
 
 
 @needs_triton
@@ -71,7 +89,8 @@ def test_what_lies_outside_is_not_read():
 def test_kernels_compile_without_a_gpu_and_fit(tmp_path: Path, kind: str):
     shared = run("compile", kind, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     launches = [name.rpartition(".")[2] for name in shared]
-    assert launches == ["inside", "state_forward", "state_backward", "gradient", "_step"]
+    joins = [] if kind in ("many heads", "one token") else ["join"]
+    assert launches == ["inside", "state_forward", *joins, "state_backward", "gradient", "_step"]
     assert {name: size for name, size in shared.items() if size > SHARED_MEMORY} == {}
 
 
@@ -88,6 +107,9 @@ LARGER = {
     "gdn, 9 heads of 64": Case("gdn", "bounded", 512, 2, 9, 9, 64, 64),
     "gdn, 128": Case("gdn", "softplus", 500, 2, 2, 4, 128, 128),
     "gdn, 96 and 192": Case("gdn", "softplus", 140, 1, 2, 2, 96, 192),
+    "fg2+, bounded, segments": Case("fg2+", "bounded", 1100, 1, 1, 2, 128, 128),
+    "kda, segments of packed sequences": Case("kda", "softplus", 1700, 1, 2, 2, 64, 128, ends=(0, 40, 40, 1700)),
+    "gdn, decay to -60, segments, 256": Case("gdn", "log", 900, 1, 1, 1, 256, 256),
 }
 
 
