@@ -29,6 +29,7 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     inverse_norm,
     matrix,
     place,
+    raw_tile,
     root,
     root_gradient,
     tile,
@@ -166,24 +167,36 @@ def gradient(
         upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
         of_rate = 0.0
     along_q, along_k = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    # Loaded one block of channels ahead.
+    raw_query, raw_key = raw_tile(q, q_t, rows, 0, K, BK, True), raw_tile(k, k_t, rows, 0, K, BK, True)
+    if not SCALAR_BETA:
+        raw_beta = raw_tile(beta, beta_t, rows, 0, K, BK, True)
+    if VP == BV:
+        by_value = i * VP + rv
+        of_values, of_changes = tl.trans(tl.load(d_values + by_value)), tl.trans(tl.load(changes + by_value))
+        of_out = tl.trans(tile(d_output, out_t, rows, 0, V, BV).to(DTYPE))
     for first in range(0, KP, BK):
-        query = tile(q, q_t, rows, first, K, BK, True) * (q_norm * scale)[None, :]
-        key = tile(k, k_t, rows, first, K, BK, True) * k_norm[None, :]
+        query, key = raw_query.to(tl.float32) * (q_norm * scale)[None, :], raw_key.to(tl.float32) * k_norm[None, :]
+        raw_query = raw_tile(q, q_t, rows, first + BK, K, BK, True)
+        raw_key = raw_tile(k, k_t, rows, first + BK, K, BK, True)
         if SCALAR_BETA:
             key *= erase[None, :]
         else:
-            key *= root(tile(beta, beta_t, rows, first, K, BK, True), LOGITS)
+            key *= root(raw_beta.to(tl.float32), LOGITS)
+            raw_beta = raw_tile(beta, beta_t, rows, first + BK, K, BK, True)
         d_row, d_query = tl.zeros((BK, C), tl.float32), tl.zeros((BK, C), tl.float32)
         d_column, of_state = tl.zeros((BK, C), tl.float32), tl.zeros((BK,), tl.float32)
-        for of_value in range(0, VP, BV):
-            at = i * VP + of_value + rv
-            of_states = (of_value + rv)[None, :] * KP + (first + rk)[:, None]
+        for value in tl.static_range(0, VP, BV):
+            of_states = (value + rv)[None, :] * KP + (first + rk)[:, None]
             state, d_after = tl.load(befores + of_states), tl.load(d_afters + of_states)
             of_state += tl.sum(state.to(tl.float32) * d_after.to(tl.float32), 1)
-            d_row = tl.dot(state, tl.trans(tl.load(d_values + at)), d_row, input_precision=PRECISION)
-            out = tile(d_output, out_t, rows, of_value, V, BV).to(DTYPE)
-            d_query = tl.dot(state, tl.trans(out), d_query, input_precision=PRECISION)
-            d_column = tl.dot(d_after, tl.trans(tl.load(changes + at)), d_column, input_precision=PRECISION)
+            if VP != BV:
+                by_value = i * VP + value + rv
+                of_values, of_changes = tl.trans(tl.load(d_values + by_value)), tl.trans(tl.load(changes + by_value))
+                of_out = tl.trans(tile(d_output, out_t, rows, value, V, BV).to(DTYPE))
+            d_row = tl.dot(state, of_values, d_row, input_precision=PRECISION)
+            d_query = tl.dot(state, of_out, d_query, input_precision=PRECISION)
+            d_column = tl.dot(d_after, of_changes, d_column, input_precision=PRECISION)
         if SCALAR_GATE:
             from_begin, to_end = tl.exp2(from_first)[None, :], tl.exp2(total - from_first)[None, :]
             d_row, d_query, d_column = -d_row * from_begin, d_query * from_begin, d_column * to_end

@@ -96,14 +96,20 @@ def place(places, chunk, T, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
-    """Float32 [C, BK] of channels first ... of `rows` tokens, with FLIP [BK, C]; zeros beyond."""
+def raw_tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
+    """[C, BK] of channels first ... of `rows` tokens, with FLIP [BK, C]; zeros beyond."""
     r, c = tl.arange(0, C), first + tl.arange(0, BK)
     if FLIP:
         at, is_there = c[:, None] + r[None, :] * stride, (c < WIDTH)[:, None] & (r < rows)[None, :]
     else:
         at, is_there = r[:, None] * stride + c[None, :], (r < rows)[:, None] & (c < WIDTH)[None, :]
-    return tl.load(pointer + at, mask=is_there, other=0).to(tl.float32)
+    return tl.load(pointer + at, mask=is_there, other=0)
+
+
+@triton.jit
+def tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
+    """:func:`raw_tile` in float32."""
+    return raw_tile(pointer, stride, rows, first, WIDTH, BK, FLIP).to(tl.float32)
 
 
 @triton.jit
