@@ -23,6 +23,8 @@ sequences and heads.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +74,8 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if is_even and (x.dim() == 3 or x.stride(3) == 1) else x.contiguous()
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     """What all launches of a call share.
 
     Attributes:
@@ -112,13 +115,13 @@ class _Call(NamedTuple):
         places = torch.stack((cu_seqlens[:-1][of] + within, filled), 1).to(torch.int32)
         return cls(inputs, settings, chunks, sequences, places, first.to(torch.int32), cu_seqlens)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """HV, K, V, and K and V as padded in the workspace."""
         (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
         return heads, key_size, value_size, _power(key_size), _power(value_size)
 
-    @property
+    @cached_property
     def segments(self) -> int:
         """The number of segments into which each sequence is divided."""
         fitting = multiprocessors(self.inputs.q.device) // (self.sequences * self.sizes[0])
@@ -126,7 +129,7 @@ class _Call(NamedTuple):
         segments = min(fitting, chunks // _LEAST_CHUNKS, max(_FEW_SEGMENTS, chunks // _MANY_CHUNKS))
         return segments if segments >= _LEAST_SEGMENTS else 1
 
-    @property
+    @cached_property
     def probed(self) -> int:
         """The number of chunks in which launches in mode "probe" look for a state that fades; 0 without probes."""
         is_long = self.chunks // self.sequences >= _PROBE_FROM * self.segments
@@ -176,7 +179,7 @@ def _whole(x: Tensor | None) -> Tensor | None:
 
 
 def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _precision(dtype: torch.dtype) -> str:
