@@ -372,6 +372,20 @@ def linear_speed_rows(document: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def linear_segment_rows(document: Path) -> str:
+    """The committed rows of area `linear_attention` on segments: microseconds, a column for each number of segments."""
+    numbers = (1, 3, 4, 8)
+    found: dict[str, dict[int, float]] = {}
+    for row in _rows("linear_attention"):
+        if case := re.fullmatch(r"fg2\+ (.*), (\d+) segments", row["case"]):
+            found.setdefault(case[1], {})[1] = row["peer"]
+            found[case[1]][int(case[2])] = row["ours"]
+    lines = ["| shape, gates | " + " | ".join(map(str, numbers)) + " |", "|---|" + "--:|" * len(numbers)]
+    for name, of in found.items():
+        lines.append(f"| {name} | " + " | ".join(f"{of[n]:.4g}" if n in of else "" for n in numbers) + " |")
+    return "\n".join(lines) + "\n"
+
+
 # Metrics of the ways to cut a launch that were compared, and of answers, which have a table of their own.
 _CUT_OTHERWISE = rf"two levels, (score|choose|attend|as it is)|full, \(|{_ANSWERS}"
 
@@ -401,6 +415,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "recall": recall_rows,
     "pretraining": pretraining_rows,
     "linear_speed": linear_speed_rows,
+    "linear_segments": linear_segment_rows,
     "linear_attention": lambda document: measured_rows("linear_attention", without=_LINEAR_ELSEWHERE),
     "balance": lambda document: measured_rows("balance", without=r"simulated (step|imbalance)|coverage of"),
     "simulated": simulated_rows,
