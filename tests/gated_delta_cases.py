@@ -120,7 +120,7 @@ SMALL = {
 SEGMENTED = {
     "fg2+, in segments, K < V": Case("fg2+", "bounded", 200, value_size=32),
     "kda, packed, in segments, K > V": Case("kda", tokens=220, key_size=20, ends=(0, 15, 15, 220)),
-    "kda, resets, in segments": Case("kda", "reset", tokens=400),
+    "kda, resets, in segments": Case("kda", "reset", tokens=400, key_size=20),
     "gdn, in segments from a state of zeros": Case("gdn", tokens=200, batch=2, has_state=False),
 }
 

@@ -14,7 +14,7 @@ Few long sequences with few heads leave most of a device idle in the sequential 
 for which a map of the states and their join are launched in addition, in each direction.
 
 Only the inputs are kept between forward and backward pass. For K = V, the intermediate results take 8 bytes per token,
-value head and channel in the forward pass, and 18 in the backward pass; segments add at most 12 K² bytes for each
+value head and channel in the forward pass, and 18 in the backward pass; segments add at most 16 K² bytes for each
 multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32, and the
 kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the number of
 sequences and heads.
@@ -47,7 +47,7 @@ _LARGEST = 256  # maximum number of channels of keys and of values
 _BLOCK = 32  # key channels per tile of `inside`, for four warps
 _REGISTERS = 168  # per thread of `inside`, for three programs per multiprocessor; not for steep chunks, which spill
 _COLUMNS = 64  # state columns per program, for four warps; fewer than 64 do not fill a wgmma tile
-_WIDE = 128  # state columns per program, for eight warps, if sequences times heads alone fill the device
+_WIDE = 128  # state columns per program, for eight warps, if segments times heads alone fill the device
 _STAGES = 2  # chunks in flight in `state_forward` and `state_backward`
 _LEAST_SEGMENTS = 3  # per sequence: as each is run through twice, two would take as long as one
 _LEAST_CHUNKS = 4  # per segment

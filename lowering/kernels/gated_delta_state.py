@@ -88,7 +88,8 @@ def state_forward(
             if has_faded and first >= VP:
                 return
             begin = tl.where(has_faded, tl.maximum(chunks - PROBED, 0), 0)
-        state = tl.where(rv[:, None] - VP == rk[None, :], 1.0, 0.0)  # rows from VP on are those of I, without values
+        # Rows from VP on are those of I, without values.
+        state = tl.where((rv[:, None] - VP == rk[None, :]) & (rk < K)[None, :], 1.0, 0.0)
         if HAS_INITIAL:
             of_first = (number // SEGMENTS * HV + head) * K * V + rk[None, :] * V + rv[:, None]
             state += tl.load(initial + of_first, mask=is_state & (segment == 0), other=0)
@@ -97,7 +98,7 @@ def state_forward(
             chunks = tl.minimum(chunks, PROBED)
         else:
             begin = tl.maximum(chunks - PROBED, 0)
-        state = tl.where(rv[:, None] == rk[None, :], 1.0, 0.0)
+        state = tl.where((rv[:, None] == rk[None, :]) & (rk < K)[None, :], 1.0, 0.0)
     elif HAS_INITIAL:
         state = tl.load(initial + of_state, mask=is_state, other=0)
     else:

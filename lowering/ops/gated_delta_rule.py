@@ -74,7 +74,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Run the gated delta rule over whole sequences; differentiable in all tensors but `cu_seqlens`.
 
-    Used for training and prefill; for decoding there is :mod:`effpass.lowering.ops.gated_delta_rule_step`.
+    Used for training and prefill; for decoding there is :mod:`effpass.lowering.ops.gated_delta_rule_step`. On a GPU,
+    few long sequences are computed in segments, so that a sequence's rounding depends on how many others there are.
 
     Args:
         q: [B, T, H, K].
