@@ -27,6 +27,7 @@ from effpass.lowering.ops.routed_blocks import check_block, check_budget
 from effpass.lowering.ops.routed_coverage import coverage_curve
 from effpass.runtime.cache import full_layers
 from effpass.runtime.context_parallel import Context, Spread, check_groups, spread
+from effpass.runtime.document_starts import document_starts
 
 __all__ = ["NAME", "RoutedModel", "ends_of", "install", "routed_attention", "routed_layers"]
 
@@ -257,20 +258,18 @@ def routed_attention(
 def ends_of(position_ids: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
     """Return the offsets of the N sequences in a flattened batch, followed by B · T: int32 [N + 1].
 
-    A sequence begins at the start of each row, and at each position 0. The call synchronizes with the device if there
-    are positions; a data collator can avoid this by passing `cu_seq_lens_q` to the model.
+    A sequence begins at the start of each row, and where positions don't go up by one. The call synchronizes with the
+    device if there are positions; a data collator can avoid this by passing `cu_seq_lens_q` to the model.
 
     Args:
-        position_ids: [B, T], positions that begin at 0 in each sequence; None or another shape for one sequence per
-            row.
+        position_ids: [B, T] or [1, T]; None or another shape for one sequence per row.
         batch: number of rows B.
         tokens: number of tokens T per row.
         device: device of the result.
     """
     if position_ids is None or position_ids.dim() != 2:
         return torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=device)
-    is_first = (position_ids == 0).expand(batch, tokens).clone()
-    is_first[:, 0] = True
+    is_first = document_starts(position_ids).expand(batch, tokens)
     starts = is_first.flatten().nonzero()[:, 0].to(torch.int32)
     return torch.nn.functional.pad(starts, (0, 1), value=batch * tokens)
 

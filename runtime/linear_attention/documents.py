@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from effpass.core.cache_name import cache_name
 from effpass.core.errors import ModelError
+from effpass.runtime.document_starts import document_starts
 from effpass.runtime.linear_attention.padding import can_be_read
 
 __all__ = ["CU_SEQLENS", "documents", "places"]
@@ -75,7 +76,7 @@ def _by_positions(given: Mapping[str, Any]) -> Tensor | None:
         return None
     if any(given.get(name) is not None for name in ("attention_mask", "effpass_cache", cache_name())):
         return None
-    begins = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+    begins = document_starts(positions)
     if not bool(begins[:, 1:].any()):
         return None
     begins = begins.expand(_inputs(given).shape[0], -1).flatten()

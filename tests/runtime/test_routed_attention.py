@@ -94,6 +94,15 @@ def test_sequences_are_taken_from_the_collator_or_from_positions() -> None:
     torch.testing.assert_close(found[:1, :60], first, rtol=1e-4, atol=1e-5)
 
 
+def test_documents_are_kept_apart_whose_positions_do_not_begin_at_zero() -> None:
+    model = llama()
+    batch = packed() | {"position_ids": torch.cat((torch.arange(2, 62), torch.arange(5, 45))).expand(2, -1)}
+    with torch.no_grad():
+        dense = model(**batch).logits
+        install(model, block=16, budget=100, max_budget=100)
+        torch.testing.assert_close(model(**batch).logits, dense, rtol=1e-4, atol=1e-5)
+
+
 def test_a_hybrid_attends_sparsely_with_and_without_documents_in_a_row() -> None:
     model = llama()
     make_hybrid(model, (1,), GatedDeltaSettings("kda", 2, 2, 16, 16))
