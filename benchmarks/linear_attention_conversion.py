@@ -36,7 +36,7 @@ from effpass.runtime.linear_attention.hybrid import linear_layers
 from effpass.runtime.linear_attention.settings import Mode
 from effpass.trainers.fg2_gdn.initial import chosen_layers, layer_settings
 from effpass.trainers.fg2_gdn.memory import estimate
-from effpass.trainers.fg2_gdn.run import _Run, convert
+from effpass.trainers.fg2_gdn.run import StagedRun, convert
 from effpass.trainers.fg2_gdn.settings import MODES, STAGES, Settings
 from effpass.trainers.finetune.run import read_model
 from effpass.trainers.lm.config import OptimizerConfig
@@ -143,7 +143,7 @@ def _windowed(source: str, text: Path, work: Path, settings: Settings, held_out:
         made[i] = _Window(getattr(parent, name), student.model.rotary_emb, tokens)
         setattr(parent, name, made[i])
     found = estimate(config, settings, layers, shape, device)
-    run = _Run(work, settings, teacher, student, made, lambda line: None, found)
+    run = StagedRun(work, settings, teacher, student, made, lambda line: None, found)
     for stage in STAGES:
         run.stage(stage)
     losses = {name: x for line in read_metrics(work / METRICS) for name, x in line.items() if name.startswith("eval_")}

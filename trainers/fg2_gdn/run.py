@@ -49,7 +49,7 @@ from effpass.trainers.run_folder import (
     same_model,
 )
 
-__all__ = ["convert"]
+__all__ = ["StagedRun", "convert"]
 
 # Settings that may differ between a run and its resumption.
 _FREE = ("accumulate", "log_every", "save_every")
@@ -128,7 +128,7 @@ def convert(
         f" {'their projections are those of the attention' if all(taken) else 'they begin at random'}; a sequence's"
         f" state is {shape.state_bytes / 1024:.0f} KiB a layer"
     )
-    state = _Run(work, settings, teacher, student, made, say, found)
+    state = StagedRun(work, settings, teacher, student, made, say, found)
     for stage in STAGES:
         if settings.steps_of(stage):
             state.stage(stage)
@@ -139,7 +139,7 @@ def convert(
     return folder
 
 
-class _Run:
+class StagedRun:
     """Stages of a run; a stage whose result exists in the folder of the run is not repeated."""
 
     def __init__(
