@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 __all__ = ["check_accesses", "correct_bfloat16", "set_up"]
@@ -12,6 +13,8 @@ def set_up() -> None:
     _allow_new_numpy()
     _patch_once()
     _name_types_once()
+    _make_shapes_once()
+    _ignore_overflow()
 
 
 def _patch_once() -> None:
@@ -53,6 +56,41 @@ def _name_types_once() -> None:
 
     interpreter._get_np_dtype = numpy_type
     tl.core.tuple_type.__init__, tl.core.tuple_type.name = init, property(name)
+
+
+def _make_shapes_once() -> None:
+    """Every tensor makes its shape anew, twice: numbers that nobody changes, wrapped one by one."""
+    import triton.language as tl
+
+    make_block, make_tensor = tl.core.block_type.__init__, tl.core.tensor.__init__
+    blocks: dict[Any, tuple[Any, int]] = {}
+    shapes: dict[Any, tuple[Any, Any]] = {(): (tl.core.tuple([]), tl.constexpr(1))}
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = tuple(getattr(n, "value", n) for n in shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel
+        self.element_ty, (self.shape, self.numel) = element_ty, blocks[key]
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = init_block, init_tensor
+    tl.core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
+
+
+def _ignore_overflow() -> None:
+    """Every sum and product of whole numbers is computed twice, and what was found is thrown away but for debugging."""
+    import triton.runtime.interpreter as interpreter
+
+    assert not interpreter.interpreter_builder.options.debug
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
 def _allow_new_numpy() -> None:
