@@ -106,28 +106,29 @@ def test_inspect_counts_what_fires_and_what_it_costs(run, recipe_file, tiny_mode
     assert found["derived_bytes"] == 4 * 2 * per_layer
     assert found["weight_bytes"] == 4 * (2 * per_layer + 257 * 32 + 5 * 32)
     assert found["unmet"] == []
-    text = run("inspect", tiny_model, "--recipe", file).stdout
+    text = run("inspect", tiny_model, "--recipe", file, "--tokens", 0).stdout  # a prompt was traced above
     assert "merge_lora (exact): 14 rewritten" in text
     assert "original + 61,440 bytes derived" in text
 
 
 def test_inspect_says_why_per_candidate(run, recipe_file, tiny_model, toy_passes):
     file = recipe_file("- scale: {only: q_proj}")
-    text = run("inspect", tiny_model, "-r", file).stdout
+    arguments = ("inspect", tiny_model, "-r", file, "--tokens", 0)
+    text = run(*arguments).stdout
     assert "scale (approximate): 2 rewritten" in text
     assert "left alone: model.layers.0.self_attn.k_proj.weight and 12 more: not selected → name it in `only`" in text
     assert "model.layers.1.mlp.up_proj.weight" not in text
-    assert "model.layers.1.mlp.up_proj.weight" in run("inspect", tiny_model, "-r", file, "-v").stdout
+    assert "model.layers.1.mlp.up_proj.weight" in run(*arguments, "-v").stdout
 
 
 def test_inspect_fails_when_a_required_pass_would_do_nothing(run, recipe_file, tiny_model, toy_passes):
-    result = run("inspect", tiny_model, "-r", recipe_file("- scale: {only: nowhere, require: true}"))
+    result = run("inspect", tiny_model, "-r", recipe_file("- scale: {only: nowhere, require: true}"), "--tokens", 0)
     assert result.exit_code == 1
     assert "scale is required and would rewrite nothing" in result.stdout
 
 
 def test_inspect_names_passes_that_act_before_tracing(run, recipe_file, tiny_model, toy_passes):
-    text = run("inspect", tiny_model, "-r", recipe_file("- needs_cache")).stdout
+    text = run("inspect", tiny_model, "-r", recipe_file("- needs_cache"), "--tokens", 0).stdout
     assert "needs_cache acts on the model itself, through effpass.prepare" in text
     assert "  nothing for 2 layers\n" in text
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def traced(model: nn.Module, *, dynamic: bool, batch: int = 2, tokens: int = 9) 
     return program
 
 
+@pytest.fixture(scope="module")
+def any_size() -> Callable[[str], Program]:
+    """The program of a family for any batch and length, traced once: costs are read from it."""
+    return cache(lambda family: traced(make(family), dynamic=True))
+
+
 def sizes_of(program: Program, batch: int, tokens: int) -> Mapping[Any, int]:
     """The symbols of `input_ids` and what they are to stand for."""
     (ids,) = (n for n in program.graph.find_nodes(op="placeholder") if n.name.endswith("input_ids_"))
@@ -59,9 +66,9 @@ def exported(module: nn.Module, *inputs: torch.Tensor) -> Program:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "deepseek_v3"])
-def test_flops_are_those_of_pytorch_s_counter_at_every_size(family):
+def test_flops_are_those_of_pytorch_s_counter_at_every_size(family, any_size):
     plain = make(family, **({"experts_implementation": "eager"} if family in ("mixtral", "deepseek_v3") else {}))
-    program = traced(make(family), dynamic=True)
+    program = any_size(family)
     cost = total(program, symbolic)
     assert not uncounted(program)
     for batch, tokens in ((2, 9), (3, 21)):
@@ -71,10 +78,9 @@ def test_flops_are_those_of_pytorch_s_counter_at_every_size(family):
         assert evaluate(cost.flops, sizes_of(program, batch, tokens)) == counter.get_total_flops()
 
 
-def test_a_size_without_a_value_is_an_error():
-    program = traced(make("llama"), dynamic=True)
+def test_a_size_without_a_value_is_an_error(any_size):
     with pytest.raises(KeyError):
-        evaluate(total(program, symbolic).flops, {})
+        evaluate(total(any_size("llama"), symbolic).flops, {})
 
 
 def test_einsum_and_convolution_count_every_product():
@@ -187,8 +193,8 @@ def test_cheap_values_are_computed_where_they_are_used():
     ]
 
 
-def test_few_rows_read_few_experts():
-    program = traced(make("mixtral"), dynamic=True)
+def test_few_rows_read_few_experts(any_size):
+    program = any_size("mixtral")
     experts = [k for k in kernels(program) if "grouped" in str(k.nodes[0].target)]
     assert len(experts) == 4  # two products a layer
     for kernel in experts:
@@ -206,11 +212,10 @@ def test_the_quick_total_is_the_sum_over_the_nodes(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_symbols_agree_with_static_sizes(family):
-    model = make(family)
-    dynamic = traced(model, dynamic=True)
+def test_symbols_agree_with_static_sizes(family, any_size):
+    dynamic = any_size(family)
     torch._dynamo.reset()
-    static = traced(model, dynamic=False)
+    static = traced(make(family), dynamic=False)
     values = sizes_of(dynamic, 2, 9)
 
     def sums(program: Program) -> dict[str, tuple[int, int]]:

@@ -121,7 +121,7 @@ def _inputs(file: Path):
 def test_inspect_says_what_becomes_of_the_cache_and_of_a_hybrid(tmp_path):
     hybrid = learned(tmp_path / "a", layers=(1,))
     found = effpass.inspect(
-        make("llama"), recipe(tmp_path / "a"), tokens=8, cache_length=200, batch=2, predict_for="h100"
+        make("llama"), recipe(tmp_path / "a"), tokens=0, cache_length=200, batch=2, predict_for="h100"
     )
     engine = effpass.prepare(make("llama"), recipe(tmp_path / "a")).effpass_engine
     with engine.session(2, 16) as session:
