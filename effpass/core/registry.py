@@ -13,7 +13,10 @@ all other passes keep working.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import os
+import sys
 from collections import defaultdict
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_type_hints
@@ -125,10 +128,27 @@ def _providers() -> dict[str, list[EntryPoint]]:
     providers: dict[str, list[EntryPoint]] = defaultdict(list)
     for name, value in BUILTIN.items():
         providers[name].append(EntryPoint(name, value, GROUP))
-    for entry_point in entry_points(group=GROUP):
-        if _distribution(entry_point) != "effpass":
-            providers[entry_point.name].append(entry_point)
+    for entry_point in _installed(tuple((place, _changed(place)) for place in sys.path)):
+        providers[entry_point.name].append(entry_point)
     return dict(providers)
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """The entry points of other distributions, looked up again when something was installed: that takes 10 ms.
+
+    Args:
+        places: folders of `sys.path`, on which the result depends, and when each last changed.
+    """
+    return [found for found in entry_points(group=GROUP) if _distribution(found) != "effpass"]
+
+
+def _changed(place: str) -> int:
+    """When a folder last changed, which the installation of a distribution in it does; 0 if there is none."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _load(entry_point: EntryPoint) -> type[Pass]:

@@ -61,6 +61,16 @@ def test_every_own_pass_is_whole(name):
     assert issubclass(registry.load(name), Pass)
 
 
+def test_what_is_installed_and_removed_later_is_noticed(tmp_path, monkeypatch):
+    provide(tmp_path, monkeypatch, "later", {"late": "Late"})
+    info = tmp_path / "later" / "later-1.2.3.dist-info"
+    assert "late" in registry.names()
+    info.rename(tmp_path / "elsewhere")
+    assert "late" not in registry.names()
+    (tmp_path / "elsewhere").rename(info)
+    assert "late" in registry.names()
+
+
 def test_metadata_of_effpass_itself_adds_nothing(install):
     """An old editable install may name passes that are gone; the table in the code decides."""
     install("effpass", {"gone": "Gone"}, version="0.0.1")
