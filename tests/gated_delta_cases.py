@@ -111,6 +111,7 @@ SMALL = {
     "kda, bounded, probabilities, K > V, no bias": Case(
         "kda", "bounded", 40, key_size=64, beta_logits=False, has_bias=False
     ),
+    "gdn, weak decay between -60 and -60": Case("gdn", "log", 100, 1, 1, 2, 5, 7, has_bias=False),
     "fg2, one token": Case("fg2", tokens=1),
     "gdn, resets": Case("gdn", "reset"),
     "kda, resets": Case("kda", "reset"),

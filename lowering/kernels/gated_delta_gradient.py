@@ -32,6 +32,8 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     raw_tile,
     root,
     root_gradient,
+    sums_between,
+    sums_beyond,
     tile,
 )
 
@@ -155,8 +157,7 @@ def gradient(
     apart = distance()
     if SCALAR_GATE:
         raw, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
-        from_first, total = tl.cumsum(g, 0), tl.sum(g, 0)
-        of_pairs = tl.exp2(tl.where(i >= j, from_first[:, None] - from_first[None, :], 0))
+        of_pairs = tl.exp2(sums_between(g))
         of_lower, of_scores = (of_lower * of_pairs).to(DTYPE), (of_scores * of_pairs).to(DTYPE)
         of_sums, of_last = tl.zeros((C,), tl.float32), 0.0
     else:
@@ -198,9 +199,9 @@ def gradient(
             d_query = tl.dot(state, of_out, d_query, input_precision=PRECISION)
             d_column = tl.dot(d_after, of_changes, d_column, input_precision=PRECISION)
         if SCALAR_GATE:
-            from_begin, to_end = tl.exp2(from_first)[None, :], tl.exp2(total - from_first)[None, :]
+            from_begin, to_end = tl.exp2(tl.cumsum(g, 0))[None, :], tl.exp2(sums_beyond(g))[None, :]
             d_row, d_query, d_column = -d_row * from_begin, d_query * from_begin, d_column * to_end
-            of_last += tl.sum(tl.sum(d_column * key, 1) + tl.exp2(total) * of_state, 0)
+            of_last += tl.sum(tl.sum(d_column * key, 1) + tl.exp2(tl.sum(g, 0)) * of_state, 0)
             d_sums, d_key = key * (d_row - d_column) + query * d_query, d_row + d_column
             d_query, d_key, d_sums = _level(
                 key, query, 1.0, 1.0, of_lower, of_scores, d_query, d_key, d_sums, PRECISION

@@ -3,12 +3,13 @@
 A chunk is C = 64 tokens, and a tile is C × BK channels of one value head, in float32. Names are those of
 :mod:`effpass.lowering.ops.gated_delta_rule_chunks`; g and all exponents are to base 2 here.
 
-With one gate per head, exponents are differences of the running sum of g, in which no token counts more than 2^-160, as
-small as 0 in float32: a sum of larger numbers would have too few digits for the tokens after them. With a gate per
-channel, every exponent is a sum of g over some tokens, computed as the product of a matrix of zeros and ones
-(:func:`table`) with g, because scans take three times the registers, and differences of long sums lose digits. For this
-product g is rounded to float16, identically in all exponents, so that results are exact for gates that differ from the
-given ones in the twelfth bit. For float32 inputs g is split into two such pieces.
+With one gate per head, exponents are differences of running sums of g, in which no token counts more than 2^-160, as
+small as 0 in float32. Multiples of 1/128 and the rest are added up apart, since a sum of large numbers has too few
+digits for the tokens after them. With a gate per channel, every exponent is a sum of g over some tokens, computed as
+the product of a matrix of zeros and ones (:func:`table`) with g, because scans take three times the registers, and
+differences of long sums lose digits. For this product g is rounded to float16, identically in all exponents, so that
+results are exact for gates that differ from the given ones in the twelfth bit. For float32 inputs g is split into two
+such pieces.
 
 A pair of tokens in different halves of a chunk decays to and from the middle of the chunk, both with exponents ≤ 0. A
 pair within one half decays to and from the middle of that half; one of the two factors then has an exponent above 0,
@@ -173,6 +174,29 @@ def gate_column(gate, stride, rows, rate, dt_bias, lower_bound, GATE: tl.constex
         raw += tl.load(dt_bias).to(tl.float32)
     g = tl.maximum(log_decay(raw, rate, lower_bound, GATE), LEAST_OF_SUM)
     return raw, tl.where(tl.arange(0, C) < rows, g, 0)
+
+
+@triton.jit
+def _parts(g):
+    """g [C] as a multiple of 1/128, of which 64 add up without rounding, and the rest."""
+    coarse = tl.floor(g * 128) / 128
+    return coarse, g - coarse
+
+
+@triton.jit
+def sums_beyond(g):
+    """Sums of g [C] over the tokens after each."""
+    coarse, fine = _parts(g)
+    return (tl.sum(coarse, 0) - tl.cumsum(coarse, 0)) + (tl.sum(fine, 0) - tl.cumsum(fine, 0))
+
+
+@triton.jit
+def sums_between(g):
+    """Sums of g [C] over the tokens after j up to i, where j ≤ i, otherwise 0; [C, C]."""
+    coarse, fine = _parts(g)
+    coarse, fine = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+    found = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
+    return tl.where(tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :], found, 0)
 
 
 @triton.jit

@@ -34,6 +34,8 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     place,
     root,
     steepness,
+    sums_between,
+    sums_beyond,
     tile,
 )
 
@@ -125,9 +127,8 @@ def inside(
     of_keys, of_queries = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     if SCALAR_GATE:
         _, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
-        from_first, total = tl.cumsum(g, 0), tl.sum(g, 0)
-        from_begin, to_end = tl.exp2(from_first)[:, None], tl.exp2(total - from_first)[:, None]
-        whole = tl.exp2(tl.zeros((BK,), tl.float32) + total)
+        from_begin, to_end = tl.exp2(tl.cumsum(g, 0))[:, None], tl.exp2(sums_beyond(g))[:, None]
+        whole = tl.exp2(tl.zeros((BK,), tl.float32) + tl.sum(g, 0))
     else:
         is_token = tl.where(r < rows, 1.0, 0.0)
         if MILD:
@@ -182,7 +183,7 @@ def inside(
         tl.store(k_in + at, (key * from_begin).to(DTYPE))
     i, j = r[:, None], r[None, :]
     if SCALAR_GATE:
-        of_pairs = tl.exp2(tl.where(i >= j, from_first[:, None] - from_first[None, :], 0))
+        of_pairs = tl.exp2(sums_between(g))
         of_keys, of_queries = of_keys * of_pairs, of_queries * of_pairs
     square = here * C * C + i * C + j
     tl.store(scores + square, tl.where(i >= j, of_queries, 0).to(DTYPE))
