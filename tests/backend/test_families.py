@@ -38,10 +38,6 @@ def retraced(gm, inputs):
     return effpass(gm, inputs, options={"passes": ["touch"], "inner": "aot_eager"})
 
 
-def only_retraced(gm, inputs):
-    return effpass(gm, inputs, options={"passes": ["touch"], "inner": "eager"})
-
-
 @pytest.fixture(autouse=True)
 def _toys(toy_passes):
     reports.clear()
@@ -54,7 +50,6 @@ def _graphs(call, backend, dynamic) -> int:
     return count.compiled
 
 
-# AOTAutograd takes what comes out, symbolic lengths too, in the other tests: here it would be a third of the time.
 # Symbolic from the first call on: beside plain layers windows, a table of positions, and the routing of experts.
 @pytest.mark.parametrize(
     ("family", "dynamic"), cells(None, True, ["llama", "gemma3", "gpt2", "mixtral", "deepseek_v3"])
@@ -72,7 +67,7 @@ def test_inference_with_left_padding(family, dynamic):
                 logits = compiled(**batch(length), use_cache=False).logits
                 torch.testing.assert_close(logits, expected[length], **LOGITS)
 
-        count = Count(only_retraced)
+        count = Count(retraced)
         run(lambda m: torch.compile(m, backend=count, dynamic=dynamic))
         assert len(reports) == count.compiled
         assert all(r.hits == 1 and r.unrewritten is None for r in reports)

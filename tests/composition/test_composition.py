@@ -52,7 +52,7 @@ def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meaning is checked here, and a model a minute is too slow for it."""
     inner = effpass.backend.inner_backend
     monkeypatch.setattr(
-        effpass.backend, "inner_backend", lambda options, mode: inner(replace(options, inner="eager"), mode)
+        effpass.backend, "inner_backend", lambda options, mode: inner(replace(options, inner="aot_eager"), mode)
     )
 
 
