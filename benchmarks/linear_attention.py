@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -87,36 +87,47 @@ def _case(what: str, shape: tuple[int, int, int, int], gates: Gates, device: str
     raw = raw.requiring_grad() if what == "training" else raw
     d_output = torch.randn_like(raw.v)
     label = "x".join(map(str, shape)) + ("" if gates == "usual" else f", {gates} gates")
-    of_peers: dict[str, _Figures] = {}
+    found: dict[str, _Figures] = {}
+    for mode in MODES:
+        with torch.inference_mode(what == "forward"):
+            found[mode] = _figures(_running(what, ours(mode), raw, mode, d_output), device)
+    had_peer = False
     for name, call, mode in peers(what) if device == "cuda" else ():
         try:
-            of_peers[name] = _figures(_running(what, call, raw, mode or "fg2+", d_output), device)
+            peer = _figures(_running(what, call, raw, mode or "fg2+", d_output), device)
             if mode is not None:
                 same = ours(mode)(raw).detach()
                 difference = float((call(raw).detach() - same).float().norm() / same.float().norm())
                 print(f"{label}: output of {name} differs from ours by {difference:.1e}")
         except Exception as error:  # a peer that does not serve a shape says nothing about the others
             print(f"{what} {label}: {name}: {type(error).__name__}: {str(error)[:300]}")
-    for mode in MODES:
-        with torch.inference_mode(what == "forward"):
-            found = _figures(_running(what, ours(mode), raw, mode, d_output), device)
+            continue
+        had_peer = True
+        yield from _compared(what, label, raw, found, device, name, peer)
+    if not had_peer:
+        yield from _compared(what, label, raw, found, device, "", None)
+
+
+def _compared(
+    what: str, label: str, raw: Raw, found: dict[str, _Figures], device: str, name: str, peer: _Figures | None
+) -> Iterator[Row]:
+    """Rows of all modes beside one peer, or alone."""
+    for mode, own in found.items():
         held = sum(x.numel() * x.element_size() for x in (*raw.used(mode), raw.v))  # and the output
         bound = held * (1 if what == "forward" else 3) / bandwidth(device) * 1e3
-        case, note = f"{mode} {label}", f"first call {found.first:.1f} s"
-        if not of_peers:
-            yield row(AREA, case, what, found.seconds * 1e3, "ms", device=device, bound=bound, runs=7, note=note)
-            if found.captured:
-                yield row(AREA, case, f"{what}, in a graph", found.captured * 1e3, "ms", device=device, bound=bound,
-                          runs=7)  # fmt: skip
-        for name, peer in of_peers.items():
-            both = f"{note}; the peer's {peer.first:.1f} s"
-            yield row(AREA, case, what, found.seconds * 1e3, "ms", device=device, peer=peer.seconds * 1e3,
-                      peer_name=name, bound=bound, runs=7, note=both)  # fmt: skip
-            if found.captured and peer.captured:
-                yield row(AREA, case, f"{what}, in a graph", found.captured * 1e3, "ms", device=device,
-                          peer=peer.captured * 1e3, peer_name=name, bound=bound, runs=7, note=both)  # fmt: skip
-            yield row(AREA, case, f"{what}, peak memory beyond inputs", found.peak / 2**20, "MiB", device=device,
-                      peer=peer.peak / 2**20, peer_name=name)  # fmt: skip
+        note = f"first call {own.first:.1f} s" + ("" if peer is None else f"; the peer's {peer.first:.1f} s")
+        common: dict[str, Any] = {"device": device, "peer_name": name}
+        yield row(
+            AREA, f"{mode} {label}", what, own.seconds * 1e3, "ms", peer=None if peer is None else peer.seconds * 1e3,
+            bound=bound, runs=7, note=note, **common,
+        )  # fmt: skip
+        if own.captured and (peer is None or peer.captured):
+            of_peer = None if peer is None or peer.captured is None else peer.captured * 1e3
+            yield row(AREA, f"{mode} {label}", f"{what}, in a graph", own.captured * 1e3, "ms", peer=of_peer,
+                      bound=bound, runs=7, note=note, **common)  # fmt: skip
+        if peer is not None:
+            yield row(AREA, f"{mode} {label}", f"{what}, peak memory beyond inputs", own.peak / 2**20, "MiB",
+                      peer=peer.peak / 2**20, **common)  # fmt: skip
 
 
 def decode(device: str, smoke: bool) -> Iterator[Row]:

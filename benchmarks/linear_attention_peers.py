@@ -176,9 +176,9 @@ _PEERS: tuple[tuple[str, str, str, Call, str | None, tuple[str, ...]], ...] = (
 def peers(what: str) -> Iterator[tuple[str, Call, str | None]]:
     """Name, call and mode of those installed that serve "forward" or "training".
 
-    EFFPASS_PEERS, a comma-separated list of module names, chooses among them.
+    EFFPASS_PEERS, a comma-separated list of modules (fla) and functions (chunk_kda), chooses among them.
     """
     wanted = os.environ.get("EFFPASS_PEERS", "fla,cudnn").split(",")
     for distribution, module, name, call, mode, serves in _PEERS:
-        if what in serves and module in wanted and importlib.util.find_spec(module) is not None:
+        if what in serves and {module, name} & set(wanted) and importlib.util.find_spec(module) is not None:
             yield f"{distribution} {importlib.metadata.version(distribution)} {name}", call, mode
