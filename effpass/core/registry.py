@@ -135,7 +135,7 @@ def _providers() -> dict[str, list[EntryPoint]]:
 
 @functools.lru_cache(maxsize=1)
 def _installed(places: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
-    """The entry points of other distributions, looked up again when something was installed: that takes 10 ms.
+    """The entry points of other distributions, which are looked up again only when something was installed.
 
     Args:
         places: folders of `sys.path`, on which the result depends, and when each last changed.
