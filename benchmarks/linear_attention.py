@@ -231,7 +231,8 @@ def cold(device: str, smoke: bool) -> Iterator[Row]:
 # -- sizes that the kernels could have --------------------------------------------------------------------------------
 
 _SIZES: tuple[dict[str, int], ...] = (
-    {}, {"_BLOCK": 64}, {"_STAGES": 1}, {"_STAGES": 3}, {"_COLUMNS": 32}, {"_WIDE": 1024}, {"_GRADIENT_BLOCK": 64},
+    {}, {"_BLOCK": 64}, {"_STAGES": 1}, {"_STAGES": 3}, {"_COLUMNS": 32}, {"_WIDE": 1024}, {"_KEY_TILE": 32},
+    {"_VALUE_TILE": 32},
 )  # fmt: skip
 
 

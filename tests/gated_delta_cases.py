@@ -186,7 +186,7 @@ def interpret() -> dict[str, dict[str, float]]:
             gated_delta_rule._PROBED, gated_delta_rule._PROBE_FROM = 1, 1
             faded.clear()
             output, final = gated_delta_rule.forward(*call)
-            of_inputs, initial = gated_delta_rule.backward(*call, gradients[0].to(dtype), gradients[1].float())
+            of_inputs, initial = gated_delta_rule.backward(*call, output, gradients[0].to(dtype), gradients[1].float())
             results = {"output": output, "state": final, "d initial_state": initial}
             results |= {f"d {n}": g for n, g in zip(Inputs._fields, of_inputs, strict=True) if g is not None}
             ratios = {n: ratio(results[n], x) for n, x in wanted.items()}
@@ -259,7 +259,10 @@ def far() -> dict[str, bool]:
     near = Inputs(*given)
     both, gradient = (near, near._replace(q=far_apart(near.q), v=far_apart(near.v))), torch.ones_like(near.v)
     outputs = [gated_delta_rule.forward(x, case.settings, state, None, 1)[0] for x in both]
-    gradients = [gated_delta_rule.backward(x, case.settings, state, None, 1, gradient, None)[0] for x in both]
+    gradients = [
+        gated_delta_rule.backward(x, case.settings, state, None, 1, output, gradient, None)[0]
+        for x, output in zip(both, outputs, strict=True)
+    ]
     steps = [gated_delta_rule_step.step(x, case.settings, state.clone()) for x in both]
     return {
         "forward": torch.equal(*outputs),
@@ -285,7 +288,7 @@ def compile_one(kind: str) -> dict[str, int]:
 
     from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
 
-    kernels = ("inside", "state_forward", "join", "state_backward", "gradient", "_step")
+    kernels = ("inside", "state_forward", "join", "state_backward", "value_gradient", "key_gradient", "_step")
     launches = compile_instead((gated_delta_rule, gated_delta_rule_step), kernels)
     case, dtype = COMPILED[kind]
     given = _shapes(case, dtype)
@@ -293,7 +296,7 @@ def compile_one(kind: str) -> dict[str, int]:
     ends = None if case.ends is None else torch.empty(len(case.ends), dtype=torch.int32, device="meta")
     call = (inputs, case.settings, state, ends, case.sequences)
     gated_delta_rule.forward(*call)
-    gated_delta_rule.backward(*call, inputs.v, state)
+    gated_delta_rule.backward(*call, inputs.v, inputs.v, state)
     gated_delta_rule_step.step(inputs, case.settings, state)
     return dict(launches)
 

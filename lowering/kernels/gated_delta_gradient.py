@@ -1,15 +1,17 @@
-"""Triton kernel for the gradients of the gated delta rule's inputs, from those of ζ and of the states; for all chunks.
+"""Triton kernels for the gradients of the gated delta rule's inputs, from those of ζ and of the states; for all chunks.
 
-One program handles one chunk of a value head and recomputes q̂, κ, g and the decays. Names are those of
-:mod:`effpass.lowering.ops.gated_delta_rule_chunks`; dS is the gradient of the state after the chunk. Tiles are
-transposed, [BK, C], so that the C × C gradients of L and P, with which every block of channels is multiplied, lie in
-shared memory. Operands of products are rounded to the dtype of q; products and sums accumulate in float32. Gradients of
-A_log and dt_bias are written per chunk, and the launcher adds them up.
+`value_gradient` computes what needs the values' channels: the gradients of v and the write strength, those of L and P,
+and the products with the state S₀ before the chunk and with the gradient dS of the state after it. `key_gradient`
+recomputes q̂, κ, g and the decays, in blocks of key channels, for the gradients of q, k, gate and β. One program of each
+handles one chunk of a value head. Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. Operands of
+products are rounded to the dtype of q; products and sums accumulate in float32. Gradients of A_log and dt_bias are
+written per chunk, and the launcher adds them up.
+
+The gradients of norms, and that of one β per head, need sums over all key channels, which need no key channel: o is
+linear in q̂, so that q̂·dq̂ = o·dO; and from (I + L) U = ζ − B̃ S₀ and dζ = dU − Lᵀ dζ follows κ·dκ = 2 U·dζ − ζ·dζ.
 """
 
 from __future__ import annotations
-
-import math
 
 import triton
 import triton.language as tl
@@ -17,16 +19,16 @@ import triton.language as tl
 from effpass.lowering.kernels.gated_delta_inputs import (
     BEYOND,
     HALVES,
-    MIDDLE,
+    LEAST,
+    LOG2_E,
+    SIXTY_FOUR,
     UPTO,
     C,
-    addends,
     column,
     distance,
     exponents,
+    gate_addends,
     gate_column,
-    gate_tile,
-    inverse_norm,
     matrix,
     place,
     raw_tile,
@@ -37,22 +39,37 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     tile,
 )
 
-__all__ = ["gradient"]
-
-_LN_2 = tl.constexpr(math.log(2))
+__all__ = ["key_gradient", "value_gradient"]
 
 
 @triton.jit
-def _of_gate(raw, g, d_g, rate, lower_bound, GATE: tl.constexpr):
-    """Gradient of the raw gate, and of A_log before the sum over tokens and channels; g is of base 2, d_g of base e."""
+def _of_gate(raw, d_g, rate, lower_bound, GATE: tl.constexpr):
+    """Gradient of the raw gate, and of A_log before the sum over tokens and channels. `raw` has its bias already."""
     if GATE == "softplus":
-        return -rate * d_g / (1 + tl.exp(-raw)), g * _LN_2 * d_g
+        share = tl.rsqrt(1 + tl.exp2(-LOG2_E * raw))
+        d_g *= -rate
+        return d_g * (share * share), d_g * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
     elif GATE == "bounded":
-        g *= _LN_2
-        of_raw = rate * g * (1 - g / lower_bound) * d_g
+        share = tl.rsqrt(1 + tl.exp2(-LOG2_E * rate * raw))
+        share *= share
+        of_raw = (rate * lower_bound) * (share - share * share) * d_g
         return of_raw, raw * of_raw
     else:
         return d_g, d_g
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """x in DTYPE, and the same in float32.
+
+    Of two bfloat16 equally near they may be different ones: with a conversion back, the compiler would convert each
+    element by itself, which is slow.
+    """
+    if tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True) + 0x8000 & 0xFFFF0000
+        return x.to(DTYPE), bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(DTYPE), x.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -63,42 +80,152 @@ def _level(key, query, late, early, lower, scores, d_query, d_key, d_sums, PRECI
     same rounded factors, so that they cancel in all tokens before.
     """
     DTYPE: tl.constexpr = lower.dtype
-    keys, late_keys, queries = (key * early).to(DTYPE), (key * late).to(DTYPE), (query * late).to(DTYPE)
+    keys, same_keys = _rounded(key * early, DTYPE)
+    late_keys, same_late_keys = _rounded(key * late, DTYPE)
+    queries, same_queries = _rounded(query * late, DTYPE)
     of_rows = tl.dot(keys, tl.trans(lower), input_precision=PRECISION)
     of_queries = tl.dot(keys, tl.trans(scores), input_precision=PRECISION)
     of_columns = tl.dot(late_keys, lower, input_precision=PRECISION)
     of_columns = tl.dot(queries, scores, of_columns, input_precision=PRECISION)
-    d_sums += late_keys.to(tl.float32) * of_rows + queries.to(tl.float32) * of_queries
-    d_sums -= keys.to(tl.float32) * of_columns
+    d_sums += same_late_keys * of_rows + same_queries * of_queries
+    d_sums -= same_keys * of_columns
     return d_query + of_queries * late, d_key + of_rows * late + of_columns * early, d_sums
 
 
 @triton.jit
-def _suffix_sums(x, upto, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+def _suffix_sums(x, later, EXACT: tl.constexpr, PRECISION: tl.constexpr):
     """Sums over the tokens from each on; x [BK, C]. In two pieces, since terms cancel: 2^-17 of their size is lost."""
-    later = upto.to(tl.float32) * 64
     if EXACT:
-        return tl.dot(x, later, input_precision=PRECISION)
+        return tl.dot(x, later.to(tl.float32), input_precision=PRECISION)
     else:
-        later, high = later.to(tl.bfloat16), x.to(tl.bfloat16)
-        return tl.dot((x - high.to(tl.float32)).to(tl.bfloat16), later, tl.dot(high, later))
+        high, same = _rounded(x, tl.bfloat16)
+        return tl.dot((x - same).to(tl.bfloat16), later, tl.dot(high, later))
 
 
 @triton.jit
-def gradient(
-    q, k, v, gate, beta, write_beta, A_log, dt_bias, places, matrices, steep, changes, d_values, befores, d_afters,
-    d_output, d_q, d_k, d_v, d_gate, d_beta, d_write, d_rates, d_biases, T, HV, q_t, q_h, k_t, k_h, v_t, v_h, gate_t,
-    gate_h, beta_t, beta_h, write_t, write_h, out_t, out_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr,
-    SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
-    NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr,
+def value_gradient(
+    v, gate, beta, write_beta, A_log, dt_bias, places, changes, d_values, befores, d_afters, output, d_output, d_v,
+    d_beta, d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states, T, HV, v_t, v_h, gate_t, gate_h,
+    beta_t, beta_h, write_t, write_h, output_t, output_h, out_t, out_h, lower_bound, V: tl.constexpr, BV: tl.constexpr,
+    VP: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr, NORMALIZE: tl.constexpr,
+    LOGITS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of v and its write strength (and of one β per head), and what :func:`key_gradient` reads.
+
+    These are dL and dP, lower triangles; with norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel
+    `d_rows` dζ S₀ᵀ, `d_queries` dO S₀ᵀ, `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
+    """
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
     if rows <= 0:
         return
     DTYPE: tl.constexpr = changes.dtype.element_ty
+    here = tl.program_id(0).to(tl.int64)
+    r, rv = tl.arange(0, C), tl.arange(0, BV)
+    i, j = r[:, None], r[None, :]
+    v += start * v_t + head * v_h
+    gate += start * gate_t + head * gate_h
+    beta += start * beta_t + head * beta_h
+    write_beta += start * write_t + head * write_h
+    output += start * output_t + head * output_h
+    d_output += start * out_t + head * out_h
+    changes += here * C * VP
+    d_values += here * C * VP
+    befores += here * KP * VP
+    d_afters += here * KP * VP
+    d_v += (start * HV + head) * V
+    d_write += (start * HV + head) * V
+    if SCALAR_BETA:
+        strength = column(beta, beta_t, rows)
+        write = root(strength, LOGITS)[:, None]
+    of_lower, of_scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    of_queries, of_changes = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    of_values = tl.zeros((C,), tl.float32)
+    for first in range(0, VP, BV):
+        at = i * VP + first + rv
+        rounded, change = tl.load(d_values + at), tl.load(changes + at)
+        raw_out, raw_value = raw_tile(d_output, out_t, rows, first, V, BV), raw_tile(v, v_t, rows, first, V, BV)
+        if NORMALIZE:
+            given = raw_tile(output, output_t, rows, first, V, BV)
+        if HAS_WRITE:
+            raw_write = raw_tile(write_beta, write_t, rows, first, V, BV)
+        elif not SCALAR_BETA:
+            raw_write = raw_tile(beta, beta_t, rows, first, V, BV)
+        out = raw_out.to(tl.float32)
+        if NORMALIZE:
+            of_queries += tl.sum(out * given.to(tl.float32), 1)
+        d_value, columns = rounded.to(tl.float32), tl.trans(change)
+        of_scores = tl.dot(out.to(DTYPE), columns, of_scores, input_precision=PRECISION)
+        of_lower = tl.dot(rounded, columns, of_lower, input_precision=PRECISION)
+        of_changes += tl.sum(d_value * change.to(tl.float32), 1)
+        is_there, at = (i < rows) & (first + rv < V), i * HV * V + first + rv
+        if not SCALAR_BETA:
+            logits = raw_write.to(tl.float32)
+            write = root(logits, LOGITS)
+        of_value = write * raw_value.to(tl.float32) * d_value
+        of_values += tl.sum(of_value, 1)
+        if HAS_WRITE:
+            of_value *= root_gradient(logits, write, LOGITS)
+            tl.store(d_write + at, of_value.to(d_write.dtype.element_ty), mask=is_there)
+        tl.store(d_v + at, (write * d_value).to(d_v.dtype.element_ty), mask=is_there)
+    of_scores, of_lower = tl.where(i >= j, of_scores, 0), tl.where(i > j, -of_lower, 0)
+    if SCALAR_GATE:
+        rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
+        _, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
+        of_pairs = tl.exp2(sums_between(g))
+        of_lower, of_scores = of_lower * of_pairs, of_scores * of_pairs
+    square = here * C * C + i * C + j
+    tl.store(d_lower + square, of_lower.to(DTYPE))
+    tl.store(d_scores + square, of_scores.to(DTYPE))
+    if NORMALIZE:
+        tl.store(along + here * 2 * C + r, of_queries)
+        tl.store(along + here * 2 * C + C + r, 2 * of_changes - of_values)
+    if SCALAR_BETA:
+        of_beta = 2 * of_changes * root_gradient(strength, root(strength, LOGITS), LOGITS)
+        tl.store(d_beta + (start + r) * HV + head, of_beta.to(d_beta.dtype.element_ty), mask=r < rows)
+    rk = tl.arange(0, BK)
+    for first in range(0, KP, BK):
+        d_row, d_query = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
+        d_column, of_state = tl.zeros((C, BK), tl.float32), tl.zeros((BK,), tl.float32)
+        for value in tl.range(0, VP, BV, num_stages=2):
+            at = (value + rv)[:, None] * KP + first + rk
+            state, d_after = tl.load(befores + at), tl.load(d_afters + at)
+            at = i * VP + value + rv
+            rounded, change = tl.load(d_values + at), tl.load(changes + at)
+            out = raw_tile(d_output, out_t, rows, value, V, BV).to(DTYPE)
+            d_row = tl.dot(rounded, state, d_row, input_precision=PRECISION)
+            d_query = tl.dot(out, state, d_query, input_precision=PRECISION)
+            d_column = tl.dot(change, d_after, d_column, input_precision=PRECISION)
+            of_state += tl.sum(state.to(tl.float32) * d_after.to(tl.float32), 0)
+        at = here * C * KP + i * KP + first + rk
+        tl.store(d_rows + at, d_row.to(DTYPE))
+        tl.store(d_queries + at, d_query.to(DTYPE))
+        tl.store(d_columns + at, d_column.to(DTYPE))
+        tl.store(of_states + here * KP + first + rk, of_state)
+
+
+@triton.jit
+def key_gradient(
+    q, k, v, gate, beta, A_log, dt_bias, places, matrices, triangle, steep, marks, norms, along, d_values, d_lower,
+    d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates, d_biases, T, HV, q_t, q_h,
+    k_t, k_h, v_t, v_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr,
+    SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
+    NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k, gate and β.
+
+    Tiles are transposed, [BK, C], so that dL and dP, with which every block of channels is multiplied, lie in shared
+    memory. In a mild chunk, exponents are differences of G, which is accurate to 2^-14, for factors in bfloat16.
+    """
+    chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
+    start, rows = place(places, chunk, T, VARLEN)
+    if rows <= 0:
+        return
+    DTYPE: tl.constexpr = d_lower.dtype.element_ty
     EXACT: tl.constexpr = tl.float32 == DTYPE
+    MILD: tl.constexpr = RANGE == "mild" or RANGE == "mild only"
     here = tl.program_id(0).to(tl.int64)
     if RANGE == "mild only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) != 0:
@@ -106,194 +233,132 @@ def gradient(
     if RANGE == "steep only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) == 0:
             return
-    r, rk, rv = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BV)
+    r, rk = tl.arange(0, C), tl.arange(0, BK)
     i, j = r[:, None], r[None, :]
     q += start * q_t + head // GROUP * q_h
     k += start * k_t + head // GROUP * k_h
     v += start * v_t + head * v_h
     gate += start * gate_t + head * gate_h
     beta += start * beta_t + head * beta_h
-    write_beta += start * write_t + head * write_h
-    d_output += start * out_t + head * out_h
-    changes += here * C * VP
     d_values += here * C * VP
-    befores += here * KP * VP
-    d_afters += here * KP * VP
     d_q += (start * HV + head) * K
     d_k += (start * HV + head) * K
-    d_v += (start * HV + head) * V
-    d_write += (start * HV + head) * V
     rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
-    q_norm, k_norm = tl.full((C,), 1.0, tl.float32), tl.full((C,), 1.0, tl.float32)
-    if NORMALIZE:
-        q_norm = inverse_norm(q, q_t, rows, K, BK)
-        k_norm = inverse_norm(k, k_t, rows, K, BK)
-    if SCALAR_BETA:
-        strength = column(beta, beta_t, rows)
-        erase = root(strength, LOGITS)
-        of_beta = tl.zeros((C,), tl.float32)
-
-    d_lower, d_scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    for first in range(0, VP, BV):
-        at = i * VP + first + rv
-        rounded, change = tl.load(d_values + at), tl.trans(tl.load(changes + at))
-        out = tile(d_output, out_t, rows, first, V, BV).to(DTYPE)
-        d_scores = tl.dot(out, change, d_scores, input_precision=PRECISION)
-        d_lower = tl.dot(rounded, change, d_lower, input_precision=PRECISION)
-        d_value = rounded.to(tl.float32)
-        is_there, at = (i < rows) & (first + rv < V), i * HV * V + first + rv
-        if HAS_WRITE:
-            logits = tile(write_beta, write_t, rows, first, V, BV)
-            write = root(logits, LOGITS)
-            of_write = root_gradient(logits, LOGITS) * write * tile(v, v_t, rows, first, V, BV) * d_value
-            tl.store(d_write + at, of_write.to(d_write.dtype.element_ty), mask=is_there)
-        elif SCALAR_BETA:
-            write = erase[:, None]
-            of_beta += tl.sum(write * tile(v, v_t, rows, first, V, BV) * d_value, 1)
-        else:
-            write = root(tile(beta, beta_t, rows, first, V, BV), LOGITS)
-        tl.store(d_v + at, (write * d_value).to(d_v.dtype.element_ty), mask=is_there)
-    of_scores, of_lower = tl.where(i >= j, d_scores, 0), tl.where(i > j, -d_lower, 0)
-    apart = distance()
+    lower, scores = tl.load(d_lower + here * C * C + i * C + j), tl.load(d_scores + here * C * C + i * C + j)
     if SCALAR_GATE:
         raw, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
-        of_pairs = tl.exp2(sums_between(g))
-        of_lower, of_scores = (of_lower * of_pairs).to(DTYPE), (of_scores * of_pairs).to(DTYPE)
         of_sums, of_last = tl.zeros((C,), tl.float32), 0.0
     else:
-        is_near = apart < 32
-        near_lower, near_scores = tl.where(is_near, of_lower, 0).to(DTYPE), tl.where(is_near, of_scores, 0).to(DTYPE)
-        far_lower, far_scores = tl.where(is_near, 0, of_lower).to(DTYPE), tl.where(is_near, 0, of_scores).to(DTYPE)
-        halves, middle = matrix(matrices, HALVES), matrix(matrices, MIDDLE)
-        upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
-        of_rate = 0.0
-    along_q, along_k = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    # Loaded one block of channels ahead.
-    raw_query, raw_key = raw_tile(q, q_t, rows, 0, K, BK, True), raw_tile(k, k_t, rows, 0, K, BK, True)
-    if not SCALAR_BETA:
-        raw_beta = raw_tile(beta, beta_t, rows, 0, K, BK, True)
-    if VP == BV:
-        by_value = i * VP + rv
-        of_values, of_changes = tl.trans(tl.load(d_values + by_value)), tl.trans(tl.load(changes + by_value))
-        of_out = tl.trans(tile(d_output, out_t, rows, 0, V, BV).to(DTYPE))
+        is_token, apart, is_late = tl.where(j < rows, 1.0, 0.0), distance(), j >= C // 2
+        rates = tl.zeros((BK, C), tl.float32)
+        upto, later = matrix(matrices, UPTO), matrix(triangle, 0)
+        if not MILD:
+            beyond = matrix(matrices, BEYOND)
+    if SCALAR_BETA:
+        strong = root(column(beta, beta_t, rows), LOGITS)[None, :]
+    q_scale, k_scale = tl.zeros((1, C), tl.float32) + scale, tl.full((1, C), 1.0, tl.float32)
+    if NORMALIZE:
+        q_norm, k_scale = tl.load(norms + here * 2 * C + j), tl.load(norms + here * 2 * C + C + j)
+        q_scale *= q_norm
+        along_q = q_norm * q_norm * tl.load(along + here * 2 * C + j)
+        along_k = k_scale * k_scale * tl.load(along + here * 2 * C + C + j)
     for first in range(0, KP, BK):
-        query, key = raw_query.to(tl.float32) * (q_norm * scale)[None, :], raw_key.to(tl.float32) * k_norm[None, :]
-        raw_query = raw_tile(q, q_t, rows, first + BK, K, BK, True)
-        raw_key = raw_tile(k, k_t, rows, first + BK, K, BK, True)
-        if SCALAR_BETA:
-            key *= erase[None, :]
-        else:
-            key *= root(raw_beta.to(tl.float32), LOGITS)
-            raw_beta = raw_tile(beta, beta_t, rows, first + BK, K, BK, True)
-        d_row, d_query = tl.zeros((BK, C), tl.float32), tl.zeros((BK, C), tl.float32)
-        d_column, of_state = tl.zeros((BK, C), tl.float32), tl.zeros((BK,), tl.float32)
-        for value in tl.static_range(0, VP, BV):
-            of_states = (value + rv)[None, :] * KP + (first + rk)[:, None]
-            state, d_after = tl.load(befores + of_states), tl.load(d_afters + of_states)
-            of_state += tl.sum(state.to(tl.float32) * d_after.to(tl.float32), 1)
-            if VP != BV:
-                by_value = i * VP + value + rv
-                of_values, of_changes = tl.trans(tl.load(d_values + by_value)), tl.trans(tl.load(changes + by_value))
-                of_out = tl.trans(tile(d_output, out_t, rows, value, V, BV).to(DTYPE))
-            d_row = tl.dot(state, of_values, d_row, input_precision=PRECISION)
-            d_query = tl.dot(state, of_out, d_query, input_precision=PRECISION)
-            d_column = tl.dot(d_after, of_changes, d_column, input_precision=PRECISION)
+        # Loads come first: the compiler moves none over the barriers of what follows.
+        raw_query, raw_key = raw_tile(q, q_t, rows, first, K, BK, True), raw_tile(k, k_t, rows, first, K, BK, True)
+        if not SCALAR_BETA:
+            raw_beta = raw_tile(beta, beta_t, rows, first, K, BK, True)
+        if not SCALAR_GATE:
+            raw_gate = raw_tile(gate, gate_t, rows, first, K, BK, True)
+            at = marks + here * 4 * KP + first + rk
+            total, late_middle, early_middle = tl.load(at + 3 * KP), tl.load(at + 2 * KP), tl.load(at)
+            bias = 0.0
+            if HAS_BIAS:
+                bias = tl.load(dt_bias + head * K + first + rk, mask=first + rk < K, other=0).to(tl.float32)[:, None]
+        at = here * C * KP + j * KP + (first + rk)[:, None]
+        raw_row, raw_of_query, raw_column = tl.load(d_rows + at), tl.load(d_queries + at), tl.load(d_columns + at)
+        of_state, is_channel = tl.load(of_states + here * KP + first + rk), first + rk < K
+        d_row, d_query, d_column = raw_row.to(tl.float32), raw_of_query.to(tl.float32), raw_column.to(tl.float32)
+        if not SCALAR_BETA:
+            strong = root(raw_beta.to(tl.float32), LOGITS)
+        query, key = raw_query.to(tl.float32) * q_scale, raw_key.to(tl.float32) * k_scale * strong
         if SCALAR_GATE:
             from_begin, to_end = tl.exp2(tl.cumsum(g, 0))[None, :], tl.exp2(sums_beyond(g))[None, :]
             d_row, d_query, d_column = -d_row * from_begin, d_query * from_begin, d_column * to_end
             of_last += tl.sum(tl.sum(d_column * key, 1) + tl.exp2(tl.sum(g, 0)) * of_state, 0)
             d_sums, d_key = key * (d_row - d_column) + query * d_query, d_row + d_column
-            d_query, d_key, d_sums = _level(
-                key, query, 1.0, 1.0, of_lower, of_scores, d_query, d_key, d_sums, PRECISION
-            )
+            d_query, d_key, d_sums = _level(key, query, 1.0, 1.0, lower, scores, d_query, d_key, d_sums, PRECISION)
             of_sums += tl.sum(d_sums, 0)
         else:
-            _, g = gate_tile(
-                gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS, True
-            )
-            added = addends(g)
-            from_begin = tl.exp2(exponents(upto, added, EXACT, True))
+            added = gate_addends(raw_gate.to(tl.float32), bias, rate, is_token, lower_bound, GATE)
+            if K != KP:
+                added = tl.where(is_channel[:, None], added, 0)
+            if not MILD:
+                added = tl.maximum(added, SIXTY_FOUR * LEAST)
+            sums_upto = exponents(upto, added, EXACT, True)
+            from_begin = tl.exp2(sums_upto)
+            if MILD:
+                d_column *= tl.exp2(total[:, None] - sums_upto)
+            else:
+                d_column *= tl.exp2(exponents(beyond, added, EXACT, True))
             d_row, d_query = -d_row * from_begin, d_query * from_begin
-            d_column *= tl.exp2(exponents(beyond, added, EXACT, True))
-            last = tl.sum(d_column * key, 1) + tl.exp2(tl.sum(g, 1)) * of_state
+            last = tl.sum(d_column * key, 1) + tl.exp2(total) * of_state
             d_sums, d_key = key * (d_row - d_column) + query * d_query, d_row + d_column
-            across = tl.exp2(exponents(halves, added, EXACT, True))
-            d_query, d_key, d_sums = _level(
-                key, query, across, across, far_lower, far_scores, d_query, d_key, d_sums, PRECISION
-            )
-            if RANGE == "mild" or RANGE == "mild only":
-                exponent = exponents(middle, added, EXACT, True)
+            if MILD:
+                exponent = sums_upto - late_middle[:, None]
                 d_query, d_key, d_sums = _level(
-                    key, query, tl.exp2(exponent), tl.exp2(-exponent), near_lower, near_scores, d_query, d_key, d_sums,
-                    PRECISION,
+                    key, query, tl.where(is_late, tl.exp2(exponent), 0), tl.where(is_late, tl.exp2(-exponent), 0),
+                    lower, scores, d_query, d_key, d_sums, PRECISION,
+                )  # fmt: skip
+                exponent = sums_upto - early_middle[:, None]
+                d_query, d_key, d_sums = _level(
+                    key, query, tl.exp2(exponent), tl.where(is_late, 0, tl.exp2(-exponent)), lower, scores, d_query,
+                    d_key, d_sums, PRECISION,
                 )  # fmt: skip
             else:
-                for level in range(0, HALVES):
+                for level in range(0, HALVES + 1):
                     decay = tl.exp2(exponents(matrix(matrices, level), added, EXACT, True))
                     is_pair = (apart >> level) == 1
-                    lower, scores = tl.where(is_pair, near_lower, 0), tl.where(is_pair, near_scores, 0)
                     d_query, d_key, d_sums = _level(
-                        key, query, decay, decay, lower, scores, d_query, d_key, d_sums, PRECISION
-                    )
-                of_same = tl.sum(tl.where(apart == 0, near_scores.to(tl.float32), 0), 0)[None, :]
+                        key, query, decay, decay, tl.where(is_pair, lower, 0), tl.where(is_pair, scores, 0), d_query,
+                        d_key, d_sums, PRECISION,
+                    )  # fmt: skip
+                of_same = tl.sum(tl.where(apart == 0, scores.to(tl.float32), 0), 0)[None, :]
                 d_key += of_same * query
                 d_query += of_same * key
-            d_g = _suffix_sums(d_sums, upto, EXACT, PRECISION) + last[:, None]
-            raw, g = gate_tile(
-                gate, gate_t, rows, rate, dt_bias + head * K, lower_bound, first, K, BK, GATE, HAS_BIAS, True
-            )
-            is_there = (first + rk < K)[:, None] & (j < rows)
-            of_raw, of_gate = _of_gate(raw, g, tl.where(is_there, d_g, 0), rate, lower_bound, GATE)
+            d_g = _suffix_sums(d_sums, later, EXACT, PRECISION) + last[:, None]
+            is_there = (j < rows) & is_channel[:, None]
+            raw, d_g = raw_gate.to(tl.float32) + bias, tl.where(is_there, d_g, 0)
+            of_raw, of_gate = _of_gate(raw, d_g, rate, lower_bound, GATE)
             at = (start * HV + head) * K + j * HV * K + (first + rk)[:, None]
             tl.store(d_gate + at, of_raw.to(d_gate.dtype.element_ty), mask=is_there)
             if GATE != "log":
-                of_rate += tl.sum(tl.sum(of_gate, 1), 0)
+                rates += of_gate
             if HAS_BIAS:
-                tl.store(d_biases + here * K + first + rk, tl.sum(of_raw, 1), mask=first + rk < K)
-        at, is_there = j * HV * K + (first + rk)[:, None], (first + rk < K)[:, None] & (j < rows)
-        if SCALAR_BETA:
-            of_beta += tl.sum(key * d_key, 0)
-            strong = erase[None, :]
-        else:
-            logits = tile(beta, beta_t, rows, first, K, BK, True)  # loaded again, to save registers
-            strong = root(logits, LOGITS)
-            of_strength = key * d_key
+                tl.store(d_biases + here * K + first + rk, tl.sum(of_raw, 1), mask=is_channel)
+        at, is_there = j * HV * K + (first + rk)[:, None], (j < rows) & is_channel[:, None]
+        d_query, d_key = q_scale * d_query, k_scale * (strong * d_key)
+        if not SCALAR_BETA:
+            logits = raw_beta.to(tl.float32)
+            of_strength = raw_key.to(tl.float32) * d_key
             if not HAS_WRITE:
                 d_value = tl.load(d_values + j * VP + (first + rk)[:, None]).to(tl.float32)
                 of_strength += strong * tile(v, v_t, rows, first, V, BK, True) * d_value
-            of_strength *= root_gradient(logits, LOGITS)
-            tl.store(d_beta + (start * HV + head) * K + at, of_strength.to(d_beta.dtype.element_ty), mask=is_there)
-        along_q += tl.sum(query * d_query, 0)
-        along_k += tl.sum(key * d_key, 0)
-        if NORMALIZE and BK == KP:
-            unit = tile(q, q_t, rows, first, K, BK, True) * q_norm[None, :]
-            d_query = q_norm[None, :] * (scale * d_query - unit * along_q[None, :])
-            unit = tile(k, k_t, rows, first, K, BK, True) * k_norm[None, :]
-            d_key = k_norm[None, :] * (strong * d_key - unit * along_k[None, :])
-        else:
-            d_query, d_key = scale * d_query, strong * d_key
+            of_strength *= root_gradient(logits, strong, LOGITS)
+            of_strength = of_strength.to(d_beta.dtype.element_ty)
+            tl.store(d_beta + (start * HV + head) * K + at, of_strength, mask=is_there)
+        if NORMALIZE:
+            d_query -= raw_query.to(tl.float32) * along_q
+            d_key -= raw_key.to(tl.float32) * along_k
         tl.store(d_q + at, d_query.to(DTYPE), mask=is_there)
         tl.store(d_k + at, d_key.to(DTYPE), mask=is_there)
-
-    if SCALAR_BETA:
-        of_beta *= root_gradient(strength, LOGITS)
-        tl.store(d_beta + (start + r) * HV + head, of_beta.to(d_beta.dtype.element_ty), mask=r < rows)
     if SCALAR_GATE:
         d_g = tl.sum(of_sums, 0) - tl.cumsum(of_sums, 0) + of_sums + of_last
-        of_raw, of_gate = _of_gate(raw, g, tl.where(r < rows, d_g, 0), rate, lower_bound, GATE)
+        of_raw, of_gate = _of_gate(raw, tl.where(r < rows, d_g, 0), rate, lower_bound, GATE)
         tl.store(d_gate + (start + r) * HV + head, of_raw.to(d_gate.dtype.element_ty), mask=r < rows)
         of_rate = tl.sum(of_gate, 0)
         if HAS_BIAS:
             tl.store(d_biases + here, tl.sum(of_raw, 0))
+    else:
+        of_rate = tl.sum(tl.sum(rates, 1), 0)
     if GATE != "log":
         tl.store(d_rates + here, of_rate)
-    if NORMALIZE and BK != KP:
-        tl.debug_barrier()
-        for first in range(0, KP, BK):
-            at, is_there = i * HV * K + first + rk, (i < rows) & (first + rk < K)
-            unit = tile(q, q_t, rows, first, K, BK) * q_norm[:, None]
-            found = tl.load(d_q + at, mask=is_there, other=0).to(tl.float32)
-            tl.store(d_q + at, (q_norm[:, None] * (found - unit * along_q[:, None])).to(DTYPE), mask=is_there)
-            unit = tile(k, k_t, rows, first, K, BK) * k_norm[:, None]
-            found = tl.load(d_k + at, mask=is_there, other=0).to(tl.float32)
-            tl.store(d_k + at, (k_norm[:, None] * (found - unit * along_k[:, None])).to(DTYPE), mask=is_there)

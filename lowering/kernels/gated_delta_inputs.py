@@ -39,7 +39,7 @@ from torch import Tensor
 
 from effpass.lowering.ops.gated_delta_rule_inputs import EPSILON, SMALLEST_BETA
 
-__all__ = ["LOWEST", "C", "table"]
+__all__ = ["LOWEST", "C", "lower_triangle", "table"]
 
 C = tl.constexpr(64)
 BLOCK = tl.constexpr(16)
@@ -80,6 +80,12 @@ def table(device: torch.device) -> Tensor:
     middle = levels[4].half() * (1 - 2 * is_early)
     joined = torch.where(i < C.value // 2, middle, ((j >= BLOCK.value) & upto).half())
     return (torch.cat((found, middle[None], joined[None])) / 64).to(device)
+
+
+@functools.cache
+def lower_triangle(device: torch.device) -> Tensor:
+    """Return bfloat16 [C, C], 1 up to the diagonal and 0 beyond it."""
+    return torch.ones(C.value, C.value, dtype=torch.bfloat16).tril().to(device)
 
 
 @triton.jit
@@ -137,9 +143,9 @@ def root(beta, LOGITS: tl.constexpr):
 
 
 @triton.jit
-def root_gradient(beta, LOGITS: tl.constexpr):
-    """What turns κ · dκ into the gradient of β or its logit."""
-    return 0.5 / (1 + tl.exp(beta)) if LOGITS else 0.5 / tl.maximum(beta, _SMALLEST_BETA)
+def root_gradient(beta, strength, LOGITS: tl.constexpr):
+    """What turns κ · dκ into the gradient of β or its logit; strength is √β."""
+    return 0.5 - 0.5 * strength * strength if LOGITS else 0.5 / tl.maximum(beta, _SMALLEST_BETA)
 
 
 @triton.jit
@@ -154,16 +160,15 @@ def log_decay(raw, rate, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def gate_tile(gate, stride, rows, rate, dt_bias, lower_bound, first, K: tl.constexpr, BK: tl.constexpr,
-              GATE: tl.constexpr, HAS_BIAS: tl.constexpr, FLIP: tl.constexpr = False):  # fmt: skip
-    """Gate with its bias, and g, which is 0 beyond the last token and channel; shapes as :func:`tile`."""
+def _gate_tile(gate, stride, rows, rate, dt_bias, lower_bound, first, K: tl.constexpr, BK: tl.constexpr,
+               GATE: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """g, which is 0 beyond the last token and channel; shapes as :func:`tile`."""
     r, c = tl.arange(0, C), first + tl.arange(0, BK)
-    raw = tile(gate, stride, rows, first, K, BK, FLIP)
+    raw = tile(gate, stride, rows, first, K, BK)
     if HAS_BIAS:
-        bias = tl.load(dt_bias + c, mask=c < K, other=0).to(tl.float32)
-        raw += bias[:, None] if FLIP else bias[None, :]
-    is_there = (c < K)[:, None] & (r < rows)[None, :] if FLIP else (r < rows)[:, None] & (c < K)[None, :]
-    return raw, tl.where(is_there, log_decay(raw, rate, lower_bound, GATE), 0)
+        raw += tl.load(dt_bias + c, mask=c < K, other=0).to(tl.float32)[None, :]
+    is_there = (r < rows)[:, None] & (c < K)[None, :]
+    return tl.where(is_there, log_decay(raw, rate, lower_bound, GATE), 0)
 
 
 @triton.jit
@@ -212,28 +217,22 @@ def matrix(matrices, WHICH):
 
 
 @triton.jit
-def addends(g):
-    """g as :func:`exponents` takes it, in float32."""
-    return SIXTY_FOUR * tl.maximum(g, LEAST)
-
-
-@triton.jit
 def gate_addends(raw, bias, rate, is_token, lower_bound, GATE: tl.constexpr):
-    """:func:`addends` of :func:`log_decay`, without a bound, from a gate and its bias, in fewer instructions.
+    """64 g as :func:`exponents` takes it, from a gate and its bias; :func:`log_decay` in fewer instructions.
 
-    is_token [C] is 1 for tokens that exist and 0 for others.
+    is_token is 1 for tokens that exist and 0 for others, [C, 1] or, for tiles [BK, C], [1, C].
     """
     if GATE == "softplus":
         raw += bias
         factor = is_token * (-SIXTY_FOUR * LOG2_E * rate)
-        return factor[:, None] * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
+        return factor * (tl.maximum(raw, 0) + tl.log(1 + tl.exp(-tl.abs(raw))))
     elif GATE == "bounded":  # σ(x) is the square of 1 / √(1 + e^−x)
         slope = -LOG2_E * rate
         share = tl.rsqrt(1 + tl.exp2(slope * raw + slope * bias))
         factor = is_token * (SIXTY_FOUR * LOG2_E * lower_bound)
-        return factor[:, None] * (share * share)
+        return factor * (share * share)
     else:
-        return (is_token * (SIXTY_FOUR * LOG2_E))[:, None] * raw
+        return (is_token * (SIXTY_FOUR * LOG2_E)) * raw
 
 
 @triton.jit
@@ -253,6 +252,6 @@ def steepness(gate, stride, rows, rate, dt_bias, lower_bound, K: tl.constexpr, B
     """1 where some 16 tokens decay by more than e^-80 in some channel, else 0."""
     least = 0.0
     for first in range(0, K, BK):
-        _, g = gate_tile(gate, stride, rows, rate, dt_bias, lower_bound, first, K, BK, GATE, HAS_BIAS)
+        g = _gate_tile(gate, stride, rows, rate, dt_bias, lower_bound, first, K, BK, GATE, HAS_BIAS)
         least = tl.minimum(least, tl.min(tl.sum(tl.reshape(g, (C // BLOCK, BLOCK, BK)), 1)))
     return (least < _LOWEST_BASE_2).to(tl.int8)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from effpass.lowering.kernels.gated_delta_inputs import (
     BEYOND,
+    BLOCK,
     HALVES,
     JOINED,
     LEAST,
@@ -32,6 +33,7 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     inverse_norm,
     matrix,
     place,
+    raw_tile,
     root,
     steepness,
     sums_between,
@@ -84,11 +86,11 @@ def _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE: tl.const
 
 @triton.jit
 def inside(
-    q, k, gate, beta, A_log, dt_bias, places, matrices, steep, q_in, k_in, k_out, scores, inverses, decay, strengths, T,
-    HV, q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr,
-    RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    q, k, gate, beta, A_log, dt_bias, places, matrices, steep, q_in, k_in, k_out, scores, inverses, decay, strengths,
+    norms, marks, T, HV, q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr,
+    VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
@@ -118,8 +120,11 @@ def inside(
             middle, joined = matrix(matrices, MIDDLE), matrix(matrices, JOINED)
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
     if NORMALIZE:
-        q_scale *= inverse_norm(q, q_t, rows, K, BK)
-        k_scale *= inverse_norm(k, k_t, rows, K, BK)
+        q_norm, k_norm = inverse_norm(q, q_t, rows, K, BK), inverse_norm(k, k_t, rows, K, BK)
+        tl.store(norms + here * 2 * C + r, q_norm)
+        tl.store(norms + here * 2 * C + C + r, k_norm)
+        q_scale *= q_norm
+        k_scale *= k_norm
     if SCALAR_BETA:
         strength = root(column(beta, beta_t, rows), LOGITS)
         tl.store(strengths + here * C + r, strength)
@@ -130,11 +135,14 @@ def inside(
         from_begin, to_end = tl.exp2(tl.cumsum(g, 0))[:, None], tl.exp2(sums_beyond(g))[:, None]
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + tl.sum(g, 0))
     else:
-        is_token = tl.where(r < rows, 1.0, 0.0)
+        is_token = tl.where(r < rows, 1.0, 0.0)[:, None]
         if MILD:
             early_half = tl.where(r < C // 2, 1.0, 0.0)[:, None]
             late_half = 1 - early_half
     for first in range(0, KP, BK):
+        raw_key, raw_query = raw_tile(k, k_t, rows, first, K, BK), raw_tile(q, q_t, rows, first, K, BK)
+        if not SCALAR_BETA:
+            raw_beta = raw_tile(beta, beta_t, rows, first, K, BK)
         if not SCALAR_GATE:
             raw, bias = tile(gate, gate_t, rows, first, K, BK), 0.0
             if HAS_BIAS:
@@ -144,15 +152,15 @@ def inside(
                 added = tl.where((first + rk < K)[None, :], added, 0)
             if not MILD:
                 added = tl.maximum(added, SIXTY_FOUR * LEAST)
-        key = tile(k, k_t, rows, first, K, BK) * k_scale[:, None]
+        key = raw_key.to(tl.float32) * k_scale[:, None]
         if not SCALAR_BETA:
-            key *= root(tile(beta, beta_t, rows, first, K, BK), LOGITS)
+            key *= root(raw_beta.to(tl.float32), LOGITS)
         at = here * C * KP + r[:, None] * KP + first + rk
         if not SCALAR_GATE:
             to_end = tl.exp2(exponents(beyond, added, EXACT))
         tl.store(k_out + at, (key * to_end).to(DTYPE))
         if SCALAR_GATE:
-            query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+            query = raw_query.to(tl.float32) * q_scale[:, None]
             keys = key.to(DTYPE)
             columns = tl.trans(keys)
             of_keys = tl.dot(keys, columns, of_keys, input_precision=PRECISION)
@@ -162,7 +170,7 @@ def inside(
             if MILD:
                 exponent = exponents(middle, added, EXACT)
                 of_column, late = key * tl.exp2(-exponent), tl.exp2(exponent)
-                query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+                query = raw_query.to(tl.float32) * q_scale[:, None]
                 # Two products: a difference would be fused into a multiply-add, which keeps what rounding left of the
                 # earlier half, and the factors of later tokens magnify that.
                 of_early = tl.trans((of_column * early_half).to(DTYPE))
@@ -173,9 +181,12 @@ def inside(
                 of_keys = tl.dot((key * across).to(DTYPE), of_early, of_keys, input_precision=PRECISION)
                 of_queries = tl.dot((query * across).to(DTYPE), of_early, of_queries, input_precision=PRECISION)
             else:
-                query = tile(q, q_t, rows, first, K, BK) * q_scale[:, None]
+                query = raw_query.to(tl.float32) * q_scale[:, None]
                 of_keys, of_queries = _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE, PRECISION)
-            from_begin = tl.exp2(exponents(upto, added, EXACT))
+            exponent = exponents(upto, added, EXACT)
+            of_mark = (here * 4 + r[:, None] // BLOCK) * KP + first + rk[None, :]
+            tl.store(marks + of_mark, exponent, mask=(r % BLOCK == BLOCK - 1)[:, None] & (rk >= 0)[None, :])
+            from_begin = tl.exp2(exponent)
             # The last row: after tokens that do not exist, it is that of the last one that does.
             of_last = here * KP + first + rk[None, :] + r[:, None] * 0
             tl.store(decay + of_last, from_begin, mask=(r == C - 1)[:, None] & (rk >= 0)[None, :])

@@ -1,22 +1,23 @@
-"""Launchers of the Triton kernels of `effpass::gated_delta_rule`: two launches forward, four backward.
+"""Launchers of the Triton kernels of `effpass::gated_delta_rule`: two launches forward, five backward.
 
     forward:    inside (all chunks)  →  state_forward (the chunks of a sequence, one after another)
-    backward:   inside  →  state_forward, keeping states  →  state_backward (in reverse)  →  gradient (all chunks)
+    backward:   inside  →  state_forward, keeping states  →  state_backward (in reverse)
+                →  value_gradient (all chunks)  →  key_gradient (all chunks)
 
 The equations are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. `inside`
 (:mod:`~effpass.lowering.kernels.gated_delta_inside`) computes what does not depend on the states; `state_forward` and
-`state_backward` (:mod:`~effpass.lowering.kernels.gated_delta_state`) are the only sequential part; `gradient`
-(:mod:`~effpass.lowering.kernels.gated_delta_gradient`) computes the gradients of the inputs. If gates are vectors
-without a bound, the launches over all chunks occur twice: for chunks with steep decay, and for the others
+`state_backward` (:mod:`~effpass.lowering.kernels.gated_delta_state`) are the only sequential part; `value_gradient` and
+`key_gradient` (:mod:`~effpass.lowering.kernels.gated_delta_gradient`) compute the gradients of the inputs. If gates are
+vectors without a bound, `inside` and `key_gradient` are launched twice: for chunks with steep decay, and for the others
 (:mod:`~effpass.lowering.kernels.gated_delta_inputs`).
 
 Few long sequences with few heads leave most of a device idle in the sequential part. They are divided into segments,
 for which a map of the states and their join are launched in addition, in each direction.
 
-Only the inputs are kept between forward and backward pass. For K = V, the intermediate results take 8 bytes per token,
-value head and channel in the forward pass, and 18 in the backward pass; segments add at most 16 K² bytes for each
-multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32, and the
-kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the number of
+Inputs and output are kept between forward and backward pass. For K = V = 128, intermediate results take 8 bytes per
+token, value head and channel in the forward pass, and 20 in the backward pass; segments add at most 16 K² bytes for
+each multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32, and
+the kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the number of
 sequences and heads.
 """
 
@@ -31,8 +32,8 @@ import torch
 import triton
 from torch import Tensor
 
-from effpass.lowering.kernels.gated_delta_gradient import gradient
-from effpass.lowering.kernels.gated_delta_inputs import LOWEST, table
+from effpass.lowering.kernels.gated_delta_gradient import key_gradient, value_gradient
+from effpass.lowering.kernels.gated_delta_inputs import LOWEST, lower_triangle, table
 from effpass.lowering.kernels.gated_delta_inside import inside
 from effpass.lowering.kernels.gated_delta_state import join, state_backward, state_forward
 from effpass.lowering.kernels.launch import multiprocessors
@@ -56,8 +57,8 @@ _PROBED = 6  # chunks of a probe
 _PROBE_FROM = 32  # chunks per segment from which on a probe is worth its time
 _JOIN_COLUMNS = 16  # state columns per program of `join`, for four warps
 _JOIN_BLOCK = 64  # key channels that `join` reads at a time
-_GRADIENT_BLOCK = 32  # key channels per tile of `gradient`; registers don't hold larger tiles
-_GRADIENT_VALUES = 128  # value channels per tile of `gradient`, for eight warps
+_VALUE_TILE = 64  # channels per tile of `value_gradient`, for four warps
+_KEY_TILE = 16  # key channels per tile of `key_gradient`, for four warps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -200,6 +201,8 @@ class _Inside(NamedTuple):
         inverses: [n, HV, C, C], T = (I + L)⁻¹.
         decay: float32 [n, HV, KP], decay of the state over the chunk.
         strengths: float32 [n, HV, C], √β if β is one number per head; otherwise unused.
+        norms: float32 [n, HV, 2, C], 1 / ‖q‖ and 1 / ‖k‖ if they are normalized; otherwise unused.
+        marks: float32 [n, HV, 4, KP], G of base 2 after every 16 tokens if gates have channels; otherwise unused.
     """
 
     q_in: Tensor
@@ -209,6 +212,8 @@ class _Inside(NamedTuple):
     inverses: Tensor
     decay: Tensor
     strengths: Tensor
+    norms: Tensor
+    marks: Tensor
 
 
 def _inside(call: _Call, steep: Tensor) -> _Inside:
@@ -220,7 +225,9 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
     scores, inverses = (q.new_empty(*lead, CHUNK, CHUNK) for _ in range(2))
     decay = q.new_empty(*lead, keys, dtype=torch.float32)
     strengths = q.new_empty(*lead, CHUNK, dtype=torch.float32) if beta.dim() == 3 else decay
-    found = _Inside(q_in, k_in, k_out, scores, inverses, decay, strengths)
+    norms = q.new_empty(*lead, 2, CHUNK, dtype=torch.float32) if call.settings.normalize else decay
+    marks = q.new_empty(*lead, 4, keys, dtype=torch.float32) if gate.dim() == 4 else decay
+    found = _Inside(q_in, k_in, k_out, scores, inverses, decay, strengths, norms, marks)
     precision = _precision(q.dtype)
     if q.dtype != torch.float32 and call.settings.normalize:
         precision = "float16"
@@ -318,7 +325,7 @@ def _state_forward(
 
     def launch(mode: str, rows: int, state: Tensor | None, at_start: bool = False, **changed: Any) -> None:
         state_forward[_grid(call, flags | changed, rows)](
-            *found, call.inputs.v, of_values, final if state is None else state, output, final,
+            *found[:7], call.inputs.v, of_values, final if state is None else state, output, final,
             *(kept or (output, output)), maps.maps, maps.at_start if at_start else maps.at_end,
             *_places(call, found.decay), *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3,
             LOGITS=call.settings.beta_logits, HAS_INITIAL=state is not None, MODE=mode, AT_START=at_start,
@@ -380,6 +387,7 @@ def backward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     sequences: int,
+    output: Tensor,
     d_output: Tensor,
     d_final: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
@@ -389,9 +397,10 @@ def backward(
     """
     call = _Call.of(inputs, settings, cu_seqlens, sequences)
     heads, key_size, value_size, keys, values = call.sizes
-    q, _, v, gate, beta, write_beta, A_log, dt_bias = call.inputs
-    out = _rows(d_output)
+    q, k, v, gate, beta, write_beta, A_log, dt_bias = call.inputs
+    out, given = _rows(d_output), _rows(output)
     assert out is not None
+    assert given is not None
     steep = call.steep()
     found = _inside(call, steep)
     befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
@@ -401,23 +410,35 @@ def backward(
     _state_forward(call, found, state, changes, initial, (befores, changes), maps)
     _state_backward(call, found, out, d_final, (d_values, d_afters), initial, maps)
     chunks, tokens = call.chunks, q.shape[1]
-    del found, maps  # free intermediate results before gradients are allocated
-    d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
-    d_v, d_gate, d_beta = (x.new_empty(x.shape) for x in (v, gate, beta))
+    # What has been read for the last time is written over.
+    d_rows, d_queries, d_columns, of_states = found.q_in, found.k_in, found.k_out, found.decay
+    d_lower, d_scores, along = found.inverses, found.scores, torch.empty_like(found.norms)
+    d_v, d_beta = v.new_empty(v.shape), beta.new_empty(beta.shape)
     d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)
+    block = _VALUE_TILE if q.dtype != torch.float32 else _VALUE_TILE // 2
+    flags = call.flags() | {"V": value_size, "VP": values, "HAS_WRITE": write_beta is not None}
+    optional = [q if x is None else x for x in (write_beta, A_log, dt_bias)]
+    value_gradient[(chunks * heads,)](
+        v, gate, beta, *optional, call.tables()[0], changes, d_values, befores, d_afters, given, out, d_v, d_beta,
+        d_v if d_write is None else d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states, tokens,
+        heads, *_strides(v, gate, beta, write_beta, given, out), call.constants()[1],
+        **{name: x for name, x in flags.items() if name not in ("GROUP", "K")},
+        BV=min(values, block), BK=min(keys, block), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    del changes, befores, d_afters, maps  # free intermediate results before further gradients are allocated
+    d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
+    d_gate = gate.new_empty(gate.shape)
     # Chunks without tokens write nothing, but their entries are part of the sums over chunks.
     blank = torch.zeros if call.places is not None else torch.empty
     of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)
     d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
-    is_wide = q.dtype != torch.float32
-    tiles = {"BK": min(keys, _GRADIENT_BLOCK), "BV": min(values, _GRADIENT_VALUES if is_wide else _GRADIENT_BLOCK)}
     for chosen in call.ranges:
-        gradient[(chunks * heads,)](
-            *(q if x is None else x for x in call.inputs), *call.tables(), steep, changes, d_values, befores, d_afters,
-            out, d_q, d_k, d_v, d_gate, d_beta, d_v if d_write is None else d_write, d_rates, d_biases, tokens, heads,
-            *_strides(*call.inputs[:6], out), *call.constants(), **call.flags(), V=value_size, VP=values,
-            HAS_WRITE=write_beta is not None, RANGE=chosen, **tiles, num_warps=8 if is_wide else 4, num_stages=1,
+        key_gradient[(chunks * heads,)](
+            q, k, v, gate, beta, *optional[1:], *call.tables(), lower_triangle(q.device), steep, found.marks,
+            found.norms, along, d_values, d_lower, d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate,
+            d_beta, d_rates, d_biases, tokens, heads, *_strides(q, k, v, gate, beta), *call.constants(), **flags,
+            RANGE=chosen, BK=min(keys, _KEY_TILE), num_warps=4, num_stages=1,
         )  # fmt: skip
     d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
     d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)

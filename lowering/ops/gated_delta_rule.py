@@ -13,8 +13,8 @@ cases are:
 
 :func:`reference` defines the operator token by token. On the CPU it is computed in chunks
 (:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), on a GPU by the kernels of
-:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves only its inputs, and the backward pass
-recomputes the rest. g, √β and the state are float32 (float64 for float64 inputs).
+:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves its inputs and its output, and the backward
+pass recomputes the rest. g, √β and the state are float32 (float64 for float64 inputs).
 
 Shapes: B batch, T tokens, N sequences (B, or those of `cu_seqlens`), H query and key heads, HV value heads, K key size,
 V value size.
@@ -229,7 +229,7 @@ def _flops(q: Any, v: Any) -> Any:
 
 
 def _gated_delta_rule_backward(
-    d_output: Tensor | None, d_state: Tensor | None, *arguments: Any
+    output: Tensor, d_output: Tensor | None, d_state: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
     initial = _state(inputs, state, sequences)
@@ -240,7 +240,7 @@ def _gated_delta_rule_backward(
     if sequences == 0:
         found, d_initial = [None if x is None else x.new_zeros(x.shape) for x in inputs], torch.zeros_like(initial)
     elif kernels and kernels.supported(inputs):
-        found, d_initial = kernels.backward(inputs, settings, state, cu_seqlens, sequences, d_output, d_state)
+        found, d_initial = kernels.backward(inputs, settings, state, cu_seqlens, sequences, output, d_output, d_state)
     else:
         chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)
         ready = prepared(inputs, settings)
@@ -255,25 +255,27 @@ _op_backward = torch.library.custom_op(
     "effpass::gated_delta_rule_backward",
     _gated_delta_rule_backward,
     mutates_args=(),
-    schema=f"(Tensor? d_output, Tensor? d_state, {_TENSORS}, {_CONSTANTS}) "
+    schema=f"(Tensor output, Tensor? d_output, Tensor? d_state, {_TENSORS}, {_CONSTANTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_op_backward.register_fake
-def _(d_output: Any, d_state: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _(output: Any, d_output: Any, d_state: Any, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, _, _, _, sequences = _arguments(arguments)
     initial = _state(inputs, None, sequences)
     return (*(initial.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs), initial)
 
 
 @register_flop_formula(torch.ops.effpass.gated_delta_rule_backward)
-def _(d_output: Any, d_state: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> Any:
+def _(
+    output: Any, d_output: Any, d_state: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any
+) -> Any:
     return 3 * _flops(q, v)  # recomputed states, and two products for each product of the forward pass
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:10])
+    ctx.save_for_backward(output[0], *inputs[:10])
     ctx.constants = inputs[10:]
     ctx.set_materialize_grads(False)
 
@@ -281,8 +283,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, d_output: Tensor | None, d_state: Tensor | None) -> Any:
     if d_output is None and d_state is None:
         return (None,) * 14
-    saved = ctx.saved_tensors
-    found = torch.ops.effpass.gated_delta_rule_backward(d_output, d_state, *saved, *ctx.constants)
+    output, *saved = ctx.saved_tensors
+    found = torch.ops.effpass.gated_delta_rule_backward(output, d_output, d_state, *saved, *ctx.constants)
     asked = ctx.needs_input_grad
     of_tensors = [x if asked[place] else None for place, x in enumerate(found)]
     return (*of_tensors, None, None, None, None, None)
