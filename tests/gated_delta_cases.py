@@ -148,9 +148,10 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], list[
     }  # fmt: skip
 
 
-def ratio(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference relative to that of `wanted`."""
-    return float((found.detach().double().cpu() - wanted.cpu()).norm() / wanted.norm().clamp(min=1e-30).cpu())
+def ratio(found: Tensor, wanted: Tensor, least: float = 0) -> float:
+    """Root mean square of the difference, as far as it exceeds `least`, relative to that of `wanted`."""
+    difference = (found.detach().double().cpu() - wanted.cpu()).abs().sub(least).clamp(min=0)
+    return float(difference.norm() / wanted.norm().clamp(min=1e-30).cpu())
 
 
 def placed(tensors: list[Tensor | None], dtype: torch.dtype, device: str) -> list[Tensor | None]:

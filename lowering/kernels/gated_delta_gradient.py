@@ -36,7 +36,6 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     root_gradient,
     sums_between,
     sums_beyond,
-    tile,
 )
 
 __all__ = ["key_gradient", "value_gradient"]
@@ -267,6 +266,9 @@ def key_gradient(
         raw_query, raw_key = raw_tile(q, q_t, rows, first, K, BK, True), raw_tile(k, k_t, rows, first, K, BK, True)
         if not SCALAR_BETA:
             raw_beta = raw_tile(beta, beta_t, rows, first, K, BK, True)
+            if not HAS_WRITE:
+                raw_value = raw_tile(v, v_t, rows, first, V, BK, True)
+                d_value = tl.load(d_values + j * VP + (first + rk)[:, None])
         if not SCALAR_GATE:
             raw_gate = raw_tile(gate, gate_t, rows, first, K, BK, True)
             at = marks + here * 4 * KP + first + rk
@@ -341,8 +343,7 @@ def key_gradient(
             logits = raw_beta.to(tl.float32)
             of_strength = raw_key.to(tl.float32) * d_key
             if not HAS_WRITE:
-                d_value = tl.load(d_values + j * VP + (first + rk)[:, None]).to(tl.float32)
-                of_strength += strong * tile(v, v_t, rows, first, V, BK, True) * d_value
+                of_strength += strong * raw_value.to(tl.float32) * d_value.to(tl.float32)
             of_strength *= root_gradient(logits, strong, LOGITS)
             of_strength = of_strength.to(d_beta.dtype.element_ty)
             tl.store(d_beta + (start * HV + head) * K + at, of_strength, mask=is_there)

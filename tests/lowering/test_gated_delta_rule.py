@@ -199,7 +199,9 @@ def test_opcheck(case):
     torch.library.opcheck(torch.ops.effpass.gated_delta_rule, tuple(leaves))
     detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
     gradients = torch.randn(given[2].shape), None
-    torch.library.opcheck(torch.ops.effpass.gated_delta_rule_backward, (torch.randn(given[2].shape), *gradients, *detached))
+    torch.library.opcheck(
+        torch.ops.effpass.gated_delta_rule_backward, (torch.randn(given[2].shape), *gradients, *detached)
+    )
     if case.ends is None:
         torch.library.opcheck(torch.ops.effpass.gated_delta_rule_step, (*detached[:9], *case.settings))
 
