@@ -114,9 +114,9 @@ def raw_tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
-def tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
-    """:func:`raw_tile` in float32."""
-    return raw_tile(pointer, stride, rows, first, WIDTH, BK, FLIP).to(tl.float32)
+def tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr):
+    """:func:`raw_tile` in float32, without FLIP."""
+    return raw_tile(pointer, stride, rows, first, WIDTH, BK).to(tl.float32)
 
 
 @triton.jit

@@ -198,10 +198,8 @@ def test_opcheck(case):
     leaves = [x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
     torch.library.opcheck(torch.ops.effpass.gated_delta_rule, tuple(leaves))
     detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
-    gradients = torch.randn(given[2].shape), None
-    torch.library.opcheck(
-        torch.ops.effpass.gated_delta_rule_backward, (torch.randn(given[2].shape), *gradients, *detached)
-    )
+    output, gradient = torch.randn(2, *given[2].shape)
+    torch.library.opcheck(torch.ops.effpass.gated_delta_rule_backward, (output, gradient, None, *detached))
     if case.ends is None:
         torch.library.opcheck(torch.ops.effpass.gated_delta_rule_step, (*detached[:9], *case.settings))
 
