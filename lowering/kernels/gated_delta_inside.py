@@ -90,7 +90,7 @@ def inside(
     norms, marks, T, HV, q_t, q_h, k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr,
-    VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
@@ -121,8 +121,9 @@ def inside(
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
     if NORMALIZE:
         q_norm, k_norm = inverse_norm(q, q_t, rows, K, BK), inverse_norm(k, k_t, rows, K, BK)
-        tl.store(norms + here * 2 * C + r, q_norm)
-        tl.store(norms + here * 2 * C + C + r, k_norm)
+        if BACKWARD:
+            tl.store(norms + here * 2 * C + r, q_norm)
+            tl.store(norms + here * 2 * C + C + r, k_norm)
         q_scale *= q_norm
         k_scale *= k_norm
     if SCALAR_BETA:
@@ -184,8 +185,9 @@ def inside(
                 query = raw_query.to(tl.float32) * q_scale[:, None]
                 of_keys, of_queries = _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE, PRECISION)
             exponent = exponents(upto, added, EXACT)
-            of_mark = (here * 4 + r[:, None] // BLOCK) * KP + first + rk[None, :]
-            tl.store(marks + of_mark, exponent, mask=(r % BLOCK == BLOCK - 1)[:, None] & (rk >= 0)[None, :])
+            if BACKWARD:
+                of_mark = (here * 4 + r[:, None] // BLOCK) * KP + first + rk[None, :]
+                tl.store(marks + of_mark, exponent, mask=(r % BLOCK == BLOCK - 1)[:, None] & (rk >= 0)[None, :])
             from_begin = tl.exp2(exponent)
             # The last row: after tokens that do not exist, it is that of the last one that does.
             of_last = here * KP + first + rk[None, :] + r[:, None] * 0

@@ -201,8 +201,9 @@ class _Inside(NamedTuple):
         inverses: [n, HV, C, C], T = (I + L)⁻¹.
         decay: float32 [n, HV, KP], decay of the state over the chunk.
         strengths: float32 [n, HV, C], √β if β is one number per head; otherwise unused.
-        norms: float32 [n, HV, 2, C], 1 / ‖q‖ and 1 / ‖k‖ if they are normalized; otherwise unused.
-        marks: float32 [n, HV, 4, KP], G of base 2 after every 16 tokens if gates have channels; otherwise unused.
+        norms: float32 [n, HV, 2, C], 1 / ‖q‖ and 1 / ‖k‖; only in the backward pass, if they are normalized.
+        marks: float32 [n, HV, 4, KP], G of base 2 after every 16 tokens; only in the backward pass, if gates have
+            channels.
     """
 
     q_in: Tensor
@@ -216,7 +217,7 @@ class _Inside(NamedTuple):
     marks: Tensor
 
 
-def _inside(call: _Call, steep: Tensor) -> _Inside:
+def _inside(call: _Call, steep: Tensor, backward: bool) -> _Inside:
     """Launch `inside`. `steep` int8 [n, HV] is written if both mild and steep chunks may occur."""
     q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
     heads, _, _, keys, _ = call.sizes
@@ -225,8 +226,8 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
     scores, inverses = (q.new_empty(*lead, CHUNK, CHUNK) for _ in range(2))
     decay = q.new_empty(*lead, keys, dtype=torch.float32)
     strengths = q.new_empty(*lead, CHUNK, dtype=torch.float32) if beta.dim() == 3 else decay
-    norms = q.new_empty(*lead, 2, CHUNK, dtype=torch.float32) if call.settings.normalize else decay
-    marks = q.new_empty(*lead, 4, keys, dtype=torch.float32) if gate.dim() == 4 else decay
+    norms = q.new_empty(*lead, 2, CHUNK, dtype=torch.float32) if backward and call.settings.normalize else decay
+    marks = q.new_empty(*lead, 4, keys, dtype=torch.float32) if backward and gate.dim() == 4 else decay
     found = _Inside(q_in, k_in, k_out, scores, inverses, decay, strengths, norms, marks)
     precision = _precision(q.dtype)
     if q.dtype != torch.float32 and call.settings.normalize:
@@ -236,7 +237,8 @@ def _inside(call: _Call, steep: Tensor) -> _Inside:
         inside[(call.chunks * heads,)](
             q, k, gate, beta, decay if A_log is None else A_log, decay if dt_bias is None else dt_bias, *call.tables(),
             steep, *found, q.shape[1], heads, *_strides(q, k, gate, beta), *call.constants(), **call.flags(),
-            BK=min(keys, _BLOCK), RANGE=chosen, num_warps=4, num_stages=1, INVERSE=precision, **limit,
+            BK=min(keys, _BLOCK), RANGE=chosen, INVERSE=precision, BACKWARD=backward, num_warps=4, num_stages=1,
+            **limit,
         )  # fmt: skip
     return found
 
@@ -377,7 +379,7 @@ def forward(
     heads, key_size, value_size, _, _ = call.sizes
     output = inputs.v.new_empty(inputs.v.shape)
     final = output.new_empty(sequences, heads, key_size, value_size, dtype=torch.float32)
-    _state_forward(call, _inside(call, call.steep()), state, output, final, None, _Maps.of(call))
+    _state_forward(call, _inside(call, call.steep(), backward=False), state, output, final, None, _Maps.of(call))
     return output, final
 
 
@@ -402,7 +404,7 @@ def backward(
     assert out is not None
     assert given is not None
     steep = call.steep()
-    found = _inside(call, steep)
+    found = _inside(call, steep, backward=True)
     befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
     changes, d_values = (q.new_empty(call.chunks, heads, CHUNK, values) for _ in range(2))
     initial = torch.empty(sequences, heads, key_size, value_size, dtype=torch.float32, device=q.device)
