@@ -61,8 +61,8 @@ def _of_gate(raw, d_g, rate, lower_bound, GATE: tl.constexpr):
 def _rounded(x, DTYPE: tl.constexpr):
     """x in DTYPE, and the same in float32.
 
-    Of two bfloat16 equally near they may be different ones: with a conversion back, the compiler would convert each
-    element by itself, which is slow.
+    Of two bfloat16 equally near they may be different ones, and of NaN the second may be 0: with a conversion back, the
+    compiler would convert each element by itself, which is slow.
     """
     if tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True) + 0x8000 & 0xFFFF0000
