@@ -110,10 +110,11 @@ def value_gradient(
     HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr, NORMALIZE: tl.constexpr,
     LOGITS: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v and its write strength (and of one β per head), and what :func:`key_gradient` reads.
+    """Gradients of v, of its write strength and of one β per head, and what :func:`key_gradient` reads.
 
-    These are dL and dP, lower triangles; with norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel
-    `d_rows` dζ S₀ᵀ, `d_queries` dO S₀ᵀ, `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
+    If β is also the write strength, `d_write` is the gradient of β so far. Then it reads dL and dP, lower triangles; with
+    norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel `d_rows` dζ S₀ᵀ, `d_queries` dO S₀ᵀ,
+    `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
     """
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
@@ -164,7 +165,7 @@ def value_gradient(
             write = root(logits, LOGITS)
         of_value = write * raw_value.to(tl.float32) * d_value
         of_values += tl.sum(of_value, 1)
-        if HAS_WRITE:
+        if not SCALAR_BETA:
             of_value *= root_gradient(logits, write, LOGITS)
             tl.store(d_write + at, of_value.to(d_write.dtype.element_ty), mask=is_there)
         tl.store(d_v + at, (write * d_value).to(d_v.dtype.element_ty), mask=is_there)
@@ -206,12 +207,12 @@ def value_gradient(
 
 @triton.jit
 def key_gradient(
-    q, k, v, gate, beta, A_log, dt_bias, places, matrices, triangle, steep, marks, norms, along, d_values, d_lower,
-    d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates, d_biases, T, HV, q_t, q_h,
-    k_t, k_h, v_t, v_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, GATE: tl.constexpr,
-    SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, HAS_WRITE: tl.constexpr,
-    NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, gate, beta, A_log, dt_bias, places, matrices, triangle, steep, marks, norms, along, d_lower, d_scores, d_rows,
+    d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates, d_biases, T, HV, q_t, q_h, k_t, k_h, gate_t,
+    gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    KP: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr,
+    HAS_WRITE: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k, gate and β.
 
@@ -236,10 +237,8 @@ def key_gradient(
     i, j = r[:, None], r[None, :]
     q += start * q_t + head // GROUP * q_h
     k += start * k_t + head // GROUP * k_h
-    v += start * v_t + head * v_h
     gate += start * gate_t + head * gate_h
     beta += start * beta_t + head * beta_h
-    d_values += here * C * VP
     d_q += (start * HV + head) * K
     d_k += (start * HV + head) * K
     rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
@@ -267,8 +266,7 @@ def key_gradient(
         if not SCALAR_BETA:
             raw_beta = raw_tile(beta, beta_t, rows, first, K, BK, True)
             if not HAS_WRITE:
-                raw_value = raw_tile(v, v_t, rows, first, V, BK, True)
-                d_value = tl.load(d_values + j * VP + (first + rk)[:, None])
+                so_far = raw_tile(d_beta + (start * HV + head) * K, HV * K, rows, first, K, BK, True)
         if not SCALAR_GATE:
             raw_gate = raw_tile(gate, gate_t, rows, first, K, BK, True)
             at = marks + here * 4 * KP + first + rk
@@ -341,10 +339,9 @@ def key_gradient(
         d_query, d_key = q_scale * d_query, k_scale * (strong * d_key)
         if not SCALAR_BETA:
             logits = raw_beta.to(tl.float32)
-            of_strength = raw_key.to(tl.float32) * d_key
+            of_strength = raw_key.to(tl.float32) * d_key * root_gradient(logits, strong, LOGITS)
             if not HAS_WRITE:
-                of_strength += strong * raw_value.to(tl.float32) * d_value.to(tl.float32)
-            of_strength *= root_gradient(logits, strong, LOGITS)
+                of_strength += so_far.to(tl.float32)
             of_strength = of_strength.to(d_beta.dtype.element_ty)
             tl.store(d_beta + (start * HV + head) * K + at, of_strength, mask=is_there)
         if NORMALIZE:

@@ -418,16 +418,16 @@ def backward(
     d_v, d_beta = v.new_empty(v.shape), beta.new_empty(beta.shape)
     d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)
     block = _VALUE_TILE if q.dtype != torch.float32 else _VALUE_TILE // 2
-    flags = call.flags() | {"V": value_size, "VP": values, "HAS_WRITE": write_beta is not None}
+    flags = call.flags() | {"HAS_WRITE": write_beta is not None}
     optional = [q if x is None else x for x in (write_beta, A_log, dt_bias)]
     value_gradient[(chunks * heads,)](
         v, gate, beta, *optional, call.tables()[0], changes, d_values, befores, d_afters, given, out, d_v, d_beta,
-        d_v if d_write is None else d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states, tokens,
-        heads, *_strides(v, gate, beta, write_beta, given, out), call.constants()[1],
+        d_beta if d_write is None else d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states,
+        tokens, heads, *_strides(v, gate, beta, write_beta, given, out), call.constants()[1],
         **{name: x for name, x in flags.items() if name not in ("GROUP", "K")},
-        BV=min(values, block), BK=min(keys, block), num_warps=4, num_stages=1,
+        V=value_size, VP=values, BV=min(values, block), BK=min(keys, block), num_warps=4, num_stages=1,
     )  # fmt: skip
-    del changes, befores, d_afters, maps  # free intermediate results before further gradients are allocated
+    del changes, d_values, befores, d_afters, maps  # free intermediate results before further gradients are allocated
     d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
     d_gate = gate.new_empty(gate.shape)
     # Chunks without tokens write nothing, but their entries are part of the sums over chunks.
@@ -437,10 +437,10 @@ def backward(
     d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
     for chosen in call.ranges:
         key_gradient[(chunks * heads,)](
-            q, k, v, gate, beta, *optional[1:], *call.tables(), lower_triangle(q.device), steep, found.marks,
-            found.norms, along, d_values, d_lower, d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate,
-            d_beta, d_rates, d_biases, tokens, heads, *_strides(q, k, v, gate, beta), *call.constants(), **flags,
-            RANGE=chosen, BK=min(keys, _KEY_TILE), num_warps=4, num_stages=1,
+            q, k, gate, beta, *optional[1:], *call.tables(), lower_triangle(q.device), steep, found.marks, found.norms,
+            along, d_lower, d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates,
+            d_biases, tokens, heads, *_strides(q, k, gate, beta), *call.constants(), **flags, RANGE=chosen,
+            BK=min(keys, _KEY_TILE), num_warps=4, num_stages=1,
         )  # fmt: skip
     d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
     d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)
