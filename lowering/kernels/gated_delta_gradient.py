@@ -112,9 +112,9 @@ def value_gradient(
 ):  # fmt: skip
     """Gradients of v, of its write strength and of one β per head, and what :func:`key_gradient` reads.
 
-    If β is also the write strength, `d_write` is the gradient of β so far. Then it reads dL and dP, lower triangles; with
-    norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel `d_rows` dζ S₀ᵀ, `d_queries` dO S₀ᵀ,
-    `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
+    If β is also the write strength, `d_write` is the gradient of β so far. :func:`key_gradient` reads that; dL and dP,
+    lower triangles; with norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel `d_rows` dζ S₀ᵀ,
+    `d_queries` dO S₀ᵀ, `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
     """
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
