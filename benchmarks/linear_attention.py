@@ -26,8 +26,10 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import linear_attention_conversion, linear_attention_quality
+from benchmarks.alone import alone
 from benchmarks.linear_attention_peers import LOWER_BOUND, MODES, Call, Gates, Raw, ours, peers
 from benchmarks.rows import Row, bandwidth, measure, row, seconds_a_call
 from effpass.lowering.ops.gated_delta_rule_step import gated_delta_rule_step
@@ -203,6 +205,26 @@ def linear(device: str, smoke: bool) -> Iterator[Row]:
                   device=device, bound=held / bandwidth(device) / tokens * 1e9, runs=7)  # fmt: skip
 
 
+def kernels(device: str, smoke: bool) -> Iterator[Row]:
+    """What each kernel takes of a forward and backward pass, all its launches together."""
+    if device != "cuda":
+        return
+    for mode, name in (("kda", "KDA"), ("fg2", "FG2-GDN"), ("fg2+", "FG2-GDN+")):
+        raw = Raw.random((1, 8192, 96, 128), device, "fast").requiring_grad()
+        run = _running("training", ours(mode), raw, mode, torch.randn_like(raw.v))
+        run()
+        with alone(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(7):
+                run()
+            torch.cuda.synchronize()
+        for event in profiled.key_averages():
+            microseconds, launches = event.self_device_time_total / 7, event.count // 7
+            if microseconds > 100:  # not the sums over chunks
+                metric = event.key + (", two launches" if launches == 2 else "")
+                case = f"1x8192x96x128, {name}, kernels of forward and backward"
+                yield row(AREA, case, metric, microseconds, "us", device=device, runs=7)
+
+
 _COLD = """
 import time, torch
 from benchmarks.linear_attention_peers import Raw, ours
@@ -301,7 +323,7 @@ def _cases() -> dict[str, Callable[[str, bool], Iterator[Row]]]:
 
 
 CASES: dict[str, Callable[[str, bool], Iterator[Row]]] = {
-    **_cases(), "decode": decode, "linear": linear, "cold": cold, "sizes": sizes,
+    **_cases(), "decode": decode, "linear": linear, "cold": cold, "kernels": kernels, "sizes": sizes,
     "decode-sizes": decode_sizes, **linear_attention_quality.CASES,
     **linear_attention_conversion.CASES,
 }  # fmt: skip

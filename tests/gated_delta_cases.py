@@ -150,7 +150,9 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], list[
 
 def ratio(found: Tensor, wanted: Tensor, least: float = 0) -> float:
     """Root mean square of the difference, as far as it exceeds `least`, relative to that of `wanted`."""
-    difference = (found.detach().double().cpu() - wanted.cpu()).abs().sub(least).clamp(min=0)
+    difference = (found.detach().double().cpu() - wanted.cpu()).abs()
+    if least:
+        difference = (difference - least).clamp(min=0)
     return float(difference.norm() / wanted.norm().clamp(min=1e-30).cpu())
 
 

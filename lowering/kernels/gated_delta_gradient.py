@@ -239,8 +239,6 @@ def key_gradient(
     k += start * k_t + head // GROUP * k_h
     gate += start * gate_t + head * gate_h
     beta += start * beta_t + head * beta_h
-    d_q += (start * HV + head) * K
-    d_k += (start * HV + head) * K
     rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
     lower, scores = tl.load(d_lower + here * C * C + i * C + j), tl.load(d_scores + here * C * C + i * C + j)
     if SCALAR_GATE:
@@ -278,6 +276,7 @@ def key_gradient(
         raw_row, raw_of_query, raw_column = tl.load(d_rows + at), tl.load(d_queries + at), tl.load(d_columns + at)
         of_state, is_channel = tl.load(of_states + here * KP + first + rk), first + rk < K
         d_row, d_query, d_column = raw_row.to(tl.float32), raw_of_query.to(tl.float32), raw_column.to(tl.float32)
+        at, is_there = (start * HV + head) * K + j * HV * K + (first + rk)[:, None], (j < rows) & is_channel[:, None]
         if not SCALAR_BETA:
             strong = root(raw_beta.to(tl.float32), LOGITS)
         query, key = raw_query.to(tl.float32) * q_scale, raw_key.to(tl.float32) * k_scale * strong
@@ -326,16 +325,13 @@ def key_gradient(
                 d_key += of_same * query
                 d_query += of_same * key
             d_g = _suffix_sums(d_sums, later, EXACT, PRECISION) + last[:, None]
-            is_there = (j < rows) & is_channel[:, None]
             raw, d_g = raw_gate.to(tl.float32) + bias, tl.where(is_there, d_g, 0)
             of_raw, of_gate = _of_gate(raw, d_g, rate, lower_bound, GATE)
-            at = (start * HV + head) * K + j * HV * K + (first + rk)[:, None]
             tl.store(d_gate + at, of_raw.to(d_gate.dtype.element_ty), mask=is_there)
             if GATE != "log":
                 rates += of_gate
             if HAS_BIAS:
                 tl.store(d_biases + here * K + first + rk, tl.sum(of_raw, 1), mask=is_channel)
-        at, is_there = j * HV * K + (first + rk)[:, None], (j < rows) & is_channel[:, None]
         d_query, d_key = q_scale * d_query, k_scale * (strong * d_key)
         if not SCALAR_BETA:
             logits = raw_beta.to(tl.float32)
@@ -343,7 +339,7 @@ def key_gradient(
             if not HAS_WRITE:
                 of_strength += so_far.to(tl.float32)
             of_strength = of_strength.to(d_beta.dtype.element_ty)
-            tl.store(d_beta + (start * HV + head) * K + at, of_strength, mask=is_there)
+            tl.store(d_beta + at, of_strength, mask=is_there)
         if NORMALIZE:
             d_query -= raw_query.to(tl.float32) * along_q
             d_key -= raw_key.to(tl.float32) * along_k

@@ -51,8 +51,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, tor
 #: Maximum deviation of a gradient, measured alike; a gradient is a sum of products of rounded factors.
 GRADIENT_TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-8}
 
-#: Further deviation of each element in float16, where it is more: decays, and products with them, are rounded to
-#: multiples of 2^-24, of which results of the same size are sums.
+#: Further deviation of each element of a result in float16 that is below its normal numbers altogether: decays, and
+#: products with them, are rounded to multiples of 2^-24, of which such a result is a sum.
 FLOAT16_TOLERANCE = 2**-23
 
 #: Maximum deviation of the gradients of `A_log` and `dt_bias`, which are sums over all tokens with terms that cancel.
