@@ -188,8 +188,10 @@ def interpret() -> dict[str, dict[str, float]]:
             gated_delta_rule._Call.segments = property(lambda self, name=name: 4 if name in SEGMENTED else 1)
             gated_delta_rule._PROBED, gated_delta_rule._PROBE_FROM = 1, 1
             faded.clear()
-            output, final = gated_delta_rule.forward(*call)
-            of_inputs, initial = gated_delta_rule.backward(*call, output, gradients[0].to(dtype), gradients[1].float())
+            output, final, pairs = forward(*call)
+            of_inputs, initial = gated_delta_rule.backward(
+                *call, output, pairs, gradients[0].to(dtype), gradients[1].float()
+            )
             results = {"output": output, "state": final, "d initial_state": initial}
             results |= {f"d {n}": g for n, g in zip(Inputs._fields, of_inputs, strict=True) if g is not None}
             ratios = {n: ratio(results[n], x) for n, x in wanted.items()}
@@ -200,6 +202,15 @@ def interpret() -> dict[str, dict[str, float]]:
             if name in SEGMENTED:
                 shares[f"{name}, {str(dtype).removeprefix('torch.')}"] = sum(faded) / len(faded)
     return found | {"faded": shares}
+
+
+def forward(inputs: Inputs, *call: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Output, final state, and what the backward pass is given besides the output; arguments of the kernels."""
+    from effpass.lowering.kernels import gated_delta_rule
+
+    shape = gated_delta_rule.shape_of_pairs(inputs, call[2])
+    pairs = inputs.q.new_empty(shape), inputs.q.new_empty(shape)
+    return *gated_delta_rule.forward(inputs, *call, pairs), pairs
 
 
 def _faded(kernels: Any) -> list[float]:
@@ -227,15 +238,13 @@ def _both_ways_in_float32(call: Any) -> None:
 
 def outside() -> dict[str, str]:
     """What is said of a state with too few rows, which nothing checks, and of sequences beyond the tokens."""
-    from effpass.lowering.kernels import gated_delta_rule, gated_delta_rule_step
+    from effpass.lowering.kernels import gated_delta_rule_step
 
     case = Case("kda", tokens=20)
     *given, state = placed(case.tensors(torch.float32), torch.float32, "cpu")
     calls = {
         "short state": lambda: gated_delta_rule_step.step(Inputs(*given), case.settings, state[:, :, :-1].clone()),
-        "long sequence": lambda: gated_delta_rule.forward(
-            Inputs(*given), case.settings, None, torch.tensor((0, 30, 20)), 2
-        ),
+        "long sequence": lambda: forward(Inputs(*given), case.settings, None, torch.tensor((0, 30, 20)), 2),
     }
     found = {}
     for name, call in calls.items():
@@ -261,10 +270,11 @@ def far() -> dict[str, bool]:
     *given, state = placed(case.tensors(torch.bfloat16), torch.bfloat16, "cpu")
     near = Inputs(*given)
     both, gradient = (near, near._replace(q=far_apart(near.q), v=far_apart(near.v))), torch.ones_like(near.v)
-    outputs = [gated_delta_rule.forward(x, case.settings, state, None, 1)[0] for x in both]
+    calls = [(x, case.settings, state, None, 1) for x in both]
+    outputs, _, pairs = zip(*(forward(*call) for call in calls), strict=True)
     gradients = [
-        gated_delta_rule.backward(x, case.settings, state, None, 1, output, gradient, None)[0]
-        for x, output in zip(both, outputs, strict=True)
+        gated_delta_rule.backward(*call, *found, gradient, None)[0]
+        for call, *found in zip(calls, outputs, pairs, strict=True)
     ]
     steps = [gated_delta_rule_step.step(x, case.settings, state.clone()) for x in both]
     return {
@@ -298,8 +308,8 @@ def compile_one(kind: str) -> dict[str, int]:
     inputs, state = Inputs(*given[:8]), given[8]
     ends = None if case.ends is None else torch.empty(len(case.ends), dtype=torch.int32, device="meta")
     call = (inputs, case.settings, state, ends, case.sequences)
-    gated_delta_rule.forward(*call)
-    gated_delta_rule.backward(*call, inputs.v, inputs.v, state)
+    output, _, pairs = forward(*call)
+    gated_delta_rule.backward(*call, output, pairs, inputs.v, state)
     gated_delta_rule_step.step(inputs, case.settings, state)
     return dict(launches)
 

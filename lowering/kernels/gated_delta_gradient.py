@@ -38,7 +38,10 @@ from effpass.lowering.kernels.gated_delta_inputs import (
     sums_beyond,
 )
 
-__all__ = ["key_gradient", "value_gradient"]
+__all__ = ["WARPS", "key_gradient", "value_gradient"]
+
+TILE = tl.constexpr(16)  # key channels per tile of `key_gradient`
+WARPS = tl.constexpr(4)  # of its programs
 
 
 @triton.jit
@@ -72,6 +75,29 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _packed(x):
+    """[C, channels] in the order of the tiles [TILE, C] of :func:`key_gradient`, each as its threads hold it.
+
+    Of a product of four warps, a thread holds tokens t and t + 1, channels d and d + 8, and the same 32 tokens later.
+    Tiles that are read in this order need no change of layout.
+    """
+    x = tl.reshape(x, (2, 4, 4, 2, x.shape[1] // TILE, 2, 8))
+    return tl.reshape(tl.permute(x, (4, 1, 6, 2, 0, 5, 3)), (C * x.shape[4] * TILE,))
+
+
+@triton.jit
+def _unpacked(x):
+    """A tile [TILE, C]."""
+    return tl.reshape(tl.permute(tl.reshape(x, (4, 8, 4, 2, 2, 2)), (4, 1, 3, 0, 2, 5)), (TILE, C))
+
+
+@triton.jit
+def _by_warp(x):
+    """Sums over the tokens of each warp, [TILE, WARPS], so that no warp waits for another; x [TILE, C]."""
+    return tl.sum(tl.sum(tl.reshape(x, (TILE, 2, WARPS, 8)), 3), 1)
+
+
+@triton.jit
 def _level(key, query, late, early, lower, scores, d_query, d_key, d_sums, PRECISION: tl.constexpr):
     """The gradients with what pairs of tokens give that decay by `late` to the later and from the earlier by `early`.
 
@@ -93,7 +119,7 @@ def _level(key, query, late, early, lower, scores, d_query, d_key, d_sums, PRECI
 
 @triton.jit
 def _suffix_sums(x, later, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums over the tokens from each on; x [BK, C]. In two pieces, since terms cancel: 2^-17 of their size is lost."""
+    """Sums over the tokens from each on; x [TILE, C]. In two pieces, since terms cancel: 2^-17 of the size is lost."""
     if EXACT:
         return tl.dot(x, later.to(tl.float32), input_precision=PRECISION)
     else:
@@ -112,9 +138,10 @@ def value_gradient(
 ):  # fmt: skip
     """Gradients of v, of its write strength and of one β per head, and what :func:`key_gradient` reads.
 
-    If β is also the write strength, `d_write` is the gradient of β so far. :func:`key_gradient` reads that; dL and dP,
-    lower triangles; with norms `along`, q̂·dq̂ and κ·dκ of each token; and for each key channel `d_rows` dζ S₀ᵀ,
-    `d_queries` dO S₀ᵀ, `d_columns` U dSᵀ, and `of_states`, the sums of S₀ ⊙ dS.
+    If β is a vector and also the write strength, `d_write` is the gradient of β so far, as :func:`_packed` orders it.
+    :func:`key_gradient` reads that; dL and dP, lower triangles; with norms `along`, q̂·dq̂ and κ·dκ of each token; and
+    for each key channel, in the same order, `d_rows` dζ S₀ᵀ, `d_queries` dO S₀ᵀ and `d_columns` U dSᵀ, and
+    `of_states`, the sums of S₀ ⊙ dS.
     """
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
@@ -135,7 +162,8 @@ def value_gradient(
     befores += here * KP * VP
     d_afters += here * KP * VP
     d_v += (start * HV + head) * V
-    d_write += (start * HV + head) * V
+    if HAS_WRITE:
+        d_write += (start * HV + head) * V
     if SCALAR_BETA:
         strength = column(beta, beta_t, rows)
         write = root(strength, LOGITS)[:, None]
@@ -166,8 +194,12 @@ def value_gradient(
         of_value = write * raw_value.to(tl.float32) * d_value
         of_values += tl.sum(of_value, 1)
         if not SCALAR_BETA:
-            of_value *= root_gradient(logits, write, LOGITS)
-            tl.store(d_write + at, of_value.to(d_write.dtype.element_ty), mask=is_there)
+            of_value = root_gradient(of_value, logits, write, LOGITS)
+            if HAS_WRITE:
+                tl.store(d_write + at, of_value.to(d_write.dtype.element_ty), mask=is_there)
+            else:
+                of_tiles = here * C * VP + first * C + tl.arange(0, C * BV)
+                tl.store(d_write + of_tiles, _packed(of_value.to(d_write.dtype.element_ty)))
         tl.store(d_v + at, (write * d_value).to(d_v.dtype.element_ty), mask=is_there)
     of_scores, of_lower = tl.where(i >= j, of_scores, 0), tl.where(i > j, -of_lower, 0)
     if SCALAR_GATE:
@@ -182,7 +214,7 @@ def value_gradient(
         tl.store(along + here * 2 * C + r, of_queries)
         tl.store(along + here * 2 * C + C + r, 2 * of_changes - of_values)
     if SCALAR_BETA:
-        of_beta = 2 * of_changes * root_gradient(strength, root(strength, LOGITS), LOGITS)
+        of_beta = root_gradient(2 * of_changes, strength, root(strength, LOGITS), LOGITS)
         tl.store(d_beta + (start + r) * HV + head, of_beta.to(d_beta.dtype.element_ty), mask=r < rows)
     rk = tl.arange(0, BK)
     for first in range(0, KP, BK):
@@ -198,25 +230,25 @@ def value_gradient(
             d_query = tl.dot(out, state, d_query, input_precision=PRECISION)
             d_column = tl.dot(change, d_after, d_column, input_precision=PRECISION)
             of_state += tl.sum(state.to(tl.float32) * d_after.to(tl.float32), 0)
-        at = here * C * KP + i * KP + first + rk
-        tl.store(d_rows + at, d_row.to(DTYPE))
-        tl.store(d_queries + at, d_query.to(DTYPE))
-        tl.store(d_columns + at, d_column.to(DTYPE))
+        at = here * C * KP + first * C + tl.arange(0, C * BK)
+        tl.store(d_rows + at, _packed(d_row.to(DTYPE)))
+        tl.store(d_queries + at, _packed(d_query.to(DTYPE)))
+        tl.store(d_columns + at, _packed(d_column.to(DTYPE)))
         tl.store(of_states + here * KP + first + rk, of_state)
 
 
 @triton.jit
 def key_gradient(
     q, k, gate, beta, A_log, dt_bias, places, matrices, triangle, steep, marks, norms, along, d_lower, d_scores, d_rows,
-    d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates, d_biases, T, HV, q_t, q_h, k_t, k_h, gate_t,
-    gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    d_queries, d_columns, of_states, of_values, d_q, d_k, d_gate, d_beta, d_rates, d_biases, sums_n, T, HV, q_t, q_h,
+    k_t, k_h, gate_t, gate_h, beta_t, beta_h, scale, lower_bound, GROUP: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, GATE: tl.constexpr, SCALAR_GATE: tl.constexpr, HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr,
     HAS_WRITE: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k, gate and β.
 
-    Tiles are transposed, [BK, C], so that dL and dP, with which every block of channels is multiplied, lie in shared
+    Tiles are transposed, [TILE, C], so that dL and dP, with which every block of channels is multiplied, lie in shared
     memory. In a mild chunk, exponents are differences of G, which is accurate to 2^-14, for factors in bfloat16.
     """
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
@@ -233,20 +265,29 @@ def key_gradient(
     if RANGE == "steep only":  # noqa: SIM102  (resolved when the kernel is compiled)
         if tl.load(steep + here) == 0:
             return
-    r, rk = tl.arange(0, C), tl.arange(0, BK)
+    r, rk, rw = tl.arange(0, C), tl.arange(0, TILE), tl.arange(0, WARPS)
     i, j = r[:, None], r[None, :]
     q += start * q_t + head // GROUP * q_h
     k += start * k_t + head // GROUP * k_h
     gate += start * gate_t + head * gate_h
     beta += start * beta_t + head * beta_h
+    dt_bias += head if SCALAR_GATE else head * K
+    marks += here * 4 * KP
+    d_rows += here * C * KP
+    d_queries += here * C * KP
+    d_columns += here * C * KP
+    of_states += here * KP
+    of_values += here * C * KP
+    d_rates += chunk.to(tl.int64) * WARPS * sums_n + head
+    d_biases += chunk.to(tl.int64) * WARPS * sums_n + head * (1 if SCALAR_GATE else K)
     rate = tl.exp(tl.load(A_log + head).to(tl.float32)) if GATE != "log" else 1.0
     lower, scores = tl.load(d_lower + here * C * C + i * C + j), tl.load(d_scores + here * C * C + i * C + j)
     if SCALAR_GATE:
-        raw, g = gate_column(gate, gate_t, rows, rate, dt_bias + head, lower_bound, GATE, HAS_BIAS)
+        raw, g = gate_column(gate, gate_t, rows, rate, dt_bias, lower_bound, GATE, HAS_BIAS)
         of_sums, of_last = tl.zeros((C,), tl.float32), 0.0
     else:
         is_token, apart, is_late = tl.where(j < rows, 1.0, 0.0), distance(), j >= C // 2
-        rates = tl.zeros((BK, C), tl.float32)
+        rates = tl.zeros((TILE, C), tl.float32)
         upto, later = matrix(matrices, UPTO), matrix(triangle, 0)
         if not MILD:
             beyond = matrix(matrices, BEYOND)
@@ -258,24 +299,25 @@ def key_gradient(
         q_scale *= q_norm
         along_q = q_norm * q_norm * tl.load(along + here * 2 * C + j)
         along_k = k_scale * k_scale * tl.load(along + here * 2 * C + C + j)
-    for first in range(0, KP, BK):
+    for first in range(0, KP, TILE):
         # Loads come first: the compiler moves none over the barriers of what follows.
-        raw_query, raw_key = raw_tile(q, q_t, rows, first, K, BK, True), raw_tile(k, k_t, rows, first, K, BK, True)
+        raw_query, raw_key = raw_tile(q, q_t, rows, first, K, TILE, True), raw_tile(k, k_t, rows, first, K, TILE, True)
+        of_tile = first * C + tl.arange(0, C * TILE)
+        d_row, d_query, d_column = tl.load(d_rows + of_tile), tl.load(d_queries + of_tile), tl.load(d_columns + of_tile)
+        of_state, is_channel = tl.load(of_states + first + rk), first + rk < K
         if not SCALAR_BETA:
-            raw_beta = raw_tile(beta, beta_t, rows, first, K, BK, True)
+            raw_beta = raw_tile(beta, beta_t, rows, first, K, TILE, True)
             if not HAS_WRITE:
-                so_far = raw_tile(d_beta + (start * HV + head) * K, HV * K, rows, first, K, BK, True)
+                so_far = tl.load(of_values + of_tile)
         if not SCALAR_GATE:
-            raw_gate = raw_tile(gate, gate_t, rows, first, K, BK, True)
-            at = marks + here * 4 * KP + first + rk
-            total, late_middle, early_middle = tl.load(at + 3 * KP), tl.load(at + 2 * KP), tl.load(at)
-            bias = 0.0
+            raw_gate = raw_tile(gate, gate_t, rows, first, K, TILE, True)
+            of_channel = marks + first + rk
+            early_middle, late_middle = tl.load(of_channel), tl.load(of_channel + 2 * KP)
+            total, bias = tl.load(of_channel + 3 * KP), 0.0
             if HAS_BIAS:
-                bias = tl.load(dt_bias + head * K + first + rk, mask=first + rk < K, other=0).to(tl.float32)[:, None]
-        at = here * C * KP + j * KP + (first + rk)[:, None]
-        raw_row, raw_of_query, raw_column = tl.load(d_rows + at), tl.load(d_queries + at), tl.load(d_columns + at)
-        of_state, is_channel = tl.load(of_states + here * KP + first + rk), first + rk < K
-        d_row, d_query, d_column = raw_row.to(tl.float32), raw_of_query.to(tl.float32), raw_column.to(tl.float32)
+                bias = tl.load(dt_bias + first + rk, mask=is_channel, other=0).to(tl.float32)[:, None]
+        d_row, d_query = _unpacked(d_row).to(tl.float32), _unpacked(d_query).to(tl.float32)
+        d_column = _unpacked(d_column).to(tl.float32)
         at, is_there = (start * HV + head) * K + j * HV * K + (first + rk)[:, None], (j < rows) & is_channel[:, None]
         if not SCALAR_BETA:
             strong = root(raw_beta.to(tl.float32), LOGITS)
@@ -288,6 +330,7 @@ def key_gradient(
             d_query, d_key, d_sums = _level(key, query, 1.0, 1.0, lower, scores, d_query, d_key, d_sums, PRECISION)
             of_sums += tl.sum(d_sums, 0)
         else:
+            raw = raw_gate.to(tl.float32) + bias
             added = gate_addends(raw_gate.to(tl.float32), bias, rate, is_token, lower_bound, GATE)
             if K != KP:
                 added = tl.where(is_channel[:, None], added, 0)
@@ -324,22 +367,20 @@ def key_gradient(
                 of_same = tl.sum(tl.where(apart == 0, scores.to(tl.float32), 0), 0)[None, :]
                 d_key += of_same * query
                 d_query += of_same * key
-            d_g = _suffix_sums(d_sums, later, EXACT, PRECISION) + last[:, None]
-            raw, d_g = raw_gate.to(tl.float32) + bias, tl.where(is_there, d_g, 0)
+            d_g = tl.where(is_there, _suffix_sums(d_sums, later, EXACT, PRECISION) + last[:, None], 0)
             of_raw, of_gate = _of_gate(raw, d_g, rate, lower_bound, GATE)
             tl.store(d_gate + at, of_raw.to(d_gate.dtype.element_ty), mask=is_there)
             if GATE != "log":
                 rates += of_gate
             if HAS_BIAS:
-                tl.store(d_biases + here * K + first + rk, tl.sum(of_raw, 1), mask=is_channel)
-        d_query, d_key = q_scale * d_query, k_scale * (strong * d_key)
+                of_warp = rw[None, :] * sums_n + (first + rk)[:, None]
+                tl.store(d_biases + of_warp, _by_warp(of_raw), mask=is_channel[:, None] & (rw >= 0)[None, :])
         if not SCALAR_BETA:
-            logits = raw_beta.to(tl.float32)
-            of_strength = raw_key.to(tl.float32) * d_key * root_gradient(logits, strong, LOGITS)
+            of_strength = root_gradient(key * d_key, raw_beta.to(tl.float32), strong, LOGITS)
             if not HAS_WRITE:
-                of_strength += so_far.to(tl.float32)
-            of_strength = of_strength.to(d_beta.dtype.element_ty)
-            tl.store(d_beta + at, of_strength, mask=is_there)
+                of_strength += _unpacked(so_far).to(tl.float32)
+            tl.store(d_beta + at, of_strength.to(d_beta.dtype.element_ty), mask=is_there)
+        d_query, d_key = q_scale * d_query, k_scale * (strong * d_key)
         if NORMALIZE:
             d_query -= raw_query.to(tl.float32) * along_q
             d_key -= raw_key.to(tl.float32) * along_k
@@ -349,10 +390,10 @@ def key_gradient(
         d_g = tl.sum(of_sums, 0) - tl.cumsum(of_sums, 0) + of_sums + of_last
         of_raw, of_gate = _of_gate(raw, tl.where(r < rows, d_g, 0), rate, lower_bound, GATE)
         tl.store(d_gate + (start + r) * HV + head, of_raw.to(d_gate.dtype.element_ty), mask=r < rows)
-        of_rate = tl.sum(of_gate, 0)
+        # Warps share these sums, which go to the first one's row.
         if HAS_BIAS:
-            tl.store(d_biases + here, tl.sum(of_raw, 0))
-    else:
-        of_rate = tl.sum(tl.sum(rates, 1), 0)
-    if GATE != "log":
-        tl.store(d_rates + here, of_rate)
+            tl.store(d_biases + rw * sums_n, tl.where(rw == 0, tl.sum(of_raw, 0), 0))
+        if GATE != "log":
+            tl.store(d_rates + rw * sums_n, tl.where(rw == 0, tl.sum(of_gate, 0), 0))
+    elif GATE != "log":
+        tl.store(d_rates + rw * sums_n, tl.sum(_by_warp(rates), 0))

@@ -92,6 +92,7 @@ def inside(
     HAS_BIAS: tl.constexpr, SCALAR_BETA: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr,
     VARLEN: tl.constexpr, RANGE: tl.constexpr, PRECISION: tl.constexpr, INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
+    """The forward pass keeps P and T; for the backward pass, norms and `marks` are written instead of them."""
     chunk, head = tl.program_id(0) // HV, (tl.program_id(0) % HV).to(tl.int64)
     start, rows = place(places, chunk, T, VARLEN)
     if rows <= 0:
@@ -116,7 +117,7 @@ def inside(
             return
     if not SCALAR_GATE:
         upto, beyond = matrix(matrices, UPTO), matrix(matrices, BEYOND)
-        if MILD:
+        if MILD and not BACKWARD:
             middle, joined = matrix(matrices, MIDDLE), matrix(matrices, JOINED)
     q_scale, k_scale = tl.full((C,), 1.0, tl.float32) * scale, tl.full((C,), 1.0, tl.float32)
     if NORMALIZE:
@@ -137,7 +138,7 @@ def inside(
         whole = tl.exp2(tl.zeros((BK,), tl.float32) + tl.sum(g, 0))
     else:
         is_token = tl.where(r < rows, 1.0, 0.0)[:, None]
-        if MILD:
+        if MILD and not BACKWARD:
             early_half = tl.where(r < C // 2, 1.0, 0.0)[:, None]
             late_half = 1 - early_half
     for first in range(0, KP, BK):
@@ -162,13 +163,16 @@ def inside(
         tl.store(k_out + at, (key * to_end).to(DTYPE))
         if SCALAR_GATE:
             query = raw_query.to(tl.float32) * q_scale[:, None]
-            keys = key.to(DTYPE)
-            columns = tl.trans(keys)
-            of_keys = tl.dot(keys, columns, of_keys, input_precision=PRECISION)
-            of_queries = tl.dot(query.to(DTYPE), columns, of_queries, input_precision=PRECISION)
+            if not BACKWARD:
+                keys = key.to(DTYPE)
+                columns = tl.trans(keys)
+                of_keys = tl.dot(keys, columns, of_keys, input_precision=PRECISION)
+                of_queries = tl.dot(query.to(DTYPE), columns, of_queries, input_precision=PRECISION)
             tl.store(decay + here * KP + first + rk, whole)
         else:
-            if MILD:
+            if BACKWARD:
+                query = raw_query.to(tl.float32) * q_scale[:, None]
+            elif MILD:
                 exponent = exponents(middle, added, EXACT)
                 of_column, late = key * tl.exp2(-exponent), tl.exp2(exponent)
                 query = raw_query.to(tl.float32) * q_scale[:, None]
@@ -194,10 +198,11 @@ def inside(
             tl.store(decay + of_last, from_begin, mask=(r == C - 1)[:, None] & (rk >= 0)[None, :])
         tl.store(q_in + at, (query * from_begin).to(DTYPE))
         tl.store(k_in + at, (key * from_begin).to(DTYPE))
-    i, j = r[:, None], r[None, :]
-    if SCALAR_GATE:
-        of_pairs = tl.exp2(sums_between(g))
-        of_keys, of_queries = of_keys * of_pairs, of_queries * of_pairs
-    square = here * C * C + i * C + j
-    tl.store(scores + square, tl.where(i >= j, of_queries, 0).to(DTYPE))
-    tl.store(inverses + square, _inverse(tl.where(i > j, of_keys, 0), INVERSE).to(DTYPE))
+    if not BACKWARD:
+        i, j = r[:, None], r[None, :]
+        if SCALAR_GATE:
+            of_pairs = tl.exp2(sums_between(g))
+            of_keys, of_queries = of_keys * of_pairs, of_queries * of_pairs
+        square = here * C * C + i * C + j
+        tl.store(scores + square, tl.where(i >= j, of_queries, 0).to(DTYPE))
+        tl.store(inverses + square, _inverse(tl.where(i > j, of_keys, 0), INVERSE).to(DTYPE))

@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels of `effpass::gated_delta_rule`: two launches forward, five backward.
 
     forward:    inside (all chunks)  →  state_forward (the chunks of a sequence, one after another)
-    backward:   inside  →  state_forward, keeping states  →  state_backward (in reverse)
+    backward:   inside, without pairs of tokens  →  state_forward, keeping states  →  state_backward (in reverse)
                 →  value_gradient (all chunks)  →  key_gradient (all chunks)
 
 The equations are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. `inside`
@@ -14,11 +14,12 @@ vectors without a bound, `inside` and `key_gradient` are launched twice: for chu
 Few long sequences with few heads leave most of a device idle in the sequential part. They are divided into segments,
 for which a map of the states and their join are launched in addition, in each direction.
 
-Inputs and output are kept between forward and backward pass. For K = V = 128, intermediate results take 8 bytes per
-token, value head and channel in the forward pass, and 20 in the backward pass; segments add at most 16 K² bytes for
-each multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32, and
-the kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the number of
-sequences and heads.
+Inputs and output are kept between forward and backward pass, and P and T, which take 256 bytes per token and value
+head in bfloat16. For K = V = 128, intermediate results take 6 bytes per token, value head and channel in the forward
+pass, and 20 in the backward pass, or 22 if one β of each channel erases and writes; segments add at most 16 K² bytes
+for each multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32,
+and the kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the
+number of sequences and heads.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ import torch
 import triton
 from torch import Tensor
 
-from effpass.lowering.kernels.gated_delta_gradient import key_gradient, value_gradient
+from effpass.lowering.kernels.gated_delta_gradient import WARPS, key_gradient, value_gradient
 from effpass.lowering.kernels.gated_delta_inputs import LOWEST, lower_triangle, table
 from effpass.lowering.kernels.gated_delta_inside import inside
 from effpass.lowering.kernels.gated_delta_state import join, state_backward, state_forward
 from effpass.lowering.kernels.launch import multiprocessors
 from effpass.lowering.ops.gated_delta_rule_inputs import Inputs, Settings
 
-__all__ = ["backward", "forward", "supported"]
+__all__ = ["backward", "forward", "shape_of_pairs", "supported"]
 
 CHUNK = 64  # tokens per chunk
 _LARGEST = 256  # maximum number of channels of keys and of values
@@ -58,13 +59,23 @@ _PROBE_FROM = 32  # chunks per segment from which on a probe is worth its time
 _JOIN_COLUMNS = 16  # state columns per program of `join`, for four warps
 _JOIN_BLOCK = 64  # key channels that `join` reads at a time
 _VALUE_TILE = 64  # channels per tile of `value_gradient`, for four warps
-_KEY_TILE = 16  # key channels per tile of `key_gradient`, for four warps
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supported(inputs: Inputs) -> bool:
     """Return whether the kernels support the dtype and the head sizes of a call."""
     return inputs.q.dtype in _DTYPES and inputs.q.shape[3] <= _LARGEST and inputs.v.shape[3] <= _LARGEST
+
+
+def shape_of_pairs(inputs: Inputs, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
+    """Return the shape of P and T of all chunks."""
+    return _chunks(inputs, cu_seqlens), inputs.v.shape[2], CHUNK, CHUNK
+
+
+def _chunks(inputs: Inputs, cu_seqlens: Tensor | None) -> int:
+    """Return the number of chunks; of packed sequences the maximum, so that the host need not wait for the device."""
+    batch, tokens = inputs.q.shape[:2]
+    return batch * -(-tokens // CHUNK) if cu_seqlens is None else tokens // CHUNK + cu_seqlens.shape[0] - 1
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -82,7 +93,7 @@ class _Call:
     Attributes:
         inputs: tensors of the call, with strides that the kernels support.
         settings: constants of the call.
-        chunks: number of chunks n, including empty ones.
+        chunks: number of chunks n, including empty ones, which packed sequences may have.
         sequences: number of sequences N.
         places: int32 [n, 2], first token and number of tokens of each chunk; None if sequences are not packed.
         first: int32 [N], first chunk of each sequence; None if sequences are not packed.
@@ -101,11 +112,9 @@ class _Call:
     def of(cls, inputs: Inputs, settings: Settings, cu_seqlens: Tensor | None, sequences: int) -> _Call:
         rows = [_rows(x) for x in inputs[:6]]
         inputs = Inputs(*rows, _whole(inputs.A_log), _whole(inputs.dt_bias))  # type: ignore[arg-type, call-arg]
-        tokens = inputs.q.shape[1]
+        chunks = _chunks(inputs, cu_seqlens)
         if cu_seqlens is None:
-            return cls(inputs, settings, sequences * -(-tokens // CHUNK), sequences, None, None, None)
-        # The maximum number of chunks, so that the host need not wait for the device; surplus chunks have no tokens.
-        chunks = tokens // CHUNK + sequences
+            return cls(inputs, settings, chunks, sequences, None, None, None)
         lengths = cu_seqlens.diff()
         ends = ((lengths + CHUNK - 1) // CHUNK).cumsum(0)
         number = torch.arange(chunks, device=cu_seqlens.device)
@@ -197,8 +206,8 @@ class _Inside(NamedTuple):
         q_in: [n, HV, C, KP], Q̃.
         k_in: [n, HV, C, KP], B̃.
         k_out: [n, HV, C, KP], Ã.
-        scores: [n, HV, C, C], P.
-        inverses: [n, HV, C, C], T = (I + L)⁻¹.
+        scores: [n, HV, C, C], P; not in the backward pass, which is given it.
+        inverses: [n, HV, C, C], T = (I + L)⁻¹; likewise.
         decay: float32 [n, HV, KP], decay of the state over the chunk.
         strengths: float32 [n, HV, C], √β if β is one number per head; otherwise unused.
         norms: float32 [n, HV, 2, C], 1 / ‖q‖ and 1 / ‖k‖; only in the backward pass, if they are normalized.
@@ -217,18 +226,17 @@ class _Inside(NamedTuple):
     marks: Tensor
 
 
-def _inside(call: _Call, steep: Tensor, backward: bool) -> _Inside:
+def _inside(call: _Call, steep: Tensor, pairs: tuple[Tensor, Tensor], backward: bool) -> _Inside:
     """Launch `inside`. `steep` int8 [n, HV] is written if both mild and steep chunks may occur."""
     q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
     heads, _, _, keys, _ = call.sizes
     lead = (call.chunks, heads)
     q_in, k_in, k_out = (q.new_empty(*lead, CHUNK, keys) for _ in range(3))
-    scores, inverses = (q.new_empty(*lead, CHUNK, CHUNK) for _ in range(2))
     decay = q.new_empty(*lead, keys, dtype=torch.float32)
     strengths = q.new_empty(*lead, CHUNK, dtype=torch.float32) if beta.dim() == 3 else decay
     norms = q.new_empty(*lead, 2, CHUNK, dtype=torch.float32) if backward and call.settings.normalize else decay
     marks = q.new_empty(*lead, 4, keys, dtype=torch.float32) if backward and gate.dim() == 4 else decay
-    found = _Inside(q_in, k_in, k_out, scores, inverses, decay, strengths, norms, marks)
+    found = _Inside(q_in, k_in, k_out, *pairs, decay, strengths, norms, marks)
     precision = _precision(q.dtype)
     if q.dtype != torch.float32 and call.settings.normalize:
         precision = "float16"
@@ -331,6 +339,7 @@ def _state_forward(
             *(kept or (output, output)), maps.maps, maps.at_start if at_start else maps.at_end,
             *_places(call, found.decay), *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3,
             LOGITS=call.settings.beta_logits, HAS_INITIAL=state is not None, MODE=mode, AT_START=at_start,
+            AHEAD=keys <= 128,  # larger states leave no registers for it
             **(flags | changed),
         )  # fmt: skip
 
@@ -366,9 +375,14 @@ def _state_backward(
 
 
 def forward(
-    inputs: Inputs, settings: Settings, state: Tensor | None, cu_seqlens: Tensor | None, sequences: int
+    inputs: Inputs,
+    settings: Settings,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sequences: int,
+    pairs: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, T, HV, V] and the final state, float32 [N, HV, K, V].
+    """Return the output [B, T, HV, V] and the final state, float32 [N, HV, K, V]; P and T are written to `pairs`.
 
     Arguments must have been checked; only `cu_seqlens` is checked here, by an assertion on the device.
     """
@@ -379,7 +393,7 @@ def forward(
     heads, key_size, value_size, _, _ = call.sizes
     output = inputs.v.new_empty(inputs.v.shape)
     final = output.new_empty(sequences, heads, key_size, value_size, dtype=torch.float32)
-    _state_forward(call, _inside(call, call.steep(), backward=False), state, output, final, None, _Maps.of(call))
+    _state_forward(call, _inside(call, call.steep(), pairs, backward=False), state, output, final, None, _Maps.of(call))
     return output, final
 
 
@@ -390,6 +404,7 @@ def backward(
     cu_seqlens: Tensor | None,
     sequences: int,
     output: Tensor,
+    pairs: tuple[Tensor, Tensor],
     d_output: Tensor,
     d_final: Tensor | None,
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
@@ -404,7 +419,7 @@ def backward(
     assert out is not None
     assert given is not None
     steep = call.steep()
-    found = _inside(call, steep, backward=True)
+    found = _inside(call, steep, pairs, backward=True)
     befores, d_afters = (q.new_empty(call.chunks, heads, values, keys) for _ in range(2))
     changes, d_values = (q.new_empty(call.chunks, heads, CHUNK, values) for _ in range(2))
     initial = torch.empty(sequences, heads, key_size, value_size, dtype=torch.float32, device=q.device)
@@ -414,15 +429,17 @@ def backward(
     chunks, tokens = call.chunks, q.shape[1]
     # What has been read for the last time is written over.
     d_rows, d_queries, d_columns, of_states = found.q_in, found.k_in, found.k_out, found.decay
-    d_lower, d_scores, along = found.inverses, found.scores, torch.empty_like(found.norms)
+    d_lower, d_scores, along = (torch.empty_like(x) for x in (*pairs, found.norms))
     d_v, d_beta = v.new_empty(v.shape), beta.new_empty(beta.shape)
     d_write = None if write_beta is None else write_beta.new_empty(write_beta.shape)
+    is_shared = write_beta is None and beta.dim() == 4
+    of_values = torch.empty_like(d_rows, dtype=beta.dtype) if is_shared else d_beta
     block = _VALUE_TILE if q.dtype != torch.float32 else _VALUE_TILE // 2
     flags = call.flags() | {"HAS_WRITE": write_beta is not None}
     optional = [q if x is None else x for x in (write_beta, A_log, dt_bias)]
     value_gradient[(chunks * heads,)](
         v, gate, beta, *optional, call.tables()[0], changes, d_values, befores, d_afters, given, out, d_v, d_beta,
-        d_beta if d_write is None else d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states,
+        of_values if d_write is None else d_write, d_lower, d_scores, along, d_rows, d_queries, d_columns, of_states,
         tokens, heads, *_strides(v, gate, beta, write_beta, given, out), call.constants()[1],
         **{name: x for name, x in flags.items() if name not in ("GROUP", "K")},
         V=value_size, VP=values, BV=min(values, block), BK=min(keys, block), num_warps=4, num_stages=1,
@@ -430,20 +447,21 @@ def backward(
     del changes, d_values, befores, d_afters, maps  # free intermediate results before further gradients are allocated
     d_q, d_k = (q.new_empty(*v.shape[:3], key_size) for _ in range(2))
     d_gate = gate.new_empty(gate.shape)
-    # Chunks without tokens write nothing, but their entries are part of the sums over chunks.
+    # Chunks without tokens write nothing, but their rows are part of the sum over chunks.
     blank = torch.zeros if call.places is not None else torch.empty
-    of_chunks: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    d_rates = blank(chunks if A_log is not None else 0, heads, **of_chunks)
-    d_biases = blank(chunks if dt_bias is not None else 0, math.prod(gate.shape[2:]), **of_chunks)
+    widths = 0 if A_log is None else heads, 0 if dt_bias is None else math.prod(gate.shape[2:])
+    of_warps = blank(chunks * WARPS.value, sum(widths), dtype=torch.float32, device=q.device)
+    d_rates, d_biases = of_warps.split(widths, 1)
     for chosen in call.ranges:
         key_gradient[(chunks * heads,)](
             q, k, gate, beta, *optional[1:], *call.tables(), lower_triangle(q.device), steep, found.marks, found.norms,
-            along, d_lower, d_scores, d_rows, d_queries, d_columns, of_states, d_q, d_k, d_gate, d_beta, d_rates,
-            d_biases, tokens, heads, *_strides(q, k, gate, beta), *call.constants(), **flags, RANGE=chosen,
-            BK=min(keys, _KEY_TILE), num_warps=4, num_stages=1,
+            along, d_lower, d_scores, d_rows, d_queries, d_columns, of_states, of_values, d_q, d_k, d_gate, d_beta,
+            d_rates, d_biases, of_warps.stride(0), tokens, heads, *_strides(q, k, gate, beta), *call.constants(),
+            **flags, RANGE=chosen, num_warps=WARPS.value, num_stages=1,
         )  # fmt: skip
-    d_A_log = None if A_log is None else d_rates.sum(0).to(A_log.dtype)
-    d_bias = None if dt_bias is None else d_biases.sum(0).view(gate.shape[2:]).to(dt_bias.dtype)
+    of_rates, of_biases = of_warps.sum(0).split(widths)
+    d_A_log = None if A_log is None else of_rates.to(A_log.dtype, copy=True)
+    d_bias = None if dt_bias is None else of_biases.view(gate.shape[2:]).to(dt_bias.dtype, copy=True)
     if heads != q.shape[2]:
         d_q, d_k = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (d_q, d_k))
     return (d_q, d_k, d_v, d_gate, d_beta, d_write, d_A_log, d_bias), initial

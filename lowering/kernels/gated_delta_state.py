@@ -59,12 +59,20 @@ def _has_faded(faded, lane, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def _raw_values(v, beta, t, v_t, beta_t, is_value, tokens, SCALAR_BETA: tl.constexpr):
+    """Values of tokens t, and what their write strengths are made of, unless that is one number per head."""
+    is_there = is_value & (t < tokens)
+    raw = tl.load(v + t.to(tl.int64) * v_t, mask=is_there, other=0)
+    return raw, raw if SCALAR_BETA else tl.load(beta + t.to(tl.int64) * beta_t, mask=is_there, other=0)
+
+
+@triton.jit
 def state_forward(
     q_in, k_in, k_out, scores, inverses, decay, strengths, v, beta, initial, output, final, befores, changes, maps,
     faded, first_chunks, cu_seqlens, T, SEGMENTS, HV, v_t, v_h, beta_t, beta_h, K: tl.constexpr, V: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr, SCALAR_BETA: tl.constexpr, LOGITS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, PROBED: tl.constexpr, AT_START: tl.constexpr, VARLEN: tl.constexpr, MODE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Output and last state; in mode "keep" the transposed state before each chunk and U; in mode "map" Nᵀ above Mᵀ.
 
@@ -107,27 +115,24 @@ def state_forward(
     v += start * v_t + head * v_h + rv[:, None]
     beta += start * beta_t + head * beta_h + rv[:, None]
     output += (start * HV + head) * V + rv[:, None]
-    # Values are loaded one chunk ahead: the compiler does so only for what a product takes as it is loaded.
-    t, is_value = r[None, :] + begin * C, (rv < V)[:, None]
-    if MODE == "probe":
-        is_value = (rv < 0)[:, None]
-    raw = tl.load(v + t.to(tl.int64) * v_t, mask=is_value & (t < tokens), other=0)
-    if not SCALAR_BETA:
-        logits = tl.load(beta + t.to(tl.int64) * beta_t, mask=is_value & (t < tokens), other=0)
+    # With AHEAD values are loaded one chunk ahead; the compiler does so only for what a product takes as it is loaded.
+    is_value = (rv < (0 if MODE == "probe" else V))[:, None]
+    raw, logits = _raw_values(v, beta, r[None, :] + begin * C, v_t, beta_t, is_value, tokens, SCALAR_BETA)
     for place in tl.range(begin, chunks, num_stages=STAGES):
         here = (chunk + place).to(tl.int64) * HV + head
         t = place * C + r[None, :]
-        ahead = t + C
         before = state.to(DTYPE)
         if MODE == "keep":
             tl.store(befores + here * KP * VP + rv[:, None] * KP + rk, before)
+        if not AHEAD:
+            raw, logits = _raw_values(v, beta, t, v_t, beta_t, is_value, tokens, SCALAR_BETA)
         value = raw.to(tl.float32)
-        raw = tl.load(v + ahead.to(tl.int64) * v_t, mask=is_value & (ahead < tokens), other=0)
         if SCALAR_BETA:
             value *= tl.load(strengths + here * C + r)[None, :]
         else:
             value *= root(logits.to(tl.float32), LOGITS)
-            logits = tl.load(beta + ahead.to(tl.int64) * beta_t, mask=is_value & (ahead < tokens), other=0)
+        if AHEAD:
+            raw, logits = _raw_values(v, beta, t + C, v_t, beta_t, is_value, tokens, SCALAR_BETA)
         entering, leaving = tl.load(k_in + here * C * KP + by_key), tl.load(k_out + here * C * KP + by_key)
         inverse = tl.load(inverses + here * C * C + square)
         rest = (value - tl.dot(before, tl.trans(entering), input_precision=PRECISION)).to(DTYPE)

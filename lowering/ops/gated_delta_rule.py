@@ -13,8 +13,9 @@ cases are:
 
 :func:`reference` defines the operator token by token. On the CPU it is computed in chunks
 (:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), on a GPU by the kernels of
-:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves its inputs and its output, and the backward
-pass recomputes the rest. g, √β and the state are float32 (float64 for float64 inputs).
+:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves its inputs and its output, and of kernels what
+the pairs of a chunk's tokens give; the backward pass recomputes the rest. g, √β and the state are float32 (float64 for
+float64 inputs).
 
 Shapes: B batch, T tokens, N sequences (B, or those of `cu_seqlens`), H query and key heads, HV value heads, K key size,
 V value size.
@@ -110,10 +111,11 @@ def gated_delta_rule(
             out of range or `cu_seqlens` does not rise monotonically from 0 to T. On a GPU such a `cu_seqlens` fails a
             device assertion.
     """
-    return torch.ops.effpass.gated_delta_rule(
+    output, final_state, _, _ = torch.ops.effpass.gated_delta_rule(
         q, k, v, gate, beta, write_beta, A_log, dt_bias, initial_state, cu_seqlens, lower_bound,
         q.shape[-1] ** -0.5 if scale is None else scale, normalize, beta_logits,
     )  # fmt: skip
+    return output, final_state
 
 
 def reference(
@@ -190,33 +192,46 @@ def _state(inputs: Inputs, given: Tensor | None, sequences: int) -> Tensor:
     return inputs.v.new_zeros(sequences, inputs.v.shape[2], inputs.q.shape[3], inputs.v.shape[3], dtype=wide)
 
 
-def _gated_delta_rule(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _kernels(inputs: Inputs) -> Any:
+    """The module of the kernels, or None if they don't serve these inputs."""
+    kernels = triton_kernels("gated_delta_rule") if inputs.q.is_cuda else None
+    return kernels if kernels and kernels.supported(inputs) else None
+
+
+def _pairs(inputs: Inputs, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """P and T of all chunks, which kernels write, uninitialized; without kernels they have no elements."""
+    kernels = _kernels(inputs)
+    shape = kernels.shape_of_pairs(inputs, cu_seqlens) if kernels else (0,)
+    return inputs.q.new_empty(shape), inputs.q.new_empty(shape)
+
+
+def _gated_delta_rule(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns output, final state, and P and T for the backward pass."""
     inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
+    pairs = _pairs(inputs, cu_seqlens)
     if sequences == 0:
-        return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, 0)
-    if inputs.q.is_cuda:
-        kernels = triton_kernels("gated_delta_rule")
-        if kernels and kernels.supported(inputs):
-            return kernels.forward(inputs, settings, state, cu_seqlens, sequences)
+        return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, 0), *pairs
+    if kernels := _kernels(inputs):
+        return *kernels.forward(inputs, settings, state, cu_seqlens, sequences, pairs), *pairs
     chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)
     if not inputs.q.is_cuda:
         check_values("gated_delta_rule", inputs, settings)
     output, final = chunk_forward(prepared(inputs, settings), chunks, _state(inputs, state, sequences))
-    return output.to(inputs.v.dtype), final
+    return output.to(inputs.v.dtype), final, *pairs
 
 
 _op = torch.library.custom_op(
     "effpass::gated_delta_rule",
     _gated_delta_rule,
     mutates_args=(),
-    schema=f"({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
+    schema=f"({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, _, _, _, sequences = _arguments(arguments)
-    return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, sequences)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, _, _, cu_seqlens, sequences = _arguments(arguments)
+    return inputs.v.new_empty(inputs.v.shape), _state(inputs, None, sequences), *_pairs(inputs, cu_seqlens)
 
 
 @register_flop_formula(torch.ops.effpass.gated_delta_rule)
@@ -233,18 +248,24 @@ def _flops(q: Any, v: Any) -> Any:
 
 
 def _gated_delta_rule_backward(
-    output: Tensor, d_output: Tensor | None, d_state: Tensor | None, *arguments: Any
+    output: Tensor,
+    scores: Tensor,
+    inverses: Tensor,
+    d_output: Tensor | None,
+    d_state: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, settings, state, cu_seqlens, sequences = _arguments(arguments)
     initial = _state(inputs, state, sequences)
     if d_output is None:
         d_output = torch.zeros_like(inputs.v)
-    kernels = triton_kernels("gated_delta_rule") if inputs.q.is_cuda else None
     found: Any
     if sequences == 0:
         found, d_initial = [None if x is None else x.new_zeros(x.shape) for x in inputs], torch.zeros_like(initial)
-    elif kernels and kernels.supported(inputs):
-        found, d_initial = kernels.backward(inputs, settings, state, cu_seqlens, sequences, output, d_output, d_state)
+    elif kernels := _kernels(inputs):
+        found, d_initial = kernels.backward(
+            inputs, settings, state, cu_seqlens, sequences, output, (scores, inverses), d_output, d_state
+        )
     else:
         chunks = Chunks.of(_ends(inputs, cu_seqlens)).to(inputs.q.device)
         ready = prepared(inputs, settings)
@@ -259,36 +280,37 @@ _op_backward = torch.library.custom_op(
     "effpass::gated_delta_rule_backward",
     _gated_delta_rule_backward,
     mutates_args=(),
-    schema=f"(Tensor output, Tensor? d_output, Tensor? d_state, {_TENSORS}, {_CONSTANTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor output, Tensor scores, Tensor inverses, Tensor? d_output, Tensor? d_state, {_TENSORS}, "
+    f"{_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_op_backward.register_fake
-def _(output: Any, d_output: Any, d_state: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, _, _, sequences = _arguments(arguments)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _, _, _, sequences = _arguments(arguments[5:])
     initial = _state(inputs, None, sequences)
     return (*(initial.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs), initial)
 
 
 @register_flop_formula(torch.ops.effpass.gated_delta_rule_backward)
-def _(
-    output: Any, d_output: Any, d_state: Any, q: Any, k: Any, v: Any, *args: Any, out_val: Any = None, **kwargs: Any
-) -> Any:
+def _(*arguments: Any, out_val: Any = None, **kwargs: Any) -> Any:
+    q, _, v = arguments[5:8]
     return 3 * _flops(q, v)  # recomputed states, and two products for each product of the forward pass
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(output[0], *inputs[:10])
+    attended, _, scores, inverses = output
+    ctx.save_for_backward(attended, scores, inverses, *inputs[:10])
+    ctx.mark_non_differentiable(scores, inverses)
     ctx.constants = inputs[10:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_output: Tensor | None, d_state: Tensor | None) -> Any:
+def _backward(ctx: Any, d_output: Tensor | None, d_state: Tensor | None, *of_pairs: None) -> Any:
     if d_output is None and d_state is None:
         return (None,) * 14
-    output, *saved = ctx.saved_tensors
-    found = torch.ops.effpass.gated_delta_rule_backward(output, d_output, d_state, *saved, *ctx.constants)
+    saved = ctx.saved_tensors
+    found = torch.ops.effpass.gated_delta_rule_backward(*saved[:3], d_output, d_state, *saved[3:], *ctx.constants)
     asked = ctx.needs_input_grad
     of_tensors = [x if asked[place] else None for place, x in enumerate(found)]
     return (*of_tensors, None, None, None, None, None)

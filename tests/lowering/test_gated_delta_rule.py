@@ -198,8 +198,9 @@ def test_opcheck(case):
     leaves = [x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
     torch.library.opcheck(torch.ops.effpass.gated_delta_rule, tuple(leaves))
     detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
-    output, gradient = torch.randn(2, *given[2].shape)
-    torch.library.opcheck(torch.ops.effpass.gated_delta_rule_backward, (output, gradient, None, *detached))
+    (output, gradient), (scores, inverses) = torch.randn(2, *given[2].shape), torch.empty(2, 0)
+    made = (output, scores, inverses, gradient, None)
+    torch.library.opcheck(torch.ops.effpass.gated_delta_rule_backward, (*made, *detached))
     if case.ends is None:
         torch.library.opcheck(torch.ops.effpass.gated_delta_rule_step, (*detached[:9], *case.settings))
 
