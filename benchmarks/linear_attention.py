@@ -50,6 +50,7 @@ class _Figures(NamedTuple):
     first: float  # of the first call: compilation and tuning
     peak: float  # bytes beyond the inputs
     captured: float | None
+    kept: float = math.nan  # bytes beyond inputs and output that a forward pass holds for the backward pass
 
 
 def _figures(run: Callable[[], object], device: str) -> _Figures:
@@ -76,6 +77,13 @@ def _figures(run: Callable[[], object], device: str) -> _Figures:
     return _Figures(seconds, first, peak, captured)
 
 
+def _kept(call: Call, raw: Raw) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    output = call(raw)
+    return torch.cuda.memory_allocated() - before - output.nbytes
+
+
 def _running(what: str, call: Call, raw: Raw, mode: str, d_output: Tensor) -> Callable[[], object]:
     if what == "forward":
         return lambda: call(raw)
@@ -93,10 +101,14 @@ def _case(what: str, shape: tuple[int, int, int, int], gates: Gates, device: str
     for mode in MODES:
         with torch.inference_mode(what == "forward"):
             found[mode] = _figures(_running(what, ours(mode), raw, mode, d_output), device)
+        if what == "training" and device == "cuda":
+            found[mode] = found[mode]._replace(kept=_kept(ours(mode), raw))
     had_peer = False
     for name, call, mode in peers(what) if device == "cuda" else ():
         try:
             peer = _figures(_running(what, call, raw, mode or "fg2+", d_output), device)
+            if what == "training":
+                peer = peer._replace(kept=_kept(call, raw))
             if mode is not None:
                 same = ours(mode)(raw).detach()
                 difference = float((call(raw).detach() - same).float().norm() / same.float().norm())
@@ -130,6 +142,9 @@ def _compared(
         if peer is not None:
             yield row(AREA, f"{mode} {label}", f"{what}, peak memory beyond inputs", own.peak / 2**20, "MiB",
                       peer=peer.peak / 2**20, **common)  # fmt: skip
+            if what == "training":
+                yield row(AREA, f"{mode} {label}", f"{what}, memory kept beyond inputs and output", own.kept / 2**20,
+                          "MiB", peer=peer.kept / 2**20, **common)  # fmt: skip
 
 
 def decode(device: str, smoke: bool) -> Iterator[Row]:
@@ -253,8 +268,7 @@ def cold(device: str, smoke: bool) -> Iterator[Row]:
 # -- sizes that the kernels could have --------------------------------------------------------------------------------
 
 _SIZES: tuple[dict[str, int], ...] = (
-    {}, {"_BLOCK": 64}, {"_STAGES": 1}, {"_STAGES": 3}, {"_COLUMNS": 32}, {"_WIDE": 1024}, {"_KEY_TILE": 32},
-    {"_VALUE_TILE": 32},
+    {}, {"_BLOCK": 64}, {"_STAGES": 1}, {"_STAGES": 3}, {"_COLUMNS": 32}, {"_WIDE": 1024}, {"_VALUE_TILE": 32},
 )  # fmt: skip
 
 
