@@ -59,11 +59,9 @@ def _has_faded(faded, lane, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _raw_values(v, beta, t, v_t, beta_t, is_value, tokens, SCALAR_BETA: tl.constexpr):
-    """Values of tokens t, and what their write strengths are made of, unless that is one number per head."""
-    is_there = is_value & (t < tokens)
-    raw = tl.load(v + t.to(tl.int64) * v_t, mask=is_there, other=0)
-    return raw, raw if SCALAR_BETA else tl.load(beta + t.to(tl.int64) * beta_t, mask=is_there, other=0)
+def _of_tokens(pointer, t, stride, is_value, tokens):
+    """Channels of tokens t; zeros after the last token."""
+    return tl.load(pointer + t.to(tl.int64) * stride, mask=is_value & (t < tokens), other=0)
 
 
 @triton.jit
@@ -117,7 +115,10 @@ def state_forward(
     output += (start * HV + head) * V + rv[:, None]
     # With AHEAD values are loaded one chunk ahead; the compiler does so only for what a product takes as it is loaded.
     is_value = (rv < (0 if MODE == "probe" else V))[:, None]
-    raw, logits = _raw_values(v, beta, r[None, :] + begin * C, v_t, beta_t, is_value, tokens, SCALAR_BETA)
+    t = r[None, :] + begin * C
+    raw = _of_tokens(v, t, v_t, is_value, tokens)
+    if not SCALAR_BETA:
+        logits = _of_tokens(beta, t, beta_t, is_value, tokens)
     for place in tl.range(begin, chunks, num_stages=STAGES):
         here = (chunk + place).to(tl.int64) * HV + head
         t = place * C + r[None, :]
@@ -125,14 +126,18 @@ def state_forward(
         if MODE == "keep":
             tl.store(befores + here * KP * VP + rv[:, None] * KP + rk, before)
         if not AHEAD:
-            raw, logits = _raw_values(v, beta, t, v_t, beta_t, is_value, tokens, SCALAR_BETA)
+            raw = _of_tokens(v, t, v_t, is_value, tokens)
         value = raw.to(tl.float32)
+        if AHEAD:
+            raw = _of_tokens(v, t + C, v_t, is_value, tokens)
         if SCALAR_BETA:
             value *= tl.load(strengths + here * C + r)[None, :]
         else:
+            if not AHEAD:
+                logits = _of_tokens(beta, t, beta_t, is_value, tokens)
             value *= root(logits.to(tl.float32), LOGITS)
-        if AHEAD:
-            raw, logits = _raw_values(v, beta, t + C, v_t, beta_t, is_value, tokens, SCALAR_BETA)
+            if AHEAD:
+                logits = _of_tokens(beta, t + C, beta_t, is_value, tokens)
         entering, leaving = tl.load(k_in + here * C * KP + by_key), tl.load(k_out + here * C * KP + by_key)
         inverse = tl.load(inverses + here * C * C + square)
         rest = (value - tl.dot(before, tl.trans(entering), input_precision=PRECISION)).to(DTYPE)
