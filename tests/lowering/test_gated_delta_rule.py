@@ -197,6 +197,8 @@ def test_opcheck(case):
     given, arguments = _arguments(case)
     leaves = [x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
     torch.library.opcheck(torch.ops.effpass.gated_delta_rule, tuple(leaves))
+    results = torch.ops.effpass.gated_delta_rule(*leaves)
+    assert [x.requires_grad for x in results] == [True, True, False, False]
     detached = [x.detach() if torch.is_tensor(x) else x for x in arguments]
     (output, gradient), (scores, inverses) = torch.randn(2, *given[2].shape), torch.empty(2, 0)
     made = (output, scores, inverses, gradient, None)
