@@ -113,6 +113,10 @@ SMALL = {
     ),
     "gdn, weak decay between -60 and -60": Case("gdn", "log", 100, 1, 1, 2, 5, 7, has_bias=False),
     "fg2, one token": Case("fg2", tokens=1),
+    "fg2, packed, an empty sequence, padded": Case(
+        "fg2", "bounded", 70, key_size=20, value_size=20, ends=(0, 3, 3, 70)
+    ),
+    "fg2+, bounded, states that fill the registers": Case("fg2+", "bounded", 70, key_size=130, value_size=20),
     "gdn, resets": Case("gdn", "reset"),
     "kda, resets": Case("kda", "reset"),
 }

@@ -4,8 +4,8 @@
 and the products with the state S₀ before the chunk and with the gradient dS of the state after it. `key_gradient`
 recomputes q̂, κ, g and the decays, in blocks of key channels, for the gradients of q, k, gate and β. One program of each
 handles one chunk of a value head. Names are those of :mod:`effpass.lowering.ops.gated_delta_rule_chunks`. Operands of
-products are rounded to the dtype of q; products and sums accumulate in float32. Gradients of A_log and dt_bias are
-written per chunk, and the launcher adds them up.
+products are rounded to the dtype of q; products and sums accumulate in float32. Of the gradients of A_log and dt_bias,
+each warp writes the part of its tokens, and the launcher adds them up.
 
 The gradients of norms, and that of one β per head, need sums over all key channels, which need no key channel: o is
 linear in q̂, so that q̂·dq̂ = o·dO; and from (I + L) U = ζ − B̃ S₀ and dζ = dU − Lᵀ dζ follows κ·dκ = 2 U·dζ − ζ·dζ.
@@ -40,8 +40,9 @@ from effpass.lowering.kernels.gated_delta_inputs import (
 
 __all__ = ["WARPS", "key_gradient", "value_gradient"]
 
-TILE = tl.constexpr(16)  # key channels per tile of `key_gradient`
-WARPS = tl.constexpr(4)  # of its programs
+# Key channels per tile of `key_gradient`, and warps of its programs; `_packed` and `_by_warp` are made for these.
+TILE = tl.constexpr(16)
+WARPS = tl.constexpr(4)
 
 
 @triton.jit
@@ -246,7 +247,7 @@ def key_gradient(
     HAS_WRITE: tl.constexpr, NORMALIZE: tl.constexpr, LOGITS: tl.constexpr, VARLEN: tl.constexpr, RANGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k, gate and β.
+    """Gradients of q, k, gate and β, and of A_log and dt_bias by warps: `d_rates` and `d_biases`, rows `sums_n` apart.
 
     Tiles are transposed, [TILE, C], so that dL and dP, with which every block of channels is multiplied, lie in shared
     memory. In a mild chunk, exponents are differences of G, which is accurate to 2^-14, for factors in bfloat16.
@@ -374,7 +375,7 @@ def key_gradient(
                 rates += of_gate
             if HAS_BIAS:
                 of_warp = rw[None, :] * sums_n + (first + rk)[:, None]
-                tl.store(d_biases + of_warp, _by_warp(of_raw), mask=is_channel[:, None] & (rw >= 0)[None, :])
+                tl.store(d_biases + of_warp, _by_warp(of_raw), mask=is_channel[:, None])
         if not SCALAR_BETA:
             of_strength = root_gradient(key * d_key, raw_beta.to(tl.float32), strong, LOGITS)
             if not HAS_WRITE:

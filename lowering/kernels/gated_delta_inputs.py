@@ -105,7 +105,7 @@ def place(places, chunk, T, VARLEN: tl.constexpr):
 @triton.jit
 def raw_tile(pointer, stride, rows, first, WIDTH: tl.constexpr, BK: tl.constexpr, FLIP: tl.constexpr = False):
     """[C, BK] of channels first ... of `rows` tokens, with FLIP [BK, C]; zeros beyond."""
-    r, c = tl.arange(0, C), tl.arange(0, BK) + first
+    r, c = tl.arange(0, C), first + tl.arange(0, BK)
     if FLIP:
         at, is_there = c[:, None] + r[None, :] * stride, (c < WIDTH)[:, None] & (r < rows)[None, :]
     else:
@@ -145,7 +145,7 @@ def root(beta, LOGITS: tl.constexpr):
 @triton.jit
 def root_gradient(x, beta, strength, LOGITS: tl.constexpr):
     """The gradient of β, or of its logit, from x = √β · d√β; strength is √β."""
-    # x first, since the compiler would compute another factor in a layout of its own.
+    # x is scaled in place of a factor of β alone, which the compiler would compute in another layout and convert.
     x *= 0.5
     return x - x * strength * strength if LOGITS else x / tl.maximum(beta, _SMALLEST_BETA)
 

@@ -14,12 +14,12 @@ vectors without a bound, `inside` and `key_gradient` are launched twice: for chu
 Few long sequences with few heads leave most of a device idle in the sequential part. They are divided into segments,
 for which a map of the states and their join are launched in addition, in each direction.
 
-Inputs and output are kept between forward and backward pass, and P and T, which take 256 bytes per token and value
-head in bfloat16. For K = V = 128, intermediate results take 6 bytes per token, value head and channel in the forward
-pass, and 20 in the backward pass, or 22 if one β of each channel erases and writes; segments add at most 16 K² bytes
-for each multiprocessor. They are in the dtype of q; decays, √β and states between segments or at the end are float32,
-and the kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and the
-number of sequences and heads.
+Inputs and output are kept between forward and backward pass, and P and T, which take 16 KiB per chunk and value head in
+bfloat16. For K = V = 128, intermediate results take 6 bytes per token, value head and channel in the forward pass, and
+20 in the backward pass, or 22 if one β of each channel erases and writes; segments add at most 16 K² bytes for each
+multiprocessor. They are in the dtype of q; decays, √β, states between segments or at the end and sums of chunks are
+float32, and the kernels accumulate in float32. There is no autotuning: tile sizes and segments follow from K, V, T and
+the number of sequences and heads.
 """
 
 from __future__ import annotations
@@ -131,6 +131,11 @@ class _Call:
         (_, _, heads, value_size), key_size = self.inputs.v.shape, self.inputs.q.shape[3]
         return heads, key_size, value_size, _power(key_size), _power(value_size)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether states fill the registers of the sequential kernels."""
+        return self.sizes[3] > 128
+
     @cached_property
     def segments(self) -> int:
         """The number of segments into which each sequence is divided."""
@@ -206,7 +211,7 @@ class _Inside(NamedTuple):
         q_in: [n, HV, C, KP], Q̃.
         k_in: [n, HV, C, KP], B̃.
         k_out: [n, HV, C, KP], Ã.
-        scores: [n, HV, C, C], P; not in the backward pass, which is given it.
+        scores: [n, HV, C, C], P; in the backward pass, that of the forward pass.
         inverses: [n, HV, C, C], T = (I + L)⁻¹; likewise.
         decay: float32 [n, HV, KP], decay of the state over the chunk.
         strengths: float32 [n, HV, C], √β if β is one number per head; otherwise unused.
@@ -227,7 +232,10 @@ class _Inside(NamedTuple):
 
 
 def _inside(call: _Call, steep: Tensor, pairs: tuple[Tensor, Tensor], backward: bool) -> _Inside:
-    """Launch `inside`. `steep` int8 [n, HV] is written if both mild and steep chunks may occur."""
+    """Launch `inside`, which writes `pairs`, P and T, unless it runs for the backward pass.
+
+    `steep` int8 [n, HV] is written if both mild and steep chunks may occur.
+    """
     q, k, _, gate, beta, _, A_log, dt_bias = call.inputs
     heads, _, _, keys, _ = call.sizes
     lead = (call.chunks, heads)
@@ -254,7 +262,7 @@ def _inside(call: _Call, steep: Tensor, pairs: tuple[Tensor, Tensor], backward: 
 def _state_flags(call: _Call) -> dict[str, Any]:
     """Return the compile-time constants of the sequential kernels, including BV, the state columns per program."""
     heads, key_size, value_size, keys, values = call.sizes
-    is_large, lanes = keys > 128, call.sequences * call.segments * heads
+    is_large, lanes = call.is_large, call.sequences * call.segments * heads
     if call.inputs.q.dtype == torch.float32:
         columns, warps, stages = 16 if is_large else 32, 8, 1
     elif values >= _WIDE and (is_large or lanes >= 0.7 * multiprocessors(call.inputs.q.device)):
@@ -339,7 +347,7 @@ def _state_forward(
             *(kept or (output, output)), maps.maps, maps.at_start if at_start else maps.at_end,
             *_places(call, found.decay), *_strides(call.inputs.v, of_values), SCALAR_BETA=beta.dim() == 3,
             LOGITS=call.settings.beta_logits, HAS_INITIAL=state is not None, MODE=mode, AT_START=at_start,
-            AHEAD=keys <= 128,  # larger states leave no registers for it
+            AHEAD=not call.is_large,
             **(flags | changed),
         )  # fmt: skip
 
@@ -459,7 +467,7 @@ def backward(
             d_rates, d_biases, of_warps.stride(0), tokens, heads, *_strides(q, k, gate, beta), *call.constants(),
             **flags, RANGE=chosen, num_warps=WARPS.value, num_stages=1,
         )  # fmt: skip
-    of_rates, of_biases = of_warps.sum(0).split(widths)
+    of_rates, of_biases = of_warps.sum(0).split(widths)  # copied, as outputs of an operator share no memory
     d_A_log = None if A_log is None else of_rates.to(A_log.dtype, copy=True)
     d_bias = None if dt_bias is None else of_biases.view(gate.shape[2:]).to(dt_bias.dtype, copy=True)
     if heads != q.shape[2]:

@@ -115,10 +115,11 @@ def state_forward(
     output += (start * HV + head) * V + rv[:, None]
     # With AHEAD values are loaded one chunk ahead; the compiler does so only for what a product takes as it is loaded.
     is_value = (rv < (0 if MODE == "probe" else V))[:, None]
-    t = r[None, :] + begin * C
-    raw = _of_tokens(v, t, v_t, is_value, tokens)
-    if not SCALAR_BETA:
-        logits = _of_tokens(beta, t, beta_t, is_value, tokens)
+    if AHEAD:
+        t = r[None, :] + begin * C
+        raw = _of_tokens(v, t, v_t, is_value, tokens)
+        if not SCALAR_BETA:
+            logits = _of_tokens(beta, t, beta_t, is_value, tokens)
     for place in tl.range(begin, chunks, num_stages=STAGES):
         here = (chunk + place).to(tl.int64) * HV + head
         t = place * C + r[None, :]

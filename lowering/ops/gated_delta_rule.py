@@ -13,8 +13,8 @@ cases are:
 
 :func:`reference` defines the operator token by token. On the CPU it is computed in chunks
 (:mod:`effpass.lowering.ops.gated_delta_rule_chunks`), on a GPU by the kernels of
-:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves its inputs and its output, and of kernels what
-the pairs of a chunk's tokens give; the backward pass recomputes the rest. g, √β and the state are float32 (float64 for
+:mod:`effpass.lowering.kernels.gated_delta_rule`. The forward pass saves its inputs and its output, and on a GPU
+the matrices P and T of each chunk; the backward pass recomputes the rest. g, √β and the state are float32 (float64 for
 float64 inputs).
 
 Shapes: B batch, T tokens, N sequences (B, or those of `cu_seqlens`), H query and key heads, HV value heads, K key size,

@@ -115,6 +115,8 @@ LARGER = {
     "gdn, 96 and 192": Case("gdn", "softplus", 140, 1, 2, 2, 96, 192),
     "fg2+, bounded, segments": Case("fg2+", "bounded", 1100, 1, 1, 2, 128, 128),
     "kda, segments of packed sequences": Case("kda", "softplus", 1700, 1, 2, 2, 64, 128, ends=(0, 40, 40, 1700)),
+    "fg2+, bounded, 256": Case("fg2+", "bounded", 200, 1, 1, 2, 256, 256),
+    "fg2, 256": Case("fg2", "softplus", 140, 1, 2, 2, 256, 256),
     "gdn, decay to -60, segments, 256": Case("gdn", "log", 900, 1, 1, 1, 256, 256),
 }
 
