@@ -161,8 +161,8 @@ def inside(
         if not SCALAR_GATE:
             to_end = tl.exp2(exponents(beyond, added, EXACT))
         tl.store(k_out + at, (key * to_end).to(DTYPE))
+        query = raw_query.to(tl.float32) * q_scale[:, None]
         if SCALAR_GATE:
-            query = raw_query.to(tl.float32) * q_scale[:, None]
             if not BACKWARD:
                 keys = key.to(DTYPE)
                 columns = tl.trans(keys)
@@ -170,12 +170,9 @@ def inside(
                 of_queries = tl.dot(query.to(DTYPE), columns, of_queries, input_precision=PRECISION)
             tl.store(decay + here * KP + first + rk, whole)
         else:
-            if BACKWARD:
-                query = raw_query.to(tl.float32) * q_scale[:, None]
-            elif MILD:
+            if MILD and not BACKWARD:
                 exponent = exponents(middle, added, EXACT)
                 of_column, late = key * tl.exp2(-exponent), tl.exp2(exponent)
-                query = raw_query.to(tl.float32) * q_scale[:, None]
                 # Two products: a difference would be fused into a multiply-add, which keeps what rounding left of the
                 # earlier half, and the factors of later tokens magnify that.
                 of_early = tl.trans((of_column * early_half).to(DTYPE))
@@ -185,8 +182,7 @@ def inside(
                 across = tl.exp2(exponents(joined, added, EXACT))
                 of_keys = tl.dot((key * across).to(DTYPE), of_early, of_keys, input_precision=PRECISION)
                 of_queries = tl.dot((query * across).to(DTYPE), of_early, of_queries, input_precision=PRECISION)
-            else:
-                query = raw_query.to(tl.float32) * q_scale[:, None]
+            elif not BACKWARD:
                 of_keys, of_queries = _by_levels(key, query, added, matrices, of_keys, of_queries, DTYPE, PRECISION)
             exponent = exponents(upto, added, EXACT)
             if BACKWARD:
